@@ -1,0 +1,1 @@
+"""What runs on the GPU: models, data and the training loop. Knows no cluster and no leaderboard."""

@@ -1,0 +1,216 @@
+"""Batches of a data set, in an order that depends on nothing but a seed: not on the number of loader
+processes, nor on where the epoch was interrupted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+
+from jobs.job import JobError
+
+
+class Feed:
+    """The examples `indices` of a data set, in batches, on a device."""
+
+    def __init__(self, batch_size: int, count: int) -> None:
+        self.batch_size = batch_size
+        self.count = count
+
+    @property
+    def batches(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def shuffled(self, seed: int, first_batch: int = 0) -> Iterator[Any]:
+        """One epoch in the order that the seed gives, from this batch on."""
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
+        return self._fetch(order, seed, first_batch)
+
+    def in_order(self) -> Iterator[Any]:
+        return self._fetch(torch.arange(self.count), 0, 0)
+
+    def _fetch(self, order: Tensor, seed: int, first_batch: int) -> Iterator[Any]:
+        raise JobError(f"{type(self).__name__} does not say how to fetch a batch")
+
+
+class TensorFeed(Feed):
+    """A TensorDataset: it lives on the device as a whole, and a batch is an index."""
+
+    def __init__(self, data: TensorDataset, indices: Sequence[int], batch_size: int, device: torch.device) -> None:
+        super().__init__(batch_size, len(indices))
+        chosen = torch.as_tensor(indices)
+        self._tensors = [t[chosen].to(device) for t in data.tensors]
+        self._device = device
+
+    def _fetch(self, order: Tensor, seed: int, first_batch: int) -> Iterator[Any]:
+        order = order.to(self._device)
+        for start in range(first_batch * self.batch_size, self.count, self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            yield tuple(t[chosen] for t in self._tensors)
+
+
+class LoaderFeed(Feed):
+    """Any other data set: a DataLoader whose processes stay, with a seed of its own for each batch."""
+
+    def __init__(
+        self,
+        data: Dataset[Any],
+        indices: Sequence[int],
+        batch_size: int,
+        device: torch.device,
+        processes: int,
+    ) -> None:
+        super().__init__(batch_size, len(indices))
+        self._device = device
+        self._plan = _Plan()
+        self._loader = DataLoader(
+            _SeededBatches(data, indices),
+            batch_size=None,  # the plan names whole batches
+            sampler=self._plan,
+            num_workers=processes,
+            persistent_workers=processes > 0,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else each epoch would draw from the global random state
+        )
+
+    def _fetch(self, order: Tensor, seed: int, first_batch: int) -> Iterator[Any]:
+        chunks = torch.split(order, self.batch_size)
+        self._plan.batches = [(hash_seed(seed, i), chunks[i].tolist()) for i in range(first_batch, len(chunks))]
+        for batch in self._loader:
+            yield to_device(batch, self._device)
+
+
+class _Plan(Sampler[Any]):
+    """Which batches come next; the loader asks again at the start of each epoch."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, list[int]]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _SeededBatches(Dataset[Any]):
+    """A whole batch under a seed of its own, wherever it is fetched."""
+
+    def __init__(self, data: Dataset[Any], indices: Sequence[int]) -> None:
+        self._data = data
+        self._indices = list(indices)
+
+    def __getitem__(self, batch: tuple[int, list[int]]) -> Any:
+        seed, positions = batch
+        with random_state_kept():
+            seed_all(seed)
+            return default_collate([self._data[self._indices[p]] for p in positions])
+
+
+def make_feed(data: Dataset[Any], indices: Sequence[int], batch_size: int, device: torch.device, cores: int) -> Feed:
+    if isinstance(data, TensorDataset):
+        return TensorFeed(data, indices, batch_size, device)
+    # On a CPU the training itself wants the other half of the cores.
+    return LoaderFeed(data, indices, batch_size, device, cores // 2 if device.type == "cpu" else cores - 1)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor of a nested batch."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return tuple(to_device(value, device) for value in batch)
+    return batch
+
+
+def split(data: Dataset[Any], validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices for training and for validation: a share of each class, fixed by the seed.
+
+    A data set that has no labels to read is split without regard to classes. Raises JobError if a class has
+    too few examples for both sides.
+    """
+    count = len(data)  # type: ignore[arg-type]  # a Dataset that we can index has a length
+    labels = labels_of(data)
+    try:
+        train, kept = train_test_split(
+            np.arange(count), test_size=validation_fraction, random_state=seed, stratify=labels
+        )
+    except ValueError as error:
+        raise JobError(
+            f"{count} examples can't be split with validation_fraction {validation_fraction}: {error}"
+        ) from error
+    return sorted(train.tolist()), sorted(kept.tolist())
+
+
+def labels_of(data: Dataset[Any]) -> Sequence[int] | None:
+    """The classes of a data set without loading its examples, where it tells."""
+    for name in ("targets", "labels", "_labels"):
+        found = getattr(data, name, None)
+        if found is not None:
+            return _whole_numbers(found)
+    if isinstance(data, TensorDataset) and len(data.tensors) > 1:
+        return _whole_numbers(data.tensors[-1])
+    return None
+
+
+def _whole_numbers(labels: Any) -> Sequence[int] | None:
+    values = np.asarray(labels)
+    return values.tolist() if values.ndim == 1 and np.issubdtype(values.dtype, np.integer) else None
+
+
+# --- random state
+
+
+def hash_seed(*parts: int) -> int:
+    """A seed from numbers that say what it is for (numpy's SeedSequence, O'Neill 2015), below 2**63."""
+    return int(np.random.SeedSequence([p & (2**63 - 1) for p in parts]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """Python's, numpy's, torch's and every GPU's, in types that load with weights_only=True."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": (version, list(words), gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """GPUs beyond those that were there when it was saved keep their state."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    for index, gpu in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(gpu.cpu(), index)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What is drawn inside leaves no trace; GPUs are not touched, for loader processes must not."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)

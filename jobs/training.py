@@ -1,0 +1,236 @@
+"""The training loop: one chunk at a time, from a whole state to a whole state."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from jobs import data
+from jobs.data import Feed, hash_seed, make_feed, random_state, seed_all, set_random_state
+from jobs.job import Job, JobContext, JobError, Split
+from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
+
+FORMAT = 1
+
+
+def load_job(settings: Mapping[str, Any], device: torch.device | None = None, cores: int = 1) -> Job:
+    """The settings' job as an object. Raises JobError if it can't be imported or is none."""
+    module_name, _, class_name = settings["job"].partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except Exception as error:  # whatever the user's module does on import
+        raise JobError(
+            f"job {settings['job']}: {module_name} can't be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Job)):
+        raise JobError(f"job {settings['job']}: {module_name} has no class {class_name} derived from jobs.job.Job")
+    return found(JobContext(settings, device or torch.device("cpu"), cores))
+
+
+def open_session(settings: Mapping[str, Any], cores: int) -> Session:
+    """Set this process up for training: device, threads, determinism."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(max(1, cores))
+    if settings["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses (torch's docs)
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.backends.cudnn.benchmark = True
+    return Session(load_job(settings, device, cores))
+
+
+class Session:
+    """The state of the model that is being trained, and the data, which stays from chunk to chunk."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.settings = job.context.settings
+        self.device = job.context.device
+        self.epochs = 0  # of the whole lineage
+        self._model: nn.Module | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._cut: dict[str, Any] | None = None  # where an interrupted chunk stopped
+        self._feeds: dict[str, Feed] = {}
+
+    # --- one chunk
+
+    def train(
+        self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
+    ) -> Finished | Interrupted:
+        """Train work.epochs epochs, validating after each. should_stop is asked before every step.
+
+        After Finished, `save` writes the checkpoint; after Interrupted, the state to go on from.
+        """
+        cut = self._begin(work)
+        results = [EpochResult(r["number"], r["seconds"], r["metrics"]) for r in cut["results"]]
+        for _ in range(len(results), work.epochs):
+            result = self._train_epoch(cut, should_stop)
+            if result is None:
+                self._cut = cut | {"results": [_plain(r) for r in results], "rng": random_state()}
+                return Interrupted(cut["step"])
+            results.append(result)
+            on_epoch(result)
+            cut = _fresh_cut()
+            if not math.isfinite(result.metrics["train_loss"]):
+                break  # it can't recover, and can't enter the board
+        score = results[-1].metrics[self.settings["metric"]["name"]]
+        if not math.isfinite(results[-1].metrics["train_loss"]):
+            score = math.nan
+        return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
+
+    def _begin(self, work: Work) -> dict[str, Any]:
+        self._cut = None
+        source = work.suspended or work.parent
+        if source is None:
+            seed_all(work.seed)
+            self.epochs = 0
+            self._model = self.job.model().to(self.device)
+            self._optimizer = self.job.optimizer(self._model, work.profile)
+            return _fresh_cut()
+        state = read(source, self.device)
+        self._restore(state, work.profile)
+        if work.suspended:
+            set_random_state(state["cut"]["rng"])
+            return dict(state["cut"])
+        set_random_state(state["rng"])
+        if work.repeat:
+            seed_all(hash_seed(int(torch.randint(2**62, ()).item()), work.repeat))
+        return _fresh_cut()
+
+    def _restore(self, state: dict[str, Any], profile: Profile) -> None:
+        with data.random_state_kept():
+            self._model = self.job.model().to(self.device)
+            self._optimizer = self.job.optimizer(self._model, profile)
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        apply_profile(self._optimizer, profile)
+        self.epochs = state["epochs"]
+
+    def _train_epoch(self, cut: dict[str, Any], should_stop: Callable[[], bool]) -> EpochResult | None:
+        """One epoch, or the rest of one; None if it was interrupted, with `cut` saying where."""
+        assert self._model is not None
+        assert self._optimizer is not None
+        model, optimizer, job = self._model, self._optimizer, self.job
+        feed = self.feed("train")
+        if cut["seed"] is None:
+            cut["seed"] = int(torch.randint(2**62, ()).item())
+        started = time.monotonic()
+        loss_sum = torch.tensor(cut["loss_sum"], dtype=torch.float64, device=self.device)
+        model.train()
+        batches = feed.shuffled(cut["seed"], cut["step"])
+        while cut["step"] < feed.batches:
+            if should_stop():
+                cut["loss_sum"] = loss_sum.item()
+                cut["seconds"] += time.monotonic() - started
+                return None
+            inputs, targets = next(batches)
+            optimizer.zero_grad(set_to_none=True)
+            loss = job.loss(model(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            loss_sum += loss.detach() * len(targets)
+            cut["step"] += 1
+        next(batches, None)  # lets the loader see the end of the epoch
+        metrics = {"train_loss": loss_sum.item() / feed.count}
+        metrics |= self.evaluate("validation" if self.settings["select_on"] == "validation" else "test")
+        self.epochs += 1
+        return EpochResult(self.epochs, cut["seconds"] + time.monotonic() - started, metrics)
+
+    # --- evaluation
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """The job's metrics over a split, means over its examples. Raises JobError if the settings' metric
+        is not among them."""
+        assert self._model is not None
+        feed = self.feed(split)
+        sums: dict[str, Tensor] = {}
+        self._model.eval()
+        with torch.inference_mode():
+            for inputs, targets in feed.in_order():
+                for name, value in self.job.metrics(self._model(inputs), targets).items():
+                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value * len(
+                        targets
+                    )
+        wanted = self.settings["metric"]["name"]
+        if wanted not in sums:
+            raise JobError(f"metric.name: {wanted!r} is not among the metrics of the job: {', '.join(sorted(sums))}")
+        return {name: value.item() / feed.count for name, value in sums.items()}
+
+    def evaluate_file(self, checkpoint: Path, split: Split) -> dict[str, float]:
+        """Metrics of a checkpoint's model."""
+        state = read(checkpoint, self.device)
+        self._model = self.job.model().to(self.device)
+        self._model.load_state_dict(state["model"])
+        return self.evaluate(split)
+
+    def feed(self, split: Split) -> Feed:
+        """The batches of a split; made once, the data stays."""
+        if split not in self._feeds:
+            source: Dataset[Any] = self.job.data(split)
+            if split == "test" or self.settings["select_on"] == "test":
+                indices = list(range(len(source)))  # type: ignore[arg-type]
+            else:
+                parts = data.split(source, self.settings["validation_fraction"], self.settings["seed"])
+                indices = parts[split == "validation"]
+            size = self.settings["max_batch_size"]
+            self._feeds[split] = make_feed(source, indices, size, self.device, self.job.context.cores)
+        return self._feeds[split]
+
+    # --- state
+
+    def save(self, target: IO[bytes]) -> None:
+        """The whole training state, to a file that is written from front to back."""
+        torch.save(self.state(), target)
+
+    def state(self) -> dict[str, Any]:
+        assert self._model is not None
+        assert self._optimizer is not None
+        return {
+            "format": FORMAT,
+            "epochs": self.epochs,
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "rng": random_state(),
+            "cut": self._cut,
+        }
+
+
+def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A checkpoint's state; nothing in it is executed. Raises JobError if it is none of this format."""
+    state = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise JobError(f"{path}: not a checkpoint of format {FORMAT}")
+    return state
+
+
+def apply_profile(optimizer: torch.optim.Optimizer, profile: Profile) -> None:
+    """Set what the profile says in every parameter group; momentum buffers and the like stay."""
+    for group in optimizer.param_groups:
+        group["lr"] = profile.learning_rate
+        if "momentum" in group:
+            group["momentum"] = profile.momentum
+        if "weight_decay" in group:
+            group["weight_decay"] = profile.weight_decay
+
+
+def export(checkpoint: Path, target: IO[bytes]) -> None:
+    """Only the model's weights, on the CPU, as `model.load_state_dict(torch.load(file))` takes them."""
+    torch.save(read(checkpoint)["model"], target)
+
+
+def _fresh_cut() -> dict[str, Any]:
+    return {"seed": None, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "results": [], "rng": None}
+
+
+def _plain(result: EpochResult) -> dict[str, Any]:
+    return {"number": result.number, "seconds": result.seconds, "metrics": dict(result.metrics)}

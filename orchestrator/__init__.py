@@ -1,0 +1,3 @@
+"""orch: a Slurm-native, coordinator-free population trainer."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,167 @@
+"""Immutable files: write whole or not at all, verify, read, collect. Knows nothing of torch.
+
+A file appears under its final name only when every byte of it is on the disk:
+temporary name in the same folder, fsync, rename, fsync of the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from orchestrator import rules
+from orchestrator.errors import CheckpointError, DamagedCheckpointError
+
+SUFFIX = ".pt"
+RECORD_SUFFIX = ".json"
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file that is complete and on the disk."""
+
+    file: str  # its name inside the checkpoints folder
+    sha256: str
+    size_bytes: int
+
+
+class _HashingWriter:
+    """A binary file for writing in one go, which knows the checksum of what went through it."""
+
+    def __init__(self, target: IO[bytes]) -> None:
+        self._target = target
+        self._hash = hashlib.sha256()
+        self.size_bytes = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        self._hash.update(data)
+        self.size_bytes += len(data)
+        self._target.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._target.flush()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+def write(folder: Path, stem: str, save: Callable[[IO[bytes]], None], record: Mapping[str, Any]) -> Written:
+    """Publish a checkpoint and, beside it, its record as JSON, from which the board can be rebuilt.
+
+    save is given a file to write to, from front to back. Raises CheckpointError where the disk is full or
+    the folder can't be written; then nothing is left of it.
+    """
+    file = stem + SUFFIX
+    digest: list[_HashingWriter] = []
+
+    def fill(target: IO[bytes]) -> None:
+        writer = _HashingWriter(target)
+        save(writer)  # type: ignore[arg-type]  # all that a serialiser calls are write and flush
+        digest.append(writer)
+
+    try:
+        publish(folder / file, fill)
+        written = Written(file, digest[0].sha256, digest[0].size_bytes)
+        text = json.dumps(
+            {**record, "file": file, "sha256": written.sha256, "size_bytes": written.size_bytes},
+            indent=1,
+            allow_nan=False,
+            sort_keys=True,
+        )
+        publish(folder / (stem + RECORD_SUFFIX), lambda target: target.write(text.encode()) and None)
+    except OSError as error:
+        remove(folder, [file])
+        raise CheckpointError(
+            f"{folder / file}: can't be written: {error.strerror or error}. Free some space or mend the folder's "
+            "rights; nothing is lost, the chunk is done again."
+        ) from error
+    return written
+
+
+def publish(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Make a whole file appear at path, durably. Raises OSError; then path is as it was."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as target:
+            fill(target)
+            target.flush()
+            os.fsync(target.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def verify(folder: Path, file: str, sha256: str) -> Path:
+    """The path of a checkpoint whose bytes are those that were written.
+
+    Raises DamagedCheckpointError if it is missing or differs, CheckpointError if it can't be read just now.
+    """
+    path = folder / file
+    try:
+        with open(path, "rb") as source:
+            found = hashlib.file_digest(source, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{path} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    if found != sha256:
+        raise DamagedCheckpointError(
+            f"{path}: its SHA-256 is {found[:12]}..., recorded was {sha256[:12]}...; it is damaged"
+        )
+    return path
+
+
+def read_record(folder: Path, file: str) -> dict[str, Any]:
+    """The JSON beside a checkpoint. Raises CheckpointError if it is missing or not one."""
+    path = folder / (file.removesuffix(SUFFIX) + RECORD_SUFFIX)
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint's record: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: not a checkpoint's record: it holds {type(record).__name__}")
+    return record
+
+
+def remove(folder: Path, files: Collection[str]) -> None:
+    """Delete checkpoints and their records, as far as they are there."""
+    for file in files:
+        for name in (file, file.removesuffix(SUFFIX) + RECORD_SUFFIX):
+            with contextlib.suppress(OSError):  # what can't be deleted now is collected later
+                (folder / name).unlink(missing_ok=True)
+
+
+def collect(folder: Path, references: Callable[[], tuple[Collection[str], Collection[int]]]) -> list[str]:
+    """Delete every file of ours that nothing refers to; their names.
+
+    references gives the files that must stay and the generations of live claims. It is called after the
+    folder was listed: a file that is published meanwhile is not in the list, and so is safe.
+    """
+    listed = sorted(path.name for path in folder.iterdir())
+    files, live_generations = references()
+    keep = set(files) | {f.removesuffix(SUFFIX) + RECORD_SUFFIX for f in files}
+    doomed = rules.collectable(listed, keep, live_generations)
+    for name in doomed:
+        with contextlib.suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
+    return doomed

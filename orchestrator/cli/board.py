@@ -1,0 +1,85 @@
+"""orch leaderboard, status, runs: looking."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunArgument, RunsDir, open_run, print_json
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(leaderboard)
+    app.command()(status)
+    app.command()(runs)
+
+
+def leaderboard(
+    run: RunArgument = None,
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
+    json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 2 seconds until Ctrl-C.")] = False,
+) -> None:
+    """The best models of a run."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from orchestrator.cli import tables
+
+    opened = open_run(run, runs_dir)
+    if json:
+        print_json(opened.board())
+        return
+    console = Console()
+    if not watch:
+        console.print(tables.board(opened.board()))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            try:
+                live.update(tables.board(opened.board()), refresh=True)
+                time.sleep(2)
+            except KeyboardInterrupt:
+                return
+
+
+def status(run: RunArgument = None, runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
+    """What a run is doing. Mends chains that broke, where the cluster proves that they did."""
+    from rich.console import Console
+
+    from orchestrator.cli import tables
+
+    opened = open_run(run, runs_dir)
+    done = opened.reconcile(time.time())
+    state = opened.status()
+    if json:
+        print_json(state | {"mended": done})
+        return
+    console = Console()
+    console.print(tables.status(state))
+    for line in done:
+        console.print(f"mended: {line}")
+
+
+def runs(runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
+    """All runs, newest first."""
+    from rich.console import Console
+
+    from orchestrator.cli import tables
+    from orchestrator.errors import OrchError
+    from orchestrator.run import Run, all_runs
+
+    rows = []
+    for folder in all_runs(runs_dir):
+        try:
+            rows.append(Run.open(folder).summary())
+        except OrchError as error:  # one damaged run must not hide the others
+            rows.append({"run": folder.name, "state": "unreadable", "reason": str(error)})
+    if json:
+        print_json(rows)
+    elif not rows:
+        print(f"no runs in {runs_dir}")
+    else:
+        Console().print(tables.runs(rows))

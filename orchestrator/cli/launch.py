@@ -1,0 +1,158 @@
+"""orch launch: from a settings file to running workers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, print_json
+
+if TYPE_CHECKING:
+    from orchestrator.run import Run
+    from orchestrator.settings import Settings
+
+ENDED = ("converged", "finished", "cancelled", "failed", "paused")
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(launch)
+
+
+def launch(
+    settings: Annotated[Path, typer.Argument(help="A settings file (JSON).")],
+    executor: Annotated[
+        str | None, typer.Option(help="slurm, local or inline. Default: slurm where sbatch is, else local.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Chains that train at the same time.")] = None,
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; dots go deeper."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Show the board until the run is over.")] = False,
+    json: Json = False,
+) -> None:
+    """Launch a run; launched again, it goes on where it was."""
+    from orchestrator.cluster import default_executor
+    from orchestrator.run import SETTINGS_NAME, Run
+    from orchestrator.settings import load
+    from orchestrator.user_job import check
+
+    loaded, notes = load(settings, set_ or [], workers=workers, executor=executor)
+    if loaded.executor is None:
+        loaded = loaded.model_copy(update={"executor": default_executor()})
+    folder = runs_dir / loaded.name
+    existing = Run.open(folder) if (folder / SETTINGS_NAME).exists() else None
+    if existing:
+        _refuse_changes(existing, loaded)
+    import_paths = [str(Path.cwd())]
+    for line in notes + check(loaded, import_paths):
+        print(line, file=sys.stderr)
+    if dry_run:
+        _print_plan(loaded, folder, existing is not None, json)
+        return
+    if existing:
+        run, done = existing, existing.resume(time.time())
+    else:
+        run, done = Run.launch(loaded, runs_dir, import_paths), []
+    for line in done:
+        print(line, file=sys.stderr)
+    print(
+        f"{run.name}: {run.settings.workers} workers, {run.cluster.name} executor, in {run.folder}",
+        file=sys.stderr,
+    )
+    if loaded.executor == "inline":
+        print(f"worker 0 ended: {run.work_inline().outcome}", file=sys.stderr)
+    elif wait:
+        _wait(run, quiet=json)
+    if json:
+        print_json({**run.status(), "board": run.board()})
+    elif wait or loaded.executor == "inline":
+        from rich.console import Console
+
+        from orchestrator.cli import tables
+
+        Console().print(tables.status(run.status()), tables.board(run.board()))
+    if run.summary()["state"] == "failed":
+        raise typer.Exit(1)
+
+
+def _refuse_changes(existing: Run, wanted: Settings) -> None:
+    from orchestrator.errors import RunError
+    from orchestrator.settings import difference
+
+    changed = difference(existing.settings, wanted)
+    if changed:
+        raise RunError(
+            f"{existing.name} exists already, with other settings; launch it as it was to go on, or under another "
+            "name (--set name=...):\n  " + "\n  ".join(changed)
+        )
+
+
+def _print_plan(settings: Settings, folder: Path, exists: bool, json: bool) -> None:
+    from orchestrator import rules
+
+    policy = settings.policy(1)
+    first = [f"founder {i + 1}: {rules.profile_at(0, policy.cycle).name}" for i in range(settings.workers)]
+    plan: dict[str, Any] = {
+        "run": settings.name,
+        "folder": str(folder.absolute()),
+        "resumes": exists,
+        "executor": settings.executor,
+        "workers": settings.workers,
+        "jobs_at_most": settings.workers * rules.jobs_at_most(settings.total_lifetime, settings.eon_lifetime),
+        "worker_hours_at_most": round(settings.workers * settings.total_lifetime / 3600, 2),
+        "stale_chunks_to_converge": policy.stop.stale_chunks,
+        "first_claims": first,
+        "cycle": [p.name for p in policy.cycle],
+    }
+    if json:
+        print_json(plan)
+    else:
+        for key, value in plan.items():
+            print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _wait(run: Run, quiet: bool) -> None:
+    """Until no job is left. Ctrl-C ends the waiting, not the run."""
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    from orchestrator.cli import tables
+
+    console = Console(stderr=True, quiet=quiet)
+    shown = ""
+    try:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            while True:
+                state = run.status()
+                if console.is_terminal:
+                    live.update(Group(tables.status(state), tables.board(run.board())), refresh=True)
+                elif (line := _line(state)) != shown:
+                    console.print(line, highlight=False)
+                    shown = line
+                busy = [w for w in state["workers"] if w["state"] in ("running", "queued")]
+                if not busy:
+                    if state["state"] in ENDED:
+                        return
+                    if not run.reconcile(time.time()):
+                        return  # nothing runs, and the rules want no new job
+                time.sleep(0.5)
+    except KeyboardInterrupt:
+        console.print(f"{run.name} goes on without you; `orch status {run.name}`, `orch cancel {run.name}`")
+
+
+def _line(state: dict[str, Any]) -> str:
+    best = "-" if state["best"] is None else f"{state['best']:.4f}"
+    chunks = state["chunks"]
+    return (
+        f"{state['state']}: best {best}, {chunks['promoted']} promoted, {chunks['discarded']} discarded, "
+        f"{state['epochs']} epochs"
+    )

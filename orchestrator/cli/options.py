@@ -1,0 +1,32 @@
+"""Options that several commands share, and JSON output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from orchestrator.run import Run
+
+RunArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", help="Name or path of a run. Left out: the newest.", show_default=False),
+]
+RunsDir = Annotated[
+    Path, typer.Option("--runs-dir", envvar="ORCH_RUNS_DIR", help="Where the runs are.", file_okay=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+DEFAULT_RUNS_DIR = Path("runs")
+
+
+def open_run(run: str | None, runs_dir: Path) -> Run:
+    from orchestrator.run import Run, find_run
+
+    return Run.open(find_run(run, runs_dir))
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

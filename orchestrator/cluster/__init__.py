@@ -1,0 +1,85 @@
+"""Where jobs run. The only part of orch that knows submitit.
+
+local    processes on this machine, each successor waiting for its predecessor
+slurm    a Slurm cluster
+inline   one worker in this very process, for debugging
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from orchestrator.records import Evidence, Job, Worker
+from orchestrator.settings import Settings
+
+Entry = Callable[[str, int], object]  # (run folder, worker id): all that is ever pickled
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job that the cluster has taken."""
+
+    job_id: int
+    cluster_id: str
+    pid: int | None = None  # of the local executor's process, with its start time and the host it is on
+    pid_created_at: float | None = None
+    host: str | None = None
+
+
+class Cluster(Protocol):
+    """What a run and a worker ask of the place where jobs run."""
+
+    name: str
+    chains: bool  # do jobs queue successors?
+
+    def submit(self, jobs: Sequence[Job], workers: Mapping[int, Worker], after: Job | None) -> list[Submitted]:
+        """Queue these jobs, to start when `after` is over. All or none: raises SubmissionError."""
+
+    def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
+        """Return when the predecessor is over (at once where the cluster's queue has seen to that)."""
+
+    def evidence(self, jobs: Sequence[Job]) -> dict[int, Evidence]:
+        """What is known of each job, by job_id."""
+
+    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+        """The cluster's ids, by token and worker (`key`), of jobs that were submitted by somebody who died
+        before writing them down."""
+
+    def cancel(self, jobs: Sequence[Job], now: bool) -> list[str]:
+        """Ask jobs to end at the next safe point, or kill them now. Returns what could not be done."""
+
+    def time_limit_s(self) -> float:
+        """From a job's start to its hard end."""
+
+    def cores(self) -> int:
+        """That this job was given."""
+
+    def identity(self) -> tuple[str, str]:
+        """(cluster's id, host) of the job that this process is."""
+
+
+def key(token: str, worker_id: int) -> str:
+    return f"{token}-w{worker_id}"
+
+
+def default_executor() -> str:
+    return "slurm" if shutil.which("sbatch") else "local"
+
+
+def open_cluster(executor: str, settings: Settings, run_folder: Path, entry: Entry) -> Cluster:
+    """executor: slurm, local or inline. Imports submitit only now, for it is slow to."""
+    if executor == "inline":
+        from orchestrator.cluster.local import InlineCluster
+
+        return InlineCluster(settings)
+    if executor == "local":
+        from orchestrator.cluster.local import LocalCluster
+
+        return LocalCluster(settings, run_folder, entry)
+    from orchestrator.cluster.slurm import SlurmCluster
+
+    return SlurmCluster(settings, run_folder, entry)

@@ -1,0 +1,89 @@
+"""The leaderboard: the only part of orch that knows the database.
+
+engine   where the tables are, and one transaction at a time
+schema   the tables
+board    claims and the ratchet, as a worker uses them
+chains   the workers' chains of jobs, and the state of the run
+reader   what is shown
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sqlalchemy import insert, select
+from sqlalchemy.exc import DatabaseError
+
+from orchestrator import __version__
+from orchestrator.errors import LeaderboardError
+from orchestrator.leaderboard import schema
+from orchestrator.leaderboard.board import Board
+from orchestrator.leaderboard.chains import Chains
+from orchestrator.leaderboard.engine import DATABASE_NAME, Database
+from orchestrator.leaderboard.moves import log_event
+from orchestrator.leaderboard.reader import Reader
+from orchestrator.records import Policy, RunState
+
+__all__ = ["DATABASE_NAME", "Leaderboard"]
+
+
+class Leaderboard:
+    """One run's database. `create` once, at launch; `open` ever after."""
+
+    def __init__(self, database: Database, load_policy: Callable[[str, int], Policy]) -> None:
+        self.database = database
+        self.board = Board(database, load_policy)
+        self.chains = Chains(database)
+        self.reader = Reader(database)
+
+    @staticmethod
+    def create(
+        run_folder: Path,
+        url: str | None,
+        name: str,
+        settings: str,
+        import_paths: Sequence[str],
+        now: float,
+        deadline: float,
+    ) -> None:
+        """Create the tables and the run's row. Raises LeaderboardError if there is a run already."""
+        database = Database(url, run_folder)
+        database.create()
+        with database.transaction(row_lock=False) as tx:
+            tx.execute(
+                insert(schema.run).values(
+                    run_id=1,
+                    schema_version=schema.SCHEMA_VERSION,
+                    orch_version=__version__,
+                    name=name,
+                    state=RunState.ACTIVE,
+                    created_at=now,
+                    deadline=deadline,
+                    generation=0,
+                    chunks_since_promotion=0,
+                    epochs=0,
+                    settings=settings,
+                    settings_version=1,
+                    import_paths=list(import_paths),
+                )
+            )
+            log_event(tx, now, "launched", None, None, None, name=name, deadline=deadline)
+
+    @classmethod
+    def open(cls, run_folder: Path, url: str | None, load_policy: Callable[[str, int], Policy]) -> Leaderboard:
+        """Raises LeaderboardError if there is none, or if another version of the schema wrote it."""
+        database = Database(url, run_folder)
+        with database.transaction() as tx:
+            try:
+                row = tx.execute(select(schema.run.c.schema_version, schema.run.c.orch_version)).one_or_none()
+            except DatabaseError as error:
+                raise LeaderboardError(f"{database.name} is not a leaderboard of orch: {error.orig}") from error
+        if row is None:
+            raise LeaderboardError(f"{database.name} holds no run; was its launch interrupted?")
+        if row.schema_version != schema.SCHEMA_VERSION:
+            raise LeaderboardError(
+                f"{database.name} was written by orch {row.orch_version} (schema {row.schema_version}); this is orch "
+                f"{__version__} (schema {schema.SCHEMA_VERSION}). Use that version for this run."
+            )
+        return cls(database, load_policy)

@@ -1,0 +1,343 @@
+"""The workers' chains of jobs: which links exist, which are open, and the state of the run."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, Row, func, insert, select, update
+
+from orchestrator import rules
+from orchestrator.leaderboard.engine import Database
+from orchestrator.leaderboard.moves import expire, log_event, set_state
+from orchestrator.leaderboard.schema import checkpoint, chunk, entry, job, run, worker
+from orchestrator.records import (
+    ChunkState,
+    Job,
+    JobState,
+    Mode,
+    Progress,
+    RunState,
+    Snapshot,
+    Started,
+    Worker,
+)
+
+
+class Placed(Protocol):
+    """What is known of a job that a cluster has taken (cluster.Submitted)."""
+
+    @property
+    def job_id(self) -> int: ...
+    @property
+    def cluster_id(self) -> str: ...
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def pid_created_at(self) -> float | None: ...
+    @property
+    def host(self) -> str | None: ...
+
+
+OPEN = (JobState.SUBMITTING, JobState.QUEUED, JobState.RUNNING)
+
+
+class Chains:
+    """Every method is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add_workers(self, devices: Sequence[str | None], now: float) -> list[Job]:
+        """New workers, numbered on, each with its first link to submit."""
+        token = new_token()
+        with self._database.transaction() as tx:
+            first = tx.execute(select(func.coalesce(func.max(worker.c.worker_id) + 1, 0))).scalar_one()
+            jobs = []
+            for worker_id, device in enumerate(devices, start=first):
+                tx.execute(insert(worker).values(worker_id=worker_id, device=device, failures=0))
+                jobs.append(_add_link(tx, worker_id, None, token, now))
+            return jobs
+
+    def start(
+        self,
+        token: str,
+        worker_id: int,
+        cluster_id: str,
+        host: str,
+        pid: int,
+        pid_created_at: float,
+        now: float,
+        max_failures: int,
+        successor: bool = True,
+    ) -> Started | str:
+        """A job begins: it becomes the one link of its chain that works, and gets a successor to submit.
+
+        Whatever the chain had running before is over (or a zombie, which the generations keep out): its
+        claims expire. Returns a reason instead if this job must not run at all.
+        """
+        with self._database.transaction() as tx:
+            mine = tx.execute(select(job).where(job.c.token == token, job.c.worker_id == worker_id)).one_or_none()
+            if mine is None:
+                return f"no job {token} of worker {worker_id} is known; another one took its place"
+            if mine.state == JobState.CANCELLED:
+                return f"this job was cancelled: {mine.outcome}"
+            newer = select(func.count()).where(
+                job.c.worker_id == worker_id,
+                job.c.link > mine.link,
+                job.c.state.in_((JobState.RUNNING, JobState.ENDED)),
+            )
+            if tx.execute(newer).scalar_one():
+                return f"link {mine.link} of worker {worker_id} was followed by a later one already"
+            tx.execute(
+                update(job)
+                .where(job.c.job_id == mine.job_id)
+                .values(
+                    state=JobState.RUNNING,
+                    cluster_id=cluster_id,
+                    host=host,
+                    pid=pid,
+                    pid_created_at=pid_created_at,
+                    starts=mine.starts + 1,
+                    started_at=now,
+                    ended_at=None,
+                    outcome=None,
+                )
+            )
+            self._close_earlier(tx, mine, now)
+            me = _worker(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
+            state = tx.execute(select(run.c.state, run.c.deadline)).one()
+            why_not = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
+            link = self._successor(tx, mine, now) if successor and why_not is None else None
+            row = tx.execute(select(job).where(job.c.job_id == mine.job_id)).one()
+            return Started(_job(row), me, link, why_not)
+
+    def _successor(self, tx: Connection, mine: Row[Any], now: float) -> Job | None:
+        """A new link after this one, or None where an earlier start of this job has queued one already."""
+        later = select(func.count()).where(
+            job.c.worker_id == mine.worker_id, job.c.link > mine.link, job.c.state.in_(OPEN)
+        )
+        if tx.execute(later).scalar_one():
+            return None
+        return _add_link(tx, mine.worker_id, mine.job_id, new_token(), now)
+
+    def _close_earlier(self, tx: Connection, mine: Row[Any], now: float) -> None:
+        earlier = tx.execute(
+            select(job).where(job.c.worker_id == mine.worker_id, job.c.link < mine.link, job.c.state.in_(OPEN))
+        ).all()
+        for row in earlier:
+            _close(tx, row.job_id, JobState.LOST, "it ended without a word", now)
+        live = select(chunk.c.chunk_id).where(chunk.c.worker_id == mine.worker_id, chunk.c.state == ChunkState.LIVE)
+        expire(tx, tx.execute(live).scalars().all(), "its job ended without a word", now)
+
+    def find(self, token: str, worker_id: int) -> tuple[Job | None, Job | None]:
+        """The job with this token, and the one that it follows."""
+        with self._database.transaction() as tx:
+            mine = tx.execute(select(job).where(job.c.token == token, job.c.worker_id == worker_id)).one_or_none()
+            if mine is None:
+                return None, None
+            before = tx.execute(select(job).where(job.c.job_id == mine.after_job_id)).one_or_none()
+            return _job(mine), _job(before) if before else None
+
+    def workers(self) -> list[Worker]:
+        with self._database.transaction() as tx:
+            return [_worker(w) for w in tx.execute(select(worker).order_by(worker.c.worker_id)).all()]
+
+    def submitted(self, taken: Iterable[Placed]) -> None:
+        """The cluster has taken these jobs. One that has begun already knows better what it is."""
+        with self._database.transaction() as tx:
+            for it in taken:
+                tx.execute(
+                    update(job)
+                    .where(job.c.job_id == it.job_id, job.c.state == JobState.SUBMITTING)
+                    .values(
+                        state=JobState.QUEUED,
+                        cluster_id=it.cluster_id,
+                        pid=it.pid,
+                        pid_created_at=it.pid_created_at,
+                        host=it.host,
+                    )
+                )
+
+    def not_submitted(self, jobs: Sequence[Job], reason: str, now: float) -> None:
+        """The cluster did not take them: their chains are broken until somebody mends them."""
+        with self._database.transaction() as tx:
+            for it in jobs:
+                _close(tx, it.job_id, JobState.LOST, reason, now)
+
+    def cancelled(self, jobs: Sequence[Job], reason: str, now: float) -> None:
+        """These jobs are not wanted any more; should one begin all the same, it does nothing."""
+        with self._database.transaction() as tx:
+            for it in jobs:
+                _close(tx, it.job_id, JobState.CANCELLED, reason, now)
+
+    def end(self, mine: Job, outcome: str, error: bool, now: float, max_failures: int) -> tuple[Job | None, str | None]:
+        """A job ends by its own will. Returns its open successor, and why that one is not wanted if so.
+
+        An unwanted successor is marked cancelled here; the caller cancels it on the cluster.
+        """
+        with self._database.transaction() as tx:
+            if not _close(tx, mine.job_id, JobState.ENDED, outcome, now, mine.starts):
+                return None, None
+            if error:
+                _count_failure(tx, mine.worker_id)
+            query = select(job).where(job.c.worker_id == mine.worker_id, job.c.link > mine.link, job.c.state.in_(OPEN))
+            row = tx.execute(query.order_by(job.c.link)).first()
+            me = _worker(tx.execute(select(worker).where(worker.c.worker_id == mine.worker_id)).one())
+            state = tx.execute(select(run.c.state, run.c.deadline)).one()
+            why_not = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
+            if row is None or why_not is None:
+                return (_job(row) if row else None), None
+            _close(tx, row.job_id, JobState.CANCELLED, why_not, now)
+            return _job(row), why_not
+
+    # --- mending
+
+    def apply_mend(self, lost: Sequence[Job], adopt: Sequence[tuple[Job, str]], now: float) -> None:
+        """Write down what the cluster proved: these jobs are gone, those have an id after all."""
+        with self._database.transaction() as tx:
+            for gone in lost:
+                if _close(tx, gone.job_id, JobState.LOST, "its job is gone", now, gone.starts):
+                    live = select(chunk.c.chunk_id).where(
+                        chunk.c.job_id == gone.job_id, chunk.c.state == ChunkState.LIVE
+                    )
+                    expire(tx, tx.execute(live).scalars().all(), "its job is gone", now)
+                    log_event(
+                        tx,
+                        now,
+                        "lost",
+                        gone.worker_id,
+                        None,
+                        None,
+                        job=gone.job_id,
+                        cluster_id=gone.cluster_id,
+                    )
+            for known, cluster_id in adopt:
+                tx.execute(
+                    update(job)
+                    .where(job.c.job_id == known.job_id, job.c.state == JobState.SUBMITTING)
+                    .values(state=JobState.QUEUED, cluster_id=cluster_id)
+                )
+
+    def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[Job]:
+        """New links for chains that have none open, as far as the rules still want them."""
+        token = new_token()
+        links = []
+        with self._database.transaction() as tx:
+            state = tx.execute(select(run.c.state, run.c.deadline)).one()
+            for worker_id in worker_ids:
+                me = _worker(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
+                opened = select(func.count()).where(job.c.worker_id == worker_id, job.c.state.in_(OPEN))
+                unwanted = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
+                if tx.execute(opened).scalar_one():
+                    continue
+                if unwanted is None:
+                    links.append(_add_link(tx, worker_id, None, token, now))
+                elif me.failures >= max_failures and me.stopped is None:
+                    _stop_worker(tx, worker_id, unwanted, now)
+        return links
+
+    # --- the run
+
+    def snapshot(self, mode: Mode) -> Snapshot:
+        with self._database.transaction() as tx:
+            row = tx.execute(select(run)).one()
+            order = checkpoint.c.score.desc() if mode == "max" else checkpoint.c.score.asc()
+            best = tx.execute(
+                select(checkpoint.c.score)
+                .join(entry, entry.c.checkpoint_id == checkpoint.c.checkpoint_id)
+                .where(entry.c.on_board.is_(True))
+                .order_by(order)
+                .limit(1)
+            ).scalar_one_or_none()
+            workers = tx.execute(select(worker).order_by(worker.c.worker_id)).all()
+            jobs = tx.execute(select(job).where(job.c.state.in_(OPEN)).order_by(job.c.job_id)).all()
+            return Snapshot(
+                name=row.name,
+                state=RunState(row.state),
+                reason=row.reason,
+                created_at=row.created_at,
+                deadline=row.deadline,
+                settings_version=row.settings_version,
+                progress=Progress(row.chunks_since_promotion, best, row.epochs),
+                workers=tuple(_worker(w) for w in workers),
+                open_jobs=tuple(_job(j) for j in jobs),
+            )
+
+    def change_state(
+        self, wanted: RunState, allowed_from: Sequence[RunState], reason: str | None, now: float
+    ) -> RunState:
+        """Set the run's state if it is in one of these; the state it had."""
+        with self._database.transaction() as tx:
+            had = RunState(tx.execute(select(run.c.state)).scalar_one())
+            if had in allowed_from and had is not wanted:
+                set_state(tx, wanted, reason, now)
+            return had
+
+    def revive(self, now: float) -> None:
+        """Forget failures: somebody has looked into them and starts the run again."""
+        with self._database.transaction() as tx:
+            tx.execute(update(worker).values(failures=0, stopped=None))
+
+    def stop_worker(self, worker_id: int, reason: str, now: float) -> None:
+        """This chain ends. With the last one, the run has failed."""
+        with self._database.transaction() as tx:
+            _stop_worker(tx, worker_id, reason, now)
+
+
+def new_token() -> str:
+    return secrets.token_hex(8)
+
+
+def _add_link(tx: Connection, worker_id: int, after_job_id: int | None, token: str, now: float) -> Job:
+    last = tx.execute(select(func.max(job.c.link)).where(job.c.worker_id == worker_id)).scalar_one()
+    link = 0 if last is None else last + 1
+    job_id = tx.execute(
+        insert(job).values(
+            worker_id=worker_id,
+            link=link,
+            token=token,
+            state=JobState.SUBMITTING,
+            after_job_id=after_job_id,
+            starts=0,
+            submitted_at=now,
+        )
+    ).inserted_primary_key[0]  # type: ignore[index]
+    return Job(job_id, worker_id, link, token, JobState.SUBMITTING, after_job_id=after_job_id, submitted_at=now)
+
+
+def _close(tx: Connection, job_id: int, state: JobState, outcome: str, now: float, starts: int | None = None) -> bool:
+    where = [job.c.job_id == job_id, job.c.state.in_(OPEN)]
+    if starts is not None:
+        where.append(job.c.starts == starts)
+    was = tx.execute(select(job).where(*where)).one_or_none()
+    if was is None:
+        return False
+    tx.execute(update(job).where(job.c.job_id == job_id).values(state=state, outcome=outcome, ended_at=now))
+    if state is JobState.LOST and was.state == JobState.RUNNING:
+        finished = select(func.count()).where(chunk.c.job_id == job_id, chunk.c.finished_at.is_not(None))
+        if not tx.execute(finished).scalar_one():
+            _count_failure(tx, was.worker_id)
+    return True
+
+
+def _stop_worker(tx: Connection, worker_id: int, reason: str, now: float) -> None:
+    tx.execute(update(worker).where(worker.c.worker_id == worker_id).values(stopped=reason))
+    log_event(tx, now, "worker stopped", worker_id, None, None, reason=reason)
+    left = tx.execute(select(func.count()).where(worker.c.stopped.is_(None))).scalar_one()
+    if not left and tx.execute(select(run.c.state)).scalar_one() == RunState.ACTIVE:
+        set_state(tx, RunState.FAILED, f"every worker has stopped; the last: {reason}", now)
+
+
+def _count_failure(tx: Connection, worker_id: int) -> None:
+    tx.execute(update(worker).where(worker.c.worker_id == worker_id).values(failures=worker.c.failures + 1))
+
+
+def _job(row: Row[Any]) -> Job:
+    values = dict(row._mapping)
+    return Job(**(values | {"state": JobState(values["state"])}))
+
+
+def _worker(row: Row[Any]) -> Worker:
+    return Worker(row.worker_id, row.device, row.failures, row.stopped)

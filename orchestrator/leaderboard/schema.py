@@ -1,0 +1,160 @@
+"""The tables. Times are Unix seconds (UTC). A change here needs a new SCHEMA_VERSION."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+run = Table(
+    "run",
+    metadata,
+    Column("run_id", Integer, primary_key=True),
+    Column("schema_version", Integer, nullable=False),
+    Column("orch_version", String(32), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text),
+    Column("created_at", Float, nullable=False),
+    Column("deadline", Float, nullable=False),
+    Column("generation", Integer, nullable=False),  # the last one given to a claim; they are never used twice
+    Column("chunks_since_promotion", Integer, nullable=False),
+    Column("epochs", Integer, nullable=False),  # of finished chunks, kept here so that a claim need not count
+    Column("settings", Text, nullable=False),  # JSON, complete; amended in place
+    Column("settings_version", Integer, nullable=False),
+    Column("import_paths", JSON, nullable=False),  # where a user's own job module was found at launch
+)
+
+worker = Table(
+    "worker",
+    metadata,
+    Column("worker_id", Integer, primary_key=True, autoincrement=False),
+    Column("device", String(200)),
+    Column("failures", Integer, nullable=False, default=0),
+    Column("stopped", Text),
+)
+
+job = Table(
+    "job",
+    metadata,
+    Column("job_id", Integer, primary_key=True),
+    Column("worker_id", Integer, ForeignKey("worker.worker_id"), nullable=False),
+    Column("link", Integer, nullable=False),
+    Column("token", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("cluster_id", String(64)),
+    Column("after_job_id", Integer, ForeignKey("job.job_id")),
+    Column("host", String(255)),
+    Column("pid", Integer),
+    Column("pid_created_at", Float),
+    Column("starts", Integer, nullable=False, default=0),
+    Column("submitted_at", Float, nullable=False),
+    Column("started_at", Float),
+    Column("ended_at", Float),
+    Column("outcome", Text),
+    UniqueConstraint("worker_id", "link", name="a_chain_never_forks"),
+    Index("job_by_state", "state"),
+)
+
+checkpoint = Table(
+    "checkpoint",
+    metadata,
+    Column("checkpoint_id", Integer, primary_key=True),
+    Column("chunk_id", Integer, ForeignKey("chunk.chunk_id"), nullable=False, unique=True),
+    Column("parent_id", Integer, ForeignKey("checkpoint.checkpoint_id")),
+    Column("founder_id", Integer, nullable=False),  # its own id for a founder
+    Column("worker_id", Integer, ForeignKey("worker.worker_id"), nullable=False),
+    Column("epochs", Integer, nullable=False),
+    Column("score", Float, nullable=False),
+    Column("metrics", JSON, nullable=False),
+    Column("profile", String(200), nullable=False),
+    Column("file", String(255), nullable=False, unique=True),
+    Column("sha256", String(64), nullable=False),
+    Column("size_bytes", Integer, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("test_metrics", JSON),
+    Column("tested_at", Float),
+    Column("released", Boolean, nullable=False, default=False),  # nothing refers to it; its file may be gone
+    Index("checkpoint_held", "released", sqlite_where=text("released = 0")),
+)
+
+entry = Table(
+    "entry",
+    metadata,
+    Column("entry_id", Integer, primary_key=True),
+    Column("checkpoint_id", Integer, ForeignKey("checkpoint.checkpoint_id"), nullable=False, unique=True),
+    Column("start_position", Integer, nullable=False),
+    Column("floor", Integer, nullable=False),
+    Column("worked_on", Integer, nullable=False),
+    Column("promoted_at", Float, nullable=False),
+    Column("on_board", Boolean, nullable=False),
+    Column("evicted_at", Float),
+    Column("evicted_by", Integer, ForeignKey("entry.entry_id")),
+    Index("entry_on_board", "on_board", sqlite_where=text("on_board = 1")),
+)
+
+chunk = Table(
+    "chunk",
+    metadata,
+    Column("chunk_id", Integer, primary_key=True),
+    # Whose cycle position it consumes. A founder's own chunk gets it on promotion, since it founds the entry.
+    Column("entry_id", Integer, ForeignKey("entry.entry_id", use_alter=True)),
+    Column("parent_id", Integer, ForeignKey("checkpoint.checkpoint_id", use_alter=True)),
+    Column("position", Integer, nullable=False),
+    Column("profile", String(200), nullable=False),
+    Column("worker_id", Integer, ForeignKey("worker.worker_id"), nullable=False),
+    Column("job_id", Integer, ForeignKey("job.job_id")),
+    Column("generation", Integer, nullable=False, unique=True),
+    Column("state", String(16), nullable=False),
+    Column("claimed_at", Float, nullable=False),
+    Column("lease_until", Float, nullable=False),
+    Column("finished_at", Float),
+    Column("train_seconds", Float),
+    Column("epochs", Integer),
+    Column("score", Float),
+    Column("suspended_file", String(255)),
+    Column("suspended_sha256", String(64)),
+    Column("error", Text),
+    Index("chunk_by_entry", "entry_id", "position"),
+    Index("chunk_held", "state", sqlite_where=text("state IN ('live', 'suspended')")),
+    Index("chunk_finished", "finished_at"),
+)
+
+epoch = Table(
+    "epoch",
+    metadata,
+    Column("epoch_id", Integer, primary_key=True),
+    Column("chunk_id", Integer, ForeignKey("chunk.chunk_id"), nullable=False),
+    Column("number", Integer, nullable=False),  # epochs of the whole lineage, counted from 1
+    Column("seconds", Float, nullable=False),
+    Column("metrics", JSON, nullable=False),
+    UniqueConstraint("chunk_id", "number", name="no_epoch_twice"),
+)
+
+event = Table(
+    "event",
+    metadata,
+    Column("event_id", Integer, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("worker_id", Integer),
+    Column("chunk_id", Integer),
+    Column("entry_id", Integer),
+    Column("data", JSON, nullable=False),
+)

@@ -1,0 +1,122 @@
+"""The lock around the SQLite database: filelock's API, with a wait that is fair."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+
+LOCK_TIMEOUT_S = 300.0
+
+
+class FairFileLock:
+    """A `filelock.FileLock` behind a queue.
+
+    FileLock polls, so under contention whoever happens to look first gets it: with 64 processes a waiter
+    was measured to wait for 1.8 s (p99) where the kernel's own queue of blocked flock calls gave 0.27 s.
+    So a process first waits, blocked in flock, for a file of its own (`NAME.queue`) and takes the FileLock
+    while it holds that: at most one process ever asks for the FileLock, which therefore never waits unless
+    a program that does not queue (plain filelock) has it.
+
+    The kernel drops both when their holder dies. Neither is ever broken by age.
+    """
+
+    def __init__(self, lock_file: str | os.PathLike[str], timeout: float = LOCK_TIMEOUT_S) -> None:
+        self.lock_file = str(lock_file)
+        self.timeout = timeout
+        self._queue_file = f"{self.lock_file}.queue"
+        self._inner = FileLock(self.lock_file, timeout=timeout, poll_interval=0.01)
+        self._queue_fd: int | None = None
+
+    @property
+    def is_locked(self) -> bool:
+        return self._inner.is_locked
+
+    def acquire(self, timeout: float | None = None) -> FairFileLock:
+        """Wait for the turn, at most `timeout` seconds (below 0: for ever).
+
+        Raises filelock.Timeout, and OSError where the file system refuses the files or the lock.
+        """
+        timeout = self.timeout if timeout is None else timeout
+        started = time.monotonic()
+        fd = os.open(self._queue_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _flock_within(fd, timeout, lambda: Timeout(self.lock_file))
+        self._queue_fd = fd
+        try:
+            self._inner.acquire(timeout=-1 if timeout < 0 else max(0.0, timeout - (time.monotonic() - started)))
+        except BaseException:
+            self._leave_queue()
+            raise
+        return self
+
+    def release(self) -> None:
+        self._inner.release()
+        self._leave_queue()
+
+    def _leave_queue(self) -> None:
+        if self._queue_fd is not None:
+            os.close(self._queue_fd)
+            self._queue_fd = None
+
+    def __enter__(self) -> FairFileLock:
+        return self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _flock_within(fd: int, timeout: float, on_timeout: Callable[[], Timeout]) -> None:
+    """Lock fd exclusively, blocked in the kernel's queue. Closes fd if that fails.
+
+    flock has no time limit of its own, so a wait that has one is done by a thread, which outlives the wait
+    when the limit is reached and gives up what it then gets.
+    """
+    if timeout < 0:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    except BlockingIOError:
+        pass
+    except OSError:
+        os.close(fd)
+        raise
+    outcome: list[OSError | None] = []
+    guard = threading.Lock()  # decides who owns fd: the waiter, or the thread once the waiter has left
+    left = False
+
+    def wait() -> None:
+        error: OSError | None = None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as caught:
+            error = caught
+        with guard:
+            if left:
+                os.close(fd)
+            else:
+                outcome.append(error)
+
+    thread = threading.Thread(target=wait, name="flock", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    with guard:
+        left = not outcome
+    if left:
+        raise on_timeout()
+    if outcome[0] is not None:
+        os.close(fd)
+        raise outcome[0]
+
+
+def lock_path(database: Path) -> Path:
+    return database.with_name(database.name + ".lock")

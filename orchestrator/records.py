@@ -1,0 +1,308 @@
+"""Frozen values that travel between the rules, the database, the cluster and the jobs.
+
+Times are Unix seconds (UTC); a time that never comes is None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+Mode = Literal["max", "min"]
+
+
+class RunState(StrEnum):
+    """Of the whole run. Only an active run starts chunks and successors."""
+
+    ACTIVE = "active"
+    PAUSED = "paused"
+    DRAINING = "draining"
+    CONVERGED = "converged"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class ChunkState(StrEnum):
+    """Of one claim and what came of it. LIVE and SUSPENDED hold their cycle position."""
+
+    LIVE = "live"
+    SUSPENDED = "suspended"
+    PROMOTED = "promoted"
+    DISCARDED = "discarded"
+    EXPIRED = "expired"
+    FAILED = "failed"
+
+
+class JobState(StrEnum):
+    """Of one link of a chain, as the database has it."""
+
+    SUBMITTING = "submitting"
+    QUEUED = "queued"
+    RUNNING = "running"
+    ENDED = "ended"
+    LOST = "lost"
+    CANCELLED = "cancelled"
+
+
+class Evidence(StrEnum):
+    """What a cluster says of a job. UNKNOWN (it does not answer, or can't know) is evidence of nothing."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    GONE = "gone"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One entry of the cycle: what a chunk trains with."""
+
+    name: str
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """The number that the board is ordered by."""
+
+    name: str
+    mode: Mode
+
+    def key(self, score: float | None) -> float:
+        """The score as a number of which more is better; scores that never enter are the least of all."""
+        if score is None or not math.isfinite(score):
+            return -math.inf
+        return score if self.mode == "max" else -score
+
+    def better(self, score: float | None, than: float | None) -> bool:
+        """Strictly better: a tie is no improvement."""
+        return self.key(score) > self.key(than)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A checkpoint that holds (or held) a slot of the leaderboard."""
+
+    entry_id: int
+    checkpoint_id: int
+    score: float
+    start_position: int  # the first position of the cycle that this entry consumes
+    floor: int  # every position below it is consumed; saves reading the whole history
+    worked_on: int  # chunks that were finished on it, promoted or not
+    founder: bool = False  # trained from initial weights: the chunk that made it consumed start_position
+    in_progress: int = 0  # chunks on it that are live or suspended now
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAnew:
+    """Train fresh weights: a slot is free and nobody is filling it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkOn:
+    """Train a child of this entry."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A worker's lease on (parent checkpoint, profile position); every later write carries its generation."""
+
+    chunk_id: int
+    generation: int
+    worker_id: int
+    position: int
+    profile: Profile
+    repeat: int  # how many earlier positions of this entry had the same profile: 0 goes on with the parent's RNG
+    parent_file: str | None  # None: a founder, trained from initial weights
+    parent_sha256: str | None
+    parent_epochs: int
+    bar: float | None  # the score to beat on a full board; None while a slot is free
+    suspended_file: str | None = None  # where an interrupted chunk goes on
+    suspended_sha256: str | None = None
+
+    @property
+    def file_stem(self) -> str:
+        """Names every file of this claim, so that a file tells whose it is even before the database does."""
+        return f"g{self.generation:08d}-c{self.chunk_id:08d}"
+
+
+@dataclass(frozen=True, slots=True)
+class EpochResult:
+    """One epoch as it was measured."""
+
+    number: int  # epochs of the whole lineage, counted from 1
+    seconds: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a finished chunk offers to the board."""
+
+    score: float
+    epochs: int  # of the whole lineage
+    results: tuple[EpochResult, ...]
+    train_seconds: float
+    file: str | None = None  # None: not written, since it could not be admitted
+    sha256: str | None = None
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    """The ratchet admits the candidate, in place of this entry or (None) in a free slot."""
+
+    evicted: Entry | None
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """The ratchet does not admit the candidate."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a candidate, and the files that nothing refers to any more."""
+
+    promoted: bool
+    reason: str
+    collectable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """When a run ends before its lifetime is over."""
+
+    stale_chunks: int | None  # so many chunks in a row without a promotion
+    score: float | None  # the best entry has reached it
+    epochs: int | None  # so many epochs were trained
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the stop rules look at."""
+
+    chunks_since_promotion: int
+    best_score: float | None
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One link of a worker's chain."""
+
+    job_id: int
+    worker_id: int
+    link: int
+    token: str  # names its folder; unlike the cluster's id it is never used twice
+    state: JobState
+    cluster_id: str | None = None
+    after_job_id: int | None = None
+    host: str | None = None
+    pid: int | None = None
+    pid_created_at: float | None = None
+    starts: int = 0  # more than 1: the cluster put it back in the queue
+    submitted_at: float | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    outcome: str | None = None
+
+    @property
+    def open(self) -> bool:
+        return self.state in (JobState.SUBMITTING, JobState.QUEUED, JobState.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One chain."""
+
+    worker_id: int
+    device: str | None  # the value of CUDA_VISIBLE_DEVICES on the local executor; None: leave it alone
+    failures: int  # jobs and chunks in a row that failed, with no finished chunk between them
+    stopped: str | None  # why this chain ends although the run goes on
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What of the settings the board needs, and which version of them it is."""
+
+    version: int
+    metric: Metric
+    num_models: int
+    cycle: tuple[Profile, ...]
+    stop: StopRules
+    max_failures: int  # in a row, before a chain ends
+    max_chunk_attempts: int  # failures of one position, before it counts as consumed
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """There is nothing to claim, and why."""
+
+    state: RunState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A job has begun. `successor` is the link to submit now; without one, `why_no_successor` says why."""
+
+    job: Job
+    worker: Worker
+    successor: Job | None
+    why_no_successor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The run as it is now, read in one transaction."""
+
+    name: str
+    state: RunState
+    reason: str | None
+    created_at: float
+    deadline: float
+    settings_version: int
+    progress: Progress
+    workers: tuple[Worker, ...]
+    open_jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A chunk as the job side sees it."""
+
+    profile: Profile
+    epochs: int
+    seed: int  # of a founder's initial weights
+    repeat: int
+    parent: Path | None
+    suspended: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A chunk was trained and validated."""
+
+    score: float
+    epochs: int  # of the whole lineage
+    results: tuple[EpochResult, ...]
+    train_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """A chunk was stopped between two steps; saved now, it can go on from there."""
+
+    steps: int  # in the epoch that was cut

@@ -1,0 +1,299 @@
+"""JSON -> Settings, validated once; every mistake named with its place, its value and what is allowed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from orchestrator import rules
+from orchestrator.errors import SettingsError
+from orchestrator.records import Metric, Mode, Policy, Profile, StopRules
+
+# Keys of the report's own system whose job is done by the database and the run folder now.
+OBSOLETE = ("lock_file", "lock_timeout", "state_file", "log_file", "model_name_format")
+DEFAULT_JOB = "jobs.alexnet:AlexNet"
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Flags = bool | list[bool]
+
+
+class Strict(BaseModel):
+    """Unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ProfileSettings(Strict):
+    """One entry of the cycle."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    learning_rate: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
+class MetricSettings(Strict):
+    name: Annotated[str, Field(min_length=1)] = "accuracy"
+    mode: Mode = "max"
+
+
+class SlurmSettings(Strict):
+    """What each job asks of Slurm. Unset: what slurm_file says, else the partition's defaults."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time_min: Annotated[int, Field(ge=1, description="time limit; default: eon_lifetime and the grace")] | None = None
+    gpus: Annotated[int, Field(ge=0, description="GPUs per worker; default 1")] | None = None
+    gres: str | None = None
+    cpus: Count | None = None
+    mem_gb: Positive | None = None
+    nice: Annotated[int, Field(ge=0)] | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    throttle: Annotated[int, Field(ge=1, description="jobs of the first array that run at once")] | None = None
+    signal_delay_s: Annotated[int, Field(ge=1, description="Slurm's warning before the time limit")] = 60
+    setup: list[str] = []
+    additional_parameters: dict[str, Any] = {}
+
+
+class Settings(Strict):
+    """Everything that a run is made from. Lifetimes in seconds."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    job: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = DEFAULT_JOB
+    job_params: dict[str, Any] = {}
+
+    num_models: Count = 5
+    training_profiles: Annotated[list[ProfileSettings], Field(min_length=1)]
+    max_batch_size: Count = 100
+    epochs_per_chunk: Count = 1
+    metric: MetricSettings = MetricSettings()
+    select_on: Literal["validation", "test"] = "validation"
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    deterministic: bool = False
+
+    training_source_dir: str | None = None
+    testing_source_dir: str | None = None
+    pretrained_features: Flags = False
+    pretrained_classifier: Flags = False
+    trainable_features: Flags = True
+    trainable_classifier: Flags = True
+    pretrained_weights: str = "IMAGENET1K_V1"
+
+    workers: Count = 1
+    executor: Literal["slurm", "local", "inline"] | None = None
+    cores_per_worker: Count | None = None
+    total_lifetime: Positive = 259200
+    eon_lifetime: Positive = 2400
+    stop_after_stale_cycles: Count | None = 1
+    stop_at_score: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    stop_after_epochs: Count | None = None
+    max_failures: Count = 5
+    max_chunk_attempts: Count = 3
+    slurm_file: str | None = None
+    slurm: SlurmSettings = SlurmSettings()
+    database: str | None = None
+
+    @field_validator("training_profiles")
+    @classmethod
+    def _names_mean_one_thing(cls, profiles: list[ProfileSettings]) -> list[ProfileSettings]:
+        seen: dict[str, ProfileSettings] = {}
+        for profile in profiles:
+            if seen.setdefault(profile.name, profile) != profile:
+                raise ValueError(f"two profiles are named {profile.name!r} but differ; a repeat must be the same")
+        return profiles
+
+    def policy(self, version: int) -> Policy:
+        """What of it the leaderboard needs."""
+        return Policy(
+            version=version,
+            metric=Metric(self.metric.name, self.metric.mode),
+            num_models=self.num_models,
+            cycle=tuple(Profile(**p.model_dump()) for p in self.training_profiles),
+            stop=StopRules(
+                stale_chunks=rules.stale_chunks(
+                    self.stop_after_stale_cycles, len(self.training_profiles), self.num_models
+                ),
+                score=self.stop_at_score,
+                epochs=self.stop_after_epochs,
+            ),
+            max_failures=self.max_failures,
+            max_chunk_attempts=self.max_chunk_attempts,
+        )
+
+
+def load_policy(text: str, version: int) -> Policy:
+    """The policy of settings as they were frozen by `freeze`."""
+    return thaw(text).policy(version)
+
+
+def freeze(settings: Settings) -> str:
+    """Complete JSON: every default spelled out, so that a later version's defaults change nothing."""
+    return settings.model_dump_json(indent=2)
+
+
+def thaw(text: str) -> Settings:
+    try:
+        return Settings.model_validate_json(text)
+    except ValidationError as error:
+        raise SettingsError(explain("the run's settings", error)) from error
+
+
+def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Settings, list[str]]:
+    """Read a settings file. overrides are "key=value" with dots for depth and JSON for values; fixed ones
+    come from the command line's own options and win.
+
+    Returns the settings (paths absolute, from the current directory) and what the user should be told.
+    Raises SettingsError with a line for each mistake.
+    """
+    raw = _read(path)
+    for override in overrides:
+        _override(raw, override)
+    raw.update({key: value for key, value in fixed.items() if value is not None})
+    notes = [f"{path}: {key} is no longer needed and ignored" for key in OBSOLETE if raw.pop(key, None) is not None]
+    raw.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "run")
+    for key in ("training_source_dir", "testing_source_dir", "slurm_file"):
+        if isinstance(raw.get(key), str) and raw[key]:
+            raw[key] = str(Path(raw[key]).expanduser().absolute())
+    try:
+        settings = Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(explain(str(path), error)) from error
+    if settings.select_on == "test":
+        notes.append(
+            f'{path}: select_on is "test": the board is chosen on the test set, so its scores are no estimate of '
+            'how good the models are. "validation" keeps the test set for the end.'
+        )
+    return settings, notes
+
+
+def difference(old: Settings, new: Settings) -> list[str]:
+    """A line for each key whose value differs: "key: old -> new"."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return [
+        f"{key}: {json.dumps(before[key])} -> {json.dumps(after[key])}" for key in before if before[key] != after[key]
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise SettingsError(f"{path}: not JSON: {error}") from error
+    except _TwinKeyError as error:
+        raise SettingsError(f"{path}: the key {error} is given twice") from error
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path}: settings are a JSON object {{...}}, not {type(raw).__name__}")
+    return raw
+
+
+class _TwinKeyError(Exception):
+    """Which of two values would win is nobody's to guess."""
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise _TwinKeyError(repr(key))
+        seen[key] = value
+    return seen
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise SettingsError(f"--set {override!r}: allowed is key=value, e.g. --set workers=4")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = path.split(".")
+    node: Any = raw
+    for key in parents:
+        node = node[int(key)] if _is_index(node, key) else node.setdefault(key, {}) if isinstance(node, dict) else None
+    if isinstance(node, dict):
+        node[last] = value
+    elif _is_index(node, last):
+        node[int(last)] = value
+    else:
+        raise SettingsError(f"--set {override!r}: there is nothing at {path!r} to set")
+
+
+def _is_index(node: Any, key: str) -> bool:
+    return isinstance(node, list) and key.isdigit() and int(key) < len(node)
+
+
+# --- messages
+
+
+def explain(source: str, error: ValidationError, model: type[BaseModel] = Settings) -> str:
+    """A line for each mistake: the source, the key's path, the value, and what is allowed."""
+    lines = []
+    for detail in error.errors(include_url=False):
+        line = f"{source}: {_explain_one(detail, model)}"
+        if line not in lines:  # a union (true or a list of them) reports each of its sides
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    place = _place(detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = _keys_at(detail["loc"][:-1], model)
+        near = get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+        allowed = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}"
+        return f"{place}: unknown key; {allowed}"
+    if detail["type"] == "missing":
+        return f"{place}: is missing and has no default"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    context: Mapping[str, Any] = detail.get("ctx") or {}
+    if "pattern" in context:
+        message = {
+            "name": "allowed are letters, digits, '.', '_' and '-'",
+            "job": 'allowed is "module:Class"',
+        }.get(place, message)
+    if detail["type"] == "value_error":
+        return f"{place}: {message}"
+    return f"{place}: {_short(detail['input'])} is not allowed; {message}"
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part not in ("bool", "list[bool]"):  # pydantic's names for the sides of a union
+            text += f".{part}" if text else part
+    return text
+
+
+def _keys_at(loc: tuple[int | str, ...], model: Any) -> list[str]:
+    for part in loc:
+        if isinstance(part, str) and isinstance(model, type) and issubclass(model, BaseModel):
+            annotation = model.model_fields[part].annotation
+            nested = [
+                a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
+            ]
+            model = nested[0] if nested else None
+    return sorted(model.model_fields) if model else []
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

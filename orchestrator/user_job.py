@@ -1,0 +1,65 @@
+"""The user's own job, as the command line needs it: checked before a launch, evaluated, exported.
+
+Everything of torch is imported when it is called, never before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import checkpoints
+from orchestrator.errors import JobSpecError, RunError
+from orchestrator.settings import Settings
+
+if TYPE_CHECKING:
+    from orchestrator.run import Run
+
+
+def check(settings: Settings, import_paths: Sequence[str], download: bool = False) -> list[str]:
+    """Import the job and let it check what it needs. Lines for the user. Raises JobSpecError."""
+    sys.path[:0] = [p for p in import_paths if p not in sys.path]
+    from jobs.job import JobError
+    from jobs.training import load_job
+
+    try:
+        return load_job(settings.model_dump(mode="json")).prepare(download)
+    except JobError as error:
+        raise JobSpecError(str(error)) from error
+
+
+def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
+    """A function from a checkpoint's file to its metrics on the test set."""
+    sys.path[:0] = [p for p in run.leaderboard.reader.run_row()["import_paths"] if p not in sys.path]
+    from jobs.job import JobError
+    from jobs.training import open_session
+
+    try:
+        session = open_session(run.settings.model_dump(mode="json"), len(os.sched_getaffinity(0)))
+        session.feed("test")
+    except JobError as error:
+        raise JobSpecError(str(error)) from error
+    return lambda path: session.evaluate_file(path, "test")
+
+
+def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
+    """Write the weights of the entry of this rank to out, and what it is beside it. Raises RunError."""
+    from jobs.training import export
+
+    entries = run.board()["entries"]
+    if rank > len(entries):
+        raise RunError(f"--rank {rank}: the board of {run.name} has {len(entries)} entries")
+    entry: dict[str, Any] = entries[rank - 1]
+    source = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.publish(out, lambda target: export(source, target))
+        text = json.dumps({"run": run.name, "job": run.settings.job, **entry}, indent=2)
+        checkpoints.publish(out.with_suffix(".json"), lambda target: target.write(text.encode()))
+    except OSError as error:
+        raise RunError(f"--out {out}: {error.strerror or error}") from error
+    return entry

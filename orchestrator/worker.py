@@ -1,0 +1,354 @@
+"""The loop inside a job: claim, train, publish, ratchet, until time is up. Everything it needs is passed in."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Protocol
+
+from orchestrator import checkpoints, rules
+from orchestrator.checkpoints import Written
+from orchestrator.cluster import Cluster, key
+from orchestrator.errors import CheckpointError, DamagedCheckpointError, StaleClaimError, SubmissionError
+from orchestrator.leaderboard import Leaderboard
+from orchestrator.records import (
+    Candidate,
+    Claim,
+    EpochResult,
+    Finished,
+    Interrupted,
+    Job,
+    Over,
+    Started,
+    Work,
+)
+from orchestrator.settings import Settings
+
+log = logging.getLogger("orch")
+
+
+class Trainer(Protocol):
+    """The job side (jobs.training.Session)."""
+
+    def train(
+        self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
+    ) -> Finished | Interrupted: ...
+
+    def save(self, target: IO[bytes]) -> None: ...
+
+
+class StopFlag:
+    """Signals only set it; the loop looks at it between two steps."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def listen(self) -> None:
+        for signum in self.SIGNALS:
+            signal.signal(signum, self._set)
+
+    def _set(self, signum: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(signum).name
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a job ends. An error counts against its chain."""
+
+    outcome: str
+    error: bool = False
+
+
+@dataclass
+class Worker:
+    """One job of one chain."""
+
+    folder: Path  # the run's
+    settings: Settings
+    leaderboard: Leaderboard
+    cluster: Cluster
+    open_trainer: Callable[[], Trainer]
+    clock: Callable[[], float]
+    stop: StopFlag = field(default_factory=StopFlag)
+
+    def __post_init__(self) -> None:
+        self.files = self.folder / "checkpoints"
+        self._trainer: Trainer | None = None
+        self._unsubmitted: Job | None = None
+        self._job_end = 0.0
+        self._lease_until = 0.0
+
+    # --- the job
+
+    def run(self, started: Started) -> Ending:
+        """Work until the job's time, the run or the chain is over. Never raises for what can be reported."""
+        job = started.job
+        self._job_end = (job.started_at or self.clock()) + (
+            self.settings.eon_lifetime if self.cluster.chains else self.settings.total_lifetime
+        )
+        self._lease_until = (job.started_at or self.clock()) + self.cluster.time_limit_s()
+        self._unsubmitted = started.successor
+        try:
+            self._submit_successor(job)
+            reconcile(self.leaderboard, self.cluster, self.settings, self.clock())
+            removed = checkpoints.collect(self.files, self.leaderboard.reader.references)
+            if removed:
+                log.info("collected %d files that nothing refers to", len(removed))
+            if self._may_work():
+                self._trainer = self.open_trainer()
+            ending = self._work(job)
+        except StaleClaimError as error:
+            ending = Ending(str(error))
+        except Exception as error:  # the chain goes on in a fresh process; too many in a row end it
+            log.error("%s", traceback.format_exc())
+            ending = Ending(f"{type(error).__name__}: {error}", error=True)
+        self._finish(job, ending)
+        return ending
+
+    def _may_work(self) -> bool:
+        """Opening the trainer imports torch and loads data, which takes a while: not for a run that is over,
+        and before a claim, so that none is held meanwhile."""
+        now = self.clock()
+        snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
+        return not self.stop.reason and now < self._job_end and rules.may_claim(snapshot.state, now, snapshot.deadline)
+
+    def _finish(self, job: Job, ending: Ending) -> None:
+        self._submit_successor(job)
+        successor, why_not = self.leaderboard.chains.end(
+            job, ending.outcome, ending.error, self.clock(), self.settings.max_failures
+        )
+        if why_not is not None and successor is not None:
+            log.info("no successor: %s", why_not)
+            self.cluster.cancel([successor], now=False)
+        worker = next(w for w in self.leaderboard.chains.workers() if w.worker_id == job.worker_id)
+        if worker.failures >= self.settings.max_failures and worker.stopped is None:
+            reason = f"{worker.failures} failures in a row; the last: {ending.outcome}"
+            self.leaderboard.chains.stop_worker(job.worker_id, reason, self.clock())
+        log.info("job ends: %s", ending.outcome)
+
+    def _submit_successor(self, job: Job) -> None:
+        """Queue the successor, which is written down already. If the cluster does not take it, another try is
+        made before each chunk and at the end; then any peer, or `orch status`, mends the chain."""
+        if self._unsubmitted is None:
+            return
+        workers = {w.worker_id: w for w in self.leaderboard.chains.workers()}
+        try:
+            taken = self.cluster.submit([self._unsubmitted], workers, after=job)
+        except SubmissionError as error:
+            log.warning("the successor is not queued yet: %s", error)
+            return
+        self.leaderboard.chains.submitted(taken)
+        log.info("successor queued: %s", taken[0].cluster_id)
+        self._unsubmitted = None
+
+    # --- the loop
+
+    def _work(self, job: Job) -> Ending:
+        durations_s = self.leaderboard.reader.recent_chunk_seconds()
+        chunks = failed = 0
+        while True:
+            if self.stop.reason:
+                return Ending(f"stopped by {self.stop.reason}")
+            self._submit_successor(job)
+            now = self.clock()
+            if not rules.should_start_chunk(now, self._job_end, durations_s, chunks):
+                return Ending("no time is left for another chunk")
+            claim = self.leaderboard.board.claim(job.worker_id, job.job_id, job.starts, now, self._lease_until)
+            if isinstance(claim, Over):
+                return Ending(claim.reason)
+            log.info(
+                "chunk %d (generation %d): %s at position %d of %s",
+                claim.chunk_id,
+                claim.generation,
+                claim.profile.name,
+                claim.position,
+                claim.parent_file or "a founder",
+            )
+            result = self._chunk(claim)
+            if isinstance(result, Ending):
+                failed += 1
+                if failed > 1:  # perhaps this process or node is broken: go on in a fresh one
+                    return result
+            elif result is None:
+                continue
+            else:
+                durations_s.append(result)
+                failed = 0
+            chunks += 1
+
+    def _chunk(self, claim: Claim) -> float | Ending | None:
+        """One chunk: how many seconds it took, how it failed, or None if nothing came of it."""
+        work = self._prepare(claim)
+        if work is None:
+            return None
+        assert self._trainer is not None, "opened before anything was claimed"
+        started = self.clock()
+        try:
+            result = self._trainer.train(work, self._should_stop, self._on_epoch)
+        except Exception as error:  # the user's model, data or device
+            log.error("%s", traceback.format_exc())
+            message = f"{type(error).__name__}: {error}"
+            failures = self.leaderboard.board.fail(claim, message, self.clock())
+            checkpoints.remove(self.files, [claim.suspended_file] if claim.suspended_file else [])
+            return Ending(f"chunk {claim.chunk_id} failed ({failures} in a row): {message}")
+        try:
+            if isinstance(result, Interrupted):
+                self._suspend(claim, result)
+                return None
+            self._offer(claim, result)
+        except StaleClaimError as error:
+            log.warning("%s", error)
+            checkpoints.remove(self.files, [claim.file_stem + checkpoints.SUFFIX])
+            return None
+        except CheckpointError as error:
+            self.leaderboard.board.give_back(claim, str(error), self.clock())
+            raise
+        return self.clock() - started
+
+    def _should_stop(self) -> bool:
+        return self.stop.reason is not None or self.clock() >= self._job_end
+
+    def _on_epoch(self, result: EpochResult) -> None:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        log.info("epoch %d: %s (%.1f s)", result.number, shown, result.seconds)
+
+    def _prepare(self, claim: Claim) -> Work | None:
+        """Check the files that the claim starts from; None if one is damaged, which is then dealt with."""
+        parent = suspended = None
+        try:
+            if claim.suspended_file and claim.suspended_sha256:
+                suspended = checkpoints.verify(self.files, claim.suspended_file, claim.suspended_sha256)
+        except CheckpointError as error:
+            self.leaderboard.board.give_back(claim, f"its suspended state is lost: {error}", self.clock())
+            return None
+        try:
+            if claim.parent_file and claim.parent_sha256 and suspended is None:
+                parent = checkpoints.verify(self.files, claim.parent_file, claim.parent_sha256)
+        except DamagedCheckpointError as error:
+            log.error("%s; its entry leaves the board", error)
+            self.leaderboard.board.condemn(claim, str(error), self.clock())
+            return None
+        return Work(
+            profile=claim.profile,
+            epochs=self.settings.epochs_per_chunk,
+            seed=self.settings.seed * 1_000_003 + claim.chunk_id,
+            repeat=claim.repeat,
+            parent=parent,
+            suspended=suspended,
+        )
+
+    # --- results
+
+    def _suspend(self, claim: Claim, result: Interrupted) -> None:
+        written = self._write(claim, {"kind": "suspended", "step": result.steps})
+        garbage = self.leaderboard.board.suspend(claim, written.file, written.sha256, self.clock())
+        self._remove(claim, garbage)
+        log.info("chunk %d is suspended after %d steps of an epoch", claim.chunk_id, result.steps)
+
+    def _offer(self, claim: Claim, result: Finished) -> None:
+        """Publish the checkpoint if it would be admitted; the transaction decides again."""
+        metric = self.settings.policy(0).metric
+        bar = claim.bar
+        if bar is None or metric.better(result.score, than=bar):
+            bar = self.leaderboard.board.bar()  # it has risen, perhaps, since the claim
+        written: Written | None = None
+        if metric.better(result.score, than=bar):
+            written = self._write(
+                claim,
+                {
+                    "kind": "candidate",
+                    "score": result.score,
+                    "epochs": result.epochs,
+                    "metrics": dict(result.results[-1].metrics),
+                },
+            )
+        candidate = Candidate(
+            result.score,
+            result.epochs,
+            result.results,
+            result.train_seconds,
+            file=written.file if written else None,
+            sha256=written.sha256 if written else None,
+            size_bytes=written.size_bytes if written else 0,
+        )
+        outcome = self.leaderboard.board.record(claim, candidate, self.clock())
+        garbage = outcome.collectable if outcome.promoted or not written else (*outcome.collectable, written.file)
+        self._remove(claim, garbage)
+        log.info(
+            "chunk %d: %s %.6g, %s (%s)",
+            claim.chunk_id,
+            metric.name,
+            result.score,
+            "promoted" if outcome.promoted else "discarded",
+            outcome.reason,
+        )
+
+    def _write(self, claim: Claim, record: dict[str, object]) -> Written:
+        assert self._trainer is not None
+        return checkpoints.write(
+            self.files,
+            claim.file_stem,
+            self._trainer.save,
+            {
+                **record,
+                "chunk": claim.chunk_id,
+                "generation": claim.generation,
+                "worker": claim.worker_id,
+                "position": claim.position,
+                "profile": claim.profile.name,
+                "parent_file": claim.parent_file,
+                "created_at": self.clock(),
+            },
+        )
+
+    def _remove(self, claim: Claim, garbage: tuple[str, ...]) -> None:
+        checkpoints.remove(self.files, [*garbage, *([claim.suspended_file] if claim.suspended_file else [])])
+
+
+def reconcile(
+    leaderboard: Leaderboard,
+    cluster: Cluster,
+    settings: Settings,
+    now: float,
+    grace_s: float = rules.SUBMITTING_GRACE_S,
+) -> list[str]:
+    """Bring the database and the cluster together: close what is gone, reap its claims, mend broken chains.
+
+    Returns a line for each thing that was done. The cluster is asked outside every transaction.
+    """
+    snapshot = leaderboard.chains.snapshot(settings.metric.mode)
+    evidence = cluster.evidence(snapshot.open_jobs)
+    found = cluster.find([j for j in snapshot.open_jobs if j.cluster_id is None])
+    by_token = {
+        j.token: found[key(j.token, j.worker_id)] for j in snapshot.open_jobs if key(j.token, j.worker_id) in found
+    }
+    todo = rules.mend(snapshot.workers, snapshot.open_jobs, evidence, by_token, now, grace_s)
+    done = []
+    if todo.lost or todo.adopt:
+        leaderboard.chains.apply_mend(todo.lost, todo.adopt, now)
+        done += [f"job {j.cluster_id or j.token} of worker {j.worker_id} is gone; its claim is free" for j in todo.lost]
+    if todo.resubmit and cluster.chains:
+        links = leaderboard.chains.relink(todo.resubmit, now, settings.max_failures)
+        done += submit_links(leaderboard, cluster, links, now)
+    return done
+
+
+def submit_links(leaderboard: Leaderboard, cluster: Cluster, links: list[Job], now: float) -> list[str]:
+    """Submit links that are written down; close those that the cluster does not take."""
+    if not links:
+        return []
+    workers = {w.worker_id: w for w in leaderboard.chains.workers()}
+    try:
+        taken = cluster.submit(links, workers, after=None)
+    except SubmissionError as error:
+        leaderboard.chains.not_submitted(links, str(error), now)
+        return [f"the chains of workers {', '.join(str(j.worker_id) for j in links)} can't be mended now: {error}"]
+    leaderboard.chains.submitted(taken)
+    return [f"worker {j.worker_id} got a new job" for j in links]
