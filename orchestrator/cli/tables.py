@@ -11,7 +11,7 @@ from rich.text import Text
 
 
 def _table(title: str | None = None) -> Table:
-    """Narrow: eleven columns fit into 80 characters."""
+    """Narrow, for 80 characters."""
     return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
 
 
@@ -19,19 +19,19 @@ def board(board: dict[str, Any]) -> Table:
     metric = board["metric"]["name"]
     tested = any(e["test_metrics"] for e in board["entries"])
     lineages = f"{board['founders']} lineage{'' if board['founders'] == 1 else 's'}"
-    table = _table(title=f"{board['run']}: {len(board['entries'])} of {board['num_models']} models, {lineages}")
-    test = [f"{metric}\ntest"] if tested else []
-    for heading in ("rank", f"{metric}\n{board['select_on']}", *test, "epochs", "worked\non"):
+    held = f"{len(board['entries'])} of {board['num_models']} models, {lineages}"
+    table = _table(title=f"{board['run']}: {held}; {metric} on the {board['select_on']} set")
+    for heading in ("rank", metric, *(["on test"] if tested else []), "epochs", "worked on"):
         table.add_column(heading, justify="right")
-    for heading in ("profile", "founder", "parent", "worker", "promoted\n(UTC)"):
+    for heading in ("profile", "founder", "parent", "promoted"):
         table.add_column(heading)
     for entry in board["entries"]:
         cells = [entry["rank"], f"{entry['score']:.4f}"]
         if tested:
             score = (entry["test_metrics"] or {}).get(metric)
             cells.append("-" if score is None else f"{score:.4f}")
-        cells += [entry[key] for key in ("epochs", "worked_on", "profile", "founder", "parent", "worker")]
-        cells.append(entry["promoted_at"][5:16].replace("T", " "))
+        cells += [entry[key] for key in ("epochs", "worked_on", "profile", "founder", "parent")]
+        cells.append(entry["promoted_at"][11:16])
         table.add_row(*("-" if cell is None else str(cell) for cell in cells))
     return table
 

@@ -11,11 +11,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -26,6 +28,7 @@ from orchestrator.settings import Settings
 
 GRACE_S = 60.0  # between the end of a job's working time and its hard end
 _POLL_S = 0.5
+_children: list[Any] = []  # they may outlive this process, and Python must not warn of that while it lives
 
 
 class LocalCluster:
@@ -50,8 +53,10 @@ class LocalCluster:
                 # submitit counts from the start of the process, so the wait for the predecessor is included.
                 limit_s = 2 * self.time_limit_s() + GRACE_S
                 executor.update_parameters(timeout_min=limit_s / 60, signal_delay_s=int(GRACE_S), stderr_to_stdout=True)
-                with clean_env(), _not_interrupted_by_the_terminal():
+                with clean_env(), _detached():
                     started = executor.submit(self._entry, str(self._run_folder), job.worker_id)
+                _children[:] = [child for child in _children if child.poll() is None]  # asking reaps those that ended
+                _children.append(started._process)
                 pid = int(started.job_id)
                 taken.append(Submitted(job.job_id, str(pid), pid, _created_at(pid), host_name()))
         except (OSError, subprocess.SubprocessError) as error:
@@ -202,17 +207,28 @@ def _signal(pid: int | None, created_at: float | None, signum: signal.Signals) -
 
 
 @contextmanager
-def _not_interrupted_by_the_terminal() -> Iterator[None]:
-    """Ctrl-C and a closed terminal end `orch launch --wait`, not the jobs: a process inherits what is ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = [
-        s for s in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) in (signal.SIG_DFL, signal.default_int_handler)
-    ]
+def _detached() -> Iterator[None]:
+    """What is started inside outlives the terminal and the pipes of this process.
+
+    A child inherits the signals that are ignored (so Ctrl-C and a closed terminal end `orch launch --wait`,
+    not the jobs) and the standard files (so `orch launch | tee log` would wait for the last job to close them).
+    """
+    in_main = threading.current_thread() is threading.main_thread()  # signals can be set nowhere else
+    plain = (signal.SIG_DFL, signal.default_int_handler)
+    signals = [s for s in (signal.SIGINT, signal.SIGHUP) if in_main and signal.getsignal(s) in plain]
     had = {s: signal.signal(s, signal.SIG_IGN) for s in signals}
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = [os.dup(fd) for fd in range(3)]
+    nothing = os.open(os.devnull, os.O_RDWR)
     try:
+        for fd in range(3):
+            os.dup2(nothing, fd)
         yield
     finally:
+        for fd, copy in enumerate(kept):
+            os.dup2(copy, fd)
+            os.close(copy)
+        os.close(nothing)
         for signum, handler in had.items():
             signal.signal(signum, handler)

@@ -53,11 +53,11 @@ class Reader:
         """Chunks by state, epochs and seconds of training, chunks by worker."""
         with self._database.transaction() as tx:
             by_state = select(chunk.c.state, func.count()).group_by(chunk.c.state)
-            states: dict[str, int] = {state: count for state, count in tx.execute(by_state).tuples()}
+            states: dict[str, int] = {row[0]: row[1] for row in tx.execute(by_state)}
             seconds = tx.execute(select(func.sum(epoch.c.seconds))).scalar_one()
             epochs = tx.execute(select(func.count()).select_from(epoch)).scalar_one()
             by_state = select(job.c.state, func.count()).group_by(job.c.state)
-            jobs: dict[str, int] = {state: count for state, count in tx.execute(by_state).tuples()}
+            jobs: dict[str, int] = {row[0]: row[1] for row in tx.execute(by_state)}
             events = tx.execute(select(func.count()).where(event.c.kind == "expired")).scalar_one()
         return {
             "chunks": {

@@ -1,0 +1,47 @@
+# Everything that a fresh machine needs is made here, in .venv. Needs Python 3.11 or newer, make and git.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test lint cluster-up cluster-down chaos bench clean
+
+help:
+	@echo "make demo          train the digits population with 2 local workers, and test its models"
+	@echo "make test          style, types and the whole test suite"
+	@echo "make install       the virtual environment alone"
+	@echo "make cluster-up    a real Slurm cluster on this machine (cluster-down ends it)"
+	@echo "make chaos         minutes of faults against a run on that cluster"
+	@echo "make bench         the benchmarks; each writes JSON"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "orch needs Python 3.11 or newer; this is $$($(PYTHON) --version). Say: make PYTHON=python3.12 install"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -c 'import torch, torchvision; torch.ops.torchvision.nms'  # a matching pair, both compiled
+	touch $@
+
+demo: install
+	rm -rf runs/digits
+	$(BIN)/orch launch settings/digits.json --executor local --workers 2 --wait
+	$(BIN)/orch evaluate digits
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+cluster-up:
+	$(PYTHON) slurm/devcluster/devcluster.py up
+
+cluster-down:
+	$(PYTHON) slurm/devcluster/devcluster.py down
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,193 @@
+"""Real workers on this machine: submitit's local executor, real training, real signals."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from orchestrator.errors import OrchError
+from orchestrator.run import Run
+from orchestrator.settings import load
+from tests.invariants import violations
+
+ROOT = Path(__file__).parents[2]
+ORCH = Path(sys.executable).with_name("orch")
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(folder) in part for part in process.info["cmdline"] or ()):
+            found.append(process)
+    return found
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "runs"
+    for process in processes_of(tmp_path):
+        process.kill()
+
+
+def launch(runs_dir: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [str(ORCH), "launch", str(ROOT / "settings/digits.json"), "--executor", "local"]
+    return subprocess.run(
+        [*command, "--runs-dir", str(runs_dir), *options], capture_output=True, text=True, check=True, timeout=240
+    )
+
+
+def until(what: str, condition: Any, timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout_s} s for: {what}"
+        time.sleep(0.05)
+
+
+def working(run: Run) -> list[dict[str, Any]]:
+    return [j for j in run.leaderboard.reader.rows("job") if j["state"] == "running"]
+
+
+def test_two_workers_train_at_the_same_time_through_several_jobs_and_leave_nothing_behind(runs_dir: Path) -> None:
+    launch(runs_dir, "--wait", "--workers", "2")
+    run = Run.open(runs_dir / "digits")
+    board, status = run.board(), run.status()
+
+    assert len(board["entries"]) == 5
+    assert board["entries"][0]["score"] >= 0.97
+    assert status["state"] in ("converged", "finished")
+    assert violations(run) == []
+    assert max(j["link"] for j in run.leaderboard.reader.rows("job") if j["started_at"]) >= 2
+    assert overlap(run) >= 0.8
+    until("every process to be gone", lambda: not processes_of(runs_dir), 10)
+
+
+def overlap(run: Run) -> float:
+    """The share of the shorter worker's working time in which the other one worked too."""
+    spans: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
+    for job in run.leaderboard.reader.rows("job"):
+        if job["started_at"]:
+            spans[job["worker_id"]].append((job["started_at"], job["ended_at"]))
+    both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in spans[0] for b in spans[1])
+    return both / min(sum(end - start for start, end in worker) for worker in spans.values())
+
+
+@pytest.mark.slow
+def test_workers_killed_with_sigkill_lose_nothing_and_the_run_resumed_keeps_every_invariant(runs_dir: Path) -> None:
+    options = ["--workers", "2", "--set", "total_lifetime=75", "--set", "eon_lifetime=9", "--set", "max_failures=50"]
+    options += [
+        "--set",
+        "stop_after_stale_cycles=null",
+        "--set",
+        "stop_after_epochs=210",
+        "--set",
+        "epochs_per_chunk=2",
+    ]
+    launch(runs_dir, *options)
+    run = Run.open(runs_dir / "digits")
+    moments = random.Random(7)
+    kills = 0
+    while kills < 6:
+        until("a worker at work", lambda: working(run) and run.leaderboard.reader.counts()["chunks"]["live"])
+        time.sleep(moments.uniform(0.0, 0.6))
+        victim = moments.choice(working(run) or [None])
+        if victim is not None and psutil.pid_exists(victim["pid"]):
+            psutil.Process(victim["pid"]).kill()
+            kills += 1
+    for process in processes_of(runs_dir):  # then the whole machine goes
+        process.kill()
+    until("every process to be gone", lambda: not processes_of(runs_dir), 10)
+    assert violations(run, over=False) == []
+
+    launch(runs_dir, *options, "--wait")
+
+    expired = [e for e in run.leaderboard.reader.rows("event") if e["kind"] == "expired"]
+    assert expired, "the kills left claims behind, which were given back"
+    assert run.status()["state"] == "finished"
+    assert violations(run) == []
+    assert profiles_follow_the_cycle(run)
+    until("every process to be gone", lambda: not processes_of(runs_dir), 10)
+
+
+def profiles_follow_the_cycle(run: Run) -> bool:
+    cycle = [p.name for p in run.settings.training_profiles]
+    chunks = run.leaderboard.reader.rows("chunk")
+    return all(c["profile"] == cycle[c["position"] % len(cycle)] for c in chunks)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT], ids=lambda s: s.name)
+def test_a_signal_suspends_the_chunk_and_the_successor_goes_on_with_it(runs_dir: Path, signum: signal.Signals) -> None:
+    options = ["--workers", "1", "--set", "epochs_per_chunk=20", "--set", "stop_after_epochs=20"]
+    options += ["--set", "eon_lifetime=200", "--set", "total_lifetime=300"]
+    launch(runs_dir, *options)
+    run = Run.open(runs_dir / "digits")
+    log = run.folder / "logs/worker-0.log"
+    until("the first epoch", lambda: log.exists() and "epoch 2" in log.read_text())
+
+    psutil.Process(working(run)[0]["pid"]).send_signal(signum)
+    until("the end", lambda: run.status()["state"] == "finished" and not processes_of(runs_dir))
+
+    jobs, chunks = run.leaderboard.reader.rows("job"), run.leaderboard.reader.rows("chunk")
+    assert jobs[0]["outcome"] == f"stopped by {signum.name}"
+    assert [e["kind"] for e in run.leaderboard.reader.rows("event")].count("suspended") == 1
+    assert [(c["state"], c["epochs"], c["job_id"]) for c in chunks] == [("promoted", 20, jobs[1]["job_id"])]
+    assert violations(run) == []
+
+
+def test_cancel_ends_every_job_and_launching_again_goes_on(runs_dir: Path) -> None:
+    launch(runs_dir, "--set", "stop_after_stale_cycles=null", "--set", "epochs_per_chunk=5")
+    run = Run.open(runs_dir / "digits")
+    until("some work", lambda: run.leaderboard.reader.counts()["epochs"] >= 5)
+
+    assert run.cancel(at_once=False, now=time.time()) == []
+    until("every process to be gone", lambda: not processes_of(runs_dir), 20)
+    assert run.status()["state"] == "cancelled"
+    assert violations(run) == []
+    before = run.leaderboard.reader.counts()["epochs"]
+
+    run.resume(time.time())
+    until("more work", lambda: run.leaderboard.reader.counts()["epochs"] > before)
+    run.cancel(at_once=True, now=time.time())
+    until("every process to be gone", lambda: not processes_of(runs_dir), 20)
+
+
+def test_launch_in_a_pipe_returns_at_once(runs_dir: Path) -> None:
+    launch(runs_dir)
+    run = Run.open(runs_dir / "digits")
+    assert {w["state"] for w in run.status()["workers"]} <= {"running", "queued"}
+    run.cancel(at_once=True, now=time.time())
+    until("every process to be gone", lambda: not processes_of(runs_dir), 20)
+
+
+def test_a_second_launch_at_the_same_moment_makes_one_run(runs_dir: Path) -> None:
+    command = [str(ORCH), "launch", str(ROOT / "settings/digits.json"), "--executor", "local", "--workers", "2"]
+    command += ["--runs-dir", str(runs_dir)]
+    twins = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [twin.communicate(timeout=60)[1] for twin in twins]
+
+    run = Run.open(runs_dir / "digits")
+    assert len({j["worker_id"] for j in run.leaderboard.reader.rows("job")}) == 2
+    assert [j["link"] for j in run.leaderboard.reader.rows("job") if j["link"] == 0] == [0, 0]
+    assert sorted(twin.returncode for twin in twins) in ([0, 0], [0, 2]), errors
+    assert [p.name for p in runs_dir.iterdir()] == ["digits"]
+    run.cancel(at_once=True, now=time.time())
+    until("every process to be gone", lambda: not processes_of(runs_dir), 20)
+
+
+def test_a_machine_that_takes_no_process_leaves_no_run_behind(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_process(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    settings, _ = load(ROOT / "settings/digits.json", executor="local")
+    monkeypatch.setattr("subprocess.Popen", no_process)
+    with pytest.raises(OrchError, match="Resource temporarily unavailable"):
+        Run.launch(settings, runs_dir)
+    assert not (runs_dir / "digits").exists()
