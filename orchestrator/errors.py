@@ -35,6 +35,10 @@ class SubmissionError(OrchError):
     """The cluster did not take the jobs."""
 
 
+class NoRoomError(SubmissionError):
+    """A submit limit leaves no room for more jobs just now."""
+
+
 class ClusterUnreachableError(SubmissionError):
     """The cluster does not answer. This never means that its jobs are gone."""
 

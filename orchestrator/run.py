@@ -249,9 +249,8 @@ def job_main(run_folder: str, worker_id: int) -> str:
     if os.getpgrp() != os.getpid():
         os.setsid()  # a terminal's Ctrl-C is not for the jobs that were launched from it
     run = Run.open(Path(run_folder))
-    token = Path(os.environ["SUBMITIT_FOLDER"]).name
     _log_to(run.folder / "logs" / f"worker-{worker_id}.log")
-    return _work(run, token, worker_id, stop).outcome
+    return _work(run, run.cluster.token(), worker_id, stop).outcome
 
 
 def _work(run: Run, token: str, worker_id: int, stop: StopFlag) -> Ending:

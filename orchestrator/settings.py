@@ -52,7 +52,7 @@ class SlurmSettings(Strict):
     account: str | None = None
     qos: str | None = None
     time_min: Annotated[int, Field(ge=1, description="time limit; default: eon_lifetime and the grace")] | None = None
-    gpus: Annotated[int, Field(ge=0, description="GPUs per worker; default 1")] | None = None
+    gpus: Annotated[int, Field(ge=0, description="GPUs per worker; default gpus_per_worker")] | None = None
     gres: str | None = None
     cpus: Count | None = None
     mem_gb: Positive | None = None
@@ -60,7 +60,7 @@ class SlurmSettings(Strict):
     constraint: str | None = None
     exclude: str | None = None
     throttle: Annotated[int, Field(ge=1, description="jobs of the first array that run at once")] | None = None
-    signal_delay_s: Annotated[int, Field(ge=1, description="Slurm's warning before the time limit")] = 60
+    signal_delay_s: Annotated[int, Field(ge=1, description="warning before the limit; default 60")] | None = None
     setup: list[str] = []
     additional_parameters: dict[str, Any] = {}
 
@@ -92,6 +92,7 @@ class Settings(Strict):
 
     workers: Count = 1
     executor: Literal["slurm", "local", "inline"] | None = None
+    gpus_per_worker: Count = 1
     cores_per_worker: Count | None = None
     total_lifetime: Positive = 259200
     eon_lifetime: Positive = 2400

@@ -11,10 +11,19 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
+
 from orchestrator import checkpoints, rules
 from orchestrator.checkpoints import Written
-from orchestrator.cluster import Cluster, key
-from orchestrator.errors import CheckpointError, DamagedCheckpointError, StaleClaimError, SubmissionError
+from orchestrator.cluster import Cluster
+from orchestrator.errors import (
+    CheckpointError,
+    ClusterUnreachableError,
+    DamagedCheckpointError,
+    NoRoomError,
+    StaleClaimError,
+    SubmissionError,
+)
 from orchestrator.leaderboard import Leaderboard
 from orchestrator.records import (
     Candidate,
@@ -28,6 +37,8 @@ from orchestrator.records import (
     Work,
 )
 from orchestrator.settings import Settings
+
+INSIST_S = 300.0
 
 log = logging.getLogger("orch")
 
@@ -82,6 +93,7 @@ class Worker:
         self.files = self.folder / "checkpoints"
         self._trainer: Trainer | None = None
         self._unsubmitted: Job | None = None
+        self._no_room = False  # a submit limit is why
         self._job_end = 0.0
         self._lease_until = 0.0
 
@@ -90,9 +102,7 @@ class Worker:
     def run(self, started: Started) -> Ending:
         """Work until the job's time, the run or the chain is over. Never raises for what can be reported."""
         job = started.job
-        self._job_end = (job.started_at or self.clock()) + (
-            self.settings.eon_lifetime if self.cluster.chains else self.settings.total_lifetime
-        )
+        self._job_end = (job.started_at or self.clock()) + self.cluster.working_s()
         self._lease_until = (job.started_at or self.clock()) + self.cluster.time_limit_s()
         self._unsubmitted = started.successor
         try:
@@ -120,33 +130,53 @@ class Worker:
         return not self.stop.reason and now < self._job_end and rules.may_claim(snapshot.state, now, snapshot.deadline)
 
     def _finish(self, job: Job, ending: Ending) -> None:
-        self._submit_successor(job)
-        successor, why_not = self.leaderboard.chains.end(
-            job, ending.outcome, ending.error, self.clock(), self.settings.max_failures
-        )
+        chains, max_failures = self.leaderboard.chains, self.settings.max_failures
+        if chains.wants_successor(job.worker_id, self.clock(), max_failures):
+            self._insist_on_successor(job)
+            if self._unsubmitted and self._no_room and chains.back_to_queue(job, self._unsubmitted, self.clock()):
+                log.info("a submit limit leaves no room for a successor: this job goes back to the queue itself")
+                if self.cluster.back_to_queue(job):
+                    return
+        successor, why_not = chains.end(job, ending.outcome, ending.error, self.clock(), max_failures)
         if why_not is not None and successor is not None:
             log.info("no successor: %s", why_not)
             self.cluster.cancel([successor], now=False)
-        worker = next(w for w in self.leaderboard.chains.workers() if w.worker_id == job.worker_id)
-        if worker.failures >= self.settings.max_failures and worker.stopped is None:
+        worker = next(w for w in chains.workers() if w.worker_id == job.worker_id)
+        if worker.failures >= max_failures and worker.stopped is None:
             reason = f"{worker.failures} failures in a row; the last: {ending.outcome}"
-            self.leaderboard.chains.stop_worker(job.worker_id, reason, self.clock())
+            chains.stop_worker(job.worker_id, reason, self.clock())
         log.info("job ends: %s", ending.outcome)
 
-    def _submit_successor(self, job: Job) -> None:
+    def _submit_successor(self, job: Job) -> bool:
         """Queue the successor, which is written down already. If the cluster does not take it, another try is
-        made before each chunk and at the end; then any peer, or `orch status`, mends the chain."""
+        made before each chunk and at the end; then any peer, or `orch status`, mends the chain.
+
+        False if it is worth another try at once: the cluster does not answer.
+        """
         if self._unsubmitted is None:
-            return
+            return True
         workers = {w.worker_id: w for w in self.leaderboard.chains.workers()}
         try:
             taken = self.cluster.submit([self._unsubmitted], workers, after=job)
         except SubmissionError as error:
             log.warning("the successor is not queued yet: %s", error)
-            return
+            self._no_room = isinstance(error, NoRoomError)
+            return not isinstance(error, ClusterUnreachableError)
         self.leaderboard.chains.submitted(taken)
         log.info("successor queued: %s", taken[0].cluster_id)
         self._unsubmitted = None
+        return True
+
+    def _insist_on_successor(self, job: Job) -> None:
+        """The last chance of this job: try for minutes where the cluster does not answer. If it is killed
+        meanwhile, nothing is lost but the chain's place, which any peer or `orch status` restores."""
+        retrying = Retrying(
+            stop=stop_after_delay(INSIST_S),
+            wait=wait_exponential(max=30),
+            retry=retry_if_result(lambda settled: not settled),
+            retry_error_callback=lambda _state: None,
+        )
+        retrying(self._submit_successor, job)
 
     # --- the loop
 
@@ -326,10 +356,7 @@ def reconcile(
     snapshot = leaderboard.chains.snapshot(settings.metric.mode)
     evidence = cluster.evidence(snapshot.open_jobs)
     found = cluster.find([j for j in snapshot.open_jobs if j.cluster_id is None])
-    by_token = {
-        j.token: found[key(j.token, j.worker_id)] for j in snapshot.open_jobs if key(j.token, j.worker_id) in found
-    }
-    todo = rules.mend(snapshot.workers, snapshot.open_jobs, evidence, by_token, now, grace_s)
+    todo = rules.mend(snapshot.workers, snapshot.open_jobs, evidence, found, now, grace_s)
     done = []
     if todo.lost or todo.adopt:
         leaderboard.chains.apply_mend(todo.lost, todo.adopt, now)

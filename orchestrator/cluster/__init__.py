@@ -46,24 +46,32 @@ class Cluster(Protocol):
         """What is known of each job, by job_id."""
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """The cluster's ids, by token and worker (`key`), of jobs that were submitted by somebody who died
-        before writing them down."""
+        """The cluster's ids, by token, of jobs that were submitted by somebody who died before writing them
+        down."""
 
     def cancel(self, jobs: Sequence[Job], now: bool) -> list[str]:
         """Ask jobs to end at the next safe point, or kill them now. Returns what could not be done."""
 
+    def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
+        """How jobs ended, in the cluster's words, by job_id, as far as it knows."""
+
+    def back_to_queue(self, job: Job) -> bool:
+        """Put the job that this process is into the queue again, where no successor can be; False if not."""
+
+    def working_s(self) -> float:
+        """How long a job works, from its start."""
+
     def time_limit_s(self) -> float:
-        """From a job's start to its hard end."""
+        """From a job's start to its hard end, after which it can't be alive."""
 
     def cores(self) -> int:
         """That this job was given."""
 
+    def token(self) -> str:
+        """Of the job that this process is."""
+
     def identity(self) -> tuple[str, str]:
         """(cluster's id, host) of the job that this process is."""
-
-
-def key(token: str, worker_id: int) -> str:
-    return f"{token}-w{worker_id}"
 
 
 def default_executor() -> str:

@@ -56,7 +56,7 @@ class LocalCluster:
                 with clean_env(), _detached():
                     started = executor.submit(self._entry, str(self._run_folder), job.worker_id)
                 _children[:] = [child for child in _children if child.poll() is None]  # asking reaps those that ended
-                _children.append(started._process)
+                _children.append(started._process)  # type: ignore[attr-defined]  # LocalJob has it
                 pid = int(started.job_id)
                 taken.append(Submitted(job.job_id, str(pid), pid, _created_at(pid), host_name()))
         except (OSError, subprocess.SubprocessError) as error:
@@ -105,8 +105,20 @@ class LocalCluster:
                 _signal(job.pid, job.pid_created_at, signal.SIGKILL if now else signal.SIGTERM)
         return trouble
 
+    def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
+        return {}
+
+    def back_to_queue(self, job: Job) -> bool:
+        return False  # there is always room here
+
+    def working_s(self) -> float:
+        return self._settings.eon_lifetime
+
     def time_limit_s(self) -> float:
         return self._settings.eon_lifetime + GRACE_S
+
+    def token(self) -> str:
+        return Path(os.environ["SUBMITIT_FOLDER"]).name
 
     def cores(self) -> int:
         return self._settings.cores_per_worker or max(1, len(os.sched_getaffinity(0)) // self._settings.workers)
@@ -139,6 +151,13 @@ class InlineCluster:
         return {}
 
     cancel = LocalCluster.cancel
+
+    endings = LocalCluster.endings
+    back_to_queue = LocalCluster.back_to_queue
+    token = LocalCluster.token
+
+    def working_s(self) -> float:
+        return self._settings.total_lifetime
 
     def time_limit_s(self) -> float:
         return self._settings.total_lifetime

@@ -51,13 +51,13 @@ class Chains:
 
     def add_workers(self, devices: Sequence[str | None], now: float) -> list[Job]:
         """New workers, numbered on, each with its first link to submit."""
-        token = new_token()
+        base = new_base()
         with self._database.transaction() as tx:
             first = tx.execute(select(func.coalesce(func.max(worker.c.worker_id) + 1, 0))).scalar_one()
             jobs = []
-            for worker_id, device in enumerate(devices, start=first):
-                tx.execute(insert(worker).values(worker_id=worker_id, device=device, failures=0))
-                jobs.append(_add_link(tx, worker_id, None, token, now))
+            for index, device in enumerate(devices):
+                tx.execute(insert(worker).values(worker_id=first + index, device=device, failures=0))
+                jobs.append(_add_link(tx, first + index, None, f"{base}-{index}", now))
             return jobs
 
     def start(
@@ -120,7 +120,7 @@ class Chains:
         )
         if tx.execute(later).scalar_one():
             return None
-        return _add_link(tx, mine.worker_id, mine.job_id, new_token(), now)
+        return _add_link(tx, mine.worker_id, mine.job_id, f"{new_base()}-0", now)
 
     def _close_earlier(self, tx: Connection, mine: Row[Any], now: float) -> None:
         earlier = tx.execute(
@@ -192,6 +192,25 @@ class Chains:
             _close(tx, row.job_id, JobState.CANCELLED, why_not, now)
             return _job(row), why_not
 
+    def wants_successor(self, worker_id: int, now: float, max_failures: int) -> bool:
+        with self._database.transaction() as tx:
+            me = _worker(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
+            state = tx.execute(select(run.c.state, run.c.deadline)).one()
+            return rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures) is None
+
+    def back_to_queue(self, mine: Job, successor: Job, now: float) -> bool:
+        """This very job is queued again in place of a successor, for which there is no room."""
+        with self._database.transaction() as tx:
+            done = tx.execute(
+                update(job)
+                .where(job.c.job_id == mine.job_id, job.c.state == JobState.RUNNING, job.c.starts == mine.starts)
+                .values(state=JobState.QUEUED, outcome="back to the queue", ended_at=now)
+            )
+            if done.rowcount != 1:
+                return False
+            _close(tx, successor.job_id, JobState.CANCELLED, "no room in the queue", now)
+            return True
+
     # --- mending
 
     def apply_mend(self, lost: Sequence[Job], adopt: Sequence[tuple[Job, str]], now: float) -> None:
@@ -222,8 +241,8 @@ class Chains:
 
     def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[Job]:
         """New links for chains that have none open, as far as the rules still want them."""
-        token = new_token()
-        links = []
+        base = new_base()
+        links: list[Job] = []
         with self._database.transaction() as tx:
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
             for worker_id in worker_ids:
@@ -233,7 +252,7 @@ class Chains:
                 if tx.execute(opened).scalar_one():
                     continue
                 if unwanted is None:
-                    links.append(_add_link(tx, worker_id, None, token, now))
+                    links.append(_add_link(tx, worker_id, None, f"{base}-{len(links)}", now))
                 elif me.failures >= max_failures and me.stopped is None:
                     _stop_worker(tx, worker_id, unwanted, now)
         return links
@@ -286,7 +305,8 @@ class Chains:
             _stop_worker(tx, worker_id, reason, now)
 
 
-def new_token() -> str:
+def new_base() -> str:
+    """Names one submission for ever; with the index of a job in it, that job's token."""
     return secrets.token_hex(8)
 
 

@@ -56,7 +56,7 @@ job = Table(
     Column("job_id", Integer, primary_key=True),
     Column("worker_id", Integer, ForeignKey("worker.worker_id"), nullable=False),
     Column("link", Integer, nullable=False),
-    Column("token", String(64), nullable=False),
+    Column("token", String(64), nullable=False, unique=True),
     Column("state", String(16), nullable=False),
     Column("cluster_id", String(64)),
     Column("after_job_id", Integer, ForeignKey("job.job_id")),

@@ -1,0 +1,222 @@
+"""What to ask sbatch for, and what its refusals mean. Pure: text in, values out."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.settings import Settings
+
+# Between the end of a job's working time and the warning signal: for validation, the checkpoint and the exit.
+GRACE_S = 60
+DEFAULT_SIGNAL_DELAY_S = 60
+
+SHORT = {
+    "A": "account", "C": "constraint", "G": "gpus", "L": "licenses", "N": "nodes", "M": "clusters", "c": "cpus-per-task",
+    "n": "ntasks", "p": "partition", "q": "qos", "t": "time", "w": "nodelist", "x": "exclude", "J": "job-name",
+    "o": "output", "e": "error", "d": "dependency", "a": "array", "D": "chdir",
+}  # fmt: skip
+# orch decides these itself.
+OWNED = {
+    "job-name",
+    "output",
+    "error",
+    "dependency",
+    "array",
+    "open-mode",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "parsable",
+}
+GPU_KEYS = {"gpus", "gres", "gpus-per-node", "gpus-per-task", "gpus-per-socket"}
+# A script's own command begins with one of these; the lines before it set up the environment.
+COMMANDS = ("srun", "python", "python3", "exec", "mpirun", "torchrun", "orch")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One worker job, as sbatch is asked for it."""
+
+    options: Mapping[str, Any]  # long names of sbatch; True is a switch
+    time_min: int
+    signal_delay_s: int
+    setup: tuple[str, ...]
+
+
+def read_script(text: str) -> tuple[dict[str, Any], list[str]]:
+    """The #SBATCH options (long names) and the setup lines of a batch script.
+
+    Raises ValueError naming the line that can't be read.
+    """
+    options: dict[str, Any] = {}
+    setup: list[str] = []
+    lines = text.splitlines()
+    if lines and lines[0].startswith("#!"):
+        del lines[0]
+    for line in lines:
+        if line.startswith("#SBATCH"):
+            options.update(_read_options(line))
+        elif line.strip() and not line.lstrip().startswith("#"):
+            if line.split()[0] in COMMANDS:
+                break
+            setup.append(line)
+    return options, setup
+
+
+def _read_options(line: str) -> dict[str, Any]:
+    words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
+    found: dict[str, Any] = {}
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+        elif len(word) >= 2 and word[0] == "-" and word[1] in SHORT:
+            name, equals, value = SHORT[word[1]], word[2:], word[2:].removeprefix("=")
+        else:
+            raise ValueError(f"{line.strip()!r}: {word!r} is no option of sbatch")
+        if not equals and words and not words[0].startswith("-"):
+            value = words.pop(0)
+        found[name] = value or True
+    return found
+
+
+def minutes(time: str) -> int:
+    """Slurm's time formats: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+
+    Rounded up. Raises ValueError.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time.strip())
+    if not match:
+        raise ValueError(f"time {time!r}: allowed are MIN, MIN:SEC, H:MIN:SEC and DAYS-H:MIN:SEC")
+    days, first, second, third = (int(g) if g else None for g in match.groups())
+    assert first is not None
+    if days is not None:
+        seconds = ((days * 24 + first) * 60 + (second or 0)) * 60 + (third or 0)
+    elif third is not None:
+        seconds = (first * 60 + (second or 0)) * 60 + third
+    else:
+        seconds = first * 60 + (second or 0)
+    return max(1, math.ceil(seconds / 60))
+
+
+def request(settings: Settings, script: str | None) -> Request:
+    """Settings win over the script, additional_parameters over both. Raises ValueError."""
+    wanted = settings.slurm
+    options, setup = read_script(script) if script is not None else ({}, [])
+    warned = re.fullmatch(r"(?:[BR]+:)?\w+@(\d+)", str(options.pop("signal", "")))
+    delay_s = wanted.signal_delay_s or (int(warned[1]) if warned else DEFAULT_SIGNAL_DELAY_S)
+    needed_min = math.ceil((settings.eon_lifetime + GRACE_S + delay_s) / 60)
+    script_time = options.pop("time", None)
+    time_min = wanted.time_min or (minutes(str(script_time)) if script_time else needed_min)
+    options = {name: value for name, value in options.items() if name not in OWNED}
+    own = {
+        "partition": wanted.partition, "account": wanted.account, "qos": wanted.qos, "gres": wanted.gres,
+        "cpus-per-task": wanted.cpus, "nice": wanted.nice, "constraint": wanted.constraint, "exclude": wanted.exclude,
+        "mem": f"{math.ceil(wanted.mem_gb * 1024)}M" if wanted.mem_gb else None,
+    }  # fmt: skip
+    options.update({name: value for name, value in own.items() if value is not None})
+    if wanted.gpus is not None or settings.gpus_per_worker > 1 or not GPU_KEYS & set(options):
+        if wanted.gpus is not None or settings.gpus_per_worker > 1:
+            options = {name: value for name, value in options.items() if name not in GPU_KEYS}
+        gpus = settings.gpus_per_worker if wanted.gpus is None else wanted.gpus
+        if gpus:
+            options["gpus-per-node"] = gpus
+    options.setdefault("requeue", True)  # after a preemption or the loss of its node
+    options.update(wanted.additional_parameters)
+    return Request(options, time_min, delay_s, (*setup, *wanted.setup))
+
+
+UNREACHABLE = (
+    "Unable to contact slurm controller", "Connection refused", "Zero Bytes were transmitted", "Socket timed out",
+    "Unable to establish control connection", "slurm_persist_conn_open", "Resource temporarily unavailable",
+    "Slurm controller not responding", "Unable to connect",
+)  # fmt: skip
+NO_ROOM = ("Job violates accounting/QOS policy", "QOSMaxSubmitJob", "AssocMaxSubmitJob", "MaxSubmitJob")
+
+# sbatch's words (Slurm's slurm_errno texts), and what to change.
+ADVICE = (
+    ("Invalid partition name", "slurm.partition {partition}: there is no such partition; `sinfo -s` lists them"),
+    (
+        "Invalid account or account/partition combination",
+        "slurm.account {account} may not be used here (partition {partition}); `sacctmgr show associations user=$USER` "
+        "lists yours",
+    ),
+    ("Invalid account", "slurm.account {account} is not yours; `sacctmgr show associations user=$USER` lists yours"),
+    ("Invalid qos", "slurm.qos {qos} is not allowed for this account; `sacctmgr show associations user=$USER` lists yours"),
+    (
+        "Requested time limit is invalid",
+        "the time limit of {time_min} min is more than partition {partition} allows (`sinfo -o '%P %l'`); lower "
+        "eon_lifetime or set slurm.time_min",
+    ),
+    (
+        "Invalid job array specification",
+        "{workers} workers are more than one job array may have (`scontrol show config | grep MaxArraySize`); lower workers",
+    ),
+    *(
+        (
+            text,
+            "the submit limit of your account or QOS leaves no room for {workers} more jobs; lower workers, or use another "
+            "slurm.qos (`sacctmgr show qos format=name,maxsubmitjobsperuser`)",
+        )
+        for text in NO_ROOM
+    ),
+    (
+        "More processors requested than permitted",
+        "slurm.cpus {cpus-per-task} is more than a node of partition {partition} has; `sinfo -o '%P %c'` says how many",
+    ),
+    (
+        "Requested node configuration is not available",
+        "no node of partition {partition} has what a worker asks for ({asked}); `sinfo -o '%P %c %m %G %f'` says what they "
+        "have. slurm.gpus, slurm.cpus, slurm.mem_gb and slurm.constraint ask for less",
+    ),
+    ("Memory specification can not be satisfied", "slurm.mem_gb is more than a node of partition {partition} has"),
+    (
+        "Invalid generic resource",
+        "the GPUs asked for ({asked}) are not known here; `sinfo -o '%P %G'` lists them, slurm.gpus=0 asks for none",
+    ),
+    (
+        "Required partition not available",
+        "partition {partition} is inactive or drained; use another slurm.partition (`sinfo -s`) or wait",
+    ),
+    ("Invalid feature specification", "slurm.constraint {constraint} is no feature of a node; `sinfo -o '%P %f'` lists them"),
+    ("Invalid node name", "slurm.exclude or nodelist names a node that does not exist; `sinfo -N` lists them"),
+    ("Node count specification invalid", "the number of nodes asked for is not allowed in partition {partition}"),
+    ("User not part of group", "partition {partition} is not open to your group; use another slurm.partition"),
+    ("Invalid wckey", "the cluster tracks wckeys: set one with slurm.additional_parameters.wckey"),
+    ("unrecognized option", "slurm.additional_parameters or slurm_file holds an option that this sbatch does not know"),
+)  # fmt: skip
+
+
+def advice(refusal: str, request: Request, workers: int) -> str:
+    """One message for a refusal: what is wrong and what to change, and sbatch's own words."""
+    options = request.options
+    words: dict[str, Any] = {
+        "partition": options.get("partition", "(the default)"), "account": options.get("account", "(the default)"),
+        "qos": options.get("qos", "(the default)"), "constraint": options.get("constraint", "(none)"),
+        "cpus-per-task": options.get("cpus-per-task", "(the default)"), "time_min": request.time_min, "workers": workers,
+        "asked": ", ".join(f"{k}={v}" for k, v in sorted(options.items()) if k not in ("partition", "account", "requeue")),
+    }  # fmt: skip
+    said = refusal_of(refusal)
+    for text, what in ADVICE:
+        if text.lower() in refusal.lower():
+            return f"{what.format(**words)}. sbatch said: {said}"
+    return f"sbatch refused the jobs: {said}"
+
+
+def refusal_of(output: str) -> str:
+    """The line of sbatch that says why."""
+    lines = [line.strip() for line in output.splitlines() if "error" in line.lower() and line.strip()]
+    return lines[-1] if lines else output.strip()[-300:]
+
+
+def is_unreachable(output: str) -> bool:
+    return any(text.lower() in output.lower() for text in UNREACHABLE)
+
+
+def is_no_room(output: str) -> bool:
+    return any(text.lower() in output.lower() for text in NO_ROOM)

@@ -1,0 +1,245 @@
+"""Jobs on a Slurm cluster, submitted through submitit, looked at through squeue and sacct."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orchestrator.cluster import Entry, Submitted
+from orchestrator.cluster.sbatch import Request, advice, is_no_room, is_unreachable, refusal_of, request
+from orchestrator.errors import ClusterUnreachableError, NoRoomError, SettingsError, SubmissionError
+from orchestrator.records import Evidence, Job, Worker
+from orchestrator.settings import Settings
+
+COMMAND_TIMEOUT_S = 60.0
+# Slurm's clean-up after a time limit (KillWait, epilog): a job is over only some time after its limit.
+LEASE_MARGIN_S = 300.0
+# Set for a job by Slurm itself; what is inherited from the job that submits would be wrong there.
+PER_JOB = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "TMPDIR")
+
+GONE = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}  # fmt: skip
+WORKING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING"}
+
+
+class SlurmCluster:
+    """Worker chains as Slurm jobs."""
+
+    name = "slurm"
+    chains = True
+
+    def __init__(self, settings: Settings, run_folder: Path, entry: Entry) -> None:
+        self._settings = settings
+        self._run_folder = run_folder
+        self._entry = entry
+        self._asked: Request | None = None
+
+    # --- submission
+
+    @property
+    def request(self) -> Request:
+        """Raises SettingsError if slurm_file can't be read."""
+        if self._asked is None:
+            file = self._settings.slurm_file
+            try:
+                self._asked = request(self._settings, Path(file).read_text(encoding="utf-8") if file else None)
+            except OSError as error:
+                raise SettingsError(f"slurm_file: {file}: {error.strerror or error}") from error
+            except ValueError as error:
+                raise SettingsError(f"slurm_file: {file}: {error}") from error
+        return self._asked
+
+    def submit(self, jobs: Sequence[Job], workers: Mapping[int, Worker], after: Job | None) -> list[Submitted]:
+        import submitit
+
+        base = base_of(jobs[0].token)
+        assert all(job.token == f"{base}-{index}" for index, job in enumerate(jobs)), "one submission, one base"
+        if not shutil.which("sbatch") or not shutil.which("srun"):
+            raise SubmissionError(
+                "sbatch or srun is not on the PATH; is this a node of the cluster? Or --executor local"
+            )
+        with _environment_for_submission():
+            try:
+                executor = self.executor(base, after)
+                taken = executor.map_array(self._entry, *zip(*self._arguments(jobs), strict=True))
+            except submitit.core.utils.FailedJobError as error:
+                raise self._refused(str(error), len(jobs)) from error
+            except OSError as error:
+                raise SubmissionError(f"{self._run_folder / 'jobs'}: {error.strerror or error}") from error
+        return [Submitted(job.job_id, it.job_id) for job, it in zip(jobs, taken, strict=True)]
+
+    def _arguments(self, jobs: Sequence[Job]) -> Iterator[tuple[str, int]]:
+        return ((str(self._run_folder), job.worker_id) for job in jobs)
+
+    def _refused(self, output: str, count: int) -> SubmissionError:
+        if is_unreachable(output):
+            return ClusterUnreachableError(f"Slurm does not answer: {refusal_of(output)}")
+        kind = NoRoomError if is_no_room(output) else SubmissionError
+        return kind(advice(output, self.request, count))
+
+    def executor(self, base: str, after: Job | None = None) -> Any:
+        """submitit's executor with everything that is asked for."""
+        import submitit
+
+        asked = self.request
+        executor = submitit.SlurmExecutor(self._run_folder / "jobs" / base)
+        executor.update_parameters(
+            job_name=f"orch-{self._settings.name}-{base}",
+            time=asked.time_min,
+            signal_delay_s=asked.signal_delay_s,
+            ntasks_per_node=self._settings.gpus_per_worker,
+            setup=list(asked.setup) or None,
+            dependency=f"afterany:{after.cluster_id}" if after is not None else None,
+            array_parallelism=self._settings.slurm.throttle or 1000,
+            stderr_to_stdout=True,
+            wckey=None,
+            additional_parameters=dict(asked.options),
+        )
+        return executor
+
+    def script(self, jobs: int) -> str:
+        """What sbatch would be given, to the letter but for the folder's random name."""
+        executor = self.executor("dry-run")
+        if jobs > 1:
+            executor.parameters["map_count"] = jobs
+        text: str = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+        shutil.rmtree(self._run_folder / "jobs" / "dry-run", ignore_errors=True)
+        return text
+
+    def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
+        return  # afterany has seen to it
+
+    # --- what Slurm says
+
+    def evidence(self, jobs: Sequence[Job]) -> dict[int, Evidence]:
+        if not jobs:
+            return {}
+        listed = queue()
+        if listed is None:
+            return {job.job_id: Evidence.UNKNOWN for job in jobs}
+        return {job.job_id: self._evidence(job, listed) for job in jobs}
+
+    def _evidence(self, job: Job, listed: Mapping[str, tuple[str, str]]) -> Evidence:
+        """A job's id alone proves nothing: ids are used again, so the name must be the one it was given."""
+        state, name = listed.get(job.cluster_id or "", ("", ""))
+        if not state or not name.endswith(base_of(job.token)):
+            return Evidence.GONE
+        if state in GONE:
+            return Evidence.GONE
+        return Evidence.RUNNING if state in WORKING else Evidence.QUEUED
+
+    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+        if not jobs:
+            return {}
+        found = {}
+        for cluster_id, (state, name) in (queue() or {}).items():
+            if state not in GONE:
+                found[f"{name.rsplit('-', 1)[-1]}-{cluster_id.partition('_')[2] or 0}"] = cluster_id
+        return {job.token: found[job.token] for job in jobs if job.token in found}
+
+    def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
+        """How jobs ended, in Slurm's words, as far as its accounting knows."""
+        ids = [job.cluster_id for job in jobs if job.cluster_id]
+        if not ids or not shutil.which("sacct"):
+            return {}
+        answer = run_slurm(["sacct", "-n", "-P", "-X", "-o", "JobID,JobName,State,ExitCode", "-j", ",".join(ids)])
+        if answer is None:
+            return {}
+        said = {}
+        for line in answer.splitlines():
+            cluster_id, name, state, code = line.split("|")
+            said[cluster_id] = (name, f"{state.split()[0]} ({code})")
+        return {
+            job.job_id: said[job.cluster_id][1]
+            for job in jobs
+            if job.cluster_id in said and said[job.cluster_id][0].endswith(base_of(job.token))
+        }
+
+    # --- control
+
+    def cancel(self, jobs: Sequence[Job], now: bool) -> list[str]:
+        trouble = []
+        evidence = self.evidence(jobs)
+        for running in (False, True):
+            ids = [
+                job.cluster_id
+                for job in jobs
+                if job.cluster_id
+                and evidence[job.job_id] is not Evidence.GONE
+                and (evidence[job.job_id] is Evidence.RUNNING) == running
+            ]
+            if ids:
+                signal = ["--signal=USR2"] if running and not now else []
+                if run_slurm(["scancel", *signal, *ids]) is None:
+                    trouble.append(f"Slurm did not take the cancellation of {', '.join(ids)}; try again")
+        return trouble
+
+    def back_to_queue(self, job: Job) -> bool:
+        """Requeue the job that this process is: where a submit limit leaves no room for a successor, the same
+        job goes to the queue again. Does not return if Slurm is quick."""
+        return job.cluster_id is not None and run_slurm(["scontrol", "requeue", job.cluster_id]) is not None
+
+    # --- the job that this process is
+
+    def working_s(self) -> float:
+        return min(self._settings.eon_lifetime, max(1.0, 60.0 * self.request.time_min - self.request.signal_delay_s))
+
+    def time_limit_s(self) -> float:
+        return 60.0 * self.request.time_min + LEASE_MARGIN_S
+
+    def cores(self) -> int:
+        given = os.environ.get("SLURM_CPUS_PER_TASK")
+        return self._settings.cores_per_worker or (int(given) if given else len(os.sched_getaffinity(0)))
+
+    def token(self) -> str:
+        return f"{Path(os.environ['SUBMITIT_FOLDER']).name}-{os.environ.get('SLURM_ARRAY_TASK_ID', 0)}"
+
+    def identity(self) -> tuple[str, str]:
+        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        cluster_id = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+        return cluster_id, os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def base_of(token: str) -> str:
+    """The part of a token that all jobs of one submission share; the rest is the index in the array."""
+    return token.rpartition("-")[0]
+
+
+def queue() -> dict[str, tuple[str, str]] | None:
+    """The user's jobs by id: (state, name), array tasks each by itself, jobs that ended lately included.
+
+    None if Slurm does not answer: that is no evidence of anything.
+    """
+    answer = run_slurm(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%j"])
+    if answer is None:
+        return None
+    return {line.split("|")[0]: (line.split("|")[1], line.split("|")[2]) for line in answer.splitlines() if "|" in line}
+
+
+def run_slurm(command: Sequence[str]) -> str | None:
+    """A Slurm command's output, or None if it failed or took too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+@contextmanager
+def _environment_for_submission() -> Iterator[None]:
+    """A job that submits a job must not pass its own allocation on; where the cluster is, it must."""
+    from submitit.helpers import clean_env
+
+    conf = os.environ.get("SLURM_CONF")
+    with clean_env(extra_names=PER_JOB):
+        if conf is not None:
+            os.environ["SLURM_CONF"] = conf
+        yield
