@@ -126,6 +126,7 @@ class Claim:
     parent_sha256: str | None
     parent_epochs: int
     bar: float | None  # the score to beat on a full board; None while a slot is free
+    settings_version: int = 1
     suspended_file: str | None = None  # where an interrupted chunk goes on
     suspended_sha256: str | None = None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -15,14 +14,14 @@ from typing import Any
 from orchestrator import checkpoints, rules
 from orchestrator import settings as settings_module
 from orchestrator.cluster import Cluster, open_cluster
-from orchestrator.errors import RunError, StaleClaimError
+from orchestrator.errors import RunError, StaleClaimError, SubmissionError
 from orchestrator.leaderboard import Leaderboard
-from orchestrator.records import Evidence, Job, JobState, RunState
+from orchestrator.records import Evidence, JobState, RunState
 from orchestrator.settings import Settings
-from orchestrator.worker import Ending, StopFlag, Worker, reconcile
+from orchestrator.worker import Ending, StopFlag, reconcile
 
 SETTINGS_NAME = "settings.json"
-RESUMABLE = (RunState.ACTIVE, RunState.PAUSED, RunState.CANCELLED, RunState.FAILED)
+HOLDABLE = (RunState.ACTIVE, RunState.PAUSED, RunState.DRAINING, RunState.CANCELLED, RunState.FAILED)
 
 log = logging.getLogger("orch")
 
@@ -30,9 +29,10 @@ log = logging.getLogger("orch")
 class Run:
     """A run that exists."""
 
-    def __init__(self, folder: Path, settings: Settings, leaderboard: Leaderboard) -> None:
+    def __init__(self, folder: Path, settings: Settings, leaderboard: Leaderboard, version: int) -> None:
         self.folder = folder
         self.settings = settings
+        self.version = version  # of the settings: each amendment makes a new one
         self.leaderboard = leaderboard
         self.name = settings.name
         self._cluster: Cluster | None = None
@@ -40,6 +40,8 @@ class Run:
     @property
     def cluster(self) -> Cluster:
         if self._cluster is None:
+            from orchestrator.entry import job_main
+
             self._cluster = open_cluster(self.settings.executor or "local", self.settings, self.folder, job_main)
         return self._cluster
 
@@ -58,8 +60,6 @@ class Run:
 
         Raises RunError if there is a run of this name, SubmissionError if nothing could be queued.
         """
-        from orchestrator.cluster.local import gpus
-
         folder = (runs_dir / settings.name).absolute()
         if folder.exists():
             raise RunError(f"{folder} exists already")
@@ -89,12 +89,8 @@ class Run:
             shutil.rmtree(building, ignore_errors=True)
             raise
         run = cls.open(folder)
-        devices: list[str | None] = [None] * settings.workers
-        if settings.executor == "local" and (found := gpus()):
-            devices = [found[i % len(found)] for i in range(settings.workers)]
         try:
-            jobs = run.leaderboard.chains.add_workers(devices, now)
-            run._submit(jobs)
+            run._grow(now)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -109,51 +105,120 @@ class Run:
         except OSError as error:
             raise RunError(f"{folder} is not a run: {path.name}: {error.strerror or error}") from error
         leaderboard = Leaderboard.open(folder, settings.database, settings_module.load_policy)
-        return cls(folder.absolute(), settings, leaderboard)
+        text, version = leaderboard.reader.settings()
+        return cls(folder.absolute(), settings_module.thaw(text), leaderboard, version)
 
-    def _submit(self, jobs: list[Job]) -> None:
+    def _grow(self, now: float) -> list[str]:
+        """Add the workers that the settings want and the run does not have; all of them or none."""
+        from orchestrator.cluster.local import gpus
+
+        have = len(self.leaderboard.chains.workers())
+        missing = range(have, self.settings.workers)
+        if not missing:
+            return []
+        found = gpus() if self.settings.executor == "local" else []
+        jobs = self.leaderboard.chains.add_workers([found[i % len(found)] if found else None for i in missing], now)
         workers = {w.worker_id: w for w in self.leaderboard.chains.workers()}
-        self.leaderboard.chains.submitted(self.cluster.submit(jobs, workers, after=None))
+        try:
+            self.leaderboard.chains.submitted(self.cluster.submit(jobs, workers, after=None))
+        except SubmissionError as error:
+            self.leaderboard.chains.not_submitted(jobs, str(error), now)
+            raise
+        return [f"worker {job.worker_id} joins" for job in jobs]
 
     # --- control
 
     def resume(self, now: float) -> list[str]:
         """Start what is not running: every chain gets its job back. Idempotent; a line for each thing done.
 
-        Raises RunError if the run's lifetime is over or it has ended.
+        Raises RunError if the run is over: its lifetime, or a stop rule that still holds.
         """
-        snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
-        if snapshot.state not in RESUMABLE:
-            raise RunError(f"{self.name} is {snapshot.state}: {snapshot.reason}. Launch it under a new name")
+        chains = self.leaderboard.chains
+        snapshot = chains.snapshot(self.settings.metric.mode)
+        policy = self.settings.policy(self.version)
+        over = rules.converged(snapshot.progress, policy.stop, policy.metric)
         if rules.lifetime_over(now, snapshot.deadline):
+            over = (RunState.FINISHED, f"its total_lifetime ended at {iso(snapshot.deadline)}")
+        if over is not None:
             raise RunError(
-                f"{self.name}: its total_lifetime ended at {iso(snapshot.deadline)}; launch it under a new name"
+                f"{self.name} is over: {over[1]}. `orch amend {self.name} --set ...` changes what ends it "
+                "(total_lifetime, stop_after_stale_cycles, stop_at_score, stop_after_epochs)"
             )
-        self.leaderboard.chains.revive(now)
-        self.leaderboard.chains.change_state(RunState.ACTIVE, RESUMABLE, None, now)
-        return self.reconcile(now, grace_s=0.0)
+        chains.revive(self.settings.workers)
+        chains.change_state(RunState.ACTIVE, list(RunState), None, now)
+        return self._grow(now) + self.reconcile(now, grace_s=0.0 if snapshot.state is not RunState.ACTIVE else None)
 
-    def reconcile(self, now: float, grace_s: float = rules.SUBMITTING_GRACE_S) -> list[str]:
+    def reconcile(self, now: float, grace_s: float | None = None) -> list[str]:
+        """See `worker.reconcile`; grace_s: how long a submission may be under way, None for the usual time."""
+        grace_s = rules.SUBMITTING_GRACE_S if grace_s is None else grace_s
         return reconcile(self.leaderboard, self.cluster, self.settings, now, grace_s)
+
+    def pause(self, now: float) -> list[str]:
+        """Running jobs finish their chunk and end; none is queued until `resume`."""
+        return self._hold(RunState.PAUSED, "paused by the user", now)
+
+    def drain(self, now: float) -> list[str]:
+        """Running jobs finish their chunk and end, and with the last of them the run is finished."""
+        return self._hold(RunState.DRAINING, "drained by the user", now)
 
     def cancel(self, at_once: bool, now: float) -> list[str]:
         """End the run: no chunk and no job starts any more. Running jobs suspend their chunk and end, or are
         killed if at_once. Returns what could not be done."""
-        ended = (RunState.ACTIVE, RunState.PAUSED, RunState.DRAINING, RunState.FAILED)
-        self.leaderboard.chains.change_state(RunState.CANCELLED, ended, "cancelled by the user", now)
+        trouble = self._hold(RunState.CANCELLED, "cancelled by the user", now)
+        running = self.leaderboard.chains.snapshot(self.settings.metric.mode).open_jobs
+        return trouble + self.cluster.cancel([j for j in running if j.state is JobState.RUNNING], at_once)
+
+    def _hold(self, state: RunState, reason: str, now: float) -> list[str]:
+        """Change the state and take the queued jobs out of the queue. Returns what could not be done."""
+        had = self.leaderboard.chains.change_state(state, HOLDABLE, reason, now)
+        if had not in HOLDABLE:
+            raise RunError(f"{self.name} is {had} already")
         jobs = self.leaderboard.chains.snapshot(self.settings.metric.mode).open_jobs
         queued = [j for j in jobs if j.state is not JobState.RUNNING]
-        trouble = self.cluster.cancel(queued, at_once)
-        self.leaderboard.chains.cancelled(queued, "cancelled by the user", now)
-        return trouble + self.cluster.cancel([j for j in jobs if j.state is JobState.RUNNING], at_once)
+        trouble = self.cluster.cancel(queued, now=True)
+        self.leaderboard.chains.cancelled(queued, reason, now)
+        return trouble
+
+    def amend(self, overrides: Sequence[str], now: float) -> list[str]:
+        """Change settings of the run, in force at each worker's next claim. A line for each change.
+
+        Raises SettingsError for what can't be changed or is not valid; then nothing is changed.
+        """
+        amended = settings_module.amend(self.settings, overrides)
+        changes = settings_module.difference(self.settings, amended)
+        if not changes:
+            return []
+        frozen = settings_module.freeze(amended)
+        chains = self.leaderboard.chains
+        deadline = chains.snapshot(self.settings.metric.mode).created_at + amended.total_lifetime
+        surplus = chains.amend(frozen, deadline, amended.workers, "; ".join(changes), now)
+        checkpoints.publish(self.folder / SETTINGS_NAME, lambda target: target.write(f"{frozen}\n".encode()))
+        self.settings, self.version, self._cluster = amended, self.version + 1, None
+        trouble = self.cluster.cancel(surplus, now=True)
+        if chains.snapshot(amended.metric.mode).state is RunState.ACTIVE:
+            changes += self._grow(now) + self.reconcile(now)
+        return changes + trouble
+
+    def keep(self, every_s: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
+        """Mend chains from a login node until the run is over, where compute nodes can't submit jobs."""
+        while True:
+            for line in self.reconcile(clock()):
+                log.info("%s", line)
+            snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
+            over = snapshot.state is not RunState.ACTIVE or rules.lifetime_over(clock(), snapshot.deadline)
+            if over and not snapshot.open_jobs:
+                return
+            sleep(every_s)
 
     def work_inline(self) -> Ending:
         """Be the run's first worker, in this process (the inline executor)."""
+        from orchestrator.entry import be_worker
+
         now = time.time()
         links = self.leaderboard.chains.relink([0], now, self.settings.max_failures)
         snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
         job = (links or [j for j in snapshot.open_jobs if j.worker_id == 0])[0]
-        return _work(self, job.token, 0, StopFlag())
+        return be_worker(self, job.token, 0, StopFlag())
 
     # --- looking
 
@@ -237,68 +302,6 @@ def _worker_status(worker_id: int, row: dict[str, Any], evidence: dict[int, Evid
         "link": row["link"],
         "outcome": row["outcome"],
     }
-
-
-# --- in a job
-
-
-def job_main(run_folder: str, worker_id: int) -> str:
-    """What submitit runs: one job of one chain. Its token is the name of the folder it was submitted from."""
-    stop = StopFlag()
-    stop.listen()
-    if os.getpgrp() != os.getpid():
-        os.setsid()  # a terminal's Ctrl-C is not for the jobs that were launched from it
-    run = Run.open(Path(run_folder))
-    _log_to(run.folder / "logs" / f"worker-{worker_id}.log")
-    return _work(run, run.cluster.token(), worker_id, stop).outcome
-
-
-def _work(run: Run, token: str, worker_id: int, stop: StopFlag) -> Ending:
-    from orchestrator.cluster.local import this_process
-
-    job, predecessor = run.leaderboard.chains.find(token, worker_id)
-    if job is None:
-        return Ending(f"no job {token} of worker {worker_id} is known; another one took its place")
-    run.cluster.wait_turn(predecessor, lambda: stop.reason is not None)
-    if stop.reason:
-        return Ending(f"stopped by {stop.reason} before it began")
-    cluster_id, host = run.cluster.identity()
-    started = run.leaderboard.chains.start(
-        token,
-        worker_id,
-        cluster_id,
-        host,
-        *this_process(),
-        time.time(),
-        run.settings.max_failures,
-        successor=run.cluster.chains,
-    )
-    if isinstance(started, str):
-        log.warning("this job does nothing: %s", started)
-        return Ending(started)
-    if run.cluster.name == "local":
-        os.environ["CUDA_VISIBLE_DEVICES"] = started.worker.device or ""
-    sys.path[:0] = [p for p in run.leaderboard.reader.run_row()["import_paths"] if p not in sys.path]
-
-    def open_trainer() -> Any:
-        from jobs.training import (
-            open_session,  # torch takes seconds to import; only a job that trains needs it
-        )
-
-        return open_session(run.settings.model_dump(mode="json"), run.cluster.cores())
-
-    worker = Worker(run.folder, run.settings, run.leaderboard, run.cluster, open_trainer, time.time, stop)
-    return worker.run(started)
-
-
-def _log_to(path: Path) -> None:
-    """A line for each thing that happens: in the job's own output and in the worker's log."""
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    for handler in (logging.StreamHandler(sys.stderr), logging.FileHandler(path)):
-        handler.setFormatter(formatter)
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 # --- finding runs

@@ -178,6 +178,28 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
     return settings, notes
 
 
+# What may change while a run goes on: nothing that earlier results depend on.
+AMENDABLE = (
+    "training_profiles", "epochs_per_chunk", "workers", "cores_per_worker", "total_lifetime", "eon_lifetime",
+    "stop_after_stale_cycles", "stop_at_score", "stop_after_epochs", "max_failures", "max_chunk_attempts", "slurm_file",
+    "slurm",
+)  # fmt: skip
+
+
+def amend(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """Settings with "key=value" changes. Raises SettingsError for a key that can't change in a run."""
+    raw = settings.model_dump(mode="json")
+    for override in overrides:
+        key = override.partition("=")[0].split(".")[0]
+        if key in raw and key not in AMENDABLE:
+            raise SettingsError(f"--set {override}: {key} is fixed at launch; what can change: {', '.join(AMENDABLE)}")
+        _override(raw, override)
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(explain("amended settings", error)) from error
+
+
 def difference(old: Settings, new: Settings) -> list[str]:
     """A line for each key whose value differs: "key: old -> new"."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
@@ -219,10 +241,13 @@ def _override(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise SettingsError(f"--set {override!r}: allowed is key=value, e.g. --set workers=4")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text  # a bare word is a string
+    if text.startswith("@"):
+        value = _read_value(override, Path(text[1:]))
+    else:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text  # a bare word is a string
     *parents, last = path.split(".")
     node: Any = raw
     for key in parents:
@@ -233,6 +258,13 @@ def _override(raw: dict[str, Any], override: str) -> None:
         node[int(last)] = value
     else:
         raise SettingsError(f"--set {override!r}: there is nothing at {path!r} to set")
+
+
+def _read_value(override: str, path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--set {override!r}: {path}: {error}") from error
 
 
 def _is_index(node: Any, key: str) -> bool:

@@ -36,7 +36,7 @@ from orchestrator.records import (
     Started,
     Work,
 )
-from orchestrator.settings import Settings
+from orchestrator.settings import Settings, thaw
 
 INSIST_S = 300.0
 
@@ -83,6 +83,7 @@ class Worker:
 
     folder: Path  # the run's
     settings: Settings
+    version: int  # of the settings
     leaderboard: Leaderboard
     cluster: Cluster
     open_trainer: Callable[[], Trainer]
@@ -201,6 +202,8 @@ class Worker:
                 claim.position,
                 claim.parent_file or "a founder",
             )
+            if claim.settings_version != self.version:
+                self._take_amendment(job)
             result = self._chunk(claim)
             if isinstance(result, Ending):
                 failed += 1
@@ -212,6 +215,13 @@ class Worker:
                 durations_s.append(result)
                 failed = 0
             chunks += 1
+
+    def _take_amendment(self, job: Job) -> None:
+        """The settings were changed while this job runs. It can get shorter, but Slurm grants it no more time."""
+        text, self.version = self.leaderboard.reader.settings()
+        self.settings = thaw(text)
+        self._job_end = min(self._job_end, (job.started_at or self.clock()) + self.settings.eon_lifetime)
+        log.info("the settings were amended (version %d)", self.version)
 
     def _chunk(self, claim: Claim) -> float | Ending | None:
         """One chunk: how many seconds it took, how it failed, or None if nothing came of it."""

@@ -1,9 +1,10 @@
-"""orch cancel: what changes a run that exists."""
+"""orch pause, resume, drain, cancel, amend, keep: what changes a run that exists. Each can be said twice."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -12,20 +13,75 @@ from orchestrator.cli.options import DEFAULT_RUNS_DIR, RunsDir, open_run
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(cancel)
+    for command in (pause, resume, drain, cancel, amend, keep):
+        app.command()(command)
+
+
+Named = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of the run.")]
+
+
+def pause(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
+    """Let running jobs finish their chunk, and queue none, until `orch resume`."""
+    opened = open_run(run, runs_dir)
+    _report(opened.pause(time.time()), f"{opened.name} is paused; running jobs finish their chunk")
+
+
+def resume(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
+    """Go on with a run that was paused, drained, cancelled, or has failed."""
+    opened = open_run(run, runs_dir)
+    for line in opened.resume(time.time()):
+        print(line)
+    print(f"{opened.name} is active")
+
+
+def drain(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
+    """Let running jobs finish their chunk; with the last of them the run is finished."""
+    opened = open_run(run, runs_dir)
+    _report(opened.drain(time.time()), f"{opened.name} is draining; running jobs finish their chunk")
 
 
 def cancel(
-    run: Annotated[str, typer.Argument(help="Name or path of the run.")],
+    run: Named,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
-    now: Annotated[
-        bool, typer.Option("--now", help="Kill the jobs instead of letting them suspend their chunk.")
-    ] = False,
+    now: Annotated[bool, typer.Option("--now", help="Kill the jobs, without suspending their chunk.")] = False,
 ) -> None:
-    """End a run and its jobs. `orch launch` of the same settings goes on with it."""
+    """End a run and its jobs; running jobs suspend their chunk. `orch resume` goes on with it."""
     opened = open_run(run, runs_dir)
-    trouble = opened.cancel(at_once=now, now=time.time())
-    print(f"{opened.name} is cancelled; its board stays as it is")
+    _report(opened.cancel(at_once=now, now=time.time()), f"{opened.name} is cancelled; its board stays as it is")
+
+
+def amend(
+    run: Named,
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A new value; @FILE reads it from a JSON file.")
+    ],
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
+) -> None:
+    """Change settings of a run while it runs: lifetimes, workers, profiles, stop rules, slurm."""
+    opened = open_run(run, runs_dir)
+    for line in opened.amend(set_, time.time()) or ["nothing changes"]:
+        print(line)
+
+
+def keep(
+    run: Named,
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
+    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=1)] = 60,
+) -> None:
+    """Keep a run's chains from a login node, where compute nodes can't submit jobs. Ends with the run."""
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    opened = open_run(run, runs_dir)
+    try:
+        opened.keep(every, time.time, time.sleep)
+    except KeyboardInterrupt:
+        return
+    print(f"{opened.name} is over")
+
+
+def _report(trouble: Sequence[str], done: str) -> None:
+    print(done)
     for line in trouble:
         print(line, file=sys.stderr)
     if trouble:

@@ -113,11 +113,32 @@ def _print_plan(settings: Settings, folder: Path, exists: bool, json: bool) -> N
         "first_claims": first,
         "cycle": [p.name for p in policy.cycle],
     }
+    if settings.executor == "slurm":
+        plan |= _slurm_plan(settings, folder)
     if json:
         print_json(plan)
-    else:
-        for key, value in plan.items():
-            print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+        return
+    script = plan.pop("script", None)
+    for key, value in plan.items():
+        print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+    if script:
+        print(
+            f"\n# --- the script of the first jobs; a successor has --dependency=afterany:JOB and no --array\n{script}"
+        )
+
+
+def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
+    """What sbatch is given, and what it costs at most."""
+    from orchestrator.cluster.slurm import SlurmCluster
+    from orchestrator.entry import job_main
+
+    cluster = SlurmCluster(settings, folder.absolute(), job_main)
+    gpus = cluster.request.options.get("gpus-per-node", settings.gpus_per_worker)
+    return {
+        "time_limit_min": cluster.request.time_min,
+        "gpu_hours_at_most": round(settings.workers * int(gpus) * settings.total_lifetime / 3600, 2),
+        "script": cluster.script(settings.workers),
+    }
 
 
 def _wait(run: Run, quiet: bool) -> None:

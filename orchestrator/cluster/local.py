@@ -137,7 +137,7 @@ class InlineCluster:
         self._settings = settings
 
     def submit(self, jobs: Sequence[Job], workers: Mapping[int, Worker], after: Job | None) -> list[Submitted]:
-        return [Submitted(job.job_id, str(os.getpid())) for job in jobs]
+        return [Submitted(job.job_id, str(os.getpid()), *this_process(), host_name()) for job in jobs]
 
     def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
         return

@@ -57,6 +57,9 @@ class Board:
         with self._database.transaction() as tx:
             row, policy = self._read_run(tx)
             self._check_current(tx, job_id, starts)
+            stopped = tx.execute(select(worker.c.stopped).where(worker.c.worker_id == worker_id)).scalar_one()
+            if stopped is not None:
+                return Over(RunState(row.state), stopped)
             over = self._end_if_over(tx, row, policy, now)
             if over is not None:
                 return over
@@ -119,6 +122,7 @@ class Board:
             parent_sha256=source.sha256 if source else None,
             parent_epochs=source.epochs if source else 0,
             bar=rules.bar(board.entries, policy.num_models, policy.metric),
+            settings_version=policy.version,
         )
 
     def _resume(
@@ -156,6 +160,7 @@ class Board:
             parent_sha256=parent.sha256 if parent else None,
             parent_epochs=parent.epochs if parent else 0,
             bar=rules.bar(board.entries, policy.num_models, policy.metric),
+            settings_version=policy.version,
             suspended_file=held.suspended_file,
             suspended_sha256=held.suspended_sha256,
         )

@@ -83,6 +83,8 @@ class Chains:
                 return f"no job {token} of worker {worker_id} is known; another one took its place"
             if mine.state == JobState.CANCELLED:
                 return f"this job was cancelled: {mine.outcome}"
+            if mine.cluster_id not in (None, cluster_id):
+                return f"this job is job {mine.cluster_id} already; {cluster_id} was submitted by mistake"
             newer = select(func.count()).where(
                 job.c.worker_id == worker_id,
                 job.c.link > mine.link,
@@ -187,6 +189,7 @@ class Chains:
             me = _worker(tx.execute(select(worker).where(worker.c.worker_id == mine.worker_id)).one())
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
             why_not = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
+            _finish_draining(tx, now)
             if row is None or why_not is None:
                 return (_job(row) if row else None), None
             _close(tx, row.job_id, JobState.CANCELLED, why_not, now)
@@ -238,6 +241,7 @@ class Chains:
                     .where(job.c.job_id == known.job_id, job.c.state == JobState.SUBMITTING)
                     .values(state=JobState.QUEUED, cluster_id=cluster_id)
                 )
+            _finish_draining(tx, now)
 
     def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[Job]:
         """New links for chains that have none open, as far as the rules still want them."""
@@ -292,12 +296,34 @@ class Chains:
             had = RunState(tx.execute(select(run.c.state)).scalar_one())
             if had in allowed_from and had is not wanted:
                 set_state(tx, wanted, reason, now)
+                _finish_draining(tx, now)
             return had
 
-    def revive(self, now: float) -> None:
-        """Forget failures: somebody has looked into them and starts the run again."""
+    def revive(self, workers: int) -> None:
+        """Forget the failures of the first so many workers: somebody has looked into them."""
         with self._database.transaction() as tx:
-            tx.execute(update(worker).values(failures=0, stopped=None))
+            tx.execute(update(worker).where(worker.c.worker_id < workers).values(failures=0, stopped=None))
+
+    def amend(self, settings: str, deadline: float, workers: int, what: str, now: float) -> list[Job]:
+        """Write amended settings down. Workers beyond their number stop; their queued jobs are returned."""
+        with self._database.transaction() as tx:
+            tx.execute(
+                update(run).values(settings=settings, deadline=deadline, settings_version=run.c.settings_version + 1)
+            )
+            log_event(tx, now, "amended", None, None, None, what=what)
+            reason = f"the run was amended to {workers} workers"
+            tx.execute(update(worker).where(worker.c.worker_id >= workers).values(stopped=reason))
+            tx.execute(
+                update(worker)
+                .where(worker.c.worker_id < workers, worker.c.stopped.like("the run was amended to %"))
+                .values(stopped=None)
+            )
+            rows = tx.execute(
+                select(job).where(job.c.worker_id >= workers, job.c.state.in_((JobState.SUBMITTING, JobState.QUEUED)))
+            ).all()
+            for row in rows:
+                _close(tx, row.job_id, JobState.CANCELLED, reason, now)
+            return [_job(row) for row in rows]
 
     def stop_worker(self, worker_id: int, reason: str, now: float) -> None:
         """This chain ends. With the last one, the run has failed."""
@@ -340,6 +366,13 @@ def _close(tx: Connection, job_id: int, state: JobState, outcome: str, now: floa
         if not tx.execute(finished).scalar_one():
             _count_failure(tx, was.worker_id)
     return True
+
+
+def _finish_draining(tx: Connection, now: float) -> None:
+    """With its last job, a draining run is finished."""
+    at_work = select(func.count()).where(job.c.state == JobState.RUNNING)
+    if tx.execute(select(run.c.state)).scalar_one() == RunState.DRAINING and not tx.execute(at_work).scalar_one():
+        set_state(tx, RunState.FINISHED, "drained by the user", now)
 
 
 def _stop_worker(tx: Connection, worker_id: int, reason: str, now: float) -> None:

@@ -24,6 +24,12 @@ class Reader:
         with self._database.transaction() as tx:
             return dict(tx.execute(select(run)).one()._mapping)
 
+    def settings(self) -> tuple[str, int]:
+        """The run's settings as JSON, and their version."""
+        with self._database.transaction() as tx:
+            row = tx.execute(select(run.c.settings, run.c.settings_version)).one()
+            return row.settings, row.settings_version
+
     def entries(self, mode: Mode) -> list[dict[str, Any]]:
         """The board, best first; equals in the order they came."""
         with self._database.transaction() as tx:

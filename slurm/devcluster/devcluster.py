@@ -1,0 +1,399 @@
+#!/usr/bin/env python3
+"""A real Slurm cluster on one machine, as root or as a plain user: for the tests, and for trying things out.
+
+    python slurm/devcluster/devcluster.py up                start it, or do nothing if it runs
+    eval "$(python slurm/devcluster/devcluster.py env)"     now sbatch, squeue and orch talk to it
+    python slurm/devcluster/devcluster.py down              stop it (wipe: and delete its folder)
+
+Everything lives in one folder. README.md beside this file says what the cluster has and what to know of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from devcluster_client import SlurmClient
+from devcluster_config import (
+    ACCOUNT,
+    Shape,
+    Stored,
+    accounting_set_up,
+    faketime_environment,
+    install_database_command,
+    mariadbd_command,
+    munged_command,
+    write_files,
+)
+from devcluster_processes import (
+    DAEMON_PATH,
+    DevClusterError,
+    MissingPackagesError,
+    Process,
+    check_packages,
+    find_processes,
+    listens,
+    reserved_ports,
+    send_signal,
+    start_time,
+    wait_for,
+)
+
+__all__ = ["DevCluster", "DevClusterError", "MissingPackagesError", "Process", "Shape", "main", "wait_for"]
+
+# slurmstepd's socket, FOLDER/spool/node1/node1_123456.4294967291, must fit in the 107 bytes of such a path.
+LONGEST_FOLDER = 60
+LOCK = "lock"
+NODE_IS_UP = ("idle", "mixed", "allocated", "completing")
+
+
+def default_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"orch-devcluster-{os.getuid()}"
+
+
+class DevCluster(SlurmClient):
+    """One cluster in one folder. Several can run at the same time: each has its own ports and sockets."""
+
+    def __init__(self, folder: Path | str | None = None, shape: Shape | None = None) -> None:
+        super().__init__(Path(folder or default_folder()).resolve())
+        if len(str(self.folder)) > LONGEST_FOLDER or not re.fullmatch(r"[\w./+-]+", str(self.folder)):
+            raise DevClusterError(
+                f"folder {str(self.folder)!r}: at most {LONGEST_FOLDER} letters, digits and ./+-_ "
+                "(the paths of the sockets in it must stay below 108 bytes)"
+            )
+        stored = Stored.load(self.folder)
+        self.shape = shape or (stored.shape if stored else Shape())
+        self.node_names = [f"node{number}" for number in range(1, self.shape.nodes + 1)]
+        self._port = stored.port if stored else None
+        self._owner = stored.owner if stored else None
+        self._children: list[subprocess.Popen[bytes]] = []  # to be reaped: nobody else can
+
+    @classmethod
+    @contextlib.contextmanager
+    def temporary(cls, shape: Shape | None = None) -> Iterator[DevCluster]:
+        """A started cluster in a new folder, wiped at the end; only stopped if ORCH_DEVCLUSTER_KEEP is set.
+
+        Temporary clusters whose owner was killed before it could wipe them are wiped first.
+        """
+        shape = shape or Shape()
+        check_packages(shape.accounting, shape.faketime is not None)
+        parent, prefix = default_folder().parent, f"{default_folder().name}-"
+        for folder in parent.glob(f"{prefix}*"):
+            with contextlib.suppress(DevClusterError, OSError):
+                old = cls(folder)
+                if old._owner and start_time(int(old._owner.split()[0])) != old._owner:
+                    old.wipe()
+        cluster = cls(tempfile.mkdtemp(prefix=prefix, dir=parent), shape)
+        cluster._owner = start_time(os.getpid())
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            if os.environ.get("ORCH_DEVCLUSTER_KEEP"):
+                cluster.stop()
+                Stored(cluster.shape, cluster._port or 0, owner=None).save(cluster.folder)
+                print(f"kept: {cluster.folder}", file=sys.stderr)
+            else:
+                cluster.wipe()
+
+    # --- the whole cluster
+
+    def start(self) -> None:
+        """Start what does not run yet and return when every node takes jobs."""
+        check_packages(self.shape.accounting, self.shape.faketime is not None)
+        with self._locked():
+            stored, running = Stored.load(self.folder), self.processes()
+            if stored and running and stored.shape != self.shape:
+                raise DevClusterError(f"stop {self.folder} first: it runs with other options, {stored.shape}")
+            with contextlib.ExitStack() as stack:
+                if not running:
+                    explicit = self.shape.port_base
+                    ports = reserved_ports(self.shape.nodes + 2, explicit or self._port, explicit is not None)
+                    self._port = stack.enter_context(ports)
+                assert self._port is not None
+                Stored(self.shape, self._port, self._owner).save(self.folder)
+                write_files(self.folder, self.shape, self.user, self._port)
+                try:
+                    self._start_daemons()
+                except BaseException:
+                    self._end(lambda process: True, signal.SIGKILL)
+                    raise
+
+    def stop(self) -> None:
+        """Cancel every job and stop every daemon; state and accounting stay in the folder."""
+        if not self.folder.exists():
+            return
+        with self._locked():
+            self._cancel_before_stop()
+            self._end(lambda process: process.program in ("slurmctld", "slurmd"))
+            self._end(lambda process: process.program in ("slurmscriptd", "slurmstepd", "job"), signal.SIGKILL)
+            self._end(lambda process: process.program == "slurmdbd")  # it still writes to the database
+            self._end(lambda process: True)
+
+    def wipe(self) -> None:
+        """Stop everything at once and delete the folder."""
+        if not self.folder.exists():
+            return
+        names = {path.name for path in self.folder.iterdir()}
+        if names - {LOCK} and Stored.load(self.folder) is None:
+            raise DevClusterError(f"{self.folder} is not deleted: it is no cluster's folder")
+        with self._locked():
+            self._cancel_before_stop()  # slurmstepd knows the processes of a job better than we do
+            self._end(lambda process: True, signal.SIGKILL)
+            shutil.rmtree(self.folder)
+
+    def processes(self) -> list[Process]:
+        """Every process of the cluster: daemons, slurmstepds and what the jobs run."""
+        self._children = [child for child in self._children if child.poll() is None]
+        return find_processes(self.folder)
+
+    def is_running(self, program: str = "slurmctld", node: str | None = None) -> bool:
+        return any((process.program, process.node) == (program, node) for process in self.processes())
+
+    # --- its parts
+
+    def start_controller(self) -> None:
+        """Start slurmctld, if it does not run, and return when it answers."""
+
+        def answers() -> bool:
+            return listens(self._port or 0) and " is UP" in self.run(["scontrol", "ping"], check=False).stdout
+
+        self._spawn("slurmctld", ["slurmctld", "-D"], answers, faketime_environment(self.shape.faketime))
+
+    def stop_controller(self) -> None:
+        """End slurmctld as an administrator does: it saves its state first. Jobs run on."""
+        self._end(lambda process: process.program == "slurmctld")
+
+    def kill_controller(self) -> None:
+        """SIGKILL slurmctld, as a crash does. What it has not saved is lost, such as a job one second old."""
+        self._end(lambda process: process.program in ("slurmctld", "slurmscriptd"), signal.SIGKILL)
+
+    def kill_node(self, name: str, stepd: bool = True, *, jobs: bool = False, detect: bool = False) -> None:
+        """SIGKILL a node's slurmd, its slurmstepds, and with `jobs` what they run; then declare it down.
+
+        Without `jobs` the batch scripts outlive their node, unknown to Slurm: what fencing tokens are for.
+        With `detect` the node is not declared down: slurmctld finds out by itself, which takes about 30 s.
+        """
+        self._check_node(name)
+        doomed = {"slurmd"} | ({"slurmstepd"} if stepd else set()) | ({"job"} if jobs else set())
+        self._end(lambda process: process.node == name and process.program in doomed, signal.SIGKILL)
+        if not detect:
+            self.run(["scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed"])
+        wait_for(lambda: self.node_states()[name].startswith("down"), 90, f"{name} to be down")
+
+    def start_node(self, name: str) -> None:
+        """Start a node's slurmd, if it does not run, and return when the node takes jobs."""
+        self._check_node(name)
+        self._spawn(f"slurmd-{name}", ["slurmd", "-D", "-N", name])
+        wait_for(lambda: self.node_states()[name] in NODE_IS_UP, 30, f"{name} to be up")
+
+    def clear(self) -> None:
+        """Cancel every job, and end what jobs left running on nodes that were killed."""
+        self.cancel_all()
+        self._end(lambda process: process.program == "job", signal.SIGKILL)
+
+    # --- how it is done
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One start or stop at a time in a folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _check_node(self, name: str) -> None:
+        if name not in self.node_names:
+            raise DevClusterError(f"no node {name!r}: there are {', '.join(self.node_names)}")
+
+    def _start_daemons(self) -> None:
+        run, database = self.folder / "run", self.folder / "mysql"
+        self._spawn("munged", munged_command(self.folder), lambda: listens(run / "munge.sock"))
+        if self.shape.accounting:
+            if not (database / "installed").exists():
+                shutil.rmtree(database, ignore_errors=True)  # half of one
+                self.run(install_database_command(self.folder, self.user))
+                (database / "installed").touch()
+            server, socket = mariadbd_command(self.folder, self.user), run / "mysql.sock"
+            self._spawn("mariadbd", server, lambda: listens(socket))
+            variables = {"MYSQL_UNIX_PORT": str(socket)}
+            self._spawn("slurmdbd", ["slurmdbd", "-D"], lambda: listens((self._port or 0) + 1), variables)
+            self._set_up_accounting()
+        self.start_controller()
+        for name in self.node_names:  # all before waiting for the first
+            self._spawn(f"slurmd-{name}", ["slurmd", "-D", "-N", name])
+        for name in self.node_names:
+            self.start_node(name)
+
+    def _set_up_accounting(self) -> None:
+        """The controller wants to find its cluster, and the user an account, when it starts."""
+        done = self.folder / "mysql" / "set-up"
+        if done.exists():
+            return
+        commands = "\n".join(accounting_set_up(self.user))
+        result = self.run(["sacctmgr", "--immediate"], stdin=commands)
+        account = self.run(["sacctmgr", "-n", "-P", "list", "user", self.user, "format=DefaultAccount"])
+        if account.stdout.strip() != ACCOUNT:  # which the last command sets
+            raise DevClusterError(f"no accounting: sacctmgr: {result.stdout} {result.stderr}")
+        done.touch()
+
+    def _spawn(
+        self,
+        name: str,
+        command: list[str],
+        ready: Callable[[], bool] = lambda: True,
+        variables: dict[str, str] | None = None,
+    ) -> None:
+        """Start a daemon, unless it runs, and return when it is ready.
+
+        It does not fork away, so that its pid is known, and is out of the reach of this terminal's Ctrl-C.
+        """
+        program, _, node = name.partition("-")
+        if self.is_running(program, node or None):
+            return
+        environment = self.env() | {"PATH": DAEMON_PATH} | (variables or {})
+        command[0] = shutil.which(command[0], path=DAEMON_PATH) or command[0]
+        output = self.folder / "log" / f"{name}.out"
+        with output.open("wb") as log, open(os.devnull) as nothing:
+            child = subprocess.Popen(
+                command, stdin=nothing, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        self._children.append(child)
+        wait_for(lambda: ready() or child.poll() is not None, 30, f"{name} to be ready ({output})")
+        if child.returncode is not None:
+            last_lines = "\n".join(output.read_text(errors="replace").splitlines()[-10:])
+            raise DevClusterError(f"{name} ended at once, exit {child.returncode} ({output}):\n{last_lines}")
+
+    def _end(self, wanted: Callable[[Process], bool], number: signal.Signals = signal.SIGTERM) -> None:
+        """Signal the wanted processes and return when they are gone; SIGKILL for those that take too long."""
+
+        def left() -> list[Process]:
+            return [process for process in self.processes() if wanted(process)]
+
+        ending = {process.pid for process in left()}
+        for attempt in (number, signal.SIGKILL):
+            send_signal(left(), attempt, self.folder)
+            with contextlib.suppress(DevClusterError):
+                wait_for(lambda: not left(), 10, "the processes to end")
+                break
+        else:
+            raise DevClusterError(f"not ended: {left()}")
+        for child in self._children:  # it has closed its files, by which we know it, but may still be ending
+            if child.pid in ending:
+                child.wait(timeout=10)
+
+    def _cancel_before_stop(self) -> None:
+        """Jobs end better by scancel than by our signals; what does not answer is stopped all the same."""
+        if self.is_running("slurmctld"):
+            with contextlib.suppress(DevClusterError, subprocess.TimeoutExpired):
+                self.cancel_all(timeout_s=4)
+
+
+COMMANDS = {
+    "up": "start the cluster, or what of it does not run",
+    "down": "cancel every job and stop the cluster; its folder stays",
+    "wipe": "stop it and delete its folder",
+    "status": "its nodes, its queue and its processes; exit code 1 when it does not run",
+    "env": "the line that makes a shell talk to it",
+    "run": "run a command that talks to it: run -- sbatch --wrap hostname",
+    "kill-controller": "SIGKILL slurmctld",
+    "stop-controller": "end slurmctld",
+    "start-controller": "start slurmctld",
+    "kill-node": "SIGKILL a node's slurmd and slurmstepds: kill-node node1",
+    "start-node": "start a node's slurmd: start-node node1",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    try:
+        return _do(options.command, options.words, _cluster(options))
+    except DevClusterError as error:
+        print(f"devcluster: {error}", file=sys.stderr)
+        return 2 if isinstance(error, MissingPackagesError) else 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="A real Slurm cluster on one machine.",
+        epilog="\n".join(f"{name:18}{text}" for name, text in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+    parser.add_argument("words", nargs="*", metavar="...", help="a node, or the command to run")
+    parser.add_argument("--folder", type=Path, help=f"of everything the cluster has: {default_folder()}")
+    up = parser.add_argument_group("up", "what is not given is as it was in this folder, or the default")
+    up.add_argument("--nodes", type=int, help="4")
+    up.add_argument("--cpus", type=int, help="declared CPUs of each node: 16")
+    up.add_argument("--gpus", type=int, help="declared GPUs of each node: 2")
+    up.add_argument("--no-accounting", dest="accounting", action="store_false", default=None)
+    up.add_argument("--faketime", metavar="SPEC", help="controller's clock: '+0 x10': ten times as fast")
+    up.add_argument("--port-base", type=int, help="the first of nodes + 2 ports; free ones are chosen")
+    options = parser.parse_args(arguments)
+    if options.command.endswith("-node") and len(options.words) != 1:
+        parser.error(f"{options.command} needs a node's name")
+    if options.command == "run" and not options.words:
+        parser.error("run needs a command")
+    return options
+
+
+def _cluster(options: argparse.Namespace) -> DevCluster:
+    cluster = DevCluster(options.folder)
+    given = {field.name: getattr(options, field.name) for field in fields(Shape)}
+    given = {name: value for name, value in given.items() if value is not None}
+    return DevCluster(options.folder, replace(cluster.shape, **given)) if given else cluster
+
+
+def _do(command: str, words: list[str], cluster: DevCluster) -> int:
+    simple: dict[str, Callable[[], None]] = {
+        "down": cluster.stop,
+        "wipe": cluster.wipe,
+        "kill-controller": cluster.kill_controller,
+        "stop-controller": cluster.stop_controller,
+        "start-controller": cluster.start_controller,
+        "kill-node": lambda: cluster.kill_node(words[0]),
+        "start-node": lambda: cluster.start_node(words[0]),
+    }
+    if command in simple:
+        simple[command]()
+    elif command == "up":
+        cluster.start()
+        print(f"{cluster.shape.nodes} nodes are up in {cluster.folder}; for this shell: {_export(cluster)}")
+    elif command == "env":
+        print(_export(cluster))
+    elif command == "run":
+        return subprocess.run(words, env=cluster.env(), check=False).returncode
+    elif command == "status":
+        return _status(cluster)
+    return 0
+
+
+def _export(cluster: DevCluster) -> str:
+    return f"export SLURM_CONF={shlex.quote(str(cluster.conf))}"
+
+
+def _status(cluster: DevCluster) -> int:
+    for process in sorted(cluster.processes(), key=lambda process: (process.program, process.node or "")):
+        print(f"{process.pid:8} {process.program} {process.node or ''}")
+    if not cluster.is_running("slurmctld"):
+        print(f"no controller runs in {cluster.folder}")
+        return 1
+    for command in (["sinfo", "-l"], ["squeue"]):
+        print(cluster.run(command).stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Finding and signalling the processes of a development cluster, and finding ports for them. Linux only.
+
+A process is ours when /proc shows that it holds a log file of our folder open (the daemons, slurmstepd) or
+that it runs inside a job of our slurm.conf. Nothing else is ever signalled. So there are no pid files to go
+stale, a daemon is known from its first instant on, and slurmstepd, which has no pid file and overwrites its
+environment, is known too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Debian keeps the daemons where a plain user's PATH does not look.
+DAEMON_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+DAEMONS = ("slurmctld", "slurmscriptd", "slurmd", "slurmstepd", "slurmdbd", "mariadbd", "munged")
+
+# program -> the Debian package that has it
+PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
+ACCOUNTING_PACKAGES = {
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server",
+    "mariadb-install-db": "mariadb-server",
+}
+FAKETIME_LIBRARIES = ("usr/lib/*/faketime/libfaketimeMT.so.1", "usr/lib*/faketime/libfaketimeMT.so.1")
+
+# Below Linux' usual ephemeral ports (32768 and up), which any client on the machine may hold for a moment.
+PORT_BASES = range(17000, 32000, 50)
+
+
+class DevClusterError(Exception):
+    """The development cluster could not do what was asked."""
+
+
+class MissingPackagesError(DevClusterError):
+    """Programs that the development cluster needs are not installed."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A running process of the cluster: zombies do not count, they have no files and no environment."""
+
+    pid: int
+    program: str  # one of DAEMONS, or "job" for what a batch script runs
+    node: str | None  # of slurmd, slurmstepd and jobs
+
+
+def wait_for(condition: Callable[[], T], timeout_s: float, what: str, every_s: float = 0.05) -> T:
+    """Poll until the condition is true and return its value; DevClusterError when the time is up."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise DevClusterError(f"waited {timeout_s:g} s in vain for {what}")
+        time.sleep(every_s)
+    return value
+
+
+def faketime_library() -> Path | None:
+    return next((path for pattern in FAKETIME_LIBRARIES for path in Path("/").glob(pattern)), None)
+
+
+def check_packages(accounting: bool, faketime: bool) -> None:
+    """Raise MissingPackagesError, with the line that installs everything, when a program is missing."""
+    wanted = PACKAGES | (ACCOUNTING_PACKAGES if accounting else {})
+    missing = {name: package for name, package in wanted.items() if not shutil.which(name, path=DAEMON_PATH)}
+    if faketime and faketime_library() is None:
+        missing["libfaketimeMT.so.1"] = "faketime"
+    if missing:
+        packages = " ".join(sorted(set(missing.values())))
+        raise MissingPackagesError(
+            f"not installed: {', '.join(missing)}. On Debian or Ubuntu: apt-get install -y {packages}"
+        )
+
+
+def start_time(pid: int) -> str | None:
+    """The pid and its start in kernel ticks: no other process ever has both. None when it does not run."""
+    try:
+        fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return f"{pid} {fields[19]}" if fields[0] != "Z" else None
+
+
+def find_processes(folder: Path) -> list[Process]:
+    """All processes of the cluster in the folder, whoever started them."""
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [process for pid in pids if (process := identify(pid, folder))]
+
+
+def identify(pid: int, folder: Path) -> Process | None:
+    """The process as one of the cluster in the folder, or None when it is not (or no longer) one."""
+    proc = Path("/proc", str(pid))
+    try:
+        name = (proc / "comm").read_text().strip()
+        if name in DAEMONS:
+            log = _open_log(proc, folder)
+            node = log and re.match(r"slurmd-(\w+)\.", log)
+            return Process(pid, name, node[1] if node else None) if log else None
+        environment = (proc / "environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # it ended meanwhile, or belongs to someone else
+        return None
+    variables = dict(item.split("=", 1) for item in environment if "=" in item)
+    ours = variables.get("SLURM_CONF") == f"{folder}/etc/slurm.conf" and "SLURM_JOB_ID" in variables
+    node_name = variables.get("SLURMD_NODENAME")
+    return Process(pid, "job", node_name) if ours and node_name else None
+
+
+def _open_log(proc: Path, folder: Path) -> str | None:
+    """The name of a log file of the folder that the process holds open."""
+    for descriptor in (proc / "fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = os.readlink(descriptor)
+            if target.startswith(f"{folder}/log/"):
+                return target.rpartition("/")[2]
+    return None
+
+
+def send_signal(processes: Iterable[Process], number: signal.Signals, folder: Path) -> None:
+    """Signal processes of the cluster. A pid that became another process's in the meantime is left alone."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            handle = os.pidfd_open(process.pid)
+            try:
+                if identify(process.pid, folder) == process:
+                    signal.pidfd_send_signal(handle, number)
+            finally:
+                os.close(handle)
+
+
+@contextlib.contextmanager
+def reserved_ports(count: int, preferred: int | None, fixed: bool) -> Iterator[int]:
+    """The first of `count` neighbouring free ports: the preferred ones if free, else (unless fixed) others.
+
+    While the context lasts no other start on this machine gets them: the daemons listen only seconds later.
+    The reservation is a name in Linux' abstract socket namespace, common to all users, and ends with us.
+    """
+    spread = os.getpid() % len(PORT_BASES)  # clusters that start at once begin to look in different places
+    others = [] if fixed else [*PORT_BASES[spread:], *PORT_BASES[:spread]]
+    for base in ([] if preferred is None else [preferred]) + others:
+        with socket.socket(socket.AF_UNIX) as reservation:
+            try:
+                reservation.bind(f"\0orch-devcluster-{base}")
+            except OSError:
+                continue
+            if all(_is_free(port) for port in range(base, base + count)):
+                yield base
+                return
+    raise DevClusterError(f"no {count} free ports from {preferred if fixed else PORT_BASES[0]} on")
+
+
+def listens(address: int | Path) -> bool:
+    """Does somebody take connections on the port of this machine, or on the unix socket?"""
+    family = socket.AF_INET if isinstance(address, int) else socket.AF_UNIX
+    with socket.socket(family) as probe:
+        return probe.connect_ex(("127.0.0.1", address) if isinstance(address, int) else str(address)) == 0
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Slurm does: old ones may linger
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True

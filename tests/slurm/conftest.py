@@ -1,0 +1,76 @@
+"""A real Slurm cluster for the tests in this folder: one for each pytest process, started by the first that asks.
+
+With pytest-xdist use `--dist loadgroup`: the tests here are one group, so that one process runs them all. (With
+pytest 9.2, pytest-xdist 3.8 does not see groups: each process then starts a cluster, which is slower, not wrong.)
+ORCH_DEVCLUSTER_KEEP=1 keeps the cluster's folder, with every log, after the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "slurm" / "devcluster"))
+from devcluster import DevCluster, DevClusterError, MissingPackagesError, wait_for
+from devcluster_client import FOREIGN_VARIABLES
+from devcluster_processes import check_packages
+
+# How long a job that is about to end may take before it counts as left behind.
+GRACE_S = 5
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "leaves_jobs: the test may leave jobs in the queue; they are cancelled")
+    config.addinivalue_line("markers", "xdist_group(name): run by one pytest-xdist process")  # even without it
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+
+
+@pytest.fixture(scope="session")
+def slurm_packages() -> None:
+    """Skips tests where Slurm is not installed; for those that start clusters of their own."""
+    try:
+        check_packages(accounting=True, faketime=False)
+    except MissingPackagesError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def cluster(slurm_packages: None) -> Iterator[DevCluster]:
+    """The cluster that sbatch, squeue and submitit talk to while this fixture lives: see DevCluster."""
+    with DevCluster.temporary() as cluster, pytest.MonkeyPatch.context() as environment:
+        for name in [name for name in os.environ if name.startswith(FOREIGN_VARIABLES)]:
+            environment.delenv(name)
+        environment.setenv("SLURM_CONF", str(cluster.conf))
+        yield cluster
+    assert not cluster.processes()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_an_idle_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that leaves jobs behind is an error, and the next one finds an idle cluster all the same."""
+    if "cluster" not in request.fixturenames:
+        yield
+        return
+    cluster: DevCluster = request.getfixturevalue("cluster")
+    yield
+    cluster.start()  # what the test has killed
+    left: list[str] = []
+    if request.node.get_closest_marker("leaves_jobs") is None:
+        with contextlib.suppress(DevClusterError):
+            wait_for(lambda: all(job["state"] == "COMPLETING" for job in cluster.squeue()), GRACE_S, "the jobs")
+        left = [f"{job['id']} {job['name']} {job['state']}" for job in cluster.squeue()]
+    cluster.clear()
+    if left:
+        pytest.fail(f"left in the queue: {', '.join(left)}", pytrace=False)
