@@ -22,18 +22,25 @@ from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Wo
 FORMAT = 1
 
 
-def load_job(settings: Mapping[str, Any], device: torch.device | None = None, cores: int = 1) -> Job:
-    """The settings' job as an object. Raises JobError if it can't be imported or is none."""
-    module_name, _, class_name = settings["job"].partition(":")
+def find_class(spec: str) -> Any:
+    """What "module:Class" names. Raises JobError if the module can't be imported or has no such class."""
+    module_name, _, class_name = spec.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
     except Exception as error:  # whatever the user's module does on import
-        raise JobError(
-            f"job {settings['job']}: {module_name} can't be imported: {type(error).__name__}: {error}"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Job)):
-        raise JobError(f"job {settings['job']}: {module_name} has no class {class_name} derived from jobs.job.Job")
-    return found(JobContext(settings, device or torch.device("cpu"), cores))
+        raise JobError(f"job {spec}: {module_name} can't be imported: {type(error).__name__}: {error}") from error
+    if not isinstance(found, type):
+        raise JobError(f"job {spec}: {module_name} has no class {class_name}")
+    return found
+
+
+def load_job(settings: Mapping[str, Any], device: torch.device | None = None, cores: int = 1) -> Job:
+    """The settings' job as an object. Raises JobError if it can't be imported or is none."""
+    found = find_class(settings["job"])
+    if not issubclass(found, Job):
+        raise JobError(f"job {settings['job']}: its class is not derived from jobs.job.Job")
+    job: Job = found(JobContext(settings, device or torch.device("cpu"), cores))
+    return job
 
 
 def open_session(settings: Mapping[str, Any], cores: int) -> Session:

@@ -55,9 +55,9 @@ def be_worker(run: Run, token: str, worker_id: int, stop: StopFlag) -> Ending:
     sys.path[:0] = [p for p in run.leaderboard.reader.run_row()["import_paths"] if p not in sys.path]
 
     def open_trainer() -> Any:
-        from jobs.training import open_session  # imports torch, which takes seconds
+        from orchestrator.user_job import open_trainer  # imports torch, which takes seconds
 
-        return open_session(run.settings.model_dump(mode="json"), run.cluster.cores())
+        return open_trainer(run.settings, run.cluster.cores())
 
     worker = Worker(run.folder, run.settings, run.version, run.leaderboard, run.cluster, open_trainer, time.time, stop)
     return worker.run(started)

@@ -5,6 +5,7 @@ Everything of torch is imported when it is called, never before.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -18,18 +19,34 @@ from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.run import Run
+    from orchestrator.worker import Trainer
 
 
 def check(settings: Settings, import_paths: Sequence[str], download: bool = False) -> list[str]:
     """Import the job and let it check what it needs. Lines for the user. Raises JobSpecError."""
     sys.path[:0] = [p for p in import_paths if p not in sys.path]
     from jobs.job import JobError
-    from jobs.training import load_job
+    from jobs.training import find_class, load_job
 
     try:
+        if hasattr(find_class(settings.job), "open_trainer"):
+            return []
         return load_job(settings.model_dump(mode="json")).prepare(download)
     except JobError as error:
         raise JobSpecError(str(error)) from error
+
+
+def open_trainer(settings: Settings, cores: int) -> Trainer:
+    """The settings' job, ready to train. A job class that is no torch job brings its own trainer: a static
+    method `open_trainer(settings, cores)` that returns a `worker.Trainer`."""
+    module, _, name = settings.job.partition(":")
+    own = getattr(getattr(importlib.import_module(module), name, None), "open_trainer", None)
+    if own is not None:
+        trainer: Trainer = own(settings.model_dump(mode="json"), cores)
+        return trainer
+    from jobs.training import open_session
+
+    return open_session(settings.model_dump(mode="json"), cores)
 
 
 def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:

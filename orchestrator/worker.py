@@ -95,6 +95,7 @@ class Worker:
         self._trainer: Trainer | None = None
         self._unsubmitted: Job | None = None
         self._no_room = False  # a submit limit is why
+        self._began = 0.0  # when the model and the data were loaded
         self._job_end = 0.0
         self._lease_until = 0.0
 
@@ -103,7 +104,7 @@ class Worker:
     def run(self, started: Started) -> Ending:
         """Work until the job's time, the run or the chain is over. Never raises for what can be reported."""
         job = started.job
-        self._job_end = (job.started_at or self.clock()) + self.cluster.working_s()
+        self._job_end = (job.started_at or self.clock()) + self.cluster.latest_work_s()
         self._lease_until = (job.started_at or self.clock()) + self.cluster.time_limit_s()
         self._unsubmitted = started.successor
         try:
@@ -114,6 +115,8 @@ class Worker:
                 log.info("collected %d files that nothing refers to", len(removed))
             if self._may_work():
                 self._trainer = self.open_trainer()
+                self._began = self.clock()
+                self._job_end = min(self._job_end, self._began + self.cluster.working_s())
             ending = self._work(job)
         except StaleClaimError as error:
             ending = Ending(str(error))
@@ -203,7 +206,7 @@ class Worker:
                 claim.parent_file or "a founder",
             )
             if claim.settings_version != self.version:
-                self._take_amendment(job)
+                self._take_amendment()
             result = self._chunk(claim)
             if isinstance(result, Ending):
                 failed += 1
@@ -216,11 +219,11 @@ class Worker:
                 failed = 0
             chunks += 1
 
-    def _take_amendment(self, job: Job) -> None:
+    def _take_amendment(self) -> None:
         """The settings were changed while this job runs. It can get shorter, but Slurm grants it no more time."""
         text, self.version = self.leaderboard.reader.settings()
         self.settings = thaw(text)
-        self._job_end = min(self._job_end, (job.started_at or self.clock()) + self.settings.eon_lifetime)
+        self._job_end = min(self._job_end, self._began + self.settings.eon_lifetime)
         log.info("the settings were amended (version %d)", self.version)
 
     def _chunk(self, claim: Claim) -> float | Ending | None:

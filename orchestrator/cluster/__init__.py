@@ -59,7 +59,10 @@ class Cluster(Protocol):
         """Put the job that this process is into the queue again, where no successor can be; False if not."""
 
     def working_s(self) -> float:
-        """How long a job works, from its start."""
+        """How long a job works, from when its model and data are loaded."""
+
+    def latest_work_s(self) -> float:
+        """From a job's start to the moment when it must stop working, to end in time."""
 
     def time_limit_s(self) -> float:
         """From a job's start to its hard end, after which it can't be alive."""

@@ -114,6 +114,9 @@ class LocalCluster:
     def working_s(self) -> float:
         return self._settings.eon_lifetime
 
+    def latest_work_s(self) -> float:
+        return self._settings.eon_lifetime + GRACE_S / 2
+
     def time_limit_s(self) -> float:
         return self._settings.eon_lifetime + GRACE_S
 
@@ -158,6 +161,8 @@ class InlineCluster:
 
     def working_s(self) -> float:
         return self._settings.total_lifetime
+
+    latest_work_s = working_s
 
     def time_limit_s(self) -> float:
         return self._settings.total_lifetime

@@ -119,13 +119,13 @@ def request(settings: Settings, script: str | None) -> Request:
         "cpus-per-task": wanted.cpus, "nice": wanted.nice, "constraint": wanted.constraint, "exclude": wanted.exclude,
         "mem": f"{math.ceil(wanted.mem_gb * 1024)}M" if wanted.mem_gb else None,
     }  # fmt: skip
+    ask_for_gpus = wanted.gpus is not None or settings.gpus_per_worker > 1
+    if ask_for_gpus or wanted.gres:
+        options = {name: value for name, value in options.items() if name not in GPU_KEYS}
     options.update({name: value for name, value in own.items() if value is not None})
-    if wanted.gpus is not None or settings.gpus_per_worker > 1 or not GPU_KEYS & set(options):
-        if wanted.gpus is not None or settings.gpus_per_worker > 1:
-            options = {name: value for name, value in options.items() if name not in GPU_KEYS}
-        gpus = settings.gpus_per_worker if wanted.gpus is None else wanted.gpus
-        if gpus:
-            options["gpus-per-node"] = gpus
+    gpus = settings.gpus_per_worker if wanted.gpus is None else wanted.gpus
+    if gpus and (ask_for_gpus or not GPU_KEYS & set(options)):
+        options["gpus-per-node"] = gpus
     options.setdefault("requeue", True)  # after a preemption or the loss of its node
     options.update(wanted.additional_parameters)
     return Request(options, time_min, delay_s, (*setup, *wanted.setup))
@@ -211,7 +211,7 @@ def advice(refusal: str, request: Request, workers: int) -> str:
 def refusal_of(output: str) -> str:
     """The line of sbatch that says why."""
     lines = [line.strip() for line in output.splitlines() if "error" in line.lower() and line.strip()]
-    return lines[-1] if lines else output.strip()[-300:]
+    return lines[-1] if lines else output.strip().partition("\n")[0]
 
 
 def is_unreachable(output: str) -> bool:

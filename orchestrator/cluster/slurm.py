@@ -190,7 +190,10 @@ class SlurmCluster:
     # --- the job that this process is
 
     def working_s(self) -> float:
-        return min(self._settings.eon_lifetime, max(1.0, 60.0 * self.request.time_min - self.request.signal_delay_s))
+        return self._settings.eon_lifetime
+
+    def latest_work_s(self) -> float:
+        return max(1.0, 60.0 * self.request.time_min - self.request.signal_delay_s)
 
     def time_limit_s(self) -> float:
         return 60.0 * self.request.time_min + LEASE_MARGIN_S

@@ -212,6 +212,7 @@ class Chains:
             if done.rowcount != 1:
                 return False
             _close(tx, successor.job_id, JobState.CANCELLED, "no room in the queue", now)
+            log_event(tx, now, "requeued", mine.worker_id, None, None, why="no room", cluster_id=mine.cluster_id)
             return True
 
     # --- mending

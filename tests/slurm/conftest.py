@@ -21,7 +21,7 @@ from devcluster_client import FOREIGN_VARIABLES
 from devcluster_processes import check_packages
 
 # How long a job that is about to end may take before it counts as left behind.
-GRACE_S = 5
+GRACE_S = 20
 
 
 def pytest_configure(config: pytest.Config) -> None:
