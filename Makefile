@@ -4,14 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint cluster-up cluster-down chaos bench clean
+.PHONY: help install demo test lint cluster-up cluster-down chaos three-days bench clean
 
 help:
 	@echo "make demo          train the digits population with 2 local workers, and test its models"
 	@echo "make test          style, types and the whole test suite"
 	@echo "make install       the virtual environment alone"
 	@echo "make cluster-up    a real Slurm cluster on this machine (cluster-down ends it)"
-	@echo "make chaos         minutes of faults against a run on that cluster"
+	@echo "make chaos         minutes of faults against a run on such a cluster"
+	@echo "make three-days    864 jobs in 8 chains on such a cluster"
 	@echo "make bench         the benchmarks; each writes JSON"
 
 install: $(STAMP)
@@ -42,6 +43,12 @@ cluster-up:
 
 cluster-down:
 	$(PYTHON) slurm/devcluster/devcluster.py down
+
+chaos: install
+	ORCH_CHAOS_FAULTS=40 ORCH_CHAOS_SEED=$${SEED:-7} $(BIN)/python -m pytest tests/slurm/test_chaos.py -s
+
+three-days: install
+	ORCH_LINKS=108 $(BIN)/python -m pytest tests/slurm/test_three_days.py -s
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,12 +31,13 @@ class Feed:
     def shuffled(self, seed: int, first_batch: int = 0) -> Iterator[Any]:
         """One epoch in the order that the seed gives, from this batch on."""
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
-        return self._fetch(order, seed, first_batch)
+        return self._fetch(order, seed, first_batch, 1)
 
-    def in_order(self) -> Iterator[Any]:
-        return self._fetch(torch.arange(self.count), 0, 0)
+    def in_order(self, first_batch: int = 0, every: int = 1) -> Iterator[Any]:
+        """As they are listed, every so many batches from this one on."""
+        return self._fetch(torch.arange(self.count), 0, first_batch, every)
 
-    def _fetch(self, order: Tensor, seed: int, first_batch: int) -> Iterator[Any]:
+    def _fetch(self, order: Tensor, seed: int, first_batch: int, every: int) -> Iterator[Any]:
         raise JobError(f"{type(self).__name__} does not say how to fetch a batch")
 
 
@@ -49,9 +50,9 @@ class TensorFeed(Feed):
         self._tensors = [t[chosen].to(device) for t in data.tensors]
         self._device = device
 
-    def _fetch(self, order: Tensor, seed: int, first_batch: int) -> Iterator[Any]:
+    def _fetch(self, order: Tensor, seed: int, first_batch: int, every: int) -> Iterator[Any]:
         order = order.to(self._device)
-        for start in range(first_batch * self.batch_size, self.count, self.batch_size):
+        for start in range(first_batch * self.batch_size, self.count, every * self.batch_size):
             chosen = order[start : start + self.batch_size]
             yield tuple(t[chosen] for t in self._tensors)
 
@@ -80,9 +81,10 @@ class LoaderFeed(Feed):
             generator=torch.Generator(),  # else each epoch would draw from the global random state
         )
 
-    def _fetch(self, order: Tensor, seed: int, first_batch: int) -> Iterator[Any]:
+    def _fetch(self, order: Tensor, seed: int, first_batch: int, every: int) -> Iterator[Any]:
         chunks = torch.split(order, self.batch_size)
-        self._plan.batches = [(hash_seed(seed, i), chunks[i].tolist()) for i in range(first_batch, len(chunks))]
+        chosen = range(first_batch, len(chunks), every)
+        self._plan.batches = [(hash_seed(seed, i), chunks[i].tolist()) for i in chosen]
         for batch in self._loader:
             yield to_device(batch, self._device)
 

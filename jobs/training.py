@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from jobs import data
 from jobs.data import Feed, hash_seed, make_feed, random_state, seed_all, set_random_state
 from jobs.job import Job, JobContext, JobError, Split
+from jobs.ranks import ALONE, Alone
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 
 FORMAT = 1
@@ -43,8 +44,8 @@ def load_job(settings: Mapping[str, Any], device: torch.device | None = None, co
     return job
 
 
-def open_session(settings: Mapping[str, Any], cores: int) -> Session:
-    """Set this process up for training: device, threads, determinism."""
+def open_session(settings: Mapping[str, Any], cores: int, group: Alone = ALONE) -> Session:
+    """Set this process up for training: device, threads, determinism. group: those that train together."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(max(1, cores))
     if settings["deterministic"]:
@@ -53,14 +54,15 @@ def open_session(settings: Mapping[str, Any], cores: int) -> Session:
         torch.backends.cudnn.benchmark = False
     else:
         torch.backends.cudnn.benchmark = True
-    return Session(load_job(settings, device, cores))
+    return Session(load_job(settings, device, cores), group)
 
 
 class Session:
     """The state of the model that is being trained, and the data, which stays from chunk to chunk."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, group: Alone = ALONE) -> None:
         self.job = job
+        self.group = group
         self.settings = job.context.settings
         self.device = job.context.device
         self.epochs = 0  # of the whole lineage
@@ -101,10 +103,10 @@ class Session:
         if source is None:
             seed_all(work.seed)
             self.epochs = 0
-            self._model = self.job.model().to(self.device)
+            self._model = self.group.adopt(self.job.model().to(self.device))
             self._optimizer = self.job.optimizer(self._model, work.profile)
             return _fresh_cut()
-        state = read(source, self.device)
+        state = read(self.group.fetch(source), self.device)
         self._restore(state, work.profile)
         if work.suspended:
             set_random_state(state["cut"]["rng"])
@@ -116,7 +118,7 @@ class Session:
 
     def _restore(self, state: dict[str, Any], profile: Profile) -> None:
         with data.random_state_kept():
-            self._model = self.job.model().to(self.device)
+            self._model = self.group.adopt(self.job.model().to(self.device))
             self._optimizer = self.job.optimizer(self._model, profile)
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -127,25 +129,29 @@ class Session:
         """One epoch, or the rest of one; None if it was interrupted, with `cut` saying where."""
         assert self._model is not None
         assert self._optimizer is not None
-        model, optimizer, job = self._model, self._optimizer, self.job
+        model, optimizer, job, group = self._model, self._optimizer, self.job, self.group
         feed = self.feed("train")
         if cut["seed"] is None:
-            cut["seed"] = int(torch.randint(2**62, ()).item())
+            cut["seed"] = group.same(int(torch.randint(2**62, ()).item()))
         started = time.monotonic()
         loss_sum = torch.tensor(cut["loss_sum"], dtype=torch.float64, device=self.device)
         model.train()
         batches = feed.shuffled(cut["seed"], cut["step"])
         while cut["step"] < feed.batches:
-            if should_stop():
+            if group.agree(should_stop):
                 cut["loss_sum"] = loss_sum.item()
                 cut["seconds"] += time.monotonic() - started
                 return None
             inputs, targets = next(batches)
+            size = len(targets)
+            inputs, targets = group.share(inputs, targets)
+            group.reseed(cut["seed"], cut["step"])
             optimizer.zero_grad(set_to_none=True)
             loss = job.loss(model(inputs), targets)
             loss.backward()  # type: ignore[no-untyped-call]
+            loss = group.merge(loss.detach(), model)
             optimizer.step()
-            loss_sum += loss.detach() * len(targets)
+            loss_sum += loss * size
             cut["step"] += 1
         next(batches, None)  # lets the loader see the end of the epoch
         metrics = {"train_loss": loss_sum.item() / feed.count}
@@ -162,16 +168,18 @@ class Session:
         feed = self.feed(split)
         sums: dict[str, Tensor] = {}
         self._model.eval()
+        self.group.align(self._model)
         with torch.inference_mode():
-            for inputs, targets in feed.in_order():
+            for inputs, targets in feed.in_order(self.group.rank, self.group.count):
                 for name, value in self.job.metrics(self._model(inputs), targets).items():
                     sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value * len(
                         targets
                     )
+        totals = self.group.total({name: value.item() for name, value in sums.items()})
         wanted = self.settings["metric"]["name"]
-        if wanted not in sums:
-            raise JobError(f"metric.name: {wanted!r} is not among the metrics of the job: {', '.join(sorted(sums))}")
-        return {name: value.item() / feed.count for name, value in sums.items()}
+        if wanted not in totals:
+            raise JobError(f"metric.name: {wanted!r} is not among the metrics of the job: {', '.join(sorted(totals))}")
+        return {name: value / feed.count for name, value in totals.items()}
 
     def evaluate_file(self, checkpoint: Path, split: Split) -> dict[str, float]:
         """Metrics of a checkpoint's model."""
@@ -212,7 +220,7 @@ class Session:
         }
 
 
-def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def read(path: Path | IO[bytes], device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint's state; nothing in it is executed. Raises JobError if it is none of this format."""
     state = torch.load(path, map_location=device, weights_only=True)
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -1,4 +1,8 @@
-"""What runs in a job: find out which one it is, wait for its turn, and be a worker."""
+"""What runs in a job: find out which one it is, wait for its turn, and be a worker.
+
+With gpus_per_worker, a job has a process for each GPU. Rank 0 is the worker; the others follow it and know
+neither the database nor the queue.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,88 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.cluster.local import this_process
+from orchestrator.cluster import Place, this_place
+from orchestrator.cluster.local import gpus, this_process
 from orchestrator.run import Run
 from orchestrator.worker import Ending, StopFlag, Worker
+
+if TYPE_CHECKING:
+    from jobs.ranks import Ranks
 
 log = logging.getLogger("orch")
 
 
 def job_main(run_folder: str, worker_id: int) -> str:
-    """What submitit runs: one job of one chain."""
+    """What submitit runs: one process of one job of one chain."""
     stop = StopFlag()
-    stop.listen()
-    run = Run.open(Path(run_folder))
-    if run.cluster.name == "local" and os.getpgrp() != os.getpid():
+    stop.listen()  # followers too, which do nothing about it: rank 0 says when to stop
+    place = this_place()
+    if place.executor == "local" and os.getpgrp() != os.getpid():
         os.setsid()  # a terminal's Ctrl-C is not for the jobs that were launched from it
-    _log_to(run.folder / "logs" / f"worker-{worker_id}.log")
-    return be_worker(run, run.cluster.token(), worker_id, stop).outcome
+    _log_to(Path(run_folder) / "logs" / f"worker-{worker_id}.log" if place.rank == 0 else None)
+    team = Team(place) if place.count > 1 else None  # before the wait for its turn: so none waits for who is no more
+    if team is not None and place.rank > 0:
+        return team.follow()
+    try:
+        run = Run.open(Path(run_folder))
+        return be_worker(run, run.cluster.token(), worker_id, stop, team).outcome
+    finally:
+        if team is not None:
+            team.dismiss()
 
 
-def be_worker(run: Run, token: str, worker_id: int, stop: StopFlag) -> Ending:
+class Team:
+    """The processes of this job. Imports torch."""
+
+    def __init__(self, place: Place) -> None:
+        from jobs.ranks import meet
+
+        if place.executor != "local":
+            from jobs.distributed import own_gpu
+
+            os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(gpus(), place.rank, place.count)
+        self._ranks: Ranks | None = None
+        self._error: Exception | None = None
+        try:
+            self._ranks = meet(place.rank, place.count, place.meeting_file)
+        except Exception as error:  # rank 0 goes on to where the chain can take note of it
+            self._error = error
+
+    @property
+    def ranks(self) -> Ranks:
+        """Raises what kept them from coming together."""
+        if self._ranks is None:
+            assert self._error is not None
+            raise self._error
+        return self._ranks
+
+    def follow(self) -> str:
+        from jobs.distributed import follow
+
+        ending = follow(self.ranks)
+        log.info("rank %d ends: %s", self.ranks.rank, ending)
+        return ending
+
+    def open_trainer(self, run: Run, gpus: str | None, stop: StopFlag) -> Any:
+        from jobs.distributed import lead
+
+        def end_the_job() -> None:
+            stop.reason = stop.reason or "the failure of one of its processes"
+
+        import_paths = run.leaderboard.reader.run_row()["import_paths"]
+        settings = run.settings.model_dump(mode="json")
+        return lead(self.ranks, settings, run.cluster.cores(), import_paths, gpus, end_the_job)
+
+    def dismiss(self) -> None:
+        from jobs.distributed import dismiss
+
+        if self._ranks is not None:
+            dismiss(self._ranks)
+
+
+def be_worker(run: Run, token: str, worker_id: int, stop: StopFlag, team: Team | None = None) -> Ending:
     """Wait for the turn of the job with this token, and do its work."""
     job, predecessor = run.leaderboard.chains.find(token, worker_id)
     if job is None:
@@ -50,11 +115,14 @@ def be_worker(run: Run, token: str, worker_id: int, stop: StopFlag) -> Ending:
     if isinstance(started, str):
         log.warning("this job does nothing: %s", started)
         return Ending(started)
-    if run.cluster.name == "local":
+    local = run.cluster.name == "local"
+    if local:
         os.environ["CUDA_VISIBLE_DEVICES"] = started.worker.device or ""
     sys.path[:0] = [p for p in run.leaderboard.reader.run_row()["import_paths"] if p not in sys.path]
 
     def open_trainer() -> Any:
+        if team is not None:
+            return team.open_trainer(run, os.environ["CUDA_VISIBLE_DEVICES"] if local else None, stop)
         from orchestrator.user_job import open_trainer  # imports torch, which takes seconds
 
         return open_trainer(run.settings, run.cluster.cores())
@@ -63,10 +131,13 @@ def be_worker(run: Run, token: str, worker_id: int, stop: StopFlag) -> Ending:
     return worker.run(started)
 
 
-def _log_to(path: Path) -> None:
-    """A line for each thing that happens: in the job's own output and in the worker's log."""
+def _log_to(path: Path | None) -> None:
+    """A line for each thing that happens: in the process's own output and, if path is given, the worker's log."""
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    for handler in (logging.StreamHandler(sys.stderr), logging.FileHandler(path)):
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if path is not None:
+        handlers.append(logging.FileHandler(path))
+    for handler in handlers:
         handler.setFormatter(formatter)
         log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -225,6 +225,17 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job that a cluster has taken."""
+
+    job_id: int
+    cluster_id: str
+    pid: int | None = None  # of the local executor's process, with its start time and the host it is on
+    pid_created_at: float | None = None
+    host: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
     """One chain."""
 

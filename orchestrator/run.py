@@ -110,20 +110,22 @@ class Run:
 
     def _grow(self, now: float) -> list[str]:
         """Add the workers that the settings want and the run does not have; all of them or none."""
-        from orchestrator.cluster.local import gpus
+        from orchestrator.cluster.local import gpus_of
 
         have = len(self.leaderboard.chains.workers())
         missing = range(have, self.settings.workers)
         if not missing:
             return []
-        found = gpus() if self.settings.executor == "local" else []
-        jobs = self.leaderboard.chains.add_workers([found[i % len(found)] if found else None for i in missing], now)
+        local = self.settings.executor == "local"
+        devices = gpus_of(missing, self.settings.gpus_per_worker) if local else [None for _ in missing]
+        jobs = self.leaderboard.chains.add_workers(devices, now)
         workers = {w.worker_id: w for w in self.leaderboard.chains.workers()}
         try:
-            self.leaderboard.chains.submitted(self.cluster.submit(jobs, workers, after=None))
+            taken = self.cluster.submit(jobs, workers, after=None)
         except SubmissionError as error:
             self.leaderboard.chains.not_submitted(jobs, str(error), now)
             raise
+        self.cluster.cancel(self.leaderboard.chains.submitted(taken), now=True)
         return [f"worker {job.worker_id} joins" for job in jobs]
 
     # --- control

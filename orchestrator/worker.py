@@ -166,7 +166,7 @@ class Worker:
             log.warning("the successor is not queued yet: %s", error)
             self._no_room = isinstance(error, NoRoomError)
             return not isinstance(error, ClusterUnreachableError)
-        self.leaderboard.chains.submitted(taken)
+        self.cluster.cancel(self.leaderboard.chains.submitted(taken), now=True)
         log.info("successor queued: %s", taken[0].cluster_id)
         self._unsubmitted = None
         return True
@@ -390,5 +390,5 @@ def submit_links(leaderboard: Leaderboard, cluster: Cluster, links: list[Job], n
     except SubmissionError as error:
         leaderboard.chains.not_submitted(links, str(error), now)
         return [f"the chains of workers {', '.join(str(j.worker_id) for j in links)} can't be mended now: {error}"]
-    leaderboard.chains.submitted(taken)
+    cluster.cancel(leaderboard.chains.submitted(taken), now=True)
     return [f"worker {j.worker_id} got a new job" for j in links]

@@ -7,27 +7,39 @@ inline   one worker in this very process, for debugging
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.records import Evidence, Job, Worker
+from orchestrator.records import Evidence, Job, Submitted, Worker
 from orchestrator.settings import Settings
 
 Entry = Callable[[str, int], object]  # (run folder, worker id): all that is ever pickled
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
-    """A job that the cluster has taken."""
+class Place:
+    """Which process of which job this one is."""
 
-    job_id: int
-    cluster_id: str
-    pid: int | None = None  # of the local executor's process, with its start time and the host it is on
-    pid_created_at: float | None = None
-    host: str | None = None
+    executor: str
+    rank: int
+    count: int
+    meeting_file: Path  # where the processes of this start of this job find each other; no other start has it
+
+
+def this_place() -> Place:
+    """From what Slurm and submitit tell in the environment."""
+    env = os.environ
+    folder, executor = Path(env["SUBMITIT_FOLDER"]), env["SUBMITIT_EXECUTOR"]
+    if executor == "local":
+        rank, count, start = env["SUBMITIT_LOCAL_GLOBALID"], env["SUBMITIT_LOCAL_NTASKS"], env["SUBMITIT_LOCAL_JOB_ID"]
+    else:
+        rank, count = env.get("SLURM_PROCID", "0"), env.get("SLURM_NTASKS", "1")
+        start = f"{env['SLURM_JOB_ID']}-{env.get('SLURM_RESTART_COUNT', '0')}"
+    return Place(executor, int(rank), int(count), folder / f"meeting-{start}")
 
 
 class Cluster(Protocol):
@@ -68,7 +80,7 @@ class Cluster(Protocol):
         """From a job's start to its hard end, after which it can't be alive."""
 
     def cores(self) -> int:
-        """That this job was given."""
+        """That this job was given, for each of its processes."""
 
     def token(self) -> str:
         """Of the job that this process is."""

@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 
-from orchestrator.cluster import Entry, Submitted
+from orchestrator.cluster import Entry
 from orchestrator.errors import SubmissionError
-from orchestrator.records import Evidence, Job, JobState, Worker
+from orchestrator.records import Evidence, Job, JobState, Submitted, Worker
 from orchestrator.settings import Settings
 
 GRACE_S = 60.0  # between the end of a job's working time and its hard end
@@ -52,7 +52,12 @@ class LocalCluster:
                 executor = submitit.LocalExecutor(self._run_folder / "jobs" / job.token)
                 # submitit counts from the start of the process, so the wait for the predecessor is included.
                 limit_s = 2 * self.time_limit_s() + GRACE_S
-                executor.update_parameters(timeout_min=limit_s / 60, signal_delay_s=int(GRACE_S), stderr_to_stdout=True)
+                executor.update_parameters(
+                    timeout_min=limit_s / 60,
+                    signal_delay_s=int(GRACE_S),
+                    stderr_to_stdout=True,
+                    tasks_per_node=self._settings.gpus_per_worker,
+                )
                 with clean_env(), _detached():
                     started = executor.submit(self._entry, str(self._run_folder), job.worker_id)
                 _children[:] = [child for child in _children if child.poll() is None]  # asking reaps those that ended
@@ -124,7 +129,8 @@ class LocalCluster:
         return Path(os.environ["SUBMITIT_FOLDER"]).name
 
     def cores(self) -> int:
-        return self._settings.cores_per_worker or max(1, len(os.sched_getaffinity(0)) // self._settings.workers)
+        cores = self._settings.cores_per_worker or len(os.sched_getaffinity(0)) // self._settings.workers
+        return max(1, cores // self._settings.gpus_per_worker)
 
     def identity(self) -> tuple[str, str]:
         return os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid())), host_name()
@@ -190,6 +196,14 @@ def gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return listed.stdout.split()
+
+
+def gpus_of(workers: Sequence[int], each: int) -> list[str | None]:
+    """What each of these workers gets of them, as a value for CUDA_VISIBLE_DEVICES; None if not even one worker
+    can have so many."""
+    found = gpus()
+    shares = [",".join(found[i : i + each]) for i in range(0, len(found) - each + 1, each)]
+    return [shares[worker % len(shares)] if shares else None for worker in workers]
 
 
 def host_name() -> str:

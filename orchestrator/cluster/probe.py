@@ -61,12 +61,21 @@ def ask_sbatch(script: str) -> Answer:
     return Answer(done.returncode == 0, (done.stderr + done.stdout).strip())
 
 
+def job_names() -> list[str] | None:
+    """Of the user's jobs in the queue, array tasks each by itself. None if Slurm does not answer."""
+    answer = run_slurm(["squeue", "--me", "--noheader", "--array", "--format=%j"])
+    return None if answer is None else answer.split("\n")[:-1]
+
+
 @dataclass(frozen=True, slots=True)
 class ProbeState:
     """What Slurm says of the job; state is empty if it knows it no more, None if Slurm does not answer."""
 
     state: str | None
     reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state or 'not known'}{f' ({self.reason})' if self.reason not in ('', 'None') else ''}"
 
     @property
     def over(self) -> bool:
@@ -89,12 +98,6 @@ class ProbeJob:
             if cluster_id == self.cluster_id:
                 return ProbeState(state, reason)
         return ProbeState("")
-
-    def ending(self) -> str:
-        """How it ended, in the words of Slurm's accounting; empty if it has none."""
-        answer = run_slurm(["sacct", "-n", "-P", "-X", "-o", "State,ExitCode", "-j", self.cluster_id])
-        lines = (answer or "").strip().splitlines()
-        return lines[-1].replace("|", " ") if lines else ""
 
 
 @contextmanager

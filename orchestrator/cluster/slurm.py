@@ -6,28 +6,34 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster import Entry, Submitted
+from orchestrator.cluster import Entry
 from orchestrator.cluster.sbatch import Request, advice, is_no_room, is_unreachable, refusal_of, request
 from orchestrator.errors import ClusterUnreachableError, NoRoomError, SettingsError, SubmissionError
-from orchestrator.records import Evidence, Job, Worker
+from orchestrator.records import Evidence, Job, Submitted, Worker
 from orchestrator.settings import Settings
 
 COMMAND_TIMEOUT_S = 60.0
 # Slurm's clean-up after a time limit (KillWait, epilog): a job is over only some time after its limit.
 LEASE_MARGIN_S = 300.0
 # Set for a job by Slurm itself; what is inherited from the job that submits would be wrong there.
+# A job that is being killed has its grace to write a checkpoint in; one that is still "completing" after this
+# long hangs on a node that does not answer, and what is left of it is kept out by the generations.
+COMPLETING_S = 120.0
 PER_JOB = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "TMPDIR")
 
 GONE = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT",
 }  # fmt: skip
-WORKING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING"}
+WORKING = {"RUNNING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING"}
 
 
 class SlurmCluster:
@@ -101,9 +107,19 @@ class SlurmCluster:
             array_parallelism=self._settings.slurm.throttle or 1000,
             stderr_to_stdout=True,
             wckey=None,
+            srun_args=self._srun_args(),
             additional_parameters=dict(asked.options),
         )
         return executor
+
+    def _srun_args(self) -> list[str] | None:
+        """What srun does not take over from sbatch by itself."""
+        arguments = []
+        if "cpus-per-task" in self.request.options:  # since Slurm 22.05; without it a task is bound to one core
+            arguments.append(f"--cpus-per-task={self.request.options['cpus-per-task']}")
+        if self._settings.gpus_per_worker > 1:  # if one process dies, the others are of no use
+            arguments.append("--kill-on-bad-exit=1")
+        return arguments or None
 
     def script(self, jobs: int) -> str:
         """What sbatch would be given, to the letter but for the folder's random name."""
@@ -125,24 +141,15 @@ class SlurmCluster:
         listed = queue()
         if listed is None:
             return {job.job_id: Evidence.UNKNOWN for job in jobs}
-        return {job.job_id: self._evidence(job, listed) for job in jobs}
-
-    def _evidence(self, job: Job, listed: Mapping[str, tuple[str, str]]) -> Evidence:
-        """A job's id alone proves nothing: ids are used again, so the name must be the one it was given."""
-        state, name = listed.get(job.cluster_id or "", ("", ""))
-        if not state or not name.endswith(base_of(job.token)):
-            return Evidence.GONE
-        if state in GONE:
-            return Evidence.GONE
-        return Evidence.RUNNING if state in WORKING else Evidence.QUEUED
+        return {job.job_id: judge(job, listed.get(job.cluster_id or ""), time.time()) for job in jobs}
 
     def find(self, jobs: Sequence[Job]) -> dict[str, str]:
         if not jobs:
             return {}
         found = {}
-        for cluster_id, (state, name) in (queue() or {}).items():
-            if state not in GONE:
-                found[f"{name.rsplit('-', 1)[-1]}-{cluster_id.partition('_')[2] or 0}"] = cluster_id
+        for cluster_id, listed in (queue() or {}).items():
+            if listed.state not in GONE:
+                found[f"{listed.name.rsplit('-', 1)[-1]}-{cluster_id.partition('_')[2] or 0}"] = cluster_id
         return {job.token: found[job.token] for job in jobs if job.token in found}
 
     def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
@@ -199,8 +206,11 @@ class SlurmCluster:
         return 60.0 * self.request.time_min + LEASE_MARGIN_S
 
     def cores(self) -> int:
-        given = os.environ.get("SLURM_CPUS_PER_TASK")
-        return self._settings.cores_per_worker or (int(given) if given else len(os.sched_getaffinity(0)))
+        processes, given = self._settings.gpus_per_worker, os.environ.get("SLURM_CPUS_PER_TASK")
+        if self._settings.cores_per_worker:
+            return max(1, self._settings.cores_per_worker // processes)
+        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", "1024"))  # of this job; not every cluster binds its tasks
+        return int(given) if given else max(1, min(len(os.sched_getaffinity(0)), on_node // processes))
 
     def token(self) -> str:
         return f"{Path(os.environ['SUBMITIT_FOLDER']).name}-{os.environ.get('SLURM_ARRAY_TASK_ID', 0)}"
@@ -216,15 +226,46 @@ def base_of(token: str) -> str:
     return token.rpartition("-")[0]
 
 
-def queue() -> dict[str, tuple[str, str]] | None:
-    """The user's jobs by id: (state, name), array tasks each by itself, jobs that ended lately included.
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A job as squeue shows it."""
+
+    state: str
+    name: str
+    end: float | None  # when it ended, or will by its time limit
+
+
+def judge(job: Job, listed: Listed | None, now: float) -> Evidence:
+    """What squeue's answer proves of a job. Its id alone proves nothing: ids are used again after a crash of
+    the controller, so the name must be the one that it was given."""
+    if listed is None or not listed.name.endswith(base_of(job.token)) or listed.state in GONE:
+        return Evidence.GONE
+    if listed.state == "COMPLETING":
+        hangs = listed.end is not None and now > listed.end + COMPLETING_S
+        return Evidence.GONE if hangs else Evidence.RUNNING
+    return Evidence.RUNNING if listed.state in WORKING else Evidence.QUEUED
+
+
+def queue() -> dict[str, Listed] | None:
+    """The user's jobs by id, array tasks each by itself, jobs that ended lately included.
 
     None if Slurm does not answer: that is no evidence of anything.
     """
-    answer = run_slurm(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%j"])
+    answer = run_slurm(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%e|%j"])
     if answer is None:
         return None
-    return {line.split("|")[0]: (line.split("|")[1], line.split("|")[2]) for line in answer.splitlines() if "|" in line}
+    jobs = {}
+    for line in answer.splitlines():
+        cluster_id, state, end, name = line.split("|", 3)
+        jobs[cluster_id] = Listed(state, name, _when(end))
+    return jobs
+
+
+def _when(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:  # N/A
+        return None
 
 
 def run_slurm(command: Sequence[str]) -> str | None:

@@ -162,7 +162,7 @@ def judge_python(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, where
     if facts.error:
         do = (
             "install a pair of torch and torchvision that belong together (`make install`, or "
-            "`pip install --force-reinstall torch torchvision` from one index), and activate that environment in slurm.setup"
+            "`pip install --force-reinstall torch torchvision` from one index), and activate it in slurm.setup"
         )
         return [Finding("error", topic, f"torch and torchvision don't work {where}: {facts.error}", do)]
     named = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
@@ -176,18 +176,25 @@ def judge_python(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, where
 def _judge_cuda(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, where: str) -> Finding:
     topic = "cuda" if where == "here" else f"cuda {where}"
     if facts.gpus:
-        return Finding("ok", topic, f"{len(facts.gpus)} visible to torch (CUDA {facts.built_for_cuda}): {facts.gpus[0]}")
+        return Finding(
+            "ok", topic, f"{len(facts.gpus)} visible to torch (CUDA {facts.built_for_cuda}): {facts.gpus[0]}"
+        )
     if facts.built_for_cuda is None and (gpu_expected or gpus_listed):
         what = f"torch is built for CPUs only: {gpus_listed or 'the'} GPUs would not be used"
-        return Finding("error" if gpu_expected else "warning", topic, what, "install a CUDA build of torch (pytorch.org)")
+        return Finding(
+            "error" if gpu_expected else "warning", topic, what, "install a CUDA build of torch (pytorch.org)"
+        )
     if gpus_listed:
         what = f"nvidia-smi lists {gpus_listed} GPUs, and torch (CUDA {facts.built_for_cuda}) can use none"
         do = "check CUDA_VISIBLE_DEVICES, and that the driver is new enough for this build of torch (`nvidia-smi`)"
         return Finding("error" if gpu_expected else "warning", topic, what, do)
-    what = f"no GPU is visible to torch {where}"
     if gpu_expected:
-        return Finding("error", topic, what, "ask for one: slurm.gpus, slurm.gres, or --gpus in slurm_file")
-    return Finding("note", topic, what, "usual on a login node: `orch doctor --two-node` looks at what a job sees")
+        what = f"the job asked for a GPU, and none is visible to torch {where}"
+        do = "look at `srun nvidia-smi -L` with the same options: is it GPUs that slurm.gpus or slurm.gres names?"
+        return Finding("error", topic, what, do)
+    what = f"no GPU is visible to torch {where}"
+    do = "usual on a login node: `orch doctor --two-node` looks at what a job sees. With --executor local, CPUs train"
+    return Finding("note", topic, what, do if where == "here" else "fine for CPUs; slurm.gpus asks for one")
 
 
 def judge_folder(facts: FolderFacts) -> list[Finding]:

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoints import publish
-from orchestrator.cluster.probe import ask_sbatch
-from orchestrator.cluster.slurm import queue
+from orchestrator.cluster.probe import ask_sbatch, job_names
 from orchestrator.doctor import hammer, machine
 from orchestrator.doctor.mounts import Mount
 from orchestrator.errors import OrchError
@@ -39,7 +38,7 @@ class Plan:
     """What the tasks are to do, written before the job is queued."""
 
     tasks: int
-    increments: int
+    increments: int  # 0: no count at all
     counting_s: float  # the limit for each of the two counts
     sha256: str  # of the file from the login node
     paths: tuple[str, ...]  # that a worker needs: data, the settings' files
@@ -83,6 +82,7 @@ def own_path(folder: Path, task: int) -> Path:
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
+    """Raises OSError."""
     _write_json(folder / PLAN, asdict(plan))
 
 
@@ -102,7 +102,8 @@ def main(folder: str, _worker: int) -> None:
     report = Report(task, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
 
     def save() -> None:
-        _write_json(report_path(here, task), asdict(report))
+        with contextlib.suppress(OSError):  # the next one may succeed
+            _write_json(report_path(here, task), asdict(report))
 
     for step in (_look_at_folder, _try_to_submit, _count, _look_at_needs):
         save()
@@ -123,12 +124,14 @@ def _look_at_folder(report: Report, here: Path, plan: Plan, save: Callable[[], N
 
 
 def _try_to_submit(report: Report, here: Path, plan: Plan, save: Callable[[], None]) -> None:
-    report.squeue = queue() is not None
+    report.squeue = job_names() is not None
     report.can_submit = asdict(ask_sbatch((here / SCRIPT).read_text(encoding="utf-8")))
 
 
 def _count(report: Report, here: Path, plan: Plan, save: Callable[[], None]) -> None:
     report.met = _meet(here, plan, "count")
+    if not plan.increments:
+        return
     lock = FairFileLock(here / f"{COUNTER}.lock", timeout=LOCK_TIMEOUT_S)
     save()
     report.tallies.append(hammer.count_in_file(here / COUNTER, lock, plan.increments, plan.counting_s).to_json())
@@ -184,5 +187,4 @@ def sha256_of(path: Path) -> str:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     text = json.dumps(value)
-    with contextlib.suppress(OSError):  # the next one may succeed
-        publish(path, lambda target: target.write(text.encode()))
+    publish(path, lambda target: target.write(text.encode()))

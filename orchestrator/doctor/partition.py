@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.cluster.sbatch import GRACE_S, Request, minutes
-from orchestrator.doctor.findings import Finding, worst
+from orchestrator.doctor.findings import Finding, Level, worst
 
 TOPIC = "partition"
 # sinfo's words for nodes that run no job now, and may again; a suffix such as * or ~ tells more.
@@ -268,6 +268,5 @@ def judge_working_time(eon_lifetime_s: float, request: Request) -> list[Finding]
         f"(--signal {request.signal_delay_s} s before it), not after eon_lifetime {eon_lifetime_s:.0f} s"
     )
     needed_min = -(-int(eon_lifetime_s + GRACE_S + request.signal_delay_s) // 60)
-    return [
-        Finding("note", "time limit", what, f"set slurm.time_min to {needed_min}, or eon_lifetime to {max(1, works_s)}")
-    ]
+    level: Level = "note" if works_s > 0 else "error"
+    return [Finding(level, "time limit", what, f"set slurm.time_min to {needed_min}, or lower eon_lifetime")]

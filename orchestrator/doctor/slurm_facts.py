@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.cluster.probe import Answer, ask_sbatch
-from orchestrator.cluster.slurm import SlurmCluster, queue, run_slurm
+from orchestrator.cluster.probe import Answer, ask_sbatch, job_names
+from orchestrator.cluster.slurm import SlurmCluster, run_slurm
 from orchestrator.doctor.limits import Row, Standing, rows
 from orchestrator.doctor.partition import Node, read_config, read_nodes, read_pairs
 
@@ -57,8 +57,11 @@ def ask_slurm(cluster: SlurmCluster, run_name: str, workers: int) -> SlurmFacts:
     version = run_slurm(["sinfo", "--version"])
     config = read_config(run_slurm(["scontrol", "show", "config"]))
     if not config:
-        return SlurmFacts(_stripped(version), False, {}, (), (), False, None, Standing(), 0)
-    partitions = tuple(read_pairs(line) for line in (run_slurm(["scontrol", "-o", "show", "partition"]) or "").splitlines())
+        why = ask_sbatch("#!/bin/sh\n")  # its words are the clearest
+        return SlurmFacts(_stripped(version), False, {}, (), (), False, why, Standing(), 0)
+    partitions = tuple(
+        read_pairs(line) for line in (run_slurm(["scontrol", "-o", "show", "partition"]) or "").splitlines()
+    )
     nodes = read_nodes(run_slurm(["sinfo", "-h", "-N", "-o", "%N|%T|%c|%m|%G|%R"]))
     answer = ask_sbatch(cluster.script(workers))
     answers, standing = False, Standing()
@@ -66,8 +69,7 @@ def ask_slurm(cluster: SlurmCluster, run_name: str, workers: int) -> SlurmFacts:
         answers = run_slurm(["sacctmgr", "-nP", "show", "cluster", "format=Cluster"]) is not None
         if answers:
             standing = _standing(cluster.request.options, config.get("ClusterName", ""), partitions)
-    mine = [name for _, (state, name) in (queue() or {}).items() if state in ("PENDING", "RUNNING")]
-    others = sum(not name.startswith(f"orch-{run_name}-") for name in mine)
+    others = sum(not name.startswith(f"orch-{run_name}-") for name in job_names() or ())
     return SlurmFacts(_stripped(version), True, config, partitions, nodes, answers, answer, standing, others)
 
 
@@ -94,7 +96,9 @@ def _standing(options: Mapping[str, object], cluster: str, partitions: Sequence[
 
 def _rows(what: str, columns: Sequence[str], *where: str) -> tuple[dict[str, str], ...]:
     shown = ",".join(LONG.get(column, column) for column in columns)
-    return rows(run_slurm(["sacctmgr", "-nP", "show", what, *(["where", *where] if where else []), f"format={shown}"]), columns)
+    return rows(
+        run_slurm(["sacctmgr", "-nP", "show", what, *(["where", *where] if where else []), f"format={shown}"]), columns
+    )
 
 
 def _shown(what: str, columns: Sequence[str], where: str, column: str) -> str:

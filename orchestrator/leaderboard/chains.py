@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
@@ -21,24 +22,9 @@ from orchestrator.records import (
     RunState,
     Snapshot,
     Started,
+    Submitted,
     Worker,
 )
-
-
-class Placed(Protocol):
-    """What is known of a job that a cluster has taken (cluster.Submitted)."""
-
-    @property
-    def job_id(self) -> int: ...
-    @property
-    def cluster_id(self) -> str: ...
-    @property
-    def pid(self) -> int | None: ...
-    @property
-    def pid_created_at(self) -> float | None: ...
-    @property
-    def host(self) -> str | None: ...
-
 
 OPEN = (JobState.SUBMITTING, JobState.QUEUED, JobState.RUNNING)
 
@@ -146,21 +132,30 @@ class Chains:
         with self._database.transaction() as tx:
             return [_worker(w) for w in tx.execute(select(worker).order_by(worker.c.worker_id)).all()]
 
-    def submitted(self, taken: Iterable[Placed]) -> None:
-        """The cluster has taken these jobs. One that has begun already knows better what it is."""
+    def submitted(self, taken: Iterable[Submitted]) -> list[Job]:
+        """The cluster has taken these jobs. One that has begun already knows better what it is.
+
+        Returns those that were cancelled meanwhile: the caller takes them out of the queue again.
+        """
+        unwanted = []
         with self._database.transaction() as tx:
             for it in taken:
-                tx.execute(
+                place: dict[str, Any] = {
+                    "cluster_id": it.cluster_id,
+                    "pid": it.pid,
+                    "pid_created_at": it.pid_created_at,
+                    "host": it.host,
+                }
+                done = tx.execute(
                     update(job)
                     .where(job.c.job_id == it.job_id, job.c.state == JobState.SUBMITTING)
-                    .values(
-                        state=JobState.QUEUED,
-                        cluster_id=it.cluster_id,
-                        pid=it.pid,
-                        pid_created_at=it.pid_created_at,
-                        host=it.host,
-                    )
+                    .values(state=JobState.QUEUED, **place)
                 )
+                if done.rowcount == 0:
+                    row = tx.execute(select(job).where(job.c.job_id == it.job_id)).one()
+                    if row.state in (JobState.CANCELLED, JobState.LOST):
+                        unwanted.append(replace(_job(row), **place))
+        return unwanted
 
     def not_submitted(self, jobs: Sequence[Job], reason: str, now: float) -> None:
         """The cluster did not take them: their chains are broken until somebody mends them."""

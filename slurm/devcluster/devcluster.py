@@ -197,7 +197,14 @@ class DevCluster(SlurmClient):
         """Start a node's slurmd, if it does not run, and return when the node takes jobs."""
         self._check_node(name)
         self._spawn(f"slurmd-{name}", ["slurmd", "-D", "-N", name])
-        wait_for(lambda: self.node_states()[name] in NODE_IS_UP, 30, f"{name} to be up")
+
+        def is_up() -> bool:
+            state = self.node_states()[name]
+            if "drain" in state:  # Slurm does so when it finds a job twice on a node
+                self.run(["scontrol", "update", f"NodeName={name}", "State=RESUME"], check=False)
+            return state in NODE_IS_UP
+
+        wait_for(is_up, 60, f"{name} to be up")
 
     def clear(self) -> None:
         """Cancel every job, and end what jobs left running on nodes that were killed."""

@@ -1,0 +1,294 @@
+"""The processes of one worker, one for each GPU, and what they say to each other. One that is alone says nothing.
+
+Rank 0 leads. Its commands and the followers' last words go through a TCP store in its own process; what all do
+together, step by step, are collectives: NCCL between GPUs, gloo between CPUs and for all that is small.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
+
+from jobs.data import hash_seed, seed_all
+from jobs.job import JobError
+from orchestrator import checkpoints
+
+HOST = "127.0.0.1"  # all ranks are on one node
+MEETING_S = 300.0  # for every rank to have started; torch from a cold network folder takes minutes
+STEP_S = 300.0  # how long a rank may be behind the others: loading its data, compiling its model
+LISTENING = timedelta(days=1)  # for the next command: that rank 0 is gone shows at once, that it is busy is fine
+
+
+class RankLostError(Exception):
+    """Another rank died, hangs or gave up."""
+
+
+class Alone:
+    """The group of a process that trains by itself: everything stays as it is."""
+
+    rank = 0
+    count = 1
+
+    def adopt(self, model: nn.Module) -> nn.Module:
+        """A new model, ready for training by all: every rank has rank 0's weights."""
+        return model
+
+    def fetch(self, checkpoint: Path) -> Path | IO[bytes]:
+        """A checkpoint's content, which rank 0 alone reads from its file."""
+        return checkpoint
+
+    def same(self, number: int) -> int:
+        """Rank 0's number."""
+        return number
+
+    def agree(self, should_stop: Callable[[], bool]) -> bool:
+        """What rank 0 decides, at the same step on all."""
+        return should_stop()
+
+    def reseed(self, seed: int, step: int) -> None:
+        """Give every rank but 0 random numbers of its own for this step of the epoch with this seed."""
+
+    def share(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        """This rank's part of a batch. All parts together are the batch, in order."""
+        return inputs, targets
+
+    def merge(self, loss: Tensor, model: nn.Module) -> Tensor:
+        """The mean loss of the whole batch, and in the model's parameters the gradients of that."""
+        return loss
+
+    def align(self, model: nn.Module) -> None:
+        """Let all have rank 0's buffers, which no gradient keeps the same."""
+
+    def total(self, sums: dict[str, float]) -> dict[str, float]:
+        """The sums over all ranks, by name."""
+        return sums
+
+
+ALONE = Alone()
+
+
+class Ranks(Alone):
+    """This process and the others. Every method is called by all, in the same order. Raises RankLostError."""
+
+    def __init__(self, rank: int, count: int, store: TCPStore, step_s: float) -> None:
+        self.rank, self.count = rank, count
+        self._store = store
+        self._step = timedelta(seconds=step_s)
+        self._device = torch.device("cpu")
+        self._tensors: dist.ProcessGroup | None = None  # None: torch's default group, which is gloo
+        self._weight = 1.0  # this rank's share of the present batch
+        self._present: dict[tuple[bool, ...], Tensor] = {}
+        self._commands = 0
+
+    # --- commands
+
+    def tell(self, **command: Any) -> None:
+        """Rank 0: say what is next to do."""
+        self._commands += 1
+        with _in_contact():
+            self._store.set(f"command {self._commands}", json.dumps(command, default=str))
+
+    def hear(self) -> dict[str, Any]:
+        """The others: wait for it."""
+        self._commands += 1
+        key = f"command {self._commands}"
+        with _in_contact():
+            while True:
+                try:
+                    self._store.wait([key], LISTENING)
+                    break
+                except dist.DistStoreError:  # nothing was said for so long
+                    continue
+            said: dict[str, Any] = json.loads(self._store.get(key))
+        return said
+
+    def give_up(self, reason: str) -> None:
+        """Not rank 0: leave a last word."""
+        with _in_contact():
+            self._store.set(f"failed {self.rank}", reason)
+            self._store.get(f"failed {self.rank}")  # it has arrived when this returns
+
+    def last_words(self) -> list[str]:
+        """Rank 0: why others gave up, as far as they could say."""
+        others = range(1, self.count)
+        return [
+            f"rank {rank}: {self._store.get(f'failed {rank}').decode()}"
+            for rank in others
+            if self._store.check([f"failed {rank}"])
+        ]
+
+    def use(self, device: torch.device) -> None:
+        """Train on this device from now on. Raises JobError unless each rank has a GPU of its own, or none has."""
+        own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+        uses: list[str] = [""] * self.count
+        with _in_contact():
+            dist.all_gather_object(uses, own)
+        self._device = device
+        if not any(uses):
+            return
+        if len(set(uses)) < self.count or not all(uses):
+            seen = ", ".join(f"rank {rank} has {gpu or 'none'}" for rank, gpu in enumerate(uses))
+            raise JobError(f"gpus_per_worker is {self.count}, but there is no GPU for each: {seen}")
+        if self._tensors is None:
+            with _in_contact():
+                self._tensors = dist.new_group(backend="nccl", timeout=self._step)
+
+    def close(self, at_once: bool) -> None:
+        """Leave; at_once: in the middle of something. Whoever waits for this process gets RankLostError."""
+        if dist.is_initialized():
+            if at_once and self._tensors is not None:
+                self._tensors.abort()  # else leaving could wait for a GPU that waits for a rank that is no more
+            dist.destroy_process_group()
+
+    # --- the model
+
+    def adopt(self, model: nn.Module) -> nn.Module:
+        if self._device.type == "cuda":  # torch has it for GPUs only
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self._tensors)  # type: ignore[no-untyped-call]
+        self._spread([*model.parameters(), *model.buffers()])
+        return model
+
+    def align(self, model: nn.Module) -> None:
+        self._spread(model.buffers())
+
+    def _spread(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite them by rank 0's."""
+        for tensor in tensors:
+            whole = tensor.detach().contiguous()
+            with _in_contact():
+                dist.broadcast(whole, 0, group=self._tensors)
+            tensor.detach().copy_(whole)
+
+    def fetch(self, checkpoint: Path) -> IO[bytes]:
+        read = bytearray(checkpoint.read_bytes() if self.rank == 0 else b"")
+        size = self.same(len(read))
+        content = torch.frombuffer(read, dtype=torch.uint8) if self.rank == 0 else torch.empty(size, dtype=torch.uint8)
+        with _in_contact():
+            dist.broadcast(content, 0)
+        return io.BytesIO(content.numpy().data)
+
+    # --- a step
+
+    def same(self, number: int) -> int:
+        told = torch.tensor(number)
+        with _in_contact():
+            dist.broadcast(told, 0)
+        return int(told.item())
+
+    def agree(self, should_stop: Callable[[], bool]) -> bool:
+        stop = torch.tensor(int(self.rank == 0 and should_stop()))
+        with _in_contact():
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # rank 0 hears from all, so it notices who is gone
+        return bool(stop.item())
+
+    def reseed(self, seed: int, step: int) -> None:
+        if self.rank > 0:  # rank 0's random state is in the checkpoint; this one can be had again without it
+            seed_all(hash_seed(seed, step, self.rank))
+
+    def share(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        whole = len(targets)
+        first, end = whole * self.rank // self.count, whole * (self.rank + 1) // self.count
+        self._weight = (end - first) / whole
+        if first == end:  # fewer examples than ranks: do the same as the others, with what counts for nothing
+            first, end = 0, 1
+        return _part(inputs, whole, first, end), _part(targets, whole, first, end)
+
+    def merge(self, loss: Tensor, model: nn.Module) -> Tensor:
+        """One sum for all gradients, always laid out the same: a resumed chunk adds in the same order."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        by_dtype = sorted(range(len(parameters)), key=lambda i: str(parameters[i].dtype))
+        there = tuple(p.grad is not None for p in parameters)
+        for _, indices in groupby(by_dtype, key=lambda i: parameters[i].dtype):
+            some = [parameters[i] for i in indices]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
+            flat = self._sum(torch.cat([g.reshape(-1) for g in grads]).mul_(self._weight))
+            for p, grad, merged in zip(some, grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
+                p.grad = grad.copy_(merged.view_as(grad))
+        if there not in self._present:  # kept, for a copy to the GPU would wait for it
+            self._present[there] = torch.tensor(there, dtype=torch.float64, device=self._device)
+        told = self._sum(torch.cat([loss.detach().double().reshape(1) * self._weight, self._present[there]]))
+        if not all(there):  # what no rank has used stays without a gradient, as it would in one process
+            for p, used in zip(parameters, told[1:].tolist(), strict=True):
+                p.grad = p.grad if used else None
+        return told[0]
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        with _in_contact():
+            dist.all_reduce(tensor, group=self._tensors)
+        return tensor
+
+    def total(self, sums: dict[str, float]) -> dict[str, float]:
+        gathered: list[dict[str, float]] = [{}] * self.count
+        with _in_contact():
+            dist.all_gather_object(gathered, sums)
+        return {name: sum(one.get(name, 0.0) for one in gathered) for part in gathered for name in part}
+
+
+def meet(rank: int, count: int, place: Path, meeting_s: float = MEETING_S, step_s: float = STEP_S) -> Ranks:
+    """Find the other ranks of this job on this node. Raises RankLostError if they don't come.
+
+    place: a file that belongs to this start of this job alone; rank 0 writes there on which port it listens,
+    which the system has chosen, so that no two workers can collide.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    patience = timedelta(seconds=meeting_s)
+    with _in_contact():
+        if rank == 0:
+            listener = socket.create_server((HOST, 0))
+            port = int(listener.getsockname()[1])
+            store = TCPStore(
+                HOST, port, None, True, patience, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+            checkpoints.publish(place, lambda target: target.write(str(port).encode()))
+        else:
+            store = TCPStore(HOST, _port(place, meeting_s), None, False, patience)
+        store.set(f"here {rank}", "")
+        store.wait([f"here {other}" for other in range(count)], patience)
+        if rank == 0:
+            place.unlink()
+        step = timedelta(seconds=step_s)
+        dist.init_process_group("gloo", timeout=step, world_size=count, rank=rank, store=store)
+    return Ranks(rank, count, store, step_s)
+
+
+def _port(place: Path, meeting_s: float) -> int:
+    end = time.monotonic() + meeting_s
+    while not place.exists():
+        if time.monotonic() > end:
+            raise RankLostError(f"rank 0 did not say within {meeting_s:g} s where it is ({place})")
+        time.sleep(0.1)
+    return int(place.read_text())
+
+
+@contextmanager
+def _in_contact() -> Iterator[None]:
+    """What goes wrong inside is the connection's fault."""
+    try:
+        yield
+    except RuntimeError as error:  # torch has no class of its own for gloo's errors
+        raise RankLostError(str(error).partition("\n")[0]) from error
+
+
+def _part(batch: Any, whole: int, first: int, end: int) -> Any:
+    """Some examples of a nested batch; what is not a value for each example stays."""
+    if isinstance(batch, dict):
+        return {key: _part(value, whole, first, end) for key, value in batch.items()}
+    if isinstance(batch, list | tuple) and not all(isinstance(value, str | bytes) for value in batch):
+        return tuple(_part(value, whole, first, end) for value in batch)
+    if isinstance(batch, Tensor) and batch.ndim == 0:
+        return batch
+    return batch[first:end] if len(batch) == whole else batch

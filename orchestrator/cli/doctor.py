@@ -1,0 +1,83 @@
+"""orch doctor: is everything here fit to run?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, print_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from orchestrator.doctor import Finding
+
+STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(doctor)
+
+
+def doctor(
+    settings: Annotated[
+        Path | None, typer.Argument(metavar="[SETTINGS]", help="A settings file (JSON).", show_default=False)
+    ] = None,
+    two_node: Annotated[
+        bool, typer.Option("--two-node", help="Run a short job on two nodes that tries the locks and what a job needs.")
+    ] = False,
+    wait: Annotated[float, typer.Option(metavar="MIN", help="Minutes that job may wait to start.", min=0.1)] = 15,
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
+    json: Json = False,
+) -> None:
+    """Is this cluster, file system and environment fit to run, with these settings? Exit code 1 if not."""
+    from orchestrator.doctor import examine, exit_code
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        findings = examine(settings, runs_dir, two_node, 60 * wait, say)
+    except KeyboardInterrupt:
+        say("stopped; nothing is left in the queue")
+        raise typer.Exit(130) from None
+    if json:
+        print_json(summary(findings))
+    else:
+        from rich.console import Console
+
+        Console().print(table(findings))
+        counts = summary(findings)
+        print(f"errors: {counts['errors']}, warnings: {counts['warnings']}")
+    raise typer.Exit(exit_code(findings))
+
+
+def summary(findings: Sequence[Finding]) -> dict[str, object]:
+    """What --json prints."""
+    levels = [finding.level for finding in findings]
+    return {
+        "errors": levels.count("error"),
+        "warnings": levels.count("warning"),
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for heading in ("level", "topic", "found -> what to do"):
+        shown.add_column(heading, no_wrap=heading == "level")
+    for finding in findings:
+        text = Text(finding.what)
+        if finding.do:
+            text.append(f"\n-> {finding.do}", style="bold")
+        shown.add_row(Text(finding.level, style=STYLES[finding.level]), finding.topic, text)
+    return shown
