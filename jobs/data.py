@@ -150,6 +150,11 @@ def split(data: Dataset[Any], validation_fraction: float, seed: int) -> tuple[li
         raise JobError(
             f"{count} examples can't be split with validation_fraction {validation_fraction}: {error}"
         ) from error
+    if labels is not None and (missing := set(labels) - {labels[i] for i in kept}):
+        raise JobError(
+            f"{count} examples can't be split with validation_fraction {validation_fraction}: no example would be kept "
+            f"of the classes {sorted(missing)[:10]}; raise it, or leave these classes out"
+        )
     return sorted(train.tolist()), sorted(kept.tolist())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -39,12 +40,18 @@ class _HashingWriter:
         self._target = target
         self._hash = hashlib.sha256()
         self.size_bytes = 0
+        self.error: OSError | None = None  # a serialiser may turn it into one of its own
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
+        size = memoryview(data).nbytes  # len counts items, whatever their size
         self._hash.update(data)
-        self.size_bytes += len(data)
-        self._target.write(data)
-        return len(data)
+        self.size_bytes += size
+        try:
+            self._target.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        return size
 
     def flush(self) -> None:
         self._target.flush()
@@ -61,30 +68,35 @@ def write(folder: Path, stem: str, save: Callable[[IO[bytes]], None], record: Ma
     the folder can't be written; then nothing is left of it.
     """
     file = stem + SUFFIX
-    digest: list[_HashingWriter] = []
+    writers: list[_HashingWriter] = []
 
     def fill(target: IO[bytes]) -> None:
-        writer = _HashingWriter(target)
-        save(writer)  # type: ignore[arg-type]  # all that a serialiser calls are write and flush
-        digest.append(writer)
+        writers.append(_HashingWriter(target))
+        save(writers[0])  # type: ignore[arg-type]  # all that a serialiser calls are write and flush
 
     try:
         publish(folder / file, fill)
-        written = Written(file, digest[0].sha256, digest[0].size_bytes)
-        text = json.dumps(
-            {**record, "file": file, "sha256": written.sha256, "size_bytes": written.size_bytes},
-            indent=1,
-            allow_nan=False,
-            sort_keys=True,
-        )
-        publish(folder / (stem + RECORD_SUFFIX), lambda target: target.write(text.encode()) and None)
-    except OSError as error:
+        written = Written(file, writers[0].sha256, writers[0].size_bytes)
+        whole = {**_plain(record), "file": file, "sha256": written.sha256, "size_bytes": written.size_bytes}
+        text = json.dumps(whole, indent=1, allow_nan=False, sort_keys=True)
+        publish(folder / (stem + RECORD_SUFFIX), lambda target: target.write(text.encode()))
+    except BaseException as error:
         remove(folder, [file])
+        cause = error if isinstance(error, OSError) else writers[0].error if writers else None
+        if cause is None:
+            raise
         raise CheckpointError(
-            f"{folder / file}: can't be written: {error.strerror or error}. Free some space or mend the folder's "
+            f"{folder / file}: can't be written: {cause.strerror or cause}. Free some space or mend the folder's "
             "rights; nothing is lost, the chunk is done again."
         ) from error
     return written
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for a measure that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def publish(path: Path, fill: Callable[[IO[bytes]], object]) -> None:

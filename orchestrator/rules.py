@@ -6,6 +6,7 @@ Imports nothing of the project but `records`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -262,8 +263,10 @@ def collectable(files: Iterable[str], referenced: Collection[str], live_generati
     ]
 
 
+_OURS = re.compile(r"(?:\.tmp-)?g([0-9]{8,})-c[0-9]{8,}\.(?:pt|json)(?:-[0-9]+)?")
+
+
 def generation_of(name: str) -> int | None:
     """The generation in a file's name (`Claim.file_stem`), None for a file that is not ours."""
-    stem = name.removeprefix(".tmp-")
-    head, _, _ = stem.partition("-")
-    return int(head[1:]) if head.startswith("g") and head[1:].isdigit() else None
+    match = _OURS.fullmatch(name)
+    return int(match[1]) if match else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticSerializationError
 
 from orchestrator import rules
 from orchestrator.errors import SettingsError
@@ -162,14 +162,18 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
         _override(raw, override)
     raw.update({key: value for key, value in fixed.items() if value is not None})
     notes = [f"{path}: {key} is no longer needed and ignored" for key in OBSOLETE if raw.pop(key, None) is not None]
-    raw.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "run")
+    raw.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:100] or "run")
     for key in ("training_source_dir", "testing_source_dir", "slurm_file"):
         if isinstance(raw.get(key), str) and raw[key]:
-            raw[key] = str(Path(raw[key]).expanduser().absolute())
+            try:
+                raw[key] = str(Path(raw[key]).expanduser().absolute())
+            except RuntimeError as error:  # ~ of a user who does not exist
+                raise SettingsError(f"{path}: {key}: {raw[key]}: {error}") from error
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
         raise SettingsError(explain(str(path), error)) from error
+    _check_round_trip(settings, path)
     if settings.select_on == "test":
         notes.append(
             f'{path}: select_on is "test": the board is chosen on the test set, so its scores are no estimate of '
@@ -200,6 +204,18 @@ def amend(settings: Settings, overrides: Sequence[str]) -> Settings:
         raise SettingsError(explain("amended settings", error)) from error
 
 
+def _check_round_trip(settings: Settings, path: Path) -> None:
+    """A run's settings are kept as JSON, so they must come back from it as they were."""
+    try:
+        same = thaw(freeze(settings)) == settings
+    except (PydanticSerializationError, SettingsError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise SettingsError(
+            f"{path}: job_params or slurm hold a value that JSON can't keep (NaN, too deep, ...)"
+        )
+
+
 def difference(old: Settings, new: Settings) -> list[str]:
     """A line for each key whose value differs: "key: old -> new"."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
@@ -209,19 +225,23 @@ def difference(old: Settings, new: Settings) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    raw = _read_json(path)
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path}: settings are a JSON object {{...}}, not {type(raw).__name__}")
+    return raw
+
+
+def _read_json(path: Path) -> Any:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise SettingsError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise SettingsError(f"{path}: not JSON: {error}") from error
     except _TwinKeyError as error:
         raise SettingsError(f"{path}: the key {error} is given twice") from error
-    if not isinstance(raw, dict):
-        raise SettingsError(f"{path}: settings are a JSON object {{...}}, not {type(raw).__name__}")
-    return raw
+    except (ValueError, RecursionError) as error:  # not UTF-8, numbers of thousands of digits, nested too deep
+        raise SettingsError(f"{path}: not JSON: {error}") from error
 
 
 class _TwinKeyError(Exception):
@@ -242,12 +262,17 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise SettingsError(f"--set {override!r}: allowed is key=value, e.g. --set workers=4")
     if text.startswith("@"):
-        value = _read_value(override, Path(text[1:]))
+        try:
+            value = _read_json(Path(text[1:]))
+        except SettingsError as error:
+            raise SettingsError(f"--set {override!r}: {error}") from error
     else:
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text  # a bare word is a string
+        except (ValueError, RecursionError) as error:
+            raise SettingsError(f"--set {override[:80]!r}: {error}") from error
     *parents, last = path.split(".")
     node: Any = raw
     for key in parents:
@@ -260,15 +285,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise SettingsError(f"--set {override!r}: there is nothing at {path!r} to set")
 
 
-def _read_value(override: str, path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--set {override!r}: {path}: {error}") from error
-
-
 def _is_index(node: Any, key: str) -> bool:
-    return isinstance(node, list) and key.isdigit() and int(key) < len(node)
+    return isinstance(node, list) and key.isascii() and key.isdigit() and int(key) < len(node)
 
 
 # --- messages

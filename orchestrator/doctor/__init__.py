@@ -125,6 +125,10 @@ def _slurm(
     settings: Settings, given: bool, scratch: Path | str, two_nodes: bool, wait_s: float, say: Callable[[str], None]
 ) -> tuple[list[Finding], Proof]:
     """What Slurm says, and what the two-node test says."""
+    if settings.executor in ("local", "inline") and not two_nodes:
+        what = f"not looked at: the settings' executor is {settings.executor}"
+        do = "set executor to slurm, or leave it out, where jobs are to run on a cluster"
+        return [Finding("note", "slurm", what, do)], two_node.NOT_TRIED
     if not has_slurm():
         what = "sbatch is not on the PATH: this is no node of a cluster, or its module is not loaded"
         level: Level = "error" if two_nodes or settings.executor == "slurm" else "note"
@@ -155,6 +159,7 @@ def _slurm(
         paths=tuple(path for path in (settings.training_source_dir, settings.testing_source_dir) if path),
         database=_server(settings),
         gpu=need.gpus > 0,
+        refused_here=facts.answer is not None and not facts.answer.taken,
     )
     return found, two_node.prove(needs, scratch, usable, limit_min, wait_s, say)
 

@@ -47,6 +47,7 @@ class Needs:
     paths: tuple[str, ...]
     database: str | None  # URL of a server
     gpu: bool  # does a worker need one?
+    refused_here: bool = False  # does sbatch refuse the script on this machine, too?
     python: bool = True
 
 
@@ -78,7 +79,8 @@ def prove(needs: Needs, scratch: Path, nodes_there: int, time_min: int | None, w
     """Run the test and judge it. scratch: a folder beside the runs. nodes_there: of the partition that are up.
     time_min: the partition's limit on a job's time, None for none. wait_s: for the job to start.
 
-    Leaves no job behind, also after Ctrl-C and SIGTERM, which it passes on.
+    Leaves no job behind, also after Ctrl-C and SIGTERM, which it passes on. Where Slurm does not answer any more,
+    the job ends by its own limits.
     """
     limit_min = min(TIME_MIN, time_min or TIME_MIN)
     before: list[Finding] = []
@@ -215,7 +217,7 @@ def judge(outcome: Outcome, needs: Needs) -> list[Finding]:
     if not reports:
         return [_nothing(outcome)]
     found = _folder(outcome, reports)
-    found += _submission(reports)
+    found += _submission(reports, needs.refused_here)
     found += _mounts(reports, server=needs.database is not None)
     if needs.database is None:
         found += _counts(outcome)
@@ -231,7 +233,7 @@ def judge(outcome: Outcome, needs: Needs) -> list[Finding]:
 
 def _nothing(outcome: Outcome) -> Finding:
     if outcome.stopped:
-        do = "try again with a longer --wait, or with settings that ask for less (a smaller partition, slurm.gpus)"
+        do = "try again with a longer --wait, or with another slurm.partition or qos, or ask for less (slurm.gpus)"
         return Finding("warning", TOPIC, f"nothing was tried: the job was cancelled, {outcome.stopped}", do)
     what = f"the job ended ({outcome.ended or 'how is not known'}) and left nothing in the runs folder"
     do = (
@@ -260,12 +262,15 @@ def _folder(outcome: Outcome, reports: Sequence[node.Report]) -> list[Finding]:
     return found
 
 
-def _submission(reports: Sequence[node.Report]) -> list[Finding]:
+def _submission(reports: Sequence[node.Report], refused_here: bool) -> list[Finding]:
     topic, keep = "successors", "let `orch keep RUN` run on a login node: it queues the successors"
     for report in reports:
         if report.can_submit is None:
             continue
         answer = Answer(**report.can_submit)
+        if not answer.taken and refused_here:
+            what = "whether jobs can queue their successors is not known: sbatch refuses these jobs here, too"
+            return [Finding("note", topic, what, "change the settings so that they are taken, and test again")]
         if not answer.taken and not is_no_room(answer.said):
             what = f"a job on {report.host} can't queue its successor: {answer.said[-300:]}"
             return [Finding("warning", topic, what, keep)]

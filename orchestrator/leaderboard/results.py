@@ -40,43 +40,19 @@ def promote(
     policy: Policy,
     now: float,
 ) -> None:
-    founder_id = 0
-    if parent_id is not None:
-        query = select(checkpoint.c.founder_id).where(checkpoint.c.checkpoint_id == parent_id)
-        founder_id = tx.execute(query).scalar_one()
-    checkpoint_id = tx.execute(
-        insert(checkpoint).values(
-            chunk_id=claim.chunk_id,
-            parent_id=parent_id,
-            founder_id=founder_id,
-            worker_id=claim.worker_id,
-            epochs=candidate.epochs,
-            score=candidate.score,
-            profile=claim.profile.name,
-            metrics={k: finite(v) for k, v in candidate.results[-1].metrics.items()} if candidate.results else {},
-            file=candidate.file,
-            sha256=candidate.sha256,
-            size_bytes=candidate.size_bytes,
-            created_at=now,
-            released=False,
-        )
-    ).inserted_primary_key[0]  # type: ignore[index]
-    start = 0 if parent_id is None else rules.child_start(claim.position)
-    floor = rules.child_start(claim.position)  # the founding chunk consumed position 0 of the founder itself
+    """Put the candidate on the board, in place of `evicted` or in a free slot."""
+    checkpoint_id = _add_checkpoint(tx, claim, candidate, parent_id, now)
     entry_id = tx.execute(
         insert(entry).values(
             checkpoint_id=checkpoint_id,
-            start_position=start,
-            floor=floor,
+            start_position=0 if parent_id is None else rules.child_start(claim.position),
+            floor=rules.child_start(claim.position),  # a founder's own chunk consumed its position 0
             worked_on=0,
             promoted_at=now,
             on_board=True,
         )
     ).inserted_primary_key[0]  # type: ignore[index]
     if parent_id is None:
-        tx.execute(
-            update(checkpoint).where(checkpoint.c.checkpoint_id == checkpoint_id).values(founder_id=checkpoint_id)
-        )
         tx.execute(update(chunk).where(chunk.c.chunk_id == claim.chunk_id).values(entry_id=entry_id))
     if evicted is not None:
         done = tx.execute(
@@ -85,28 +61,44 @@ def promote(
             .values(on_board=False, evicted_at=now, evicted_by=entry_id)
         )
         assert done.rowcount == 1, "read and written in one transaction"
-    scores = (
-        tx.execute(
-            select(checkpoint.c.score)
-            .join(entry, entry.c.checkpoint_id == checkpoint.c.checkpoint_id)
-            .where(entry.c.on_board.is_(True))
+    on_board = select(checkpoint.c.score).join(entry, entry.c.checkpoint_id == checkpoint.c.checkpoint_id)
+    scores = tx.execute(on_board.where(entry.c.on_board.is_(True))).scalars().all()
+    what = {
+        "score": candidate.score,
+        "position": claim.position,
+        "profile": claim.profile.name,
+        "epochs": candidate.epochs,
+        "evicted": evicted.entry_id if evicted else None,
+        "entries": len(scores),
+        "worst": min(scores, key=policy.metric.key),
+        "best": max(scores, key=policy.metric.key),
+    }
+    log_event(tx, now, "promoted", claim.worker_id, claim.chunk_id, entry_id, **what)
+
+
+def _add_checkpoint(tx: Connection, claim: Claim, candidate: Candidate, parent_id: int | None, now: float) -> int:
+    """The row of a checkpoint; a founder is its own founder."""
+    of_parent = select(checkpoint.c.founder_id).where(checkpoint.c.checkpoint_id == parent_id)
+    founder_id = None if parent_id is None else tx.execute(of_parent).scalar_one()
+    last = candidate.results[-1].metrics if candidate.results else {}
+    checkpoint_id: int = tx.execute(
+        insert(checkpoint).values(
+            chunk_id=claim.chunk_id,
+            parent_id=parent_id,
+            founder_id=founder_id or 0,
+            worker_id=claim.worker_id,
+            epochs=candidate.epochs,
+            score=candidate.score,
+            profile=claim.profile.name,
+            metrics={name: finite(value) for name, value in last.items()},
+            file=candidate.file,
+            sha256=candidate.sha256,
+            size_bytes=candidate.size_bytes,
+            created_at=now,
+            released=False,
         )
-        .scalars()
-        .all()
-    )
-    log_event(
-        tx,
-        now,
-        "promoted",
-        claim.worker_id,
-        claim.chunk_id,
-        entry_id,
-        score=candidate.score,
-        position=claim.position,
-        profile=claim.profile.name,
-        epochs=candidate.epochs,
-        evicted=evicted.entry_id if evicted else None,
-        entries=len(scores),
-        worst=min(scores, key=policy.metric.key),
-        best=max(scores, key=policy.metric.key),
-    )
+    ).inserted_primary_key[0]  # type: ignore[index]
+    if founder_id is None:
+        own = update(checkpoint).where(checkpoint.c.checkpoint_id == checkpoint_id)
+        tx.execute(own.values(founder_id=checkpoint_id))
+    return checkpoint_id

@@ -1,0 +1,285 @@
+"""Workers of several processes, for tests: jobs, followers, and one process to compare with.
+
+Rank 0 is the test's own process; the followers are processes of their own, over gloo on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from jobs.digits import Digits
+from jobs.distributed import DistributedSession, dismiss, lead
+from jobs.job import Split
+from jobs.ranks import Ranks, meet
+from jobs.training import Session, open_session, read
+from orchestrator.records import Finished, Interrupted, Profile, Work
+from orchestrator.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+FAST = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.0005)
+STEPS = 6  # of an epoch, in batches of 200
+# A sum in another order differs in the last bit of a float32 (6e-8 of its value); each step adds such errors and
+# carries on the earlier ones. After the steps of these tests they are about 1e-6 (weights and momentum up to 1).
+# Equal weights for unequal parts, a batch in another order or other examples give 1e-3 and more.
+CLOSE = 2e-5
+AT_ONCE_S = 20.0  # that another process is dead shows in its sockets; the rest is a slow test machine
+
+
+# --- jobs
+
+
+class Plain(Digits):
+    """Without dropout, whose random numbers can't be the same on other processes. Writes down its batches."""
+
+    Params: ClassVar[Any] = None
+
+    def model(self) -> nn.Module:
+        self.params = type("Width", (), {"width": 4})
+        layers = super().model().children()
+        return nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.Dropout)))
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        if torch.is_grad_enabled() and "seen" in self.context.settings["job_params"]:
+            with Path(self.context.settings["job_params"]["seen"], f"rank-{rank()}").open("a") as seen:
+                seen.write(json.dumps(targets.tolist()) + "\n")
+        return super().loss(outputs, targets)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class Noise(Dataset[Any]):
+    """Digits with noise that is drawn when they are read."""
+
+    def __init__(self, source: TensorDataset) -> None:
+        self.source = source
+        self.targets = source.tensors[1].numpy()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        pixels, target = self.source[index]
+        return pixels + 0.1 * torch.randn(pixels.shape), target
+
+
+class Noisy(Plain):
+    def data(self, split: Split) -> Any:
+        return Noise(super().data(split))
+
+
+class Net(nn.Module):
+    """A layer that nobody uses, one that only some batches use, and a batch normalisation."""
+
+    def __init__(self, normalise: bool) -> None:
+        super().__init__()
+        self.used = nn.Linear(64, 10)
+        self.unused = nn.Linear(3, 3)
+        self.sometimes = nn.Linear(10, 10)
+        self.norm = nn.BatchNorm1d(64) if normalise else nn.Identity()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        outputs: Tensor = self.used(self.norm(pixels.flatten(1)))
+        return outputs + self.sometimes(outputs) if pixels.shape[0] == 75 else outputs
+
+
+class Odd(Plain):
+    def model(self) -> nn.Module:
+        return Net(self.context.settings["job_params"].get("normalise", False))
+
+
+class Unlucky(Plain):
+    """Something happens to rank 1 (or all) in step 3."""
+
+    step = 0
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        self.step += torch.is_grad_enabled()
+        what, who = self.context.settings["job_params"]["what"], self.context.settings["job_params"].get("who", 1)
+        if self.step == 3 and rank() in (who, 1):
+            if what == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "hangs":
+                time.sleep(600)
+            raise ValueError(f"no luck on rank {rank()}")
+        return super().loss(outputs, targets)
+
+
+class Watched(Digits):
+    """Writes down what each process of a worker sees."""
+
+    Params: ClassVar[Any] = None
+
+    def model(self) -> nn.Module:
+        names = ("CUDA_VISIBLE_DEVICES", "SLURM_LOCALID", "SLURM_PROCID", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID")
+        seen = {name: os.environ.get(name) for name in names} | {"pid": os.getpid(), "cores": self.context.cores}
+        with Path(self.context.settings["job_params"]["seen"], f"rank-{rank()}").open("a") as file:
+            file.write(json.dumps(seen) + "\n")
+        self.params = type("Width", (), {"width": 4})
+        return super().model()
+
+
+def settings(job: type[Digits] = Plain, **changes: Any) -> dict[str, Any]:
+    profile = {"name": "fast", "learning_rate": 0.05}
+    given = {"name": "run", "job": f"{__name__}:{job.__name__}", "training_profiles": [profile], "seed": 3}
+    given |= {"validation_fraction": 0.2, "max_batch_size": 200, "deterministic": True}
+    return Settings.model_validate(given | changes).model_dump(mode="json")
+
+
+# --- processes
+
+
+FOLLOWER = """
+import sys
+from pathlib import Path
+from jobs.distributed import follow
+from jobs.ranks import meet
+rank, count, place, step_s = sys.argv[1:]
+print(follow(meet(int(rank), int(count), Path(place), step_s=float(step_s))))
+"""
+
+
+class Team:
+    """Rank 0 here, and its followers."""
+
+    def __init__(self, count: int, folder: Path, step_s: float = 60.0) -> None:
+        place = folder / "meeting"
+        self.failed = False
+        command = [sys.executable, "-c", FOLLOWER]
+        self.followers = [
+            subprocess.Popen(
+                [*command, str(rank), str(count), str(place), str(step_s)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            )
+            for rank in range(1, count)
+        ]
+        try:
+            self.ranks: Ranks = meet(0, count, place, step_s=step_s)
+        except BaseException:
+            self.end(0.0)
+            raise
+        assert not place.exists(), "it is of no use any more"
+
+    def open(self, given: dict[str, Any]) -> DistributedSession:
+        def failed() -> None:
+            self.failed = True
+
+        return lead(self.ranks, given, 1, [str(ROOT)], "", failed)
+
+    def end(self, patience_s: float = AT_ONCE_S) -> None:
+        for follower in self.followers:
+            try:
+                follower.communicate(timeout=patience_s)
+            except subprocess.TimeoutExpired:
+                follower.kill()
+                follower.communicate()
+
+    def endings(self) -> list[tuple[int, str]]:
+        """Exit code and last word of each follower."""
+        said = [follower.communicate(timeout=AT_ONCE_S)[0].strip() for follower in self.followers]
+        return [(f.returncode, word) for f, word in zip(self.followers, said, strict=True)]
+
+
+@contextmanager
+def team_of(count: int, folder: Path, step_s: float = 60.0) -> Iterator[Team]:
+    team = Team(count, folder, step_s)
+    try:
+        yield team
+    finally:
+        dismiss(team.ranks)
+        team.end()
+
+
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    """Opening a job sets the process up for it."""
+    had = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME"):
+            environment.setenv(name, "")  # so that it is undone afterwards
+            environment.delenv(name)
+        yield
+    torch.set_num_threads(had[0])
+    torch.use_deterministic_algorithms(had[1])
+    torch.backends.cudnn.benchmark = had[2]
+
+
+# --- training
+
+
+def found(seed: int = 1, epochs: int = 1) -> Work:
+    return Work(FAST, epochs, seed, repeat=0, parent=None, suspended=None)
+
+
+def never() -> bool:
+    return False
+
+
+def after(steps: int) -> Callable[[], bool]:
+    """Asked before each step: says stop when so many are done."""
+    asked = iter(range(steps + 1))
+    return lambda: next(asked) == steps
+
+
+def train(session: Session | DistributedSession, work: Work) -> Finished:
+    result = session.train(work, never, lambda _: None)
+    assert isinstance(result, Finished)
+    return result
+
+
+def interrupt(session: Session | DistributedSession, work: Work, steps: int, file: Path) -> dict[str, Any]:
+    result = session.train(work, after(steps), lambda _: None)
+    assert isinstance(result, Interrupted)
+    return saved(session, file)
+
+
+def saved(session: Session | DistributedSession, file: Path) -> dict[str, Any]:
+    """What a session writes, as it is read again; without the times."""
+    with file.open("wb") as target:
+        session.save(target)
+    state = read(file)
+    for cut in [state["cut"]] if state["cut"] else []:
+        cut["seconds"] = 0.0
+        for result in cut["results"]:
+            result["seconds"] = 0.0
+    return state
+
+
+def alone(given: dict[str, Any]) -> Session:
+    return open_session(given, 1)
+
+
+def close(left: dict[str, Any], right: dict[str, Any]) -> None:
+    """Weights and momentum are the same but for the order in which gradients were added."""
+    torch.testing.assert_close(left["model"], right["model"], rtol=0, atol=CLOSE)
+    torch.testing.assert_close(left["optimizer"]["state"], right["optimizer"]["state"], rtol=0, atol=CLOSE)
+    assert left["epochs"] == right["epochs"]
+
+
+def metrics(result: Finished) -> list[dict[str, float]]:
+    return [dict(epoch.metrics) for epoch in result.results]
+
+
+def check_equal(team: Team, given: dict[str, Any], folder: Path, epochs: int = 1) -> None:
+    """The same chunk by one process and by all."""
+    one, all_ = alone(given), team.open(given)
+    expected, result = train(one, found(epochs=epochs)), train(all_, found(epochs=epochs))
+    close(saved(all_, folder / "all.pt"), saved(one, folder / "one.pt"))
+    for have, want in zip(metrics(result), metrics(expected), strict=True):
+        assert have == pytest.approx(want, abs=1e-4)
+    assert result.score == pytest.approx(expected.score, abs=1 / 288 + 1e-9), "one example may tip over"

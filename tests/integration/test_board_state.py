@@ -1,0 +1,706 @@
+"""The leaderboard under any order of claims, results, deaths and zombies, on a real SQLite file.
+
+A model beside it, of plain sets and dicts, says what must be so after each step (DESIGN 6, invariants 2, 3, 4 and 6).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import sqlalchemy
+from hypothesis import HealthCheck, seed
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from orchestrator.errors import StaleClaimError
+from orchestrator.leaderboard import DATABASE_NAME, Leaderboard
+from orchestrator.records import Candidate, Claim, EpochResult, Job, Metric, Started
+from orchestrator.settings import Settings, freeze, load_policy
+
+CYCLE = ["a", "b", "a", "c"]
+MAX_CHUNK_ATTEMPTS = 2
+LEASE_S = 100.0
+NEVER = 1_000_000
+
+LIVE, SUSPENDED = "live", "suspended"
+
+
+def make_board(folder: Path, mode: str = "max", num_models: int = 2) -> Leaderboard:
+    rates = {"a": 0.1, "b": 0.01, "c": 0.001}
+    settings = Settings(
+        name="run",
+        num_models=num_models,
+        training_profiles=[{"name": name, "learning_rate": rates[name]} for name in CYCLE],
+        metric={"name": "measure", "mode": mode},
+        stop_after_stale_cycles=None,
+        max_chunk_attempts=MAX_CHUNK_ATTEMPTS,
+    )
+    Leaderboard.create(folder, None, "run", freeze(settings), [], now=0.0, deadline=1e9)
+    board = Leaderboard.open(folder, None, load_policy)
+    # What is tested here holds without a power cut; waiting for the disk at each commit would take minutes.
+    sqlalchemy.event.listen(board.database._engine, "connect", _do_not_wait_for_the_disk)
+    return board
+
+
+def _do_not_wait_for_the_disk(connection: sqlite3.Connection, _record: object) -> None:
+    for pragma in ("synchronous=OFF", "journal_mode=MEMORY"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def begin(board: Leaderboard, job: Job, now: float) -> Started | str:
+    return board.chains.start(job.token, job.worker_id, f"c{job.job_id}", "node", 1, 0.0, now, max_failures=NEVER)
+
+
+def candidate(claim: Claim, score: float, written: bool = True) -> Candidate:
+    epochs = claim.parent_epochs + 1
+    return Candidate(
+        score=score,
+        epochs=epochs,
+        results=(EpochResult(epochs, 1.0, {"measure": score}),),
+        train_seconds=1.0,
+        file=file_of(claim) if written else None,
+        sha256="0" * 64 if written else None,
+        size_bytes=1 if written else 0,
+    )
+
+
+def file_of(claim: Claim) -> str:
+    return claim.file_stem + ".pt"
+
+
+def contents(folder: Path) -> list[str]:
+    """Everything that is in the database."""
+    with closing(sqlite3.connect(folder / DATABASE_NAME)) as connection:
+        return list(connection.iterdump())
+
+
+def tables(folder: Path, *names: str) -> list[list[dict[str, Any]]]:
+    """The rows of these tables (from outside, which is faster and as true)."""
+    with closing(sqlite3.connect(folder / DATABASE_NAME)) as connection:
+        connection.row_factory = sqlite3.Row
+        return [[dict(row) for row in connection.execute(f"SELECT * FROM {name} ORDER BY 1")] for name in names]
+
+
+# What a worker may try to write with a claim.
+WRITES: dict[str, Callable[[Leaderboard, Claim, float], object]] = {
+    "record a better score": lambda b, claim, now: b.board.record(claim, candidate(claim, 0.99), now),
+    "record no file": lambda b, claim, now: b.board.record(claim, candidate(claim, 0.0, written=False), now),
+    "suspend": lambda b, claim, now: b.board.suspend(claim, file_of(claim), "0" * 64, now),
+    "give back": lambda b, claim, now: b.board.give_back(claim, "no reason", now),
+    "condemn": lambda b, claim, now: b.board.condemn(claim, "damaged", now),
+    "fail": lambda b, claim, now: b.board.fail(claim, "an exception", now),
+}
+
+
+# --- the model ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelEntry:
+    """A model that was admitted, by the name of its file."""
+
+    file: str
+    score: float
+    start: int
+    founder: bool
+    consumed: set[int] = field(default_factory=set)
+    failures: Counter[int] = field(default_factory=Counter)
+    on_board: bool = True
+
+
+@dataclass
+class ModelChunk:
+    """A claim on a position of an entry (None: a founder), and what has become of it."""
+
+    entry: ModelEntry | None
+    position: int
+    state: str
+    claim: Claim  # the last one
+    job_id: int
+    lease_until: float
+    suspended_file: str | None = None
+
+    @property
+    def held(self) -> bool:
+        return self.state in (LIVE, SUSPENDED)
+
+
+@dataclass
+class ModelWorker:
+    """A chain: the job that works, the one that waits, and all that ever were."""
+
+    waiting: Job | None
+    running: Job | None = None
+    past: list[Job] = field(default_factory=list)
+
+
+# Few, so that ties are common.
+scores = st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, math.nan, math.inf])
+mostly = st.sampled_from([True, True, True, False])
+
+
+class BoardMachine(RuleBasedStateMachine):
+    seen: ClassVar[Counter[str]] = Counter()  # what has happened, over all examples
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="orch-board-"))
+        self.now = 1000.0
+        self.entries: dict[str, ModelEntry] = {}
+        self.chunks: dict[int, ModelChunk] = {}
+        self.zombies: list[Claim] = []  # claims that were taken from their workers
+        self.settled: list[Claim] = []  # claims that their workers have ended
+        self.deleted: set[str] = set()  # files that a worker was told to delete, or deletes by itself
+        self.generation = 0
+        self.bar: float | None = None
+        self.condemned = False
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.folder)
+
+    @initialize(
+        mode=st.sampled_from(["max", "min"]),
+        num_models=st.sampled_from([1, 1, 2, 3]),  # a small board is full, and moves, sooner
+        workers=st.integers(2, 3),
+        founders=st.integers(0, 3),
+    )
+    def launch(self, mode: str, num_models: int, workers: int, founders: int) -> None:
+        self.metric = Metric("measure", mode)
+        self.num_models = num_models
+        self.board = make_board(self.folder, mode, num_models)
+        jobs = self.board.chains.add_workers([None] * workers, self.now)
+        self.workers = [ModelWorker(waiting=job) for job in jobs]
+        for number in range(workers):
+            self._begin(number)
+        for number in range(founders):
+            self.record(number, [(0.5, True)])
+
+    # --- jobs begin and end
+
+    def _started(self, worker: ModelWorker, job: Job, started: Started | str) -> None:
+        assert isinstance(started, Started), started
+        if worker.running is not None and worker.running.job_id != job.job_id:
+            worker.past.append(worker.running)
+        worker.running = started.job
+        if worker.waiting is not None and worker.waiting.job_id == job.job_id:
+            worker.waiting = None
+        worker.waiting = started.successor or worker.waiting
+        assert worker.waiting is not None, "a chain never breaks"
+        self._take([c for c in self._live() if c.claim.worker_id == job.worker_id])
+
+    @rule(pick=st.integers(0, 2), in_a_chunk=st.booleans())
+    def the_next_link_begins(self, pick: int, in_a_chunk: bool) -> None:
+        """Whatever its chain had running is dead, by a kill or by its own will."""
+        if in_a_chunk:
+            self.claim(pick)
+        self._begin(pick)
+
+    def _begin(self, pick: int) -> None:
+        worker = self.workers[pick % len(self.workers)]
+        job = worker.waiting
+        if job is not None:
+            self.now += 1
+            self._started(worker, job, begin(self.board, job, self.now))
+            self.seen["link begun"] += 1
+
+    @rule(pick=st.integers(0, 2), in_a_chunk=st.booleans())
+    def a_job_is_requeued_and_begins_again(self, pick: int, in_a_chunk: bool) -> None:
+        if in_a_chunk:
+            self.claim(pick)
+        worker = self.workers[pick % len(self.workers)]
+        if worker.running is not None:
+            started = begin(self.board, worker.running, self.now)
+            assert isinstance(started, Started)
+            assert started.job.starts == worker.running.starts + 1
+            worker.past.append(worker.running)  # its first start is a zombie now
+            self._started(worker, worker.running, started)
+            self.seen["job requeued"] += 1
+
+    @rule(pick=st.integers(0, 2), in_a_chunk=st.booleans())
+    def a_job_ends_by_itself(self, pick: int, in_a_chunk: bool) -> None:
+        """After an error inside orch itself its claim is left behind."""
+        if in_a_chunk:
+            self.claim(pick)
+        worker = self.workers[pick % len(self.workers)]
+        if worker.running is not None:
+            successor, why_not = self.board.chains.end(worker.running, "done", in_a_chunk, self.now, max_failures=NEVER)
+            assert why_not is None
+            assert (successor and successor.job_id) == (worker.waiting and worker.waiting.job_id)
+            worker.past.append(worker.running)
+            worker.running = None
+            self.seen["job ended"] += 1
+
+    @rule(pick=st.integers(0, 2), which=st.sampled_from(["running", "waiting", "both"]), in_a_chunk=st.booleans())
+    def jobs_vanish(self, pick: int, which: str, in_a_chunk: bool) -> None:
+        """The cluster proves that jobs are gone, and a peer mends the chain."""
+        if in_a_chunk:
+            self.claim(pick)
+        number = pick % len(self.workers)
+        worker = self.workers[number]
+        gone = [job for job in (worker.running, worker.waiting) if job is not None]
+        gone = {"running": gone[:1], "waiting": gone[-1:], "both": gone}[which]
+        self.board.chains.apply_mend(gone, [], self.now)
+        self._take([c for c in self._live() if c.job_id in {job.job_id for job in gone}])
+        worker.past += gone
+        worker.running = None if worker.running in gone else worker.running
+        worker.waiting = None if worker.waiting in gone else worker.waiting
+        links = self.board.chains.relink([number], self.now, max_failures=NEVER)
+        assert bool(links) == (worker.running is None and worker.waiting is None)
+        worker.waiting = links[0] if links else worker.waiting
+        self.seen[f"{which} lost"] += 1
+
+    @rule(seconds=st.sampled_from([LEASE_S / 2, LEASE_S, LEASE_S + 1]), pick=st.integers(0, 5))
+    def time_passes(self, seconds: float, pick: int) -> None:
+        """With a chunk in hand; the next claim of a peer takes it if its lease is over."""
+        self._at_work(pick)
+        self.now += seconds
+
+    # --- claims
+
+    def _live(self) -> list[ModelChunk]:
+        return [chunk for chunk in self.chunks.values() if chunk.state == LIVE]
+
+    def _take(self, chunks: list[ModelChunk]) -> None:
+        """These claims are taken from their workers, which may live on as zombies."""
+        for chunk in chunks:
+            chunk.state = SUSPENDED if chunk.suspended_file else "expired"
+            self.zombies.append(chunk.claim)
+            self.seen["suspended claim taken" if chunk.suspended_file else "claim taken"] += 1
+
+    def _on_board(self) -> list[ModelEntry]:
+        return [entry for entry in self.entries.values() if entry.on_board]
+
+    def _bar(self) -> float | None:
+        scores = [entry.score for entry in self._on_board()]
+        return min(scores, key=self.metric.key) if len(scores) == self.num_models else None
+
+    @rule(pick=st.integers(0, 2))
+    def claim(self, pick: int) -> None:
+        worker = self.workers[pick % len(self.workers)]
+        job = worker.running
+        if job is None or any(chunk.job_id == job.job_id for chunk in self._live()):
+            return
+        claim = self.board.board.claim(job.worker_id, job.job_id, job.starts, self.now, self.now + LEASE_S)
+        assert isinstance(claim, Claim)
+        self._take([chunk for chunk in self._live() if self.now > chunk.lease_until])
+        assert claim.generation > self.generation, "generations are never used twice"
+        self.generation = claim.generation
+        assert claim.worker_id == job.worker_id
+        assert claim.bar == self._bar()
+        assert claim.profile.name == CYCLE[claim.position % len(CYCLE)]
+        entry = self.entries[claim.parent_file] if claim.parent_file else None
+        suspended = [chunk_id for chunk_id, chunk in self.chunks.items() if chunk.state == SUSPENDED]
+        if suspended:
+            self._check_resumed(claim, entry, suspended)
+        elif entry is None:
+            self._check_founder(claim)
+        else:
+            self._check_child(claim, entry)
+        file = claim.suspended_file
+        self.chunks[claim.chunk_id] = ModelChunk(
+            entry, claim.position, LIVE, claim, job.job_id, self.now + LEASE_S, suspended_file=file
+        )
+
+    def _check_resumed(self, claim: Claim, entry: ModelEntry | None, suspended: list[int]) -> None:
+        """What was suspended goes on before anything new is begun: the worker's own first."""
+        own = [chunk_id for chunk_id in suspended if self.chunks[chunk_id].claim.worker_id == claim.worker_id]
+        assert claim.chunk_id == min(own or suspended)
+        chunk = self.chunks[claim.chunk_id]
+        assert (chunk.entry, chunk.position, chunk.suspended_file) == (entry, claim.position, claim.suspended_file)
+        self.seen["resumed by its worker" if own else "resumed by another worker"] += 1
+
+    def _check_founder(self, claim: Claim) -> None:
+        founding = sum(chunk.held and chunk.entry is None for chunk in self.chunks.values())
+        assert not self._on_board() or len(self._on_board()) + founding < self.num_models
+        assert claim.chunk_id not in self.chunks
+        assert (claim.position, claim.repeat, claim.parent_epochs, claim.suspended_file) == (0, 0, 0, None)
+        self.seen["founder claimed"] += 1
+
+    def _check_child(self, claim: Claim, entry: ModelEntry) -> None:
+        assert entry.on_board
+        assert claim.chunk_id not in self.chunks
+        taken = entry.consumed | {c.position for c in self.chunks.values() if c.held and c.entry is entry}
+        free = next(position for position in range(entry.start, NEVER) if position not in taken)
+        assert claim.position == free, "the smallest free position from the entry's start"
+        first = entry.start + entry.founder
+        tried = [CYCLE[position % len(CYCLE)] for position in range(first, claim.position)]
+        assert claim.repeat == tried.count(claim.profile.name)
+        assert claim.suspended_file is None
+        self.seen["child claimed"] += 1
+        self.seen["position taken again"] += any(
+            c.entry is entry and c.position == free and not c.held for c in self.chunks.values()
+        )
+        self.seen["position past the cycle"] += claim.position >= len(CYCLE)
+
+    # --- results
+
+    def _at_work(self, pick: int) -> ModelChunk | None:
+        """Any live claim, or that of a worker, which claims something if it holds nothing."""
+        live = self._live()
+        if live and pick >= len(self.workers):
+            return live[pick % len(live)]
+        self.claim(pick)
+        job = self.workers[pick % len(self.workers)].running
+        return next((chunk for chunk in self._live() if job is not None and chunk.job_id == job.job_id), None)
+
+    def _settle(self, chunk: ModelChunk, state: str) -> None:
+        chunk.state = state
+        self.settled.append(chunk.claim)
+        if chunk.suspended_file is not None:
+            self.deleted.add(chunk.suspended_file)  # as the worker does
+            chunk.suspended_file = None
+
+    @rule(pick=st.integers(0, 5), results=st.lists(st.tuples(scores, mostly), min_size=1, max_size=3))
+    def record(self, pick: int, results: list[tuple[float, bool]]) -> None:
+        for score, written in results:
+            chunk = self._at_work(pick)
+            if chunk is not None:
+                self._record(chunk, score, written)
+
+    def _record(self, chunk: ModelChunk, score: float, written: bool) -> None:
+        free = len(self._on_board()) < self.num_models
+        admitted = written and math.isfinite(score) and (free or self.metric.better(score, than=self._bar()))
+        outcome = self.board.board.record(chunk.claim, candidate(chunk.claim, score, written), self.now)
+        assert outcome.promoted == admitted
+        self._settle(chunk, "promoted" if admitted else "discarded")
+        if chunk.entry is not None:
+            chunk.entry.consumed.add(chunk.position)
+        if admitted:
+            self._admit(chunk, score)
+        elif written:
+            self.deleted.add(file_of(chunk.claim))
+        self.deleted |= set(outcome.collectable)
+        self.seen["child promoted" if admitted and chunk.claim.parent_file else chunk.state] += 1
+
+    def _admit(self, chunk: ModelChunk, score: float) -> None:
+        bar = self._bar()
+        founder = chunk.entry is None
+        new = ModelEntry(file_of(chunk.claim), score, 0 if founder else chunk.position + 1, founder)
+        if founder:
+            chunk.entry = new
+            new.consumed.add(0)
+        shown = {row["file"] for row in self.board.reader.entries(self.metric.mode)}
+        evicted = [entry for entry in self._on_board() if entry.file not in shown]
+        assert len(shown) <= self.num_models
+        assert [entry.score for entry in evicted] == ([] if bar is None else [bar]), "one of the worst makes room"
+        for entry in evicted:
+            entry.on_board = False
+            self.seen["entry evicted"] += 1
+        self.entries[new.file] = new
+
+    @rule(pick=st.integers(0, 5), goes_on=st.booleans())
+    def suspend(self, pick: int, goes_on: bool) -> None:
+        chunk = self._at_work(pick)
+        if chunk is not None:
+            garbage = self.board.board.suspend(chunk.claim, file_of(chunk.claim), "0" * 64, self.now)
+            self._settle(chunk, SUSPENDED)
+            chunk.suspended_file = file_of(chunk.claim)
+            self.deleted |= set(garbage)
+            self.seen["suspended"] += 1
+            if goes_on:
+                self.claim(pick)
+
+    @rule(pick=st.integers(0, 5), times=st.integers(1, 2 * MAX_CHUNK_ATTEMPTS))
+    def fail(self, pick: int, times: int) -> None:
+        for _ in range(times):
+            chunk = self._at_work(pick)
+            if chunk is not None:
+                self._fail(chunk)
+
+    def _fail(self, chunk: ModelChunk) -> None:
+        self.board.board.fail(chunk.claim, "an exception", self.now)
+        given_up = False
+        if chunk.entry is not None:
+            chunk.entry.failures[chunk.position] += 1
+            given_up = chunk.entry.failures[chunk.position] >= MAX_CHUNK_ATTEMPTS
+        if given_up:
+            chunk.entry.consumed.add(chunk.position)
+        self._settle(chunk, "discarded" if given_up else "failed")
+        self.seen["position given up" if given_up else "failed"] += 1
+
+    @rule(pick=st.integers(0, 5), its_parent_is_whole=st.booleans())
+    def give_back(self, pick: int, its_parent_is_whole: bool) -> None:
+        chunk = self._at_work(pick)
+        if chunk is not None and its_parent_is_whole:
+            self.board.board.give_back(chunk.claim, "its disk is full", self.now)
+            self.seen["given back"] += 1
+        elif chunk is not None:
+            self.board.board.condemn(chunk.claim, "damaged", self.now)
+            if chunk.entry is not None:
+                self.condemned |= chunk.entry.on_board
+                chunk.entry.on_board = False
+                self.seen["entry condemned"] += 1
+        if chunk is not None:
+            self._settle(chunk, "expired")
+
+    @precondition(lambda self: self.zombies)
+    @rule(pick=st.integers(0, 20), write=st.sampled_from(sorted(WRITES)))
+    def a_zombie_writes(self, pick: int, write: str) -> None:
+        claim = self.zombies[pick % len(self.zombies)]
+        self._is_refused(claim, write)
+        self.deleted.add(file_of(claim))  # as the worker does
+        self.seen["zombie refused"] += 1
+
+    @precondition(lambda self: self.settled)
+    @rule(pick=st.integers(0, 20), write=st.sampled_from(sorted(WRITES)))
+    def what_is_over_comes_back(self, pick: int, write: str) -> None:
+        """A claim that was settled is used again, and a job that is over asks for work."""
+        self._is_refused(self.settled[pick % len(self.settled)], write)
+        self.seen["second result refused"] += 1
+        past = [job for worker in self.workers for job in worker.past]
+        if past:
+            job = past[pick % len(past)]
+            before = contents(self.folder)
+            with pytest.raises(StaleClaimError):
+                self.board.board.claim(job.worker_id, job.job_id, job.starts, self.now, self.now + LEASE_S)
+            assert contents(self.folder) == before
+            self.seen["stale job refused"] += 1
+
+    def _is_refused(self, claim: Claim, write: str) -> None:
+        before = contents(self.folder)
+        with pytest.raises(StaleClaimError):
+            WRITES[write](self.board, claim, self.now)
+        assert contents(self.folder) == before, "a stale generation writes nothing"
+
+    # --- what must be so after each step
+
+    @invariant()
+    def the_worst_of_a_full_board_never_falls(self) -> None:
+        bar = self._bar()
+        if self.bar is not None and not self.condemned:
+            assert bar is not None, "a full board stays full"
+            assert not self.metric.better(self.bar, than=bar)
+        self.bar, self.condemned = bar, False
+
+    @invariant()
+    def no_position_is_consumed_twice_or_skipped(self) -> None:
+        chunks, entries, checkpoints = tables(self.folder, "chunk", "entry", "checkpoint")
+        assert {row["chunk_id"]: row["state"] for row in chunks} == {i: c.state for i, c in self.chunks.items()}
+        assert len(entries) == len(checkpoints) == len(self.entries)
+        made = {row["checkpoint_id"]: row for row in checkpoints}
+        for row in entries:
+            checkpoint = made[row["checkpoint_id"]]
+            model = self.entries[checkpoint["file"]]
+            assert (row["on_board"], checkpoint["score"]) == (model.on_board, model.score)
+            mine = [c for c in chunks if c["entry_id"] == row["entry_id"]]
+            consumed = [c["position"] for c in mine if c["state"] in ("promoted", "discarded")]
+            held = [c["position"] for c in mine if c["state"] in (LIVE, SUSPENDED)]
+            assert len({*consumed, *held}) == len(consumed) + len(held), "none twice"
+            assert set(consumed) == model.consumed
+            tried = {c["position"] for c in mine}
+            assert tried == set(range(row["start_position"], row["start_position"] + len(tried))), "none skipped"
+            assert row["start_position"] == model.start
+            self._check_start(row, checkpoint, chunks)
+            assert set(range(row["start_position"], row["floor"])) <= set(consumed)
+            assert row["floor"] not in consumed
+
+    def _check_start(self, entry: dict[str, Any], checkpoint: dict[str, Any], chunks: list[dict[str, Any]]) -> None:
+        (made_by,) = [c for c in chunks if c["chunk_id"] == checkpoint["chunk_id"]]
+        assert made_by["state"] == "promoted"
+        if checkpoint["parent_id"] is None:
+            assert entry["start_position"] == made_by["position"] == 0
+            assert made_by["entry_id"] == entry["entry_id"], "the founding chunk is position 0 of the founder"
+            assert checkpoint["founder_id"] == checkpoint["checkpoint_id"]
+        else:
+            assert entry["start_position"] == made_by["position"] + 1
+            assert made_by["entry_id"] != entry["entry_id"], "it consumed a position of its parent"
+
+    @invariant()
+    def no_generation_is_held_twice(self) -> None:
+        chunks, (run,) = tables(self.folder, "chunk", "run")
+        assert len({row["generation"] for row in chunks}) == len(chunks)
+        live = {row["chunk_id"]: row["generation"] for row in chunks if row["state"] == LIVE}
+        assert live == {chunk.claim.chunk_id: chunk.claim.generation for chunk in self._live()}
+        assert run["generation"] == self.generation
+
+    @invariant()
+    def every_file_that_is_needed_stays_and_no_other(self) -> None:
+        held = [chunk for chunk in self.chunks.values() if chunk.held]
+        needed = {entry.file for entry in self._on_board()}
+        needed |= {chunk.claim.parent_file for chunk in held} | {chunk.suspended_file for chunk in held}
+        needed -= {None}
+        self.seen["work on an entry that lost its place"] += any(c.entry and not c.entry.on_board for c in held)
+        files, generations = self.board.reader.references()
+        assert files == needed
+        assert generations == {chunk.claim.generation for chunk in self._live()}
+        assert not files & self.deleted, "what a worker deletes is not needed"
+
+
+@pytest.mark.timeout(900)  # a failure is made small before it is shown, which may take minutes
+def test_the_invariants_hold_whatever_happens_in_whatever_order():
+    BoardMachine.seen.clear()
+    for number in range(4):  # several short runs see more than a long one, which repeats what it has found
+        run_state_machine_as_test(
+            seed(number)(BoardMachine),
+            settings=hypothesis_settings(
+                derandomize=True,
+                deadline=None,
+                max_examples=12,
+                stateful_step_count=40,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+            ),
+        )
+    happened = {
+        *("link begun", "job requeued", "job ended", "running lost", "waiting lost", "both lost"),
+        *("stale job refused", "claim taken", "suspended claim taken", "resumed by its worker"),
+        *("resumed by another worker", "founder claimed", "child claimed", "position taken again"),
+        *("position past the cycle", "child promoted", "promoted", "discarded", "entry evicted", "suspended"),
+        *("given back", "failed", "position given up", "entry condemned", "zombie refused", "second result refused"),
+        *("work on an entry that lost its place",),
+    }
+    missing = happened - {what for what, times in BoardMachine.seen.items() if times}
+    assert not missing, "it happened in no example, so nothing was proved of it"
+
+
+# --- the same in single sentences --------------------------------------------------------------------
+
+
+@dataclass
+class Scene:
+    """A run with two workers at work, and what else it takes to tell a story."""
+
+    folder: Path
+    board: Leaderboard
+    running: list[Job]
+    waiting: list[Job]
+    now: float = 1000.0
+
+    def claim(self, worker_id: int = 0) -> Claim:
+        job = self.running[worker_id]
+        claim = self.board.board.claim(worker_id, job.job_id, job.starts, self.now, self.now + LEASE_S)
+        assert isinstance(claim, Claim)
+        return claim
+
+    def record(self, claim: Claim, score: float) -> bool:
+        return self.board.board.record(claim, candidate(claim, score), self.now).promoted
+
+    def entry_of(self, claim: Claim) -> dict[str, Any]:
+        """The entry that this claim's candidate became."""
+        (found,) = [row for row in self.board.reader.entries("max") if row["file"] == file_of(claim)]
+        return found
+
+    def begin(self, job: Job) -> None:
+        started = begin(self.board, job, self.now)
+        assert isinstance(started, Started)
+        self.running[job.worker_id] = started.job
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    board = make_board(tmp_path, num_models=1)
+    started = [begin(board, job, 1000.0) for job in board.chains.add_workers([None, None], 1000.0)]
+    return Scene(tmp_path, board, [s.job for s in started], [s.successor for s in started])
+
+
+# How worker 0 loses its claim.
+DEATHS: dict[str, Callable[[Scene], object]] = {
+    "its lease ends": lambda scene: setattr(scene, "now", scene.now + LEASE_S + 1),
+    "its successor begins": lambda scene: scene.begin(scene.waiting[0]),
+    "its job is requeued": lambda scene: scene.begin(scene.running[0]),
+    "its job is gone": lambda scene: scene.board.chains.apply_mend([scene.running[0]], [], scene.now),
+}
+each_death = pytest.mark.parametrize("dies", DEATHS.values(), ids=DEATHS)
+
+
+def test_a_founder_consumes_position_0_by_its_own_chunk_and_goes_on_at_1(scene):
+    founding = scene.claim()
+    assert founding.position == 0
+    assert scene.record(founding, 0.5)
+    assert scene.entry_of(founding)["start_position"] == 0
+    assert scene.claim().position == 1
+
+
+def test_a_promoted_child_starts_after_the_position_that_made_it(scene):
+    scene.record(scene.claim(), 0.5)
+    scene.record(scene.claim(), 0.1)
+    scene.record(scene.claim(), 0.1)
+    child = scene.claim()
+    assert child.position == 3
+    assert scene.record(child, 0.6)
+    assert scene.entry_of(child)["start_position"] == 4
+    grandchild = scene.claim()
+    assert (grandchild.parent_file, grandchild.position) == (file_of(child), 4)
+
+
+def test_two_workers_never_hold_the_same_position(scene):
+    scene.record(scene.claim(), 0.5)
+    assert [scene.claim(0).position, scene.claim(1).position] == [1, 2]
+
+
+@each_death
+def test_the_position_of_a_worker_that_dies_is_taken_next(scene, dies):
+    scene.record(scene.claim(), 0.5)
+    lost = scene.claim(0)
+    later = scene.claim(1)
+    scene.record(later, 0.1)
+    assert (lost.position, later.position) == (1, 2)
+    dies(scene)
+    assert [scene.claim(1).position, scene.claim(1).position] == [1, 3]
+
+
+@each_death
+def test_a_suspended_chunk_outlives_the_worker_that_went_on_with_it(scene, dies):
+    scene.record(scene.claim(), 0.5)
+    first = scene.claim(0)
+    scene.board.board.suspend(first, file_of(first), "0" * 64, scene.now)
+    second = scene.claim(0)
+    assert (second.chunk_id, second.suspended_file) == (first.chunk_id, file_of(first))
+    dies(scene)
+    third = scene.claim(1)
+    assert (third.chunk_id, third.position, third.suspended_file) == (first.chunk_id, 1, file_of(first))
+    assert third.generation > second.generation > first.generation
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@each_death
+def test_what_a_zombie_writes_is_refused_and_changes_nothing(scene, dies, write):
+    scene.record(scene.claim(), 0.5)
+    zombie = scene.claim(0)
+    dies(scene)
+    heir = scene.claim(1)  # with it, the end of a lease takes effect
+    assert heir.position == zombie.position
+    before = contents(scene.folder)
+    with pytest.raises(StaleClaimError, match=f"generation {zombie.generation} of worker 0 is stale"):
+        write(scene.board, zombie, scene.now)
+    assert contents(scene.folder) == before
+    assert scene.record(heir, 0.6)
+
+
+def test_a_position_that_fails_too_often_is_consumed_and_the_next_one_comes(scene):
+    scene.record(scene.claim(), 0.5)
+    for _ in range(MAX_CHUNK_ATTEMPTS):
+        claim = scene.claim()
+        assert claim.position == 1
+        scene.board.board.fail(claim, "an exception", scene.now)
+    assert scene.claim().position == 2
+
+
+def test_the_files_of_a_parent_stay_while_its_child_is_trained_though_it_lost_its_place(scene):
+    founding = scene.claim()
+    scene.record(founding, 0.5)
+    held = scene.claim(0)
+    better = scene.claim(1)
+    assert scene.record(better, 0.6)
+    files, _ = scene.board.reader.references()
+    assert files == {file_of(founding), file_of(better)}
+    outcome = scene.board.board.record(held, candidate(held, 0.1), scene.now)
+    assert outcome.collectable == (file_of(founding),)
+    assert scene.board.reader.references() == ({file_of(better)}, set())

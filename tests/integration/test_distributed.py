@@ -1,0 +1,148 @@
+"""One worker on two processes: what they train is what one would train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.distributed import dismiss
+from tests.integration.distributed import (
+    STEPS,
+    Noisy,
+    Odd,
+    Team,
+    Watched,
+    alone,
+    as_it_was,
+    check_equal,
+    close,
+    found,
+    interrupt,
+    metrics,
+    saved,
+    settings,
+    team_of,
+    train,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_it_was() -> Iterator[None]:
+    with as_it_was():
+        yield
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    """Two processes for many tests: each opens its own job."""
+    with team_of(2, tmp_path_factory.mktemp("two")) as team:
+        yield team
+        dismiss(team.ranks)
+        assert team.endings() == [(0, "rank 0 said stop")]
+        assert not team.failed
+
+
+def test_an_epoch_of_two_processes_is_that_of_one(two: Team, tmp_path: Path) -> None:
+    check_equal(two, settings(), tmp_path, epochs=2)
+
+
+def test_random_augmentation_of_two_processes_is_that_of_one(two: Team, tmp_path: Path) -> None:
+    check_equal(two, settings(Noisy), tmp_path)
+
+
+def test_a_last_batch_of_one_example_leaves_one_process_with_nothing(two: Team, tmp_path: Path) -> None:
+    check_equal(two, settings(max_batch_size=287), tmp_path)  # 1149 examples are 4 batches and 1 example
+
+
+def test_parts_of_unequal_size_weigh_what_they_are(two: Team, tmp_path: Path) -> None:
+    """Batches of 3: one process has 1, the other 2 examples."""
+    given = settings(max_batch_size=3)
+    states = [interrupt(s, found(), 12, tmp_path / "cut.pt") for s in (alone(given), two.open(given))]
+    close(*states)
+    assert states[1]["cut"]["loss_sum"] == pytest.approx(states[0]["cut"]["loss_sum"], abs=1e-4)
+
+
+def test_the_parts_of_a_step_are_its_batch_in_order(two: Team, tmp_path: Path) -> None:
+    def steps(folder: Path, session: Callable[[dict[str, Any]], Any], *names: str) -> list[list[list[int]]]:
+        folder.mkdir()
+        train(session(settings(job_params={"seen": str(folder)})), found())
+        return [[json.loads(line) for line in (folder / name).read_text().splitlines()] for name in names]
+
+    (whole,) = steps(tmp_path / "one", alone, "rank-0")
+    first, second = steps(tmp_path / "all", two.open, "rank-0", "rank-1")
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+    assert [len(a) for a in first] == [100] * 5 + [74]
+    assert [len(b) for b in second] == [100] * 5 + [75]
+
+
+def test_what_no_process_uses_is_left_alone_and_what_one_uses_is_trained(two: Team, tmp_path: Path) -> None:
+    """Rank 1 alone has a part of 75 examples, in the last batch."""
+    session = two.open(settings(Odd))
+    start = interrupt(session, found(), 0, tmp_path / "start.pt")["model"]
+    cut = interrupt(session, found(), STEPS - 1, tmp_path / "cut.pt")
+    train(session, replace(found(), suspended=tmp_path / "cut.pt"))
+    end = saved(session, tmp_path / "end.pt")
+    assert torch.equal(end["model"]["unused.weight"], start["unused.weight"])
+    assert torch.equal(cut["model"]["sometimes.weight"], start["sometimes.weight"])
+    assert not torch.equal(end["model"]["sometimes.weight"], start["sometimes.weight"])
+    assert len(end["optimizer"]["state"]) == 4
+
+
+def test_the_model_that_is_scored_is_the_one_that_is_saved(two: Team, tmp_path: Path) -> None:
+    """Without a GPU, batch normalisation counts each part by itself, so the processes' counts differ."""
+    given = settings(Odd, job_params={"normalise": True}, max_batch_size=100)
+    session = two.open(given)
+    result = train(session, found())
+    saved(session, tmp_path / "one.pt")
+    again = alone(given).evaluate_file(tmp_path / "one.pt", "validation")
+    assert {name: result.results[0].metrics[name] for name in again} == pytest.approx(again)
+
+
+# --- interruptions
+
+
+@pytest.mark.parametrize("steps", [0, 2, STEPS, 2 * STEPS - 1])
+def test_an_interrupted_chunk_is_the_uninterrupted_one_dropout_included(two: Team, steps: int, tmp_path: Path) -> None:
+    given = settings(Watched, job_params={"seen": str(tmp_path)})
+    session = two.open(given)
+    expected = train(session, found(epochs=2))
+    whole = saved(session, tmp_path / "whole.pt")
+
+    interrupt(two.open(given), found(epochs=2), steps, tmp_path / "cut.pt")
+    later = two.open(given)
+    result = train(later, replace(found(epochs=2), suspended=tmp_path / "cut.pt"))
+    resumed = saved(later, tmp_path / "resumed.pt")
+
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(resumed[part], whole[part], rtol=0, atol=0)
+    assert torch.equal(resumed["rng"]["torch"], whole["rng"]["torch"])
+    assert metrics(result) == metrics(expected)
+
+
+def test_all_processes_stop_at_the_same_step(two: Team, tmp_path: Path) -> None:
+    session = two.open(settings(job_params={"seen": str(tmp_path)}))
+    for steps in (3, 1):
+        interrupt(session, found(), steps, tmp_path / "cut.pt")
+        parts = [(tmp_path / name).read_text().splitlines() for name in ("rank-0", "rank-1")]
+        assert [len(part) for part in parts] == [steps, steps]
+        for name in ("rank-0", "rank-1"):
+            (tmp_path / name).unlink()
+
+
+def test_a_child_goes_on_with_the_parent_that_rank_0_reads(two: Team, tmp_path: Path) -> None:
+    given = settings()
+    founder = alone(given)
+    train(founder, found())
+    saved(founder, tmp_path / "parent.pt")
+    work = replace(found(), parent=tmp_path / "parent.pt", repeat=1)
+    children = []
+    for session in (alone(given), two.open(given)):
+        train(session, work)
+        children.append(saved(session, tmp_path / "child.pt"))
+    close(*children)

@@ -1,0 +1,246 @@
+"""One worker on several processes: none outlives the others, and whole runs of such workers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs.distributed import dismiss, own_gpu
+from jobs.job import JobError
+from jobs.ranks import RankLostError, meet
+from orchestrator.cluster import local
+from orchestrator.run import Run
+from tests.integration.distributed import (
+    AT_ONCE_S,
+    ROOT,
+    Unlucky,
+    Watched,
+    as_it_was,
+    check_equal,
+    found,
+    settings,
+    team_of,
+    train,
+)
+from tests.invariants import violations
+
+ORCH = Path(sys.executable).with_name("orch")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_it_was() -> Iterator[None]:
+    with as_it_was():
+        yield
+
+
+def test_three_processes_train_what_one_trains(tmp_path: Path) -> None:
+    with team_of(3, tmp_path) as three:
+        check_equal(three, settings(), tmp_path)
+        dismiss(three.ranks)
+        assert three.endings() == [(0, "rank 0 said stop")] * 2
+
+
+# --- deaths
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_follower_that_is_killed_ends_the_others_at_once(count: int, tmp_path: Path) -> None:
+    with team_of(count, tmp_path) as team:
+        session = team.open(settings(Unlucky, job_params={"what": "dies"}))
+        started = time.monotonic()
+        with pytest.raises(RankLostError, match="another process of this job died or hangs"):
+            train(session, found())
+        assert time.monotonic() - started < AT_ONCE_S
+        assert team.failed, "the worker is told that no chunk can be trained any more"
+        codes = [code for code, _ in team.endings()]
+        assert codes == [-signal.SIGKILL, *[0] * (count - 2)], "exit code 0, or Slurm would kill rank 0"
+
+
+def test_what_a_follower_failed_of_is_what_rank_0_reports(tmp_path: Path) -> None:
+    with team_of(2, tmp_path) as team:
+        session = team.open(settings(Unlucky, job_params={"what": "fails"}))
+        with pytest.raises(RankLostError, match=r"^rank 1: ValueError: no luck on rank 1$"):
+            train(session, found())
+        assert team.endings() == [(0, "failed: ValueError: no luck on rank 1")]
+
+
+def test_an_error_of_the_job_is_what_rank_0_reports(tmp_path: Path) -> None:
+    with team_of(2, tmp_path) as team:
+        session = team.open(settings(Unlucky, job_params={"what": "fails", "who": 0}))
+        with pytest.raises(ValueError, match=r"^no luck on rank 0$"):
+            train(session, found())
+        assert team.failed
+        assert [code for code, _ in team.endings()] == [0]
+
+
+def test_a_follower_that_hangs_is_given_up(tmp_path: Path) -> None:
+    with team_of(2, tmp_path, step_s=3.0) as team:
+        session = team.open(settings(Unlucky, job_params={"what": "hangs"}))
+        started = time.monotonic()
+        with pytest.raises(RankLostError, match=r"died or hangs .*Timed out waiting 3000ms"):
+            train(session, found())
+        assert time.monotonic() - started < 3.0 + AT_ONCE_S
+        team.followers[0].kill()
+
+
+def test_a_job_that_can_not_be_opened_ends_all(tmp_path: Path) -> None:
+    with team_of(2, tmp_path) as team:
+        with pytest.raises(JobError, match="nowhere can't be imported"):
+            team.open(settings() | {"job": "nowhere:Nothing"})
+        assert [code for code, _ in team.endings()] == [0]
+
+
+def test_processes_that_do_not_come_are_not_waited_for_long(tmp_path: Path) -> None:
+    with pytest.raises(RankLostError, match=r"did not say within 0\.2 s where it is"):
+        meet(1, 2, tmp_path / "meeting", meeting_s=0.2)
+    with pytest.raises(RankLostError, match="here 1"):
+        meet(0, 2, tmp_path / "meeting", meeting_s=0.2)
+
+
+# --- GPUs
+
+
+def test_each_process_needs_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with team_of(2, tmp_path) as team:
+        monkeypatch.setattr(
+            "torch.cuda.get_device_properties", lambda _device: type("Properties", (), {"uuid": "GPU-7"})
+        )
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        with pytest.raises(JobError, match="no GPU for each: rank 0 has GPU-7, rank 1 has none"):
+            team.open(settings())
+        assert [code for code, _ in team.endings()] == [0]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "own"),
+    [
+        (["0", "1"], 2, ["0", "1"]),
+        (["GPU-a", "GPU-b", "GPU-c"], 2, ["GPU-a", "GPU-b"]),
+        (["0"], 2, ["0", "0"]),  # a GPU that the cluster gave this rank alone, or too few: that shows later
+        ([], 2, ["", ""]),
+        ([""], 2, ["", ""]),
+    ],
+)
+def test_a_process_uses_one_of_the_gpus_that_it_sees(visible: list[str], count: int, own: list[str]) -> None:
+    assert [own_gpu(visible, rank, count) for rank in range(count)] == own
+
+
+@pytest.mark.parametrize(
+    ("found", "each", "shares"),
+    [
+        ("0,1,2,3", 1, ["0", "1", "2"]),
+        ("0,1,2,3", 2, ["0,1", "2,3", "0,1"]),
+        ("0,1,2", 2, ["0,1", "0,1", "0,1"]),
+        ("0", 1, ["0", "0", "0"]),
+        ("0", 2, [None, None, None]),
+        ("", 1, [None, None, None]),
+    ],
+)
+def test_local_workers_share_the_gpus(
+    found: str, each: int, shares: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", found)
+    assert local.gpus_of(range(3), each) == shares
+
+
+# --- whole runs
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(str(folder) in part for part in process.info["cmdline"] or ())
+    ]
+
+
+def until(what: str, condition: Callable[[], Any], timeout_s: float = 90) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout_s} s for: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "runs"
+    for process in processes_of(tmp_path):
+        process.kill()
+
+
+def launch(runs_dir: Path, *options: str) -> Run:
+    runs_dir.mkdir()
+    changes = [
+        "gpus_per_worker=2",
+        f"job={Watched.__module__}:Watched",
+        "stop_after_stale_cycles=null",
+        "total_lifetime=300",
+    ]
+    changes += [f"job_params.seen={json.dumps(str(runs_dir.parent))}", "cores_per_worker=2"]
+    command = [str(ORCH), "launch", str(ROOT / "settings/digits.json"), "--executor", "local", "--workers", "1"]
+    command += ["--runs-dir", str(runs_dir), *options]
+    for change in changes:
+        command += ["--set", change]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=240)
+    return Run.open(runs_dir / "digits")
+
+
+def outputs(run: Run, rank: int) -> list[str]:
+    return [path.read_text() for path in sorted((run.folder / "jobs").glob(f"*/*_{rank}_log.out"))]
+
+
+def test_a_run_of_two_processes_a_worker_has_one_writer_and_leaves_nothing_behind(runs_dir: Path) -> None:
+    run = launch(runs_dir, "--wait", "--set", "eon_lifetime=4", "--set", "stop_after_epochs=60")
+    until("every process to be gone", lambda: not processes_of(runs_dir), 10)
+
+    assert run.status()["state"] == "finished"
+    assert violations(run) == []
+    entries = run.board()["entries"]
+    assert len(entries) == 5
+    assert entries[0]["score"] >= 0.9
+    links = run.leaderboard.reader.rows("job")
+    assert [(job["worker_id"], job["link"]) for job in links] == [(0, link) for link in range(len(links))]
+    worked = [job for job in links if job["started_at"]]
+    assert len(worked) >= 2
+    assert {json.loads(line)["pid"] for line in (runs_dir.parent / "rank-0").read_text().splitlines()} == {
+        job["pid"] for job in worked
+    }, "rank 0 is the worker"
+    followed = outputs(run, 1)
+    assert len(followed) == len(links)
+    assert all("rank 1 ends: " in output for output in followed)
+    assert not any("chunk" in output for output in followed), "followers know of no claim"
+    seen = "".join((runs_dir.parent / f"rank-{rank}").read_text() for rank in (0, 1)).splitlines()
+    assert {json.loads(line)["cores"] for line in seen} == {1}, "the worker's cores are shared"
+    assert not list(run.folder.glob("jobs/*/*.meeting"))
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["rank 0", "rank 1"])
+def test_a_process_that_is_killed_takes_the_others_along_and_the_chain_goes_on(runs_dir: Path, victim: int) -> None:
+    run = launch(runs_dir, "--set", "eon_lifetime=100", "--set", "stop_after_epochs=60")
+    seen = runs_dir.parent / f"rank-{victim}"
+    until("some work", lambda: run.leaderboard.reader.counts()["epochs"] >= 3)
+    (first, *_) = run.leaderboard.reader.rows("job")
+    pids = {json.loads((runs_dir.parent / f"rank-{rank}").read_text().splitlines()[0])["pid"] for rank in (0, 1)}
+    psutil.Process(json.loads(seen.read_text().splitlines()[0])["pid"]).kill()
+    killed_at = time.monotonic()
+    until("all of the job to be gone", lambda: not any(psutil.pid_exists(pid) for pid in pids), AT_ONCE_S)
+    print(f"gone after {time.monotonic() - killed_at:.1f} s")
+
+    until("the end", lambda: run.status()["state"] == "finished" and not processes_of(runs_dir))
+    jobs = run.leaderboard.reader.rows("job")
+    assert [job["link"] for job in jobs if job["started_at"]] == [0, 1]
+    if victim == 1:  # rank 0 could still write down how it went
+        assert jobs[0]["outcome"] == "stopped by the failure of one of its processes"
+        (failed,) = [e for e in run.leaderboard.reader.rows("event") if e["kind"] == "failed"]
+        assert "another process of this job died or hangs" in failed["data"]["error"]
+    assert first["job_id"] == jobs[0]["job_id"]
+    assert violations(run) == []

@@ -1,0 +1,366 @@
+"""Checkpoints appear whole or not at all, and only what nothing refers to is deleted."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from orchestrator import checkpoints
+from orchestrator.errors import CheckpointError, DamagedCheckpointError
+
+STEM = "g00000007-c00000003"
+FILE = f"{STEM}.pt"
+CONTENT = bytes(range(256)) * 100
+
+
+def save(target: IO[bytes]) -> None:
+    target.write(CONTENT[:1000])
+    target.write(memoryview(CONTENT)[1000:])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- publish -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [None, b"old"], ids=["where nothing was", "in place of an old one"])
+def test_a_published_file_holds_what_was_filled_in(tmp_path, before):
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_bytes(before)
+    checkpoints.publish(path, save)
+    assert path.read_bytes() == CONTENT
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("before", [None, b"old"], ids=["nothing was there", "an old one was there"])
+@pytest.mark.parametrize("error", [OSError, ValueError, KeyboardInterrupt, SystemExit])
+def test_a_file_that_could_not_be_filled_leaves_everything_as_it_was(tmp_path, before, error):
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_bytes(before)
+
+    def fill(target: IO[bytes]) -> None:
+        target.write(CONTENT)
+        target.flush()
+        raise error("in the middle")
+
+    with pytest.raises(error, match="in the middle"):
+        checkpoints.publish(path, fill)
+    assert names(tmp_path) == ([] if before is None else ["file"])
+    assert before is None or path.read_bytes() == before
+
+
+def test_nothing_is_seen_under_the_final_name_while_it_is_filled(tmp_path):
+    path = tmp_path / "file"
+    seen: list[list[str]] = []
+
+    def fill(target: IO[bytes]) -> None:
+        target.write(CONTENT)
+        target.flush()
+        seen.append(names(tmp_path))
+
+    checkpoints.publish(path, fill)
+    assert seen == [[f".tmp-file-{os.getpid()}"]]
+
+
+def test_every_byte_is_on_the_disk_before_the_name_and_the_name_before_the_return(tmp_path, monkeypatch):
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def watched_fsync(fd: int) -> None:
+        what = os.readlink(f"/proc/self/fd/{fd}")
+        done.append("sync the folder" if what == str(tmp_path) else f"sync {os.fstat(fd).st_size} bytes")
+        fsync(fd)
+
+    def watched_rename(old: Path, new: Path) -> None:
+        done.append("rename")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    checkpoints.publish(tmp_path / "file", save)
+    assert done == [f"sync {len(CONTENT)} bytes", "rename", "sync the folder"]
+
+
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from orchestrator import checkpoints
+
+def fill(target):
+    target.write(b"half of it")
+    target.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoints.write(Path(sys.argv[1]), "g00000007-c00000003", fill, {})
+"""
+
+
+def test_a_writer_that_is_killed_leaves_a_temporary_file_which_is_collected_when_its_claim_is_dead(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path)])
+    assert done.returncode == -9
+    (left,) = names(tmp_path)
+    assert left.startswith(f".tmp-{FILE}-")
+    assert checkpoints.collect(tmp_path, lambda: (set(), {7})) == []
+    assert checkpoints.collect(tmp_path, lambda: (set(), {8})) == [left]
+    assert names(tmp_path) == []
+
+
+# --- write -------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_written_with_its_checksum_and_its_record(tmp_path):
+    written = checkpoints.write(tmp_path, STEM, save, {"score": 0.5, "epochs": 3, "parent_file": None})
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    assert written == checkpoints.Written(FILE, sha256, len(CONTENT))
+    assert names(tmp_path) == [f"{STEM}.json", FILE]
+    assert (tmp_path / FILE).read_bytes() == CONTENT
+    assert checkpoints.read_record(tmp_path, FILE) == {
+        "score": 0.5,
+        "epochs": 3,
+        "parent_file": None,
+        "file": FILE,
+        "sha256": sha256,
+        "size_bytes": len(CONTENT),
+    }
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"12345678", bytearray(b"12345678"), memoryview(b"12345678"), memoryview(array("d", [1.0])), b""],
+    ids=["bytes", "bytearray", "memoryview of bytes", "memoryview of doubles", "nothing"],
+)
+def test_the_size_of_a_checkpoint_is_counted_in_bytes_whatever_is_written(tmp_path, data):
+    written = checkpoints.write(tmp_path, STEM, lambda target: target.write(data) and None, {})
+    assert written.size_bytes == (tmp_path / FILE).stat().st_size
+    assert checkpoints.verify(tmp_path, written.file, written.sha256)
+
+
+def test_a_measure_that_is_not_finite_stands_as_null_in_the_record(tmp_path):
+    # A model with a finite accuracy may have an infinite loss, and is admitted by the board all the same.
+    metrics = {"accuracy": 0.004, "loss": math.nan, "train_loss": math.inf}
+    checkpoints.write(tmp_path, STEM, save, {"score": 0.004, "metrics": metrics})
+    record = checkpoints.read_record(tmp_path, FILE)
+    assert record["metrics"] == {"accuracy": 0.004, "loss": None, "train_loss": None}
+
+
+@pytest.mark.parametrize(
+    ("failing_save", "record", "error"),
+    [
+        pytest.param(lambda target: 1 / 0, {}, ZeroDivisionError, id="the model can't be saved"),
+        pytest.param(save, {"score": object()}, TypeError, id="the record can't be JSON"),
+    ],
+)
+def test_a_mistake_of_the_caller_is_passed_on_and_leaves_nothing(tmp_path, failing_save, record, error):
+    with pytest.raises(error):
+        checkpoints.write(tmp_path, STEM, failing_save, record)
+    assert names(tmp_path) == []
+
+
+def fail_on_call(monkeypatch: pytest.MonkeyPatch, function: str, number: int, code: int) -> list[int]:
+    """Let the os function fail at its nth call; returns the numbers of the calls that were made."""
+    real, calls = getattr(os, function), []
+
+    def failing(*args: object) -> object:
+        calls.append(len(calls) + 1)
+        if calls[-1] == number:
+            raise OSError(code, os.strerror(code))
+        return real(*args)
+
+    monkeypatch.setattr(os, function, failing)
+    return calls
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    ("function", "number"),
+    [
+        pytest.param("fsync", 1, id="the checkpoint's bytes"),
+        pytest.param("rename", 1, id="the checkpoint's name"),
+        pytest.param("fsync", 2, id="the folder with the checkpoint"),
+        pytest.param("fsync", 3, id="the record's bytes"),
+        pytest.param("rename", 2, id="the record's name"),
+        pytest.param("fsync", 4, id="the folder with the record"),
+    ],
+)
+def test_a_full_disk_leaves_nothing_of_the_checkpoint_and_says_what_to_do(
+    tmp_path, monkeypatch, function, number, code
+):
+    checkpoints.write(tmp_path, "g00000001-c00000001", save, {})
+    before = names(tmp_path)
+    with monkeypatch.context() as patch:
+        calls = fail_on_call(patch, function, number, code)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.write(tmp_path, STEM, save, {})
+    assert number in calls
+    assert names(tmp_path) == before, "other checkpoints stay, and nothing of this one"
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / FILE}: can't be written: {os.strerror(code)}. Free some space")
+
+
+@contextmanager
+def files_no_longer_than(size_bytes: int) -> Iterator[None]:
+    """A real limit that a real write runs into, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save_with_torch(target: IO[bytes]) -> None:
+    import torch
+
+    torch.save({"model": torch.zeros(100_000)}, target)
+
+
+@pytest.mark.parametrize("serialise", [save, save_with_torch], ids=["plain bytes", "torch.save"])
+def test_a_write_that_finds_no_room_is_an_error_of_the_checkpoint_and_leaves_nothing(tmp_path, serialise):
+    # torch.save puts an error of its own, which is no OSError, in place of the one that the file raised.
+    checkpoints.write(tmp_path, "g00000001-c00000001", serialise, {})  # it can be written but for the limit
+    before = names(tmp_path)
+    with files_no_longer_than(10_000), pytest.raises(CheckpointError, match="can't be written: File too large"):
+        checkpoints.write(tmp_path, STEM, serialise, {})
+    assert names(tmp_path) == before
+
+
+def test_a_checkpoint_for_a_folder_that_is_not_there_is_an_error_of_the_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="can't be written: No such file or directory"):
+        checkpoints.write(tmp_path / "gone", STEM, save, {})
+
+
+# --- verify ------------------------------------------------------------------------------------------
+
+
+def flip(content: bytes, position: int) -> bytes:
+    changed = bytearray(content)
+    changed[position] ^= 1
+    return bytes(changed)
+
+
+def test_a_checkpoint_as_it_was_written_is_verified(tmp_path):
+    written = checkpoints.write(tmp_path, STEM, save, {})
+    assert checkpoints.verify(tmp_path, written.file, written.sha256) == tmp_path / FILE
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: content[:-1], id="the last byte is missing"),
+        pytest.param(lambda content: content[: len(content) // 2], id="half of it is missing"),
+        pytest.param(lambda content: content + b"\0", id="a byte too much"),
+        pytest.param(lambda content: flip(content, 0), id="the first bit is flipped"),
+        pytest.param(lambda content: flip(content, len(content) // 2), id="a bit in the middle is flipped"),
+        pytest.param(lambda content: flip(content, -1), id="the last bit is flipped"),
+        pytest.param(lambda content: bytes(len(content)), id="zeros of the same length"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_from_a_whole_one(tmp_path, damage: Callable[[bytes], bytes]):
+    written = checkpoints.write(tmp_path, STEM, save, {})
+    (tmp_path / FILE).write_bytes(damage(CONTENT))
+    with pytest.raises(DamagedCheckpointError) as caught:
+        checkpoints.verify(tmp_path, written.file, written.sha256)
+    assert str(tmp_path / FILE) in str(caught.value)
+    assert f"recorded was {written.sha256[:12]}" in str(caught.value)
+
+
+def test_a_missing_checkpoint_is_damaged(tmp_path):
+    with pytest.raises(DamagedCheckpointError, match="is missing"):
+        checkpoints.verify(tmp_path, FILE, "0" * 64)
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_called_damaged(tmp_path):
+    (tmp_path / FILE).mkdir()  # any error of the file system but "no such file"
+    with pytest.raises(CheckpointError, match="Is a directory") as caught:
+        checkpoints.verify(tmp_path, FILE, "0" * 64)
+    assert not isinstance(caught.value, DamagedCheckpointError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b'{"score": 0.5', b"\xff\xfe", b"[1, 2]", b"null"],
+    ids=["missing", "empty", "cut", "not text", "a list", "null"],
+)
+def test_a_record_that_is_none_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / f"{STEM}.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{STEM}.json: not a checkpoint's record: "):
+        checkpoints.read_record(tmp_path, FILE)
+
+
+# --- remove and collect ------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_removed_with_its_record_as_far_as_they_are_there(tmp_path):
+    for stem in ("g00000001-c00000001", STEM):
+        checkpoints.write(tmp_path, stem, save, {})
+    checkpoints.remove(tmp_path, ["g00000001-c00000001.pt", "g00000002-c00000002.pt"])
+    assert names(tmp_path) == [f"{STEM}.json", FILE]
+
+
+KEPT, LIVE, DEAD = "g00000001-c00000001", "g00000005-c00000002", "g00000003-c00000004"
+
+
+@pytest.mark.parametrize(
+    ("name", "collected"),
+    [
+        pytest.param(f"{KEPT}.pt", False, id="a checkpoint that is referred to"),
+        pytest.param(f"{KEPT}.json", False, id="its record"),
+        pytest.param(f"{LIVE}.pt", False, id="a candidate of a live claim"),
+        pytest.param(f"{LIVE}.json", False, id="its record, not yet offered"),
+        pytest.param(f".tmp-{LIVE}.pt-123", False, id="what a live claim is writing"),
+        pytest.param(f"{DEAD}.pt", True, id="a checkpoint that nothing refers to"),
+        pytest.param(f"{DEAD}.json", True, id="its record"),
+        pytest.param(f".tmp-{DEAD}.pt-123", True, id="what a dead claim left half written"),
+        pytest.param(f".tmp-{DEAD}.json-123", True, id="and half its record"),
+        pytest.param("README.md", False, id="a file of the user"),
+        pytest.param("g1-best-so-far.pt", False, id="a file of the user that looks a little like ours"),
+        pytest.param("best.pt", False, id="a copy of the user's"),
+    ],
+)
+def test_of_the_files_in_the_folder(tmp_path, name, collected):
+    (tmp_path / name).write_bytes(b"")
+    assert checkpoints.collect(tmp_path, lambda: ({f"{KEPT}.pt"}, {5})) == ([name] if collected else [])
+    assert names(tmp_path) == ([] if collected else [name])
+
+
+def test_a_checkpoint_that_appears_while_the_references_are_read_is_safe(tmp_path):
+    checkpoints.write(tmp_path, DEAD, save, {})
+
+    def references() -> tuple[set[str], set[int]]:
+        checkpoints.write(tmp_path, STEM, save, {})  # its claim began after the references were read
+        return set(), set()
+
+    assert checkpoints.collect(tmp_path, references) == [f"{DEAD}.json", f"{DEAD}.pt"]
+    assert names(tmp_path) == [f"{STEM}.json", FILE]
+
+
+def test_a_folder_with_the_name_of_a_checkpoint_stops_nobody(tmp_path):
+    (tmp_path / f"{DEAD}.pt").mkdir()
+    (tmp_path / f"{STEM}.pt").write_bytes(b"")
+    checkpoints.collect(tmp_path, lambda: (set(), set()))
+    assert names(tmp_path) == [f"{DEAD}.pt"]
+
+
+def test_records_are_plain_json_that_any_program_reads(tmp_path):
+    checkpoints.write(tmp_path, STEM, save, {"profile": "é", "metrics": {"loss": 0.1}})
+    record = json.loads((tmp_path / f"{STEM}.json").read_text(encoding="utf-8"))
+    assert (record["profile"], record["metrics"]) == ("é", {"loss": 0.1})

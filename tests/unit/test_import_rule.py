@@ -1,0 +1,197 @@
+"""The layout's rules, read from the source itself: who may import whom, and how long things may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("orchestrator", "jobs")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+# Top to bottom; what stands on one floor may import each other. A new part of orchestrator needs its place here.
+FLOORS = (
+    {"cli"},
+    {"experiments"},
+    {"report", "run", "entry", "user_job"},
+    {"worker", "ledger", "doctor"},
+    {"leaderboard", "cluster"},
+    {"rules", "checkpoints", "settings", "locks", "telemetry"},
+    {"records", "errors", "__init__"},
+)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module (or name in a module) at one place."""
+
+    path: Path
+    line: int
+    module: str
+    top_level: bool  # outside every function: done when the file is imported
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.module}"
+
+    def of(self, package: str) -> bool:
+        return self.module == package or self.module.startswith(package + ".")
+
+
+def name_of(path: Path) -> str:
+    """orchestrator/cli/board.py is orchestrator.cli.board"""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path) for path in FILES}
+
+
+def imports_of(path: Path) -> list[Import]:
+    """Every import that happens when the code runs; those for the type checker alone do not."""
+    return list(_walk(path, ast.parse(path.read_text(encoding="utf-8")), top_level=True))
+
+
+def _walk(path: Path, node: ast.AST, top_level: bool) -> Iterator[Import]:
+    if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        for child in node.orelse:
+            yield from _walk(path, child, top_level)
+        return
+    if isinstance(node, ast.Import):
+        yield from (Import(path, node.lineno, alias.name, top_level) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"  # `from package import module` imports the module
+            yield Import(path, node.lineno, inner if inner in MODULES else str(node.module), top_level)
+    inside = top_level and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    for child in ast.iter_child_nodes(node):
+        yield from _walk(path, child, inside)
+
+
+def part_of(module: str) -> str:
+    """The part of orchestrator that a module belongs to: its file or folder."""
+    return [*module.split("."), "__init__"][1]
+
+
+def floor_of(module: str) -> int:
+    (floor,) = [n for n, parts in enumerate(FLOORS) if part_of(module) in parts]
+    return floor
+
+
+def wrong(imports: list[Import]) -> str:
+    return "\n".join(map(str, imports))
+
+
+ALL = {path: imports_of(path) for path in FILES}
+ORCHESTRATOR = {path: found for path, found in ALL.items() if name_of(path).split(".")[0] == "orchestrator"}
+JOBS = {path: found for path, found in ALL.items() if name_of(path).split(".")[0] == "jobs"}
+
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+each_file_of_orchestrator = pytest.mark.parametrize("path", ORCHESTRATOR, ids=lambda path: str(path.relative_to(ROOT)))
+each_file_of_jobs = pytest.mark.parametrize("path", JOBS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def test_the_walk_sees_every_kind_of_import(tmp_path):
+    path = ROOT / "orchestrator" / "not_there.py"
+    source = tmp_path / "source.py"
+    source.write_text(
+        "import torch.nn, os\n"
+        "from orchestrator import rules, __version__\n"
+        "from orchestrator.cluster.local import gpus\n"
+        "if TYPE_CHECKING:\n    import for_types\nelse:\n    import for_real\n"
+        "try:\n    import tried\nexcept ImportError:\n    pass\n"
+        "class A:\n    import in_class\n    def f(self):\n        import in_method\n"
+    )
+    found = [(i.module, i.top_level) for i in _walk(path, ast.parse(source.read_text()), top_level=True)]
+    assert found == [
+        ("torch.nn", True),
+        ("os", True),
+        ("orchestrator.rules", True),
+        ("orchestrator", True),
+        ("orchestrator.cluster.local", True),
+        ("for_real", True),
+        ("tried", True),
+        ("in_class", True),
+        ("in_method", False),
+    ]
+
+
+@pytest.mark.parametrize("name", ["rules", "records"])
+def test_rules_and_records_import_nothing_of_the_project_but_each_other(name):
+    imports = ORCHESTRATOR[ROOT / "orchestrator" / f"{name}.py"]
+    allowed = ("orchestrator.rules", "orchestrator.records")
+    assert not wrong([i for i in imports if any(map(i.of, PACKAGES)) and i.module not in allowed])
+
+
+@pytest.mark.parametrize("name", ["rules", "records"])
+def test_rules_and_records_import_nothing_that_has_a_clock_or_touches_the_outside(name):
+    allowed = {"__future__", "collections", "dataclasses", "enum", "math", "orchestrator", "statistics", "typing"}
+    allowed |= {"pathlib", "re"}  # a path and a pattern are values
+    imports = ORCHESTRATOR[ROOT / "orchestrator" / f"{name}.py"]
+    assert not wrong([i for i in imports if i.module.split(".")[0] not in allowed])
+
+
+@pytest.mark.parametrize(
+    ("library", "part"),
+    [("sqlalchemy", "leaderboard"), ("submitit", "cluster")],
+    ids=["only the leaderboard imports SQLAlchemy", "only the cluster imports submitit"],
+)
+def test_one_part_alone_knows_the_library(library, part):
+    users = {path for path, imports in ALL.items() if any(i.of(library) for i in imports)}
+    assert {name_of(path).split(".")[:2] == ["orchestrator", part] for path in users} == {True}, sorted(users)
+
+
+@each_file_of_orchestrator
+def test_orchestrator_imports_torch_and_jobs_only_inside_functions(path):
+    heavy = ("torch", "torchvision", "jobs")
+    assert not wrong([i for i in ALL[path] if i.top_level and any(map(i.of, heavy))])
+
+
+@each_file_of_jobs
+def test_jobs_never_import_the_command_line_the_cluster_or_the_leaderboard(path):
+    forbidden = ("orchestrator.cli", "orchestrator.cluster", "orchestrator.leaderboard")
+    assert not wrong([i for i in ALL[path] if any(map(i.of, forbidden))])
+
+
+@each_file_of_orchestrator
+def test_no_import_runs_upwards(path):
+    mine = floor_of(name_of(path))
+    of_orchestrator = [i for i in ALL[path] if i.of("orchestrator")]
+    assert not wrong([i for i in of_orchestrator if floor_of(i.module) < mine])
+
+
+@each_file_of_orchestrator
+def test_every_part_has_its_floor(path):
+    assert part_of(name_of(path)) in set().union(*FLOORS)
+
+
+def test_importing_all_of_orchestrator_loads_no_torch():
+    modules = sorted(name for name in MODULES if name.split(".")[0] == "orchestrator")
+    script = (
+        "import importlib, sys\n"
+        f"for name in {modules}:\n    importlib.import_module(name)\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'torchvision', 'jobs'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+@each_file
+def test_no_file_is_longer_than_400_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@each_file
+def test_no_function_is_longer_than_60_lines(path):
+    functions = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    lengths = {f"{f.name} in line {f.lineno}": f.end_lineno - f.lineno + 1 for f in functions}
+    assert not {name: length for name, length in lengths.items() if length > 60}
