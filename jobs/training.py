@@ -28,7 +28,7 @@ def find_class(spec: str) -> Any:
     module_name, _, class_name = spec.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
-    except Exception as error:  # whatever the user's module does on import
+    except (Exception, SystemExit) as error:  # whatever the user's module does on import
         raise JobError(f"job {spec}: {module_name} can't be imported: {type(error).__name__}: {error}") from error
     if not isinstance(found, type):
         raise JobError(f"job {spec}: {module_name} has no class {class_name}")
@@ -184,7 +184,8 @@ class Session:
     def evaluate_file(self, checkpoint: Path, split: Split) -> dict[str, float]:
         """Metrics of a checkpoint's model."""
         state = read(checkpoint, self.device)
-        self._model = self.job.model().to(self.device)
+        with data.random_state_kept():
+            self._model = self.job.model().to(self.device)
         self._model.load_state_dict(state["model"])
         return self.evaluate(split)
 

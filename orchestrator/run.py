@@ -213,14 +213,19 @@ class Run:
             sleep(every_s)
 
     def work_inline(self) -> Ending:
-        """Be the run's first worker, in this process (the inline executor)."""
+        """Be the run's only worker, in this process (the inline executor): job after job, until the run is over,
+        the worker has failed too often, or a signal says stop."""
         from orchestrator.entry import be_worker
+        from orchestrator.user_job import apart_from_stdout
 
-        now = time.time()
-        links = self.leaderboard.chains.relink([0], now, self.settings.max_failures)
-        snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
-        job = (links or [j for j in snapshot.open_jobs if j.worker_id == 0])[0]
-        return be_worker(self, job.token, 0, StopFlag())
+        chains, stop = self.leaderboard.chains, StopFlag()
+        while True:
+            links = chains.relink([0], time.time(), self.settings.max_failures)
+            job = (links or [j for j in chains.snapshot(self.settings.metric.mode).open_jobs if j.worker_id == 0])[0]
+            with apart_from_stdout():
+                ending = be_worker(self, job.token, 0, stop)
+            if stop.reason or not chains.wants_successor(0, time.time(), self.settings.max_failures):
+                return ending
 
     # --- looking
 

@@ -211,9 +211,7 @@ def _check_round_trip(settings: Settings, path: Path) -> None:
     except (PydanticSerializationError, SettingsError, ValueError, RecursionError):
         same = False
     if not same:
-        raise SettingsError(
-            f"{path}: job_params or slurm hold a value that JSON can't keep (NaN, too deep, ...)"
-        )
+        raise SettingsError(f"{path}: job_params or slurm hold a value that JSON can't keep (NaN, too deep, ...)")
 
 
 def difference(old: Settings, new: Settings) -> list[str]:

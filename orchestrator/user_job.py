@@ -9,12 +9,13 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import checkpoints
-from orchestrator.errors import JobSpecError, RunError
+from orchestrator.errors import JobSpecError, OrchError, RunError
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,12 +29,38 @@ def check(settings: Settings, import_paths: Sequence[str], download: bool = Fals
     from jobs.job import JobError
     from jobs.training import find_class, load_job
 
-    try:
+    with _as_job_error(settings.job, JobError):
         if hasattr(find_class(settings.job), "open_trainer"):
             return []
         return load_job(settings.model_dump(mode="json")).prepare(download)
-    except JobError as error:
+
+
+@contextmanager
+def apart_from_stdout() -> Iterator[None]:
+    """What the user's code and its libraries print goes to standard error: standard output is orch's own."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def _as_job_error(job: str, own: type[Exception]) -> Iterator[None]:
+    """Whatever the user's code raises is one clear error, and what it prints does not mix with our output."""
+    try:
+        with apart_from_stdout():
+            yield
+    except own as error:
         raise JobSpecError(str(error)) from error
+    except OrchError:
+        raise
+    except Exception as error:
+        raise JobSpecError(f"job {job}: {type(error).__name__}: {error}") from error
 
 
 def open_trainer(settings: Settings, cores: int) -> Trainer:
@@ -55,12 +82,15 @@ def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
     from jobs.job import JobError
     from jobs.training import open_session
 
-    try:
+    with _as_job_error(run.settings.job, JobError):
         session = open_session(run.settings.model_dump(mode="json"), len(os.sched_getaffinity(0)))
         session.feed("test")
-    except JobError as error:
-        raise JobSpecError(str(error)) from error
-    return lambda path: session.evaluate_file(path, "test")
+
+    def evaluate(path: Path) -> dict[str, float]:
+        with _as_job_error(run.settings.job, JobError):
+            return session.evaluate_file(path, "test")
+
+    return evaluate
 
 
 def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:

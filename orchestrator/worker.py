@@ -75,6 +75,7 @@ class Ending:
 
     outcome: str
     error: bool = False
+    final: bool = False  # the chain has failed too often in a row
 
 
 @dataclass
@@ -210,7 +211,7 @@ class Worker:
             result = self._chunk(claim)
             if isinstance(result, Ending):
                 failed += 1
-                if failed > 1:  # perhaps this process or node is broken: go on in a fresh one
+                if failed > 1 or result.final:  # perhaps this process or node is broken: go on in a fresh one
                     return result
             elif result is None:
                 continue
@@ -240,7 +241,10 @@ class Worker:
             message = f"{type(error).__name__}: {error}"
             failures = self.leaderboard.board.fail(claim, message, self.clock())
             checkpoints.remove(self.files, [claim.suspended_file] if claim.suspended_file else [])
-            return Ending(f"chunk {claim.chunk_id} failed ({failures} in a row): {message}")
+            return Ending(
+                f"chunk {claim.chunk_id} failed ({failures} in a row): {message}",
+                final=failures >= self.settings.max_failures,
+            )
         try:
             if isinstance(result, Interrupted):
                 self._suspend(claim, result)

@@ -48,6 +48,8 @@ def launch(
     loaded, notes = load(settings, set_ or [], workers=workers, executor=executor)
     if loaded.executor is None:
         loaded = loaded.model_copy(update={"executor": default_executor()})
+    if loaded.executor == "inline":
+        loaded = loaded.model_copy(update={"workers": 1})
     folder = runs_dir / loaded.name
     existing = Run.open(folder) if (folder / SETTINGS_NAME).exists() else None
     if existing:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from orchestrator.checkpoints import publish
 from orchestrator.cluster.probe import ask_sbatch, job_names
@@ -166,11 +167,13 @@ def _look_at_needs(report: Report, here: Path, plan: Plan, save: Callable[[], No
 
 def database_error(url: str, folder: Path) -> str | None:
     """Why the database server does not answer; None: it does. Changes nothing there."""
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; a firewall that drops packets takes minutes
     try:
         with Database(url, folder).transaction(row_lock=False) as connection:
             connection.exec_driver_sql("SELECT 1")
     except OrchError as error:
-        return str(error)
+        password = urlsplit(url).password
+        return str(error).replace(password, "***") if password else str(error)
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,14 +326,27 @@ def locks_hold(outcome: Outcome) -> bool | None:
 
 def _needs(reports: Sequence[node.Report], needs: Needs) -> list[Finding]:
     found = []
+    unread = _hosts_by((path, report.host) for report in reports for path in report.missing or ())
+    for path, hosts in unread.items():
+        do = "put it where all nodes can read it, and name it by that path"
+        found.append(Finding("error", "data", f"{path}: can't be read on {hosts}", do))
+    silent = _hosts_by((report.database, report.host) for report in reports if report.database)
+    for why, hosts in silent.items():
+        do = 'does the server of "database" take connections from compute nodes? Ask, or use SQLite'
+        found.append(Finding("error", "database", f"on {hosts}: {why}", do))
+    answered = sorted({report.host for report in reports if report.database == ""})
+    if needs.database is not None and answered and not silent:
+        found.append(Finding("ok", "database", f"the database server answers on {' and '.join(answered)}"))
     for report in reports:
-        on = f"on {report.host}"
-        if report.missing:
-            what = f"{', '.join(report.missing)}: can't be read {on}"
-            found.append(Finding("error", "data", what, "put it where all nodes can read it, and name it by that path"))
-        if report.database:
-            do = 'does the server of "database" take connections from compute nodes? Ask, or use SQLite'
-            found.append(Finding("error", "database", f"{on}: {report.database}", do))
         if report.python is not None:
-            found += judge_python(PythonFacts(**report.python), 0, needs.gpu, on)
+            found += judge_python(PythonFacts(**report.python), 0, needs.gpu, f"on {report.host}")
     return found
+
+
+def _hosts_by(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """{what: "n1 and n2"} of (what, host), each once."""
+    hosts: dict[str, list[str]] = {}
+    for what, host in pairs:
+        if host not in hosts.setdefault(what, []):
+            hosts[what].append(host)
+    return {what: " and ".join(sorted(names)) for what, names in hosts.items()}

@@ -200,7 +200,8 @@ def test_a_job_that_can_not_be_imported_leaves_nothing_behind(tmp_path: Path) ->
 
 
 def test_a_dry_run_prints_the_plan_and_makes_nothing(tmp_path: Path, orch_here: Here) -> None:
-    code, out, _ = orch_here(tmp_path, "launch", write_settings(tmp_path), "--dry-run", "--workers", "3", "--json")
+    options = ["--dry-run", "--executor", "local", "--workers", "3", "--json"]
+    code, out, _ = orch_here(tmp_path, "launch", write_settings(tmp_path), *options)
     plan = json.loads(out)
     assert code == 0
     assert (plan["run"], plan["resumes"], plan["workers"]) == ("quick", False, 3)

@@ -805,6 +805,13 @@ def test_a_node_that_can_t_submit_is_told_to_be_kept_from_a_login_node():
     assert "orch keep" in one(findings, "successors").do
 
 
+def test_a_database_server_that_does_not_answer_says_why_without_the_password(tmp_path):
+    said = node.database_error("postgresql+psycopg://me:secret@127.0.0.1:1/orch", tmp_path)
+    assert said
+    assert "secret" not in said
+    assert node.database_error(f"sqlite:///{tmp_path}/none.db", tmp_path)
+
+
 def test_a_report_survives_its_file(tmp_path):
     assert node.read_report(tmp_path, 0) is None
     given = report(0)

@@ -565,7 +565,7 @@ def test_a_value_that_cannot_be_read_from_its_file_is_named_with_the_file(writte
         path.write_text(text, encoding="utf-8")
     with pytest.raises(SettingsError) as caught:
         load(written(LEAST), [f"job_params=@{path}"])
-    assert str(caught.value).startswith(f"--set 'job_params=@{path}': {path}: ")
+    assert str(caught.value).startswith(f"--set 'job_params=@{path}': {path}:")
 
 
 # --- what may change in a run ------------------------------------------------------------------------
