@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -151,7 +151,8 @@ class Ranks(Alone):
         """Leave; at_once: in the middle of something. Whoever waits for this process gets RankLostError."""
         if dist.is_initialized():
             if at_once and self._tensors is not None:
-                self._tensors.abort()  # else leaving could wait for a GPU that waits for a rank that is no more
+                with suppress(Exception):  # it may be broken already
+                    self._tensors.abort()  # else leaving could wait for a GPU that waits for a rank that is no more
             dist.destroy_process_group()
 
     # --- the model
@@ -287,8 +288,9 @@ def _part(batch: Any, whole: int, first: int, end: int) -> Any:
     """Some examples of a nested batch; what is not a value for each example stays."""
     if isinstance(batch, dict):
         return {key: _part(value, whole, first, end) for key, value in batch.items()}
-    if isinstance(batch, list | tuple) and not all(isinstance(value, str | bytes) for value in batch):
+    strings = isinstance(batch, list | tuple) and all(isinstance(value, str | bytes) for value in batch)
+    if isinstance(batch, list | tuple) and not strings:
         return tuple(_part(value, whole, first, end) for value in batch)
-    if isinstance(batch, Tensor) and batch.ndim == 0:
-        return batch
-    return batch[first:end] if len(batch) == whole else batch
+    if strings or (isinstance(batch, Tensor) and batch.ndim > 0):
+        return batch[first:end] if len(batch) == whole else batch
+    return batch

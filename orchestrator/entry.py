@@ -10,12 +10,14 @@ import logging
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster import Place, this_place
 from orchestrator.cluster.local import gpus, this_process
 from orchestrator.run import Run
+from orchestrator.user_job import import_ahead
 from orchestrator.worker import Ending, StopFlag, Worker
 
 if TYPE_CHECKING:
@@ -47,48 +49,47 @@ class Team:
     """The processes of this job. Imports torch."""
 
     def __init__(self, place: Place) -> None:
-        from jobs.ranks import meet
-
-        if place.executor != "local":
-            from jobs.distributed import own_gpu
-
-            os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(gpus(), place.rank, place.count)
+        self._place = place
         self._ranks: Ranks | None = None
         self._error: Exception | None = None
         try:
+            from jobs.distributed import own_gpu
+            from jobs.ranks import meet
+
+            if place.executor != "local":  # there, the GPUs are known when it is this job's turn
+                os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(gpus(), place.rank, place.count)
             self._ranks = meet(place.rank, place.count, place.meeting_file)
         except Exception as error:  # rank 0 goes on to where the chain can take note of it
+            log.error("%s", traceback.format_exc())
             self._error = error
 
-    @property
-    def ranks(self) -> Ranks:
-        """Raises what kept them from coming together."""
-        if self._ranks is None:
-            assert self._error is not None
-            raise self._error
-        return self._ranks
-
     def follow(self) -> str:
-        from jobs.distributed import follow
+        ending = f"no contact to rank 0: {self._error}"
+        if self._ranks is not None:
+            from jobs.distributed import follow
 
-        ending = follow(self.ranks)
-        log.info("rank %d ends: %s", self.ranks.rank, ending)
+            ending = follow(self._ranks)
+        log.info("rank %d ends: %s", self._place.rank, ending)
         return ending
 
     def open_trainer(self, run: Run, gpus: str | None, stop: StopFlag) -> Any:
+        """Raises what kept the processes from coming together, or from opening the job."""
         from jobs.distributed import lead
+
+        if self._ranks is None:
+            raise self._error or AssertionError("either there are ranks or there is an error")
 
         def end_the_job() -> None:
             stop.reason = stop.reason or "the failure of one of its processes"
 
         import_paths = run.leaderboard.reader.run_row()["import_paths"]
         settings = run.settings.model_dump(mode="json")
-        return lead(self.ranks, settings, run.cluster.cores(), import_paths, gpus, end_the_job)
+        return lead(self._ranks, settings, run.cluster.cores(), import_paths, gpus, end_the_job)
 
     def dismiss(self) -> None:
-        from jobs.distributed import dismiss
-
         if self._ranks is not None:
+            from jobs.distributed import dismiss
+
             dismiss(self._ranks)
 
 
@@ -119,6 +120,8 @@ def be_worker(run: Run, token: str, worker_id: int, stop: StopFlag, team: Team |
     if local:
         os.environ["CUDA_VISIBLE_DEVICES"] = started.worker.device or ""
     sys.path[:0] = [p for p in run.leaderboard.reader.run_row()["import_paths"] if p not in sys.path]
+    if started.why_no_successor is None:  # there will be work
+        import_ahead(run.settings.job)
 
     def open_trainer() -> Any:
         if team is not None:

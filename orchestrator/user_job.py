@@ -9,8 +9,9 @@ import importlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,19 @@ def _as_job_error(job: str, own: type[Exception]) -> Iterator[None]:
         raise
     except Exception as error:
         raise JobSpecError(f"job {job}: {type(error).__name__}: {error}") from error
+
+
+def import_ahead(job: str) -> None:
+    """Import the job's module, and with it torch, in the background: it takes seconds, in which the worker
+    waits for sbatch, squeue and the database. What goes wrong here is raised when the job is opened."""
+
+    def quietly() -> None:
+        with suppress(BaseException):
+            importlib.import_module(job.partition(":")[0])
+            if "torch" in sys.modules:
+                importlib.import_module("jobs.training")
+
+    threading.Thread(target=quietly, name="import ahead", daemon=True).start()
 
 
 def open_trainer(settings: Settings, cores: int) -> Trainer:

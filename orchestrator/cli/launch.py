@@ -40,16 +40,10 @@ def launch(
     json: Json = False,
 ) -> None:
     """Launch a run; launched again, it goes on where it was."""
-    from orchestrator.cluster import default_executor
     from orchestrator.run import SETTINGS_NAME, Run
-    from orchestrator.settings import load
     from orchestrator.user_job import check
 
-    loaded, notes = load(settings, set_ or [], workers=workers, executor=executor)
-    if loaded.executor is None:
-        loaded = loaded.model_copy(update={"executor": default_executor()})
-    if loaded.executor == "inline":
-        loaded = loaded.model_copy(update={"workers": 1})
+    loaded, notes = _load(settings, set_ or [], workers, executor)
     folder = runs_dir / loaded.name
     existing = Run.open(folder) if (folder / SETTINGS_NAME).exists() else None
     if existing:
@@ -60,30 +54,40 @@ def launch(
     if dry_run:
         _print_plan(loaded, folder, existing is not None, json)
         return
-    if existing:
-        run, done = existing, existing.resume(time.time())
-    else:
-        run, done = Run.launch(loaded, runs_dir, import_paths), []
-    for line in done:
+    run = existing or Run.launch(loaded, runs_dir, import_paths)
+    for line in run.resume(time.time()) if existing else []:
         print(line, file=sys.stderr)
-    print(
-        f"{run.name}: {run.settings.workers} workers, {run.cluster.name} executor, in {run.folder}",
-        file=sys.stderr,
-    )
+    print(f"{run.name}: {run.settings.workers} workers, {run.cluster.name} executor, in {run.folder}", file=sys.stderr)
     if loaded.executor == "inline":
         print(f"worker 0 ended: {run.work_inline().outcome}", file=sys.stderr)
     elif wait:
         _wait(run, quiet=json)
-    if json:
-        print_json({**run.status(), "board": run.board()})
-    elif wait or loaded.executor == "inline":
-        from rich.console import Console
-
-        from orchestrator.cli import tables
-
-        Console().print(tables.status(run.status()), tables.board(run.board()))
+    _show(run, json, tables=wait or loaded.executor == "inline")
     if run.summary()["state"] == "failed":
         raise typer.Exit(1)
+
+
+def _load(path: Path, overrides: list[str], workers: int | None, executor: str | None) -> tuple[Settings, list[str]]:
+    from orchestrator.cluster import default_executor
+    from orchestrator.settings import load
+
+    loaded, notes = load(path, overrides, workers=workers, executor=executor)
+    if loaded.executor is None:
+        loaded = loaded.model_copy(update={"executor": default_executor()})
+    if loaded.executor == "inline":
+        loaded = loaded.model_copy(update={"workers": 1})
+    return loaded, notes
+
+
+def _show(run: Run, json: bool, tables: bool) -> None:
+    if json:
+        print_json({**run.status(), "board": run.board()})
+    elif tables:
+        from rich.console import Console
+
+        from orchestrator.cli import tables as shown
+
+        Console().print(shown.status(run.status()), shown.board(run.board()))
 
 
 def _refuse_changes(existing: Run, wanted: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,7 +32,7 @@ class Database:
             self._engine: Engine = create_engine(self.url, poolclass=NullPool)
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             raise LeaderboardError(
-                f"database {url!r}: {error}; allowed is a SQLAlchemy URL such as "
+                f"database {_without_password(url)}: {error}; allowed is a SQLAlchemy URL such as "
                 "postgresql+psycopg://user@host/name (pip install 'orch[postgres]'), or nothing for SQLite"
             ) from error
         self._lock = FairFileLock(lock_path(self.file)) if self.file else None
@@ -87,6 +88,11 @@ class Database:
             self.file.touch()
         with self._open() as connection:
             schema.metadata.create_all(connection, checkfirst=False)
+
+
+def _without_password(url: str | None) -> str:
+    """For messages, whether it is a URL that SQLAlchemy understands or not."""
+    return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", url or "")
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
