@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint cluster-up cluster-down chaos three-days bench clean
+.PHONY: help install demo test test-long lint cluster-up cluster-down chaos three-days bench clean
 
 help:
 	@echo "make demo          train the digits population with 2 local workers, and test its models"
-	@echo "make test          style, types and the whole test suite"
+	@echo "make test          style, types and the tests (make test-long: those that wait for minutes)"
 	@echo "make install       the virtual environment alone"
 	@echo "make cluster-up    a real Slurm cluster on this machine (cluster-down ends it)"
 	@echo "make chaos         minutes of faults against a run on such a cluster"
@@ -26,9 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	rm -rf runs/digits
-	$(BIN)/orch launch settings/digits.json --executor local --workers 2 --wait
-	$(BIN)/orch evaluate digits
+	rm -rf runs/demo
+	$(BIN)/orch launch settings/digits.json --set name=demo --executor local --workers 2 --wait
+	$(BIN)/orch evaluate demo
 
 lint: install
 	$(BIN)/ruff check .
@@ -36,7 +36,13 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
+
+test-long: install
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long
+
+bench: install
+	$(BIN)/python benchmarks/chain_gap.py
 
 cluster-up:
 	$(PYTHON) slurm/devcluster/devcluster.py up

@@ -93,7 +93,7 @@ def test_a_preempted_job_is_warned_and_can_go_back_to_the_queue(cluster: DevClus
     cluster.cancel_all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_preempted_job_that_does_nothing_is_requeued_after_the_grace_time(cluster: DevCluster) -> None:
     job = cluster.sbatch("echo start $SLURM_RESTART_COUNT; sleep 90", "-p", "low", "--exclusive", "-w", "node1")
     wait_for(lambda: "start" in cluster.output(job), 30, "the job to run")
@@ -149,7 +149,7 @@ def test_a_job_that_may_not_be_requeued_fails_with_its_node(cluster: DevCluster)
     assert not [process for process in cluster.processes() if process.node == "node2"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_controller_notices_a_dead_node_by_itself(cluster: DevCluster) -> None:
     cluster.kill_node("node4", detect=True)
     assert cluster.node_states()["node4"].startswith("down")

@@ -1,0 +1,109 @@
+"""Workers of two GPUs on a real cluster: each process has its own, all end together, and the chain goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from devcluster import DevCluster
+
+from orchestrator.run import Run
+from tests.invariants import violations
+from tests.slurm.helpers import epochs, jobs, launch, over, settings, until, worked
+
+TWO_GPUS: dict[str, Any] = {
+    "job": "tests.integration.distributed:Watched",
+    "gpus_per_worker": 2,
+    "slurm": {"gpus": 2, "cpus": 1, "mem_gb": 1},
+    "eon_lifetime": 200,
+    "validation_fraction": 0.2,
+}
+
+
+def start(name: str, folder: Path, stop_after_epochs: int) -> Run:
+    wanted = settings(name, **TWO_GPUS, stop_after_epochs=stop_after_epochs, job_params={"seen": str(folder)})
+    return launch(wanted, folder)
+
+
+def seen(folder: Path) -> list[dict[str, Any]]:
+    """What the job's processes said of themselves when they made their first model, rank 0 first."""
+    return [json.loads((folder / f"rank-{rank}").read_text().splitlines()[0]) for rank in (0, 1)]
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_each_process_sees_a_gpu_of_its_own_and_the_run_ends_by_itself(cluster: DevCluster, tmp_path: Path) -> None:
+    run = start("two", tmp_path, 8)
+    until("work", lambda: epochs(run) >= 1, 120)
+    shown = cluster.run(["squeue", "-h", "-t", "R", "-O", "NumNodes:5,NumTasks:5,tres-alloc:80"]).stdout
+    assert shown.split()[:2] == ["1", "2"]
+    assert "gres/gpu=2" in shown
+    until("the end", lambda: over(run), 120)
+
+    first, second = seen(tmp_path)
+    assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
+    assert (first["SLURM_LOCALID"], second["SLURM_LOCALID"]) == ("0", "1")
+    assert first["SLURM_JOB_ID"] == second["SLURM_JOB_ID"]
+    assert first["cores"] == second["cores"] == 1
+    assert run.leaderboard.chains.snapshot("max").state == "finished"
+    assert len(run.board()["entries"]) == 4
+    assert violations(run) == []
+    links = jobs(run)
+    assert [(job["worker_id"], job["link"]) for job in links] == [(0, link) for link in range(len(links))]
+    assert len(worked(run)) == 1
+    assert worked(run)[0]["pid"] == first["pid"], "rank 0 is the worker"
+    until("an empty queue", lambda: not cluster.squeue())
+
+
+@pytest.mark.slow
+def test_a_warning_reaches_all_processes_and_a_requeued_job_finds_its_own_again(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    """Slurm sends the signal to each process of the job; then, put back in the queue, the same job starts again."""
+    run = start("warned", tmp_path, 14)
+    until("work", lambda: epochs(run) >= 1, 120)
+    (job,) = jobs(run, "running")
+    cluster.run(["scancel", "--signal=USR2", job["cluster_id"]])
+    until("the successor to work", lambda: len(worked(run)) == 2 and jobs(run, "running"), 120)
+    assert worked(run)[0]["outcome"] == "stopped by SIGUSR2"
+
+    done = epochs(run)
+    until("its work", lambda: epochs(run) > done, 120)
+    (job,) = jobs(run, "running")
+    cluster.run(["scontrol", "requeue", job["cluster_id"]])
+    until("the end", lambda: over(run), 240)
+    (again,) = [j for j in worked(run) if j["job_id"] == job["job_id"]]
+    assert again["starts"] == 2
+    assert violations(run) == []
+    until("an empty queue", lambda: not cluster.squeue())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1], ids=["rank 0", "rank 1"])
+def test_a_process_that_is_killed_takes_the_others_along_and_the_chain_goes_on(
+    cluster: DevCluster, tmp_path: Path, victim: int
+) -> None:
+    run = start(f"killed-{victim}", tmp_path, 10)
+    until("work", lambda: epochs(run) >= 1, 120)
+    processes = [one["pid"] for one in seen(tmp_path)]
+    killed_at = time.monotonic()
+    os.kill(processes[victim], signal.SIGKILL)
+    until("all processes to be gone", lambda: all(map(gone, processes)), 30)
+    print(f"after {time.monotonic() - killed_at:.1f} s")
+
+    until("the end", lambda: over(run), 120)
+    assert [job["link"] for job in worked(run)] == [0, 1]
+    assert run.leaderboard.chains.snapshot("max").state == "finished"
+    assert violations(run) == []
+    until("an empty queue", lambda: not cluster.squeue())
