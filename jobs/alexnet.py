@@ -6,6 +6,7 @@ weights and which are trained.
 
 from __future__ import annotations
 
+import pickle
 import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torchvision import models
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from jobs import data
 from jobs.job import Job, JobContext, JobError, Split, local_path
 from orchestrator.settings import Strict
 
@@ -90,7 +92,12 @@ class AlexNet(Job):
                         value.copy_(state[key])
 
     def _pretrained_state(self) -> dict[str, Tensor]:
-        state = torch.load(self._weights_file(download=False), map_location="cpu", weights_only=True)
+        file = self._weights_file(download=False)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise JobError(f"pretrained_weights: {file} can't be read: {reason}; fetch it again") from error
         if not isinstance(state, dict):
             raise JobError(f"pretrained_weights: {self.context.settings['pretrained_weights']} holds no weights")
         return state
@@ -131,6 +138,8 @@ class AlexNet(Job):
         if any(flag for flags in self.pretrained.values() for flag in flags):
             lines.append(f"pretrained weights: {self._weights_file(download)}")
         self.model()
+        if self.context.settings["select_on"] == "validation":
+            data.split(self.data("train"), self.context.settings["validation_fraction"], self.context.settings["seed"])
         return lines
 
     def _classes(self, split: Split) -> Sequence[str]:

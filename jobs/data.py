@@ -150,10 +150,12 @@ def split(data: Dataset[Any], validation_fraction: float, seed: int) -> tuple[li
         raise JobError(
             f"{count} examples can't be split with validation_fraction {validation_fraction}: {error}"
         ) from error
-    if labels is not None and (missing := set(labels) - {labels[i] for i in kept}):
+    sides = [{labels[i] for i in side} for side in (train, kept)] if labels is not None else []
+    missing = set().union(*sides) - set.intersection(*sides) if sides else set()
+    if missing:
         raise JobError(
-            f"{count} examples can't be split with validation_fraction {validation_fraction}: no example would be kept "
-            f"of the classes {sorted(missing)[:10]}; raise it, or leave these classes out"
+            f"{count} examples can't be split with validation_fraction {validation_fraction}: of the classes "
+            f"{sorted(missing)[:10]} one side would have none; change it, or leave these classes out"
         )
     return sorted(train.tolist()), sorted(kept.tolist())
 

@@ -15,7 +15,7 @@ from orchestrator import checkpoints, rules
 from orchestrator import settings as settings_module
 from orchestrator.cluster import Cluster, open_cluster
 from orchestrator.errors import RunError, StaleClaimError, SubmissionError
-from orchestrator.leaderboard import Leaderboard
+from orchestrator.leaderboard import DATABASE_NAME, Leaderboard
 from orchestrator.records import Evidence, JobState, RunState
 from orchestrator.settings import Settings
 from orchestrator.worker import Ending, StopFlag, reconcile
@@ -62,7 +62,7 @@ class Run:
         """
         folder = (runs_dir / settings.name).absolute()
         if folder.exists():
-            raise RunError(f"{folder} exists already")
+            raise RunError(f"{folder} exists already; launch again to go on with it")
         building = folder.with_name(f".{folder.name}-{os.getpid()}")
         now = clock()
         try:
@@ -83,7 +83,7 @@ class Run:
         except OSError as error:
             shutil.rmtree(building, ignore_errors=True)
             if folder.exists():
-                raise RunError(f"{folder} was made by another launch just now") from error
+                raise RunError(f"{folder} was made by another launch just now; launch again to go on") from error
             raise RunError(f"{folder} can't be made: {error.strerror or error}") from error
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
@@ -100,11 +100,15 @@ class Run:
     def open(cls, folder: Path) -> Run:
         """Raises RunError if there is no run in folder, LeaderboardError if its database can't be used."""
         path = folder / SETTINGS_NAME
+        url = None
         try:
-            settings = settings_module.thaw(path.read_text(encoding="utf-8"))
+            url = settings_module.thaw(path.read_text(encoding="utf-8")).database
+        except FileNotFoundError as error:
+            if not (folder / DATABASE_NAME).exists():  # which has the settings too
+                raise RunError(f"{folder} is not a run: it has neither {path.name} nor {DATABASE_NAME}") from error
         except OSError as error:
             raise RunError(f"{folder} is not a run: {path.name}: {error.strerror or error}") from error
-        leaderboard = Leaderboard.open(folder, settings.database, settings_module.load_policy)
+        leaderboard = Leaderboard.open(folder, url, settings_module.load_policy)
         text, version = leaderboard.reader.settings()
         return cls(folder.absolute(), settings_module.thaw(text), leaderboard, version)
 
@@ -123,7 +127,7 @@ class Run:
         try:
             taken = self.cluster.submit(jobs, workers, after=None)
         except SubmissionError as error:
-            self.leaderboard.chains.not_submitted(jobs, str(error), now)
+            self.leaderboard.chains.close(jobs, JobState.LOST, str(error), now)
             raise
         self.cluster.cancel(self.leaderboard.chains.submitted(taken), now=True)
         return [f"worker {job.worker_id} joins" for job in jobs]
@@ -172,13 +176,12 @@ class Run:
 
     def _hold(self, state: RunState, reason: str, now: float) -> list[str]:
         """Change the state and take the queued jobs out of the queue. Returns what could not be done."""
-        had = self.leaderboard.chains.change_state(state, HOLDABLE, reason, now)
-        if had not in HOLDABLE:
-            raise RunError(f"{self.name} is {had} already")
+        if self.leaderboard.chains.change_state(state, HOLDABLE, reason, now) not in HOLDABLE:
+            return []  # the run is over: there is nothing to hold
         jobs = self.leaderboard.chains.snapshot(self.settings.metric.mode).open_jobs
         queued = [j for j in jobs if j.state is not JobState.RUNNING]
         trouble = self.cluster.cancel(queued, now=True)
-        self.leaderboard.chains.cancelled(queued, reason, now)
+        self.leaderboard.chains.close(queued, JobState.CANCELLED, reason, now)
         return trouble
 
     def amend(self, overrides: Sequence[str], now: float) -> list[str]:
@@ -274,6 +277,8 @@ class Run:
                 _worker_status(worker_id, row, evidence)
                 for worker_id, row in self.leaderboard.reader.last_jobs().items()
             ],
+            "last_error": self.leaderboard.reader.last_error(),
+            "logs": str(self.folder / "logs"),
             **counts,
         }
 
@@ -318,8 +323,12 @@ def all_runs(runs_dir: Path) -> list[Path]:
     """The folders of runs, newest first."""
     if not runs_dir.is_dir():
         return []
-    found = [p for p in runs_dir.iterdir() if not p.name.startswith(".") and (p / SETTINGS_NAME).is_file()]
-    return sorted(found, key=lambda p: (p / SETTINGS_NAME).stat().st_mtime_ns, reverse=True)
+    found = [p for p in runs_dir.iterdir() if not p.name.startswith(".") and is_run(p)]
+    return sorted(found, key=lambda p: (p / "logs").stat().st_ctime_ns if (p / "logs").exists() else 0, reverse=True)
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (SETTINGS_NAME, DATABASE_NAME))
 
 
 def find_run(run: str | None, runs_dir: Path) -> Path:
@@ -330,7 +339,7 @@ def find_run(run: str | None, runs_dir: Path) -> Path:
             raise RunError(f"there is no run in {runs_dir}; `orch launch settings/digits.json` makes one")
         return known[0]
     for folder in (runs_dir / run, Path(run)):
-        if (folder / SETTINGS_NAME).is_file():
+        if is_run(folder):
             return folder
     names = ", ".join(p.name for p in known[:10]) or "none"
     raise RunError(f"there is no run {run!r} in {runs_dir}; there are: {names}")

@@ -169,6 +169,9 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
                 raw[key] = str(Path(raw[key]).expanduser().absolute())
             except RuntimeError as error:  # ~ of a user who does not exist
                 raise SettingsError(f"{path}: {key}: {raw[key]}: {error}") from error
+    weights = raw.get("pretrained_weights")  # a name of torchvision's, or a file
+    if isinstance(weights, str) and _is_file(weights):
+        raw["pretrained_weights"] = str(Path(weights).absolute())
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
@@ -202,6 +205,13 @@ def amend(settings: Settings, overrides: Sequence[str]) -> Settings:
         return Settings.model_validate(raw)
     except ValidationError as error:
         raise SettingsError(explain("amended settings", error)) from error
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # no name that a file could have
+        return False
 
 
 def _check_round_trip(settings: Settings, path: Path) -> None:

@@ -111,6 +111,8 @@ def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
     """Write the weights of the entry of this rank to out, and what it is beside it. Raises RunError."""
     from jobs.training import export
 
+    if out.suffix == ".json":
+        raise RunError(f"--out {out}: .json is for the description beside it; allowed is another ending, such as .pt")
     entries = run.board()["entries"]
     if rank > len(entries):
         raise RunError(f"--rank {rank}: the board of {run.name} has {len(entries)} entries")

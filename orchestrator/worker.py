@@ -32,6 +32,7 @@ from orchestrator.records import (
     Finished,
     Interrupted,
     Job,
+    JobState,
     Over,
     Started,
     Work,
@@ -381,6 +382,7 @@ def reconcile(
     if todo.resubmit and cluster.chains:
         links = leaderboard.chains.relink(todo.resubmit, now, settings.max_failures)
         done += submit_links(leaderboard, cluster, links, now)
+    leaderboard.chains.settle(now)
     return done
 
 
@@ -392,7 +394,7 @@ def submit_links(leaderboard: Leaderboard, cluster: Cluster, links: list[Job], n
     try:
         taken = cluster.submit(links, workers, after=None)
     except SubmissionError as error:
-        leaderboard.chains.not_submitted(links, str(error), now)
+        leaderboard.chains.close(links, JobState.LOST, str(error), now)
         return [f"the chains of workers {', '.join(str(j.worker_id) for j in links)} can't be mended now: {error}"]
     cluster.cancel(leaderboard.chains.submitted(taken), now=True)
     return [f"worker {j.worker_id} got a new job" for j in links]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator.cli.options import DEFAULT_RUNS_DIR, RunsDir, open_run
+
+if TYPE_CHECKING:
+    from orchestrator.run import Run
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +26,7 @@ Named = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of the r
 def pause(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
     """Let running jobs finish their chunk, and queue none, until `orch resume`."""
     opened = open_run(run, runs_dir)
-    _report(opened.pause(time.time()), f"{opened.name} is paused; running jobs finish their chunk")
+    _report(opened, opened.pause(time.time()), "running jobs finish their chunk")
 
 
 def resume(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
@@ -37,7 +40,7 @@ def resume(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
 def drain(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
     """Let running jobs finish their chunk; with the last of them the run is finished."""
     opened = open_run(run, runs_dir)
-    _report(opened.drain(time.time()), f"{opened.name} is draining; running jobs finish their chunk")
+    _report(opened, opened.drain(time.time()), "running jobs finish their chunk")
 
 
 def cancel(
@@ -47,7 +50,7 @@ def cancel(
 ) -> None:
     """End a run and its jobs; running jobs suspend their chunk. `orch resume` goes on with it."""
     opened = open_run(run, runs_dir)
-    _report(opened.cancel(at_once=now, now=time.time()), f"{opened.name} is cancelled; its board stays as it is")
+    _report(opened, opened.cancel(at_once=now, now=time.time()), "its board stays as it is")
 
 
 def amend(
@@ -80,8 +83,10 @@ def keep(
     print(f"{opened.name} is over")
 
 
-def _report(trouble: Sequence[str], done: str) -> None:
-    print(done)
+def _report(run: Run, trouble: Sequence[str], remark: str) -> None:
+    state = run.summary()
+    over = state["state"] in ("finished", "converged")
+    print(f"{run.name} is {state['state']}: {state['reason'] if over else remark}")
     for line in trouble:
         print(line, file=sys.stderr)
     if trouble:

@@ -40,12 +40,12 @@ def launch(
     json: Json = False,
 ) -> None:
     """Launch a run; launched again, it goes on where it was."""
-    from orchestrator.run import SETTINGS_NAME, Run
+    from orchestrator.run import Run, is_run
     from orchestrator.user_job import check
 
     loaded, notes = _load(settings, set_ or [], workers, executor)
     folder = runs_dir / loaded.name
-    existing = Run.open(folder) if (folder / SETTINGS_NAME).exists() else None
+    existing = Run.open(folder) if is_run(folder) else None
     if existing:
         _refuse_changes(existing, loaded)
     import_paths = [str(Path.cwd())]
@@ -57,13 +57,15 @@ def launch(
     run = existing or Run.launch(loaded, runs_dir, import_paths)
     for line in run.resume(time.time()) if existing else []:
         print(line, file=sys.stderr)
-    print(f"{run.name}: {run.settings.workers} workers, {run.cluster.name} executor, in {run.folder}", file=sys.stderr)
+    workers_ = f"{run.settings.workers} worker{'' if run.settings.workers == 1 else 's'}"
+    print(f"{run.name}: {workers_}, {run.cluster.name} executor, in {run.folder}", file=sys.stderr)
     if loaded.executor == "inline":
         print(f"worker 0 ended: {run.work_inline().outcome}", file=sys.stderr)
     elif wait:
         _wait(run, quiet=json)
     _show(run, json, tables=wait or loaded.executor == "inline")
-    if run.summary()["state"] == "failed":
+    state = run.summary()["state"]
+    if state == "failed" or (state in ENDED and not run.board()["entries"]):
         raise typer.Exit(1)
 
 
@@ -97,8 +99,8 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
     changed = difference(existing.settings, wanted)
     if changed:
         raise RunError(
-            f"{existing.name} exists already, with other settings; launch it as it was to go on, or under another "
-            "name (--set name=...):\n  " + "\n  ".join(changed)
+            f"{existing.name} exists already, with other settings. `orch resume {existing.name}` goes on with it as it "
+            "is, `orch amend` changes it, --set name=... launches another:\n  " + "\n  ".join(changed)
         )
 
 

@@ -46,6 +46,8 @@ def status(state: dict[str, Any]) -> Group:
         Text(f"chunks: {chunks}"),
         Text(f"ends at the latest {state['deadline']}"),
     ]
+    if state["last_error"]:
+        lines.append(Text(f"last error: {state['last_error']} (more in {state['logs']})", style="red"))
     table = _table()
     for heading in ("worker", "state", "job", "node", "link", "last word"):
         table.add_column(heading)

@@ -134,7 +134,7 @@ def request(settings: Settings, script: str | None) -> Request:
 UNREACHABLE = (
     "Unable to contact slurm controller", "Connection refused", "Zero Bytes were transmitted", "Socket timed out",
     "Unable to establish control connection", "slurm_persist_conn_open", "Resource temporarily unavailable",
-    "Slurm controller not responding", "Unable to connect",
+    "Slurm controller not responding", "failed to fetch config", "Could not establish a configuration source", "Unable to connect",
 )  # fmt: skip
 NO_ROOM = ("Job violates accounting/QOS policy", "QOSMaxSubmitJob", "AssocMaxSubmitJob", "MaxSubmitJob")
 

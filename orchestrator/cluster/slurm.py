@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -72,7 +73,7 @@ class SlurmCluster:
             raise SubmissionError(
                 "sbatch or srun is not on the PATH; is this a node of the cluster? Or --executor local"
             )
-        with _environment_for_submission():
+        with _environment_for_submission(), redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
             try:
                 executor = self.executor(base, after)
                 taken = executor.map_array(self._entry, *zip(*self._arguments(jobs), strict=True))
@@ -87,7 +88,9 @@ class SlurmCluster:
 
     def _refused(self, output: str, count: int) -> SubmissionError:
         if is_unreachable(output):
-            return ClusterUnreachableError(f"Slurm does not answer: {refusal_of(output)}")
+            return ClusterUnreachableError(
+                f"Slurm does not answer: {refusal_of(output)}. `orch doctor` says more; --executor local runs here"
+            )
         kind = NoRoomError if is_no_room(output) else SubmissionError
         return kind(advice(output, self.request, count))
 

@@ -11,6 +11,7 @@ from orchestrator import rules
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.moves import (
+    LEASE_ENDED,
     BoardRows,
     consume,
     consumed_positions,
@@ -332,6 +333,6 @@ class Board:
             if h.state == ChunkState.LIVE and rules.expired(now, h.lease_until, Evidence.UNKNOWN)
         ]
         if late:
-            expire(tx, late, "its lease ended", now)
+            expire(tx, late, LEASE_ENDED, now)
             held = held_chunks(tx)
         return held

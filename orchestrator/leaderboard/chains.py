@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from orchestrator import rules
 from orchestrator.leaderboard.engine import Database
-from orchestrator.leaderboard.moves import expire, log_event, set_state
+from orchestrator.leaderboard.moves import JOB_GONE, NO_WORD, expire, log_event, set_state
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, job, run, worker
 from orchestrator.records import (
     ChunkState,
@@ -117,7 +117,7 @@ class Chains:
         for row in earlier:
             _close(tx, row.job_id, JobState.LOST, "it ended without a word", now)
         live = select(chunk.c.chunk_id).where(chunk.c.worker_id == mine.worker_id, chunk.c.state == ChunkState.LIVE)
-        expire(tx, tx.execute(live).scalars().all(), "its job ended without a word", now)
+        expire(tx, tx.execute(live).scalars().all(), NO_WORD, now)
 
     def find(self, token: str, worker_id: int) -> tuple[Job | None, Job | None]:
         """The job with this token, and the one that it follows."""
@@ -157,17 +157,12 @@ class Chains:
                         unwanted.append(replace(_job(row), **place))
         return unwanted
 
-    def not_submitted(self, jobs: Sequence[Job], reason: str, now: float) -> None:
-        """The cluster did not take them: their chains are broken until somebody mends them."""
+    def close(self, jobs: Sequence[Job], state: JobState, reason: str, now: float) -> None:
+        """LOST: the cluster did not take them, their chains are broken until somebody mends them. CANCELLED: not
+        wanted any more; should one begin all the same, it does nothing."""
         with self._database.transaction() as tx:
             for it in jobs:
-                _close(tx, it.job_id, JobState.LOST, reason, now)
-
-    def cancelled(self, jobs: Sequence[Job], reason: str, now: float) -> None:
-        """These jobs are not wanted any more; should one begin all the same, it does nothing."""
-        with self._database.transaction() as tx:
-            for it in jobs:
-                _close(tx, it.job_id, JobState.CANCELLED, reason, now)
+                _close(tx, it.job_id, state, reason, now)
 
     def end(self, mine: Job, outcome: str, error: bool, now: float, max_failures: int) -> tuple[Job | None, str | None]:
         """A job ends by its own will. Returns its open successor, and why that one is not wanted if so.
@@ -184,10 +179,11 @@ class Chains:
             me = _worker(tx.execute(select(worker).where(worker.c.worker_id == mine.worker_id)).one())
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
             why_not = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
-            _finish_draining(tx, now)
             if row is None or why_not is None:
+                _settle(tx, now)
                 return (_job(row) if row else None), None
             _close(tx, row.job_id, JobState.CANCELLED, why_not, now)
+            _settle(tx, now)
             return _job(row), why_not
 
     def wants_successor(self, worker_id: int, now: float, max_failures: int) -> bool:
@@ -220,7 +216,7 @@ class Chains:
                     live = select(chunk.c.chunk_id).where(
                         chunk.c.job_id == gone.job_id, chunk.c.state == ChunkState.LIVE
                     )
-                    expire(tx, tx.execute(live).scalars().all(), "its job is gone", now)
+                    expire(tx, tx.execute(live).scalars().all(), JOB_GONE, now)
                     log_event(
                         tx,
                         now,
@@ -237,7 +233,7 @@ class Chains:
                     .where(job.c.job_id == known.job_id, job.c.state == JobState.SUBMITTING)
                     .values(state=JobState.QUEUED, cluster_id=cluster_id)
                 )
-            _finish_draining(tx, now)
+            _settle(tx, now)
 
     def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[Job]:
         """New links for chains that have none open, as far as the rules still want them."""
@@ -292,7 +288,7 @@ class Chains:
             had = RunState(tx.execute(select(run.c.state)).scalar_one())
             if had in allowed_from and had is not wanted:
                 set_state(tx, wanted, reason, now)
-                _finish_draining(tx, now)
+                _settle(tx, now)
             return had
 
     def revive(self, workers: int) -> None:
@@ -320,6 +316,11 @@ class Chains:
             for row in rows:
                 _close(tx, row.job_id, JobState.CANCELLED, reason, now)
             return [_job(row) for row in rows]
+
+    def settle(self, now: float) -> None:
+        """Write down that the run is over, if it is: its jobs may have died before they could."""
+        with self._database.transaction() as tx:
+            _settle(tx, now)
 
     def stop_worker(self, worker_id: int, reason: str, now: float) -> None:
         """This chain ends. With the last one, the run has failed."""
@@ -364,11 +365,15 @@ def _close(tx: Connection, job_id: int, state: JobState, outcome: str, now: floa
     return True
 
 
-def _finish_draining(tx: Connection, now: float) -> None:
-    """With its last job, a draining run is finished."""
+def _settle(tx: Connection, now: float) -> None:
+    """With its last job, a run that is draining, or whose lifetime is over, is finished."""
+    row = tx.execute(select(run.c.state, run.c.deadline)).one()
     at_work = select(func.count()).where(job.c.state == JobState.RUNNING)
-    if tx.execute(select(run.c.state)).scalar_one() == RunState.DRAINING and not tx.execute(at_work).scalar_one():
+    if row.state == RunState.DRAINING and not tx.execute(at_work).scalar_one():
         set_state(tx, RunState.FINISHED, "drained by the user", now)
+    over = row.state == RunState.ACTIVE and rules.lifetime_over(now, row.deadline)
+    if over and not tx.execute(select(func.count()).where(job.c.state.in_(OPEN))).scalar_one():
+        set_state(tx, RunState.FINISHED, "the run's total lifetime is over", now)
 
 
 def _stop_worker(tx: Connection, worker_id: int, reason: str, now: float) -> None:

@@ -67,7 +67,7 @@ class Database:
     @contextmanager
     def _open(self) -> Iterator[Connection]:
         if not self.exists():
-            raise LeaderboardError(f"{self.file}: there is no such database; is the path right?")
+            raise LeaderboardError(f"{self.file} is missing. Put it back from a backup, or launch under a new name")
         try:
             with self._lock or nullcontext(), self._engine.begin() as connection:
                 yield connection

@@ -14,6 +14,9 @@ from orchestrator.leaderboard.schema import checkpoint, chunk, entry, event, run
 from orchestrator.records import ChunkState, Entry, RunState
 
 CONSUMED = (ChunkState.PROMOTED, ChunkState.DISCARDED)
+# Why a claim was taken from its worker.
+NO_WORD, JOB_GONE, LEASE_ENDED = "its job ended without a word", "its job is gone", "its lease ended"
+REAPED = (NO_WORD, JOB_GONE, LEASE_ENDED)
 HELD = (ChunkState.LIVE, ChunkState.SUSPENDED)
 
 

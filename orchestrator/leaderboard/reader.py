@@ -9,7 +9,7 @@ from sqlalchemy import Row, func, select, update
 
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.engine import Database
-from orchestrator.leaderboard.moves import HELD, log_event
+from orchestrator.leaderboard.moves import HELD, REAPED, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, event, job, run
 from orchestrator.records import ChunkState, JobState, Mode
 
@@ -91,6 +91,17 @@ class Reader:
             if had is None or _prominence(row) >= _prominence(had):
                 chosen[row.worker_id] = row
         return {worker_id: dict(row._mapping) for worker_id, row in chosen.items()}
+
+    def last_error(self) -> str | None:
+        """What went wrong last in a chunk. That its job died is no error of the chunk."""
+        with self._database.transaction() as tx:
+            query = (
+                select(chunk.c.error)
+                .where(chunk.c.error.is_not(None), chunk.c.error.not_in(REAPED))
+                .order_by(chunk.c.finished_at.desc())
+                .limit(1)
+            )
+            return tx.execute(query).scalar_one_or_none()
 
     def recent_chunk_seconds(self, count: int = 5) -> list[float]:
         """How long the last finished chunks of this run took, latest last."""

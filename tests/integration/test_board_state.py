@@ -235,6 +235,17 @@ class BoardMachine(RuleBasedStateMachine):
             self.seen["job requeued"] += 1
 
     @rule(pick=st.integers(0, 2), in_a_chunk=st.booleans())
+    def a_job_goes_back_to_the_queue_in_place_of_its_successor(self, pick: int, in_a_chunk: bool) -> None:
+        if in_a_chunk:
+            self.claim(pick)
+        worker = self.workers[pick % len(self.workers)]
+        if worker.running is not None and worker.waiting is not None:
+            assert self.board.chains.back_to_queue(worker.running, worker.waiting, self.now)
+            worker.past += [worker.running, worker.waiting]
+            worker.running, worker.waiting = None, worker.running
+            self.seen["job back in the queue"] += 1
+
+    @rule(pick=st.integers(0, 2), in_a_chunk=st.booleans())
     def a_job_ends_by_itself(self, pick: int, in_a_chunk: bool) -> None:
         """After an error inside orch itself its claim is left behind."""
         if in_a_chunk:
@@ -570,7 +581,7 @@ def test_the_invariants_hold_whatever_happens_in_whatever_order():
         *("resumed by another worker", "founder claimed", "child claimed", "position taken again"),
         *("position past the cycle", "child promoted", "promoted", "discarded", "entry evicted", "suspended"),
         *("given back", "failed", "position given up", "entry condemned", "zombie refused", "second result refused"),
-        "work on an entry that lost its place",
+        *("work on an entry that lost its place", "job back in the queue"),
     }
     missing = happened - {what for what, times in BoardMachine.seen.items() if times}
     assert not missing, "it happened in no example, so nothing was proved of it"

@@ -58,7 +58,7 @@ BOARD_KEYS = {"run", "metric", "num_models", "entries"}
 STATUS_KEYS = {"run", "state", "deadline", "best", "workers", "chunks", "epochs", "train_seconds"}
 
 
-def orch(cwd: Path, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def orch(cwd: Path, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if name != "ORCH_RUNS_DIR"}
     command = [str(ORCH), *arguments]
     return subprocess.run(
@@ -600,7 +600,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if any(str(folder) in a for a in p.info["cmdline"] or ())]
 
 
-def until(what: str, condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def until(what: str, condition: Callable[[], bool], timeout_s: float = 120) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, f"waited {timeout_s} s for {what}"

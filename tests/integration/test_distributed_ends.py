@@ -13,10 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from jobs.distributed import dismiss, own_gpu
 from jobs.job import JobError
-from jobs.ranks import RankLostError, meet
+from jobs.ranks import RankLostError, Ranks, meet
 from orchestrator.cluster import local
 from orchestrator.run import Run
 from tests.integration.distributed import (
@@ -152,6 +153,18 @@ def test_local_workers_share_the_gpus(
     assert local.gpus_of(range(3), each) == shares
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_part_of_a_nested_batch_is_the_part_of_all_in_it(rank: int) -> None:
+    ranks = Ranks.__new__(Ranks)
+    ranks.rank, ranks.count = rank, 2
+    part = slice(0, 2) if rank == 0 else slice(2, 5)
+    names, numbers, scale = ["a", "b", "c", "d", "e"], torch.arange(5), torch.tensor(2.0)
+    inputs, targets = ranks.share({"names": names, "pair": [numbers, scale], "what": 7}, numbers)
+    assert inputs["names"] == names[part]
+    assert (inputs["pair"][0].tolist(), inputs["pair"][1], inputs["what"]) == (numbers[part].tolist(), scale, 7)
+    assert targets.tolist() == numbers[part].tolist()
+
+
 # --- whole runs
 
 
@@ -228,6 +241,7 @@ def test_a_run_of_two_processes_a_worker_has_one_writer_and_leaves_nothing_behin
     assert not list(run.folder.glob("jobs/*/*.meeting"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1], ids=["rank 0", "rank 1"])
 def test_a_process_that_is_killed_takes_the_others_along_and_the_chain_goes_on(runs_dir: Path, victim: int) -> None:
     run = launch(runs_dir, "--set", "stop_after_epochs=15")

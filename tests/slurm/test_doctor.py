@@ -135,6 +135,7 @@ def test_limits_of_an_account_are_found(look: Look, cluster: DevCluster) -> None
         cluster.run(["sacctmgr", "-i", "modify", "account", "research", "set", "GrpSubmitJobs=-1"])
 
 
+@pytest.mark.long
 def test_a_controller_that_is_away_is_an_error_and_the_rest_is_reported(look: Look, cluster: DevCluster) -> None:
     cluster.stop_controller()  # in peace: a crash would bring back jobs of other tests
     findings = look(two_nodes=True)
@@ -144,6 +145,7 @@ def test_a_controller_that_is_away_is_an_error_and_the_rest_is_reported(look: Lo
     assert of(findings, "disk")
 
 
+@pytest.mark.long
 def test_nodes_that_are_down_are_seen(cluster: DevCluster, look: Look) -> None:
     cluster.run(["scontrol", "update", "NodeName=node[1-4]", "State=DRAIN", "Reason=test"])
     try:
@@ -181,6 +183,7 @@ def test_two_nodes_lose_no_update(look: Look, cluster: DevCluster, tmp_path: Pat
     assert cluster.squeue() == []
 
 
+@pytest.mark.long
 def test_without_a_lock_two_nodes_lose_updates_and_that_is_reported(cluster: DevCluster, tmp_path: Path) -> None:
     hammer.prepare_file(tmp_path / "counter")
     script = tmp_path / "count.py"
@@ -202,6 +205,7 @@ def test_without_a_lock_two_nodes_lose_updates_and_that_is_reported(cluster: Dev
     assert "of 600 updates were lost: the lock does not hold" in finding.what
 
 
+@pytest.mark.long
 def test_a_job_that_would_never_start_is_cancelled(look: Look, cluster: DevCluster) -> None:
     (found,) = of(look(two_nodes=True, slurm={"partition": "down"}), "two-node test")
     assert found.level == "warning"
@@ -209,6 +213,7 @@ def test_a_job_that_would_never_start_is_cancelled(look: Look, cluster: DevClust
     assert cluster.squeue() == []
 
 
+@pytest.mark.long
 def test_a_job_that_waits_too_long_is_cancelled(look: Look, cluster: DevCluster) -> None:
     for node in cluster.node_names:
         cluster.sbatch("sleep 100", "--exclusive", f"--nodelist={node}")
@@ -219,6 +224,7 @@ def test_a_job_that_waits_too_long_is_cancelled(look: Look, cluster: DevCluster)
     cluster.cancel_all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("when", ["PENDING", "RUNNING"])
 def test_who_ends_the_doctor_ends_its_job(
