@@ -86,7 +86,7 @@ def keep(
 def _report(run: Run, trouble: Sequence[str], remark: str) -> None:
     state = run.summary()
     over = state["state"] in ("finished", "converged")
-    print(f"{run.name} is {state['state']}: {state['reason'] if over else remark}")
+    print(f"{run.name} is {state['state']}; {state['reason'] if over else remark}")
     for line in trouble:
         print(line, file=sys.stderr)
     if trouble:

@@ -99,7 +99,7 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
     changed = difference(existing.settings, wanted)
     if changed:
         raise RunError(
-            f"{existing.name} exists already, with other settings. `orch resume {existing.name}` goes on with it as it "
+            f"{existing.name} exists already, with other settings; `orch resume {existing.name}` goes on with it as it "
             "is, `orch amend` changes it, --set name=... launches another:\n  " + "\n  ".join(changed)
         )
 

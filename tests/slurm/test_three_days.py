@@ -44,8 +44,8 @@ def test_every_chain_stays_whole_and_single_for_all_its_links(cluster: DevCluste
         f"{len(trained)} jobs in {took:.0f} s: {60 * len(trained) / took:.0f} jobs a minute; links a chain {chains}; "
         f"gap between links {statistics.median(gaps):.2f} s (median); slurmctld used {100 * load:.1f} % of a core"
     )
-    assert epochs(run) == WORKERS * LINKS
-    assert len(run.leaderboard.reader.rows("chunk")) == WORKERS * LINKS
+    assert WORKERS * LINKS <= epochs(run) < WORKERS * (LINKS + 1), "chunks that were under way are finished"
+    assert len(run.leaderboard.reader.rows("chunk")) == epochs(run)
     assert violations(run) == []
     assert not jobs(run, "lost")
     assert min(chains) >= LINKS / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -53,6 +54,25 @@ while True:
         file.write(f"{os.getpid()}\\n")
         time.sleep(0.002)  # a short transaction
     time.sleep(0.001)  # and something else before the next
+"""
+# Forks with the lock in hand; its child lives on after the release.
+FORKER = """
+with lock:
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+        os._exit(0)
+say("released")
+say(child)
+sys.stdin.read()
+"""
+# Is interrupted while it waits, and goes on with something else.
+INTERRUPTED = """
+try:
+    lock.acquire()
+except KeyboardInterrupt:
+    say("interrupted")
+sys.stdin.read()
 """
 
 
@@ -267,6 +287,30 @@ def test_a_process_that_is_killed_in_the_queue_holds_up_nobody(spawn, path):
     assert holder.stdout.readline() == "released\n"
     with FairFileLock(path, timeout=PATIENCE_S):
         pass
+
+
+def test_a_process_that_was_forked_under_the_lock_does_not_keep_it(spawn, path):
+    forker = spawn(FORKER)
+    assert forker.stdout.readline() == "released\n"
+    child = int(forker.stdout.readline())
+    try:
+        with FairFileLock(path, timeout=0):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_process_that_is_interrupted_while_it_waits_does_not_get_the_lock_later(spawn, path):
+    holder = held_elsewhere(spawn)
+    waiting = spawn(INTERRUPTED)
+    wait_until(lambda: queued(path) == 1)
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.stdout.readline() == "interrupted\n"
+    holder.stdin.close()
+    assert holder.stdout.readline() == "released\n"
+    wait_until(lambda: queued(path) == 0)
+    with FairFileLock(path, timeout=5):
+        assert waiting.poll() is None, "it lives on without the lock"
 
 
 # --- turns -------------------------------------------------------------------------------------------
