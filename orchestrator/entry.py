@@ -102,6 +102,9 @@ def be_worker(run: Run, token: str, worker_id: int, stop: StopFlag, team: Team |
     if stop.reason:
         return Ending(f"stopped by {stop.reason} before it began")
     run = Run.open(run.folder)  # it may have been amended during the wait
+    sys.path[:0] = [p for p in run.leaderboard.reader.run_row()["import_paths"] if p not in sys.path]
+    if run.leaderboard.chains.wants_successor(worker_id, time.time(), run.settings.max_failures):  # there is work
+        import_ahead(run.settings.job)
     cluster_id, host = run.cluster.identity()
     started = run.leaderboard.chains.start(
         token,
@@ -119,9 +122,6 @@ def be_worker(run: Run, token: str, worker_id: int, stop: StopFlag, team: Team |
     local = run.cluster.name == "local"
     if local:
         os.environ["CUDA_VISIBLE_DEVICES"] = started.worker.device or ""
-    sys.path[:0] = [p for p in run.leaderboard.reader.run_row()["import_paths"] if p not in sys.path]
-    if started.why_no_successor is None:  # there will be work
-        import_ahead(run.settings.job)
 
     def open_trainer() -> Any:
         if team is not None:

@@ -61,6 +61,7 @@ class FairFileLock:
 
     def _leave_queue(self) -> None:
         if self._queue_fd is not None:
+            fcntl.flock(self._queue_fd, fcntl.LOCK_UN)  # closing is not enough where a forked child has it too
             os.close(self._queue_fd)
             self._queue_fd = None
 
@@ -107,8 +108,15 @@ def _flock_within(fd: int, timeout: float, on_timeout: Callable[[], Timeout]) ->
                 outcome.append(error)
 
     thread = threading.Thread(target=wait, name="flock", daemon=True)
-    thread.start()
-    thread.join(timeout)
+    try:
+        thread.start()
+        thread.join(timeout)
+    except BaseException:  # Ctrl-C: the thread must not get the lock for somebody who does not wait any more
+        with guard:
+            left = not outcome
+        if not left:
+            os.close(fd)
+        raise
     with guard:
         left = not outcome
     if left:

@@ -303,6 +303,11 @@ class Chains:
                 update(run).values(settings=settings, deadline=deadline, settings_version=run.c.settings_version + 1)
             )
             log_event(tx, now, "amended", None, None, None, what=what)
+            if "training_profiles:" in what:  # positions mean something else now: begin these chunks anew
+                suspended = update(chunk).where(chunk.c.state == ChunkState.SUSPENDED)
+                tx.execute(
+                    suspended.values(state=ChunkState.EXPIRED, error="the profiles were amended", finished_at=now)
+                )
             reason = f"the run was amended to {workers} workers"
             tx.execute(update(worker).where(worker.c.worker_id >= workers).values(stopped=reason))
             tx.execute(
