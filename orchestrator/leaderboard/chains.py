@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from orchestrator import rules
 from orchestrator.leaderboard.engine import Database
-from orchestrator.leaderboard.moves import JOB_GONE, NO_WORD, expire, log_event, set_state
+from orchestrator.leaderboard.moves import JOB_GONE, NO_WORD, expire, job_of, log_event, set_state, worker_of
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, job, run, worker
 from orchestrator.records import (
     ChunkState,
@@ -94,12 +94,12 @@ class Chains:
                 )
             )
             self._close_earlier(tx, mine, now)
-            me = _worker(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
+            me = worker_of(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
             why_not = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
             link = self._successor(tx, mine, now) if successor and why_not is None else None
             row = tx.execute(select(job).where(job.c.job_id == mine.job_id)).one()
-            return Started(_job(row), me, link, why_not)
+            return Started(job_of(row), me, link, why_not)
 
     def _successor(self, tx: Connection, mine: Row[Any], now: float) -> Job | None:
         """A new link after this one, or None where an earlier start of this job has queued one already."""
@@ -126,11 +126,11 @@ class Chains:
             if mine is None:
                 return None, None
             before = tx.execute(select(job).where(job.c.job_id == mine.after_job_id)).one_or_none()
-            return _job(mine), _job(before) if before else None
+            return job_of(mine), job_of(before) if before else None
 
     def workers(self) -> list[Worker]:
         with self._database.transaction() as tx:
-            return [_worker(w) for w in tx.execute(select(worker).order_by(worker.c.worker_id)).all()]
+            return [worker_of(w) for w in tx.execute(select(worker).order_by(worker.c.worker_id)).all()]
 
     def submitted(self, taken: Iterable[Submitted]) -> list[Job]:
         """The cluster has taken these jobs. One that has begun already knows better what it is.
@@ -154,7 +154,7 @@ class Chains:
                 if done.rowcount == 0:
                     row = tx.execute(select(job).where(job.c.job_id == it.job_id)).one()
                     if row.state in (JobState.CANCELLED, JobState.LOST):
-                        unwanted.append(replace(_job(row), **place))
+                        unwanted.append(replace(job_of(row), **place))
         return unwanted
 
     def close(self, jobs: Sequence[Job], state: JobState, reason: str, now: float) -> None:
@@ -176,19 +176,19 @@ class Chains:
                 _count_failure(tx, mine.worker_id)
             query = select(job).where(job.c.worker_id == mine.worker_id, job.c.link > mine.link, job.c.state.in_(OPEN))
             row = tx.execute(query.order_by(job.c.link)).first()
-            me = _worker(tx.execute(select(worker).where(worker.c.worker_id == mine.worker_id)).one())
+            me = worker_of(tx.execute(select(worker).where(worker.c.worker_id == mine.worker_id)).one())
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
             why_not = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
             if row is None or why_not is None:
                 _settle(tx, now)
-                return (_job(row) if row else None), None
+                return (job_of(row) if row else None), None
             _close(tx, row.job_id, JobState.CANCELLED, why_not, now)
             _settle(tx, now)
-            return _job(row), why_not
+            return job_of(row), why_not
 
     def wants_successor(self, worker_id: int, now: float, max_failures: int) -> bool:
         with self._database.transaction() as tx:
-            me = _worker(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
+            me = worker_of(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
             return rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures) is None
 
@@ -242,7 +242,7 @@ class Chains:
         with self._database.transaction() as tx:
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
             for worker_id in worker_ids:
-                me = _worker(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
+                me = worker_of(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
                 opened = select(func.count()).where(job.c.worker_id == worker_id, job.c.state.in_(OPEN))
                 unwanted = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
                 if tx.execute(opened).scalar_one():
@@ -276,8 +276,8 @@ class Chains:
                 deadline=row.deadline,
                 settings_version=row.settings_version,
                 progress=Progress(row.chunks_since_promotion, best, row.epochs),
-                workers=tuple(_worker(w) for w in workers),
-                open_jobs=tuple(_job(j) for j in jobs),
+                workers=tuple(worker_of(w) for w in workers),
+                open_jobs=tuple(job_of(j) for j in jobs),
             )
 
     def change_state(
@@ -320,7 +320,7 @@ class Chains:
             ).all()
             for row in rows:
                 _close(tx, row.job_id, JobState.CANCELLED, reason, now)
-            return [_job(row) for row in rows]
+            return [job_of(row) for row in rows]
 
     def settle(self, now: float) -> None:
         """Write down that the run is over, if it is: its jobs may have died before they could."""
@@ -391,12 +391,3 @@ def _stop_worker(tx: Connection, worker_id: int, reason: str, now: float) -> Non
 
 def _count_failure(tx: Connection, worker_id: int) -> None:
     tx.execute(update(worker).where(worker.c.worker_id == worker_id).values(failures=worker.c.failures + 1))
-
-
-def _job(row: Row[Any]) -> Job:
-    values = dict(row._mapping)
-    return Job(**(values | {"state": JobState(values["state"])}))
-
-
-def _worker(row: Row[Any]) -> Worker:
-    return Worker(row.worker_id, row.device, row.failures, row.stopped)

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, and_, insert, select, update
 
 from orchestrator import rules
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, event, run
-from orchestrator.records import ChunkState, Entry, RunState
+from orchestrator.records import ChunkState, Entry, Job, JobState, RunState, Worker
 
 CONSUMED = (ChunkState.PROMOTED, ChunkState.DISCARDED)
 # Why a claim was taken from its worker.
@@ -158,3 +158,12 @@ def _json_safe(data: Mapping[str, Any]) -> dict[str, Any]:
 def finite(value: float) -> float | None:
     """JSON and databases know no NaN."""
     return value if math.isfinite(value) else None
+
+
+def job_of(row: Row[Any]) -> Job:
+    values = dict(row._mapping)
+    return Job(**(values | {"state": JobState(values["state"])}))
+
+
+def worker_of(row: Row[Any]) -> Worker:
+    return Worker(row.worker_id, row.device, row.failures, row.stopped)
