@@ -524,9 +524,9 @@ def test_the_python_environment(given, listed, expected, levels_):
 
 def folder(**changes: Any) -> FolderFacts:
     values = {
-        "runs_dir": "/work/runs",
+        "runs_dir": "/scratch/runs",
         "exists": True,
-        "looked_at": "/work/runs",
+        "looked_at": "/scratch/runs",
         "writable": None,
         "mode": stat.S_IFDIR | 0o755,
         "mount": Mount("/work", "nfs4", "nas:/work", ("rw", "vers=4.2")),
