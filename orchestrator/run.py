@@ -179,7 +179,8 @@ class Run:
         if self.leaderboard.chains.change_state(state, HOLDABLE, reason, now) not in HOLDABLE:
             return []  # the run is over: there is nothing to hold
         jobs = self.leaderboard.chains.snapshot(self.settings.metric.mode).open_jobs
-        queued = [j for j in jobs if j.state is not JobState.RUNNING]
+        seen = self.cluster.evidence(jobs)  # Slurm may have put a job back that was running
+        queued = [j for j in jobs if j.state is not JobState.RUNNING or seen[j.job_id] is Evidence.QUEUED]
         trouble = self.cluster.cancel(queued, now=True)
         self.leaderboard.chains.close(queued, JobState.CANCELLED, reason, now)
         return trouble

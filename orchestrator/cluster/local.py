@@ -107,7 +107,9 @@ class LocalCluster:
             if self._evidence(job) is Evidence.UNKNOWN:
                 trouble.append(f"job {job.cluster_id} of worker {job.worker_id} is on {job.host}: end it there")
             else:
-                _signal(job.pid, job.pid_created_at, signal.SIGKILL if now else signal.SIGTERM)
+                # Of a queued job the process is submitit's controller, which hands the signal on to the one that waits.
+                kill = now and job.state is JobState.RUNNING
+                _signal(job.pid, job.pid_created_at, signal.SIGKILL if kill else signal.SIGTERM)
         return trouble
 
     def endings(self, jobs: Sequence[Job]) -> dict[int, str]:

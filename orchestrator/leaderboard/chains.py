@@ -162,7 +162,11 @@ class Chains:
         wanted any more; should one begin all the same, it does nothing."""
         with self._database.transaction() as tx:
             for it in jobs:
-                _close(tx, it.job_id, state, reason, now)
+                begun = (
+                    tx.execute(select(job.c.state).where(job.c.job_id == it.job_id)).scalar_one() == JobState.RUNNING
+                )
+                if not begun:
+                    _close(tx, it.job_id, state, reason, now)
 
     def end(self, mine: Job, outcome: str, error: bool, now: float, max_failures: int) -> tuple[Job | None, str | None]:
         """A job ends by its own will. Returns its open successor, and why that one is not wanted if so.

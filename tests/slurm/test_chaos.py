@@ -118,8 +118,7 @@ def test_after_any_faults_every_invariant_holds_and_every_chain_is_single(cluste
         until("work", lambda: jobs(run, "running"), 120)
         time.sleep(moments.uniform(0.2, 1.5))
         fault()
-        for node in cluster.node_names:  # as an administrator would: a drained node is resumed
-            cluster.start_node(node)
+        heal(cluster)
         done = epochs(run)
         print(f"{time.monotonic() - started:6.1f} s  seed {SEED}, fault {number}: {fault.__name__}; {done} epochs")
         until("work to go on", lambda done=done: mended(run) and epochs(run) > done, 180)
@@ -130,13 +129,20 @@ def test_after_any_faults_every_invariant_holds_and_every_chain_is_single(cluste
     )
 
     run.drain(time.time())
-    until("the end", lambda: over(run), 300)  # a job that Slurm alone believes in ends at its limit
+    # A job that Slurm alone believes in ends at its limit.
+    until("the end", lambda: heal(cluster) or over(run), 300, every_s=2)
     assert violations(run) == []
     assert max_at_work(run) <= WORKERS
     counted = run.leaderboard.reader.counts()
     print(f"{len(drawn)} faults, {len(worked(run))} jobs, {counted['epochs']} epochs, {counted['expirations']} expired")
     until("the queue to have none of the run's jobs", lambda: not [j for j in cluster.squeue() if "orch" in j["name"]])
     cluster.clear()
+
+
+def heal(cluster: DevCluster) -> None:
+    """As an administrator would: a node that is down or drained is resumed."""
+    for node in cluster.node_names:
+        cluster.start_node(node)
 
 
 def mended(run: Run) -> bool:
