@@ -40,7 +40,6 @@ from orchestrator.records import (
 from orchestrator.settings import Settings, thaw
 
 INSIST_S = 300.0
-
 log = logging.getLogger("orch")
 
 
@@ -380,8 +379,9 @@ def reconcile(
         leaderboard.chains.apply_mend(todo.lost, todo.adopt, now)
         done += [f"job {j.cluster_id or j.token} of worker {j.worker_id} is gone; its claim is free" for j in todo.lost]
     if todo.resubmit and cluster.chains:
-        links = leaderboard.chains.relink(todo.resubmit, now, settings.max_failures)
-        done += submit_links(leaderboard, cluster, links, now)
+        wanted = leaderboard.chains.relink(todo.resubmit, now, settings.max_failures)
+        done += submit_links(leaderboard, cluster, wanted, now)
+    cluster.cancel(leaderboard.reader.never_begun(), now=True)  # asks first which of them are there at all
     leaderboard.chains.settle(now)
     return done
 

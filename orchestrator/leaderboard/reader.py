@@ -9,9 +9,9 @@ from sqlalchemy import Row, func, select, update
 
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.engine import Database
-from orchestrator.leaderboard.moves import HELD, REAPED, log_event
+from orchestrator.leaderboard.moves import HELD, REAPED, job_of, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, event, job, run
-from orchestrator.records import ChunkState, JobState, Mode
+from orchestrator.records import ChunkState, Job, JobState, Mode
 
 
 class Reader:
@@ -91,6 +91,14 @@ class Reader:
             if had is None or _prominence(row) >= _prominence(had):
                 chosen[row.worker_id] = row
         return {worker_id: dict(row._mapping) for worker_id, row in chosen.items()}
+
+    def never_begun(self) -> list[Job]:
+        """Jobs that were given up before they began. One that is in the queue all the same is a stray: a
+        controller that crashed may remember a job that it had forgotten."""
+        with self._database.transaction() as tx:
+            given_up = job.c.state.in_((JobState.LOST, JobState.CANCELLED))
+            rows = tx.execute(select(job).where(given_up, job.c.started_at.is_(None), job.c.cluster_id.is_not(None)))
+            return [job_of(row) for row in rows.all()]
 
     def last_error(self) -> str | None:
         """What went wrong last in a chunk. That its job died is no error of the chunk."""
