@@ -135,7 +135,8 @@ def test_after_any_faults_every_invariant_holds_and_every_chain_is_single(cluste
     assert max_at_work(run) <= WORKERS
     counted = run.leaderboard.reader.counts()
     print(f"{len(drawn)} faults, {len(worked(run))} jobs, {counted['epochs']} epochs, {counted['expirations']} expired")
-    until("the queue to have none of the run's jobs", lambda: not [j for j in cluster.squeue() if "orch" in j["name"]])
+    left = "the queue to have none of the run's jobs"
+    until(left, lambda: mended(run) and not [j for j in cluster.squeue() if "orch" in j["name"]], every_s=1)
     cluster.clear()
 
 
