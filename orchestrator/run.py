@@ -123,9 +123,8 @@ class Run:
         local = self.settings.executor == "local"
         devices = gpus_of(missing, self.settings.gpus_per_worker) if local else [None for _ in missing]
         jobs = self.leaderboard.chains.add_workers(devices, now)
-        workers = {w.worker_id: w for w in self.leaderboard.chains.workers()}
         try:
-            taken = self.cluster.submit(jobs, workers, after=None)
+            taken = self.cluster.submit(jobs, after=None)
         except SubmissionError as error:
             self.leaderboard.chains.close(jobs, JobState.LOST, str(error), now)
             raise

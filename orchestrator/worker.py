@@ -160,9 +160,8 @@ class Worker:
         """
         if self._unsubmitted is None:
             return True
-        workers = {w.worker_id: w for w in self.leaderboard.chains.workers()}
         try:
-            taken = self.cluster.submit([self._unsubmitted], workers, after=job)
+            taken = self.cluster.submit([self._unsubmitted], after=job)
         except SubmissionError as error:
             log.warning("the successor is not queued yet: %s", error)
             self._no_room = isinstance(error, NoRoomError)
@@ -390,9 +389,8 @@ def submit_links(leaderboard: Leaderboard, cluster: Cluster, links: list[Job], n
     """Submit links that are written down; close those that the cluster does not take."""
     if not links:
         return []
-    workers = {w.worker_id: w for w in leaderboard.chains.workers()}
     try:
-        taken = cluster.submit(links, workers, after=None)
+        taken = cluster.submit(links, after=None)
     except SubmissionError as error:
         leaderboard.chains.close(links, JobState.LOST, str(error), now)
         return [f"the chains of workers {', '.join(str(j.worker_id) for j in links)} can't be mended now: {error}"]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.records import Evidence, Job, Submitted, Worker
+from orchestrator.records import Evidence, Job, Submitted
 from orchestrator.settings import Settings
 
 Entry = Callable[[str, int], object]  # (run folder, worker id): all that is ever pickled
@@ -48,7 +48,7 @@ class Cluster(Protocol):
     name: str
     chains: bool  # do jobs queue successors?
 
-    def submit(self, jobs: Sequence[Job], workers: Mapping[int, Worker], after: Job | None) -> list[Submitted]:
+    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
         """Queue these jobs, to start when `after` is over. All or none: raises SubmissionError."""
 
     def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import psutil
 
 from orchestrator.cluster import Entry
 from orchestrator.errors import SubmissionError
-from orchestrator.records import Evidence, Job, JobState, Submitted, Worker
+from orchestrator.records import Evidence, Job, JobState, Submitted
 from orchestrator.settings import Settings
 
 GRACE_S = 60.0  # between the end of a job's working time and its hard end
@@ -42,7 +42,7 @@ class LocalCluster:
         self._run_folder = run_folder
         self._entry = entry
 
-    def submit(self, jobs: Sequence[Job], workers: Mapping[int, Worker], after: Job | None) -> list[Submitted]:
+    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
         import submitit
         from submitit.helpers import clean_env
 
@@ -147,7 +147,7 @@ class InlineCluster:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def submit(self, jobs: Sequence[Job], workers: Mapping[int, Worker], after: Job | None) -> list[Submitted]:
+    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
         return [Submitted(job.job_id, str(os.getpid()), *this_process(), host_name()) for job in jobs]
 
     def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:

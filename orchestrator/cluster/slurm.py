@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +18,7 @@ from typing import Any
 from orchestrator.cluster import Entry
 from orchestrator.cluster.sbatch import Request, advice, is_no_room, is_unreachable, refusal_of, request
 from orchestrator.errors import ClusterUnreachableError, NoRoomError, SettingsError, SubmissionError
-from orchestrator.records import Evidence, Job, Submitted, Worker
+from orchestrator.records import Evidence, Job, Submitted
 from orchestrator.settings import Settings
 
 COMMAND_TIMEOUT_S = 60.0
@@ -64,7 +64,7 @@ class SlurmCluster:
                 raise SettingsError(f"slurm_file: {file}: {error}") from error
         return self._asked
 
-    def submit(self, jobs: Sequence[Job], workers: Mapping[int, Worker], after: Job | None) -> list[Submitted]:
+    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
         import submitit
 
         base = base_of(jobs[0].token)
