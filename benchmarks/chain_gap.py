@@ -2,8 +2,8 @@
 
     python benchmarks/chain_gap.py [--links 8] [--out benchmarks/results/chain_gap.json]
 
-The gap is from a job's last word to its successor's first claim. Its limits, measured in the same run, one after
-another: Slurm's own time between two jobs that do nothing (afterany), and Python's import of torch.
+The gap is from a job's last word to its successor's first claim. Its limits, measured in the same run and just as
+many at a time: Slurm's own time between two jobs that do nothing (afterany), and Python's import of torch.
 """
 
 from __future__ import annotations
@@ -33,20 +33,27 @@ WORKERS = 2
 
 
 def slurm_gaps_s(cluster: DevCluster, folder: Path, links: int) -> list[float]:
-    """Between jobs that only write down when they start and end."""
+    """In WORKERS chains of jobs that only write down when they start and end."""
     script = "#!/bin/bash\n#SBATCH --output=/dev/null\nsrun bash -c 'date +%s.%N >> {file}; date +%s.%N >> {file}'\n"
-    before: list[str] = []
-    for link in range(links):
-        before = [f"--dependency=afterany:{cluster.sbatch(script.format(file=folder / f'link-{link}'), *before)}"]
-    while not (folder / f"link-{links - 1}").exists() or cluster.squeue():
+    files = [[folder / f"chain-{worker}-{link}" for link in range(links)] for worker in range(WORKERS)]
+    for chain in files:
+        before: list[str] = []
+        for file in chain:
+            before = [f"--dependency=afterany:{cluster.sbatch(script.format(file=file), *before)}"]
+    while cluster.squeue():
         time.sleep(0.1)
-    times = [[float(t) for t in (folder / f"link-{link}").read_text().split()] for link in range(links)]
-    return [after[0] - earlier[1] for earlier, after in itertools.pairwise(times)]
+    times = [[[float(t) for t in file.read_text().split()] for file in chain] for chain in files]
+    return [after[0] - earlier[1] for chain in times for earlier, after in itertools.pairwise(chain)]
 
 
 def import_torch_s(times: int) -> list[float]:
+    """In WORKERS processes at a time."""
     code = "import time; t = time.perf_counter(); import torch; print(time.perf_counter() - t)"
-    return [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(times)]
+    seconds = []
+    for _ in range(times):
+        at_once = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(WORKERS)]
+        seconds += [float(process.communicate()[0]) for process in at_once]
+    return seconds
 
 
 def run_gaps_s(folder: Path, links: int) -> tuple[list[float], float]:

@@ -27,7 +27,21 @@ log = logging.getLogger("orch")
 
 
 def job_main(run_folder: str, worker_id: int) -> str:
-    """What submitit runs: one process of one job of one chain."""
+    """What submitit runs: one process of one job of one chain.
+
+    On Slurm it does not return: nobody reads the result that submitit would write, and Python's own end with
+    torch loaded takes a tenth of a second and more, for which the successor would wait.
+    """
+    outcome = _work(run_folder, worker_id)
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    return outcome
+
+
+def _work(run_folder: str, worker_id: int) -> str:
     stop = StopFlag()
     stop.listen()  # followers too, which do nothing about it: rank 0 says when to stop
     place = this_place()

@@ -106,19 +106,24 @@ def test_a_data_set_without_classes_is_split_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "fraction"),
+    ("source", "message"),
     [
-        pytest.param(digits([30, 1]), 0.2, id="one example of a class"),
-        pytest.param(digits([3] * 10), 0.1, id="three to validate, of ten classes"),
-        pytest.param(digits([3] * 10), 0.9, id="three to train with, of ten classes"),
-        pytest.param(digits([100, 3]), 0.1, id="a class so rare that none of it is left to validate"),
-        pytest.param(digits([40, 2]), 0.9, id="a class so rare that none of it is left to train with"),
-        pytest.param(TensorDataset(PIXELS[:1]), 0.1, id="one example, without classes"),
+        pytest.param(digits([30, 1]), r"of the classes \[1\]", id="one example of a class"),
+        pytest.param(digits([1, 30, 1]), r"of the classes \[0, 2\]", id="of two classes"),
+        pytest.param(TensorDataset(PIXELS[:1]), "one side would have none", id="one example, without classes"),
+        pytest.param(TensorDataset(PIXELS[:0]), "0 examples", id="no example"),
     ],
 )
-def test_a_class_that_is_too_small_for_both_sides_is_an_error(source: TensorDataset, fraction: float) -> None:
-    with pytest.raises(JobError, match=f"validation_fraction (of )?{fraction}"):
-        data.split(source, fraction, 0)
+def test_a_class_that_is_too_small_for_both_sides_is_an_error(source: TensorDataset, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        data.split(source, 0.5, 0)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
+def test_a_rare_class_gives_one_example_at_least_to_either_side(fraction: float) -> None:
+    source = digits([40, 2, 3])
+    for side in data.split(source, fraction, 0):
+        assert set(source.tensors[1][side].tolist()) == {0, 1, 2}
 
 
 @given(
