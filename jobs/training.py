@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,7 +47,12 @@ def load_job(settings: Mapping[str, Any], device: torch.device | None = None, co
 
 
 def open_session(settings: Mapping[str, Any], cores: int, group: Alone = ALONE) -> Session:
-    """Set this process up for training: device, threads, determinism. group: those that train together."""
+    """The settings' job, ready to train in this process. group: those that train together."""
+    return Session(load_job(settings, set_up(settings, cores), cores), group)
+
+
+def set_up(settings: Mapping[str, Any], cores: int) -> torch.device:
+    """Set this process up for training: threads and determinism. Returns the device: a GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(max(1, cores))
     if settings["deterministic"]:
@@ -54,7 +61,7 @@ def open_session(settings: Mapping[str, Any], cores: int, group: Alone = ALONE) 
         torch.backends.cudnn.benchmark = False
     else:
         torch.backends.cudnn.benchmark = True
-    return Session(load_job(settings, device, cores), group)
+    return device
 
 
 class Session:
@@ -106,7 +113,7 @@ class Session:
             self._model = self.group.adopt(self.job.model().to(self.device))
             self._optimizer = self.job.optimizer(self._model, work.profile)
             return _fresh_cut()
-        state = read(self.group.fetch(source), self.device)
+        state = read(self.group.fetch(source))
         self._restore(state, work.profile)
         if work.suspended:
             set_random_state(state["cut"]["rng"])
@@ -183,7 +190,7 @@ class Session:
 
     def evaluate_file(self, checkpoint: Path, split: Split) -> dict[str, float]:
         """Metrics of a checkpoint's model."""
-        state = read(checkpoint, self.device)
+        state = read(checkpoint)
         with data.random_state_kept():
             self._model = self.job.model().to(self.device)
         self._model.load_state_dict(state["model"])
@@ -193,14 +200,17 @@ class Session:
         """The batches of a split; made once, the data stays."""
         if split not in self._feeds:
             source: Dataset[Any] = self.job.data(split)
-            if split == "test" or self.settings["select_on"] == "test":
-                indices = list(range(len(source)))  # type: ignore[arg-type]
-            else:
-                parts = data.split(source, self.settings["validation_fraction"], self.settings["seed"])
-                indices = parts[split == "validation"]
             size = self.settings["max_batch_size"]
+            indices = self._indices(split, source)
             self._feeds[split] = make_feed(source, indices, size, self.device, self.job.context.cores)
         return self._feeds[split]
+
+    def _indices(self, split: Split, source: Dataset[Any]) -> list[int]:
+        """Which examples of what the job gives for this split are used."""
+        if split == "test" or self.settings["select_on"] == "test":
+            return list(range(len(source)))  # type: ignore[arg-type]
+        parts = data.split(source, self.settings["validation_fraction"], self.settings["seed"])
+        return parts[split == "validation"]
 
     # --- state
 
@@ -221,12 +231,32 @@ class Session:
         }
 
 
-def read(path: Path | IO[bytes], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint's state; nothing in it is executed. Raises JobError if it is none of this format."""
-    state = torch.load(path, map_location=device, weights_only=True)
+def read(path: Path | IO[bytes]) -> dict[str, Any]:
+    """A checkpoint's state, its tensors on the CPU: from there each goes where it belongs, and some belong there
+    (random states, the step counts of optimizers). Nothing in the file is executed.
+
+    Raises JobError if it is no checkpoint of this format, OSError if it can't be opened.
+    """
+    name = path if isinstance(path, Path | str) else "what was received as a checkpoint"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # arbitrary bytes can make the unpickler raise almost anything
+        truncated = isinstance(error, OSError) and error.errno == errno.EINVAL  # it seeks to before the start
+        if isinstance(error, OSError | MemoryError) and not truncated:
+            raise
+        raise JobError(f"{name}: not a checkpoint of format {FORMAT}: {_why_unreadable(error)}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise JobError(f"{path}: not a checkpoint of format {FORMAT}")
+        named = isinstance(state, dict) and "format" in state
+        found = f"it says {state['format']!r:.40}" if named else "it names no format"
+        raise JobError(f"{name}: not a checkpoint of format {FORMAT}: {found}")
     return state
+
+
+def _why_unreadable(error: Exception) -> str:
+    code = re.search(r"Unsupported (?:global|class)\S* \S+( \S+)?", str(error))
+    if code:
+        return f"it holds more than tensors and plain values, and nothing of that is executed ({code[0]})"
+    return f"it is damaged, or no file of torch.save's ({type(error).__name__})"
 
 
 def apply_profile(optimizer: torch.optim.Optimizer, profile: Profile) -> None:

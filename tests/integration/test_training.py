@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pydantic import BaseModel
 from torch import Tensor, nn
@@ -513,7 +515,7 @@ def test_selection_on_validation_never_reads_the_test_set(tmp_path: Path) -> Non
 def test_selection_on_validation_trains_on_the_rest_of_the_training_set() -> None:
     session = digits_session(validation_fraction=0.2)
     kept = {split: pixels_of(session, split) for split in ("train", "validation", "test")}
-    assert {split: len(pixels) for split, pixels in kept.items()} == {"train": 1149, "validation": 288, "test": 360}
+    assert {split: len(pixels) for split, pixels in kept.items()} == {"train": 1151, "validation": 287, "test": 359}
     assert sorted(kept["train"] + kept["validation"]) == sorted(pixels_in(Digits(session.job.context).data("train")))
 
 
@@ -580,14 +582,9 @@ def test_an_export_is_the_weights_alone(fresh: Fresh, tmp_path: Path) -> None:
     assert differences(weights, session.state()["model"]) == []
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    torch.save({"format": 1, "model": RunsCode(tmp_path / "it ran")}, tmp_path / "bad.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        read(tmp_path / "bad.pt")
-    assert not (tmp_path / "it ran").exists()
-
-
 class RunsCode:
+    """Unpickled in the ordinary way, it makes a file."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -595,13 +592,63 @@ class RunsCode:
         return Path.touch, (self.path,)
 
 
+def pickle_alone(content: Any, target: IO[bytes]) -> None:
+    pickle.dump(content, target, protocol=2)  # the one that torch.load goes into
+
+
+@pytest.mark.parametrize("write", [torch.save, pickle_alone], ids=["as torch saves", "as pickle alone writes"])
+def test_a_file_that_would_run_code_is_refused_and_runs_none(write: Callable[..., None], tmp_path: Path) -> None:
+    with (tmp_path / "bad.pt").open("wb") as target:
+        write({"format": 1, "model": RunsCode(tmp_path / "it ran")}, target)
+    with pytest.raises(JobError, match=r"bad\.pt: not a checkpoint of format 1: .*nothing of that is executed"):
+        read(tmp_path / "bad.pt")
+    assert not (tmp_path / "it ran").exists()
+    if write is pickle_alone:
+        pickle.loads((tmp_path / "bad.pt").read_bytes())
+        assert (tmp_path / "it ran").exists()  # so it would have
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of a pickle of another protocol than torch's
+@given(content=st.binary(max_size=200) | st.binary(max_size=100).map(lambda rest: b"\x80\x02" + rest))
+def test_arbitrary_bytes_are_an_error_that_names_the_file(content: bytes, tmp_path_factory: Any) -> None:
+    file = tmp_path_factory.getbasetemp() / "noise.pt"
+    file.write_bytes(content)
+    with pytest.raises(JobError, match=r"noise\.pt: not a checkpoint of format 1: "):
+        read(file)
+
+
+def test_a_file_that_lacks_its_end_is_an_error_wherever_it_was_cut(tmp_path: Path) -> None:
+    whole = save_trained(digits_session(), found(), tmp_path / "whole.pt").read_bytes()
+    for size in [0, 1, 4, 30, *range(100, len(whole), len(whole) // 50), len(whole) - 1]:
+        (tmp_path / "cut.pt").write_bytes(whole[:size])
+        with pytest.raises(JobError, match=r"cut\.pt: not a checkpoint of format 1: it is damaged"):
+            read(tmp_path / "cut.pt")
+
+
+def test_a_file_that_is_not_there_is_the_systems_own_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
+        read(tmp_path / "absent.pt")
+
+
 @pytest.mark.parametrize(
-    "content", [{"model": {}}, {"format": 2, "model": {}}, [1]], ids=["no format", "a later format", "no state"]
+    ("content", "found"),
+    [
+        pytest.param({"model": {}}, "it names no format", id="no format"),
+        pytest.param({"format": 2, "model": {}}, "it says 2", id="a later format"),
+        pytest.param([1], "it names no format", id="no state"),
+    ],
 )
-def test_a_file_of_another_format_is_an_error_that_names_it(content: Any, tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_an_error_that_names_it(content: Any, found: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(JobError, match=r"other\.pt: not a checkpoint of format 1"):
+    with pytest.raises(JobError, match=rf"other\.pt: not a checkpoint of format 1: {found}$"):
         read(tmp_path / "other.pt")
+
+
+def test_tensors_are_read_to_the_cpu_and_each_goes_to_its_place_from_there(tmp_path: Path) -> None:
+    """An optimizer's step count and the random states belong on the CPU whatever the model is trained on."""
+    state = read(save_trained(digits_session(), found(), tmp_path / "one.pt"))
+    tensors = [*state["model"].values(), *momentum(state), state["rng"]["torch"]]
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
 
 
 # --- jobs that lack something
