@@ -1,0 +1,199 @@
+"""Are two training states the same, bit for bit? And if not: where, and by how much.
+
+A state is what a checkpoint holds: dicts, lists and tuples of tensors, NumPy arrays and plain values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One place where two states are not the same."""
+
+    path: str  # "model.0.weight", "optimizer.state[3].momentum_buffer", "rng.torch"
+    kind: str  # "value", "shape", "dtype", "type", "keys" or "length"
+    expected: str  # as a person reads it
+    found: str
+    max_abs_difference: float | None = (
+        None  # of tensors, arrays and numbers; infinite where NaN stands against a number
+    )
+
+    def __str__(self) -> str:
+        by = "" if self.max_abs_difference is None else f", max abs difference {self.max_abs_difference:.3g}"
+        return f"{self.path}: {self.kind}: expected {self.expected}, found {self.found}{by}"
+
+
+def first_difference(expected: Any, found: Any) -> Difference | None:
+    """The first place, in the order of `expected`, where two states differ; None if they are the same."""
+    return next(differences(expected, found), None)
+
+
+def differences(expected: Any, found: Any, path: str = "") -> Iterator[Difference]:
+    """Every place where two states differ, in the order of `expected`.
+
+    The same means: the same types, dtypes, shapes and bytes. So NaN is the same as NaN if their bits are, and 0.0 is
+    not -0.0. Devices and the order of a dict's keys don't count. A list and a tuple of the same things differ.
+    """
+    if type(expected) is not type(found) and not _alike(expected, found):
+        yield Difference(path, "type", type(expected).__name__, type(found).__name__)
+    elif isinstance(expected, Mapping):
+        lost, new = [k for k in expected if k not in found], [k for k in found if k not in expected]
+        if lost or new:
+            yield Difference(path, "keys", f"also {_names(lost)}" if lost else "no more", f"also {_names(new)}")
+        for key in expected:
+            if key in found:
+                yield from differences(expected[key], found[key], _join(path, key))
+    elif isinstance(expected, list | tuple):
+        if len(expected) != len(found):
+            yield Difference(path, "length", str(len(expected)), str(len(found)))
+        for index, (one, other) in enumerate(zip(expected, found, strict=False)):
+            yield from differences(one, other, f"{path}[{index}]")
+    elif isinstance(expected, Tensor):
+        yield from _of_tensors(expected, found, path)
+    elif isinstance(expected, np.ndarray | np.generic):
+        yield from _of_arrays(np.asarray(expected), np.asarray(found), path)
+    elif isinstance(expected, float | complex):
+        if _bits(expected) != _bits(found):
+            yield Difference(path, "value", repr(expected), repr(found), _finite_or_inf(abs(expected - found)))
+    elif expected != found:
+        numbers = isinstance(expected, int) and not isinstance(expected, bool)
+        distance = _finite_or_inf(float(abs(expected - found))) if numbers else None
+        yield Difference(path, "value", _short(expected), _short(found), distance)
+
+
+def count_tensors(state: Any) -> int:
+    """How many tensors and arrays a state holds."""
+    if isinstance(state, Mapping):
+        return sum(map(count_tensors, state.values()))
+    if isinstance(state, list | tuple):
+        return sum(map(count_tensors, state))
+    return int(isinstance(state, Tensor | np.ndarray))
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) over the dtypes, shapes and bytes of a nested batch: the same for what `differences` finds the
+    same, whatever device it is on."""
+    state = hashlib.sha256()
+    _digest(value, state)
+    return state.hexdigest()
+
+
+def _digest(value: Any, into: Any) -> None:
+    if isinstance(value, Tensor):
+        into.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        if value.numel():
+            into.update(_bytes(_dense(value)).numpy().data)
+    elif isinstance(value, np.ndarray | np.generic):
+        into.update(f"{value.dtype} {value.shape}".encode())
+        into.update(value.tobytes())
+    elif isinstance(value, Mapping):
+        for key in value:
+            into.update(f"key {key!r}".encode())
+            _digest(value[key], into)
+    elif isinstance(value, list | tuple):
+        into.update(f"{len(value)} values".encode())
+        for part in value:
+            _digest(part, into)
+    else:
+        into.update(repr(value).encode())
+
+
+# --- tensors and arrays
+
+
+def _of_tensors(expected: Tensor, found: Tensor, path: str) -> Iterator[Difference]:
+    if expected.dtype != found.dtype:
+        yield Difference(path, "dtype", str(expected.dtype), str(found.dtype))
+    elif expected.shape != found.shape:
+        yield Difference(path, "shape", str(tuple(expected.shape)), str(tuple(found.shape)))
+    elif expected.layout != found.layout:
+        yield Difference(path, "type", str(expected.layout), str(found.layout))
+    elif expected.numel():
+        one, other = _dense(expected), _dense(found)
+        differs = _bytes(one).ne(_bytes(other)).any(dim=1)
+        if bool(differs.any()):
+            yield _of_values(one, other, differs, path)
+
+
+def _of_arrays(expected: np.ndarray, found: np.ndarray, path: str) -> Iterator[Difference]:
+    if expected.dtype == found.dtype and expected.dtype.kind in "biufc":
+        yield from _of_tensors(torch.from_numpy(expected.copy()), torch.from_numpy(found.copy()), path)
+    elif expected.dtype != found.dtype:
+        yield Difference(path, "dtype", str(expected.dtype), str(found.dtype))
+    elif expected.shape != found.shape:
+        yield Difference(path, "shape", str(expected.shape), str(found.shape))
+    elif expected.tobytes() != found.tobytes():
+        yield Difference(path, "value", _short(expected.tolist()), _short(found.tolist()))
+
+
+def _of_values(expected: Tensor, found: Tensor, differs: Tensor, path: str) -> Difference:
+    """expected, found: of one shape and dtype; differs: (n,) bool, which of their values have other bits."""
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    one, other = expected.reshape(-1).to(wide), found.reshape(-1).to(wide)
+    distance = (one - other).abs()
+    distance[one == other] = 0.0  # infinities, and zeros of two signs
+    distance = distance.nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(~differs, -1.0)
+    worst = int(distance.argmax())
+    where = f" (value {worst} of {len(one)})" if expected.ndim else ""
+    return Difference(
+        path, "value", f"{one[worst].item()!r}{where}", repr(other[worst].item()), float(distance[worst].item())
+    )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A dense tensor's values as bytes: (values, bytes of each) uint8."""
+    return tensor.reshape(-1, 1).view(torch.uint8)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """On the CPU, every value there, in a row in memory."""
+    tensor = tensor.detach().cpu()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
+# --- plain values
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Types that differ in name only: a Parameter is a Tensor, an OrderedDict a dict."""
+    return any(isinstance(one, kind) and isinstance(other, kind) for kind in (Tensor, Mapping))
+
+
+def _bits(value: float | complex) -> bytes:
+    parts = (value.real, value.imag) if isinstance(value, complex) else (value,)
+    return struct.pack(f"<{len(parts)}d", *parts)
+
+
+def _finite_or_inf(distance: float) -> float:
+    return math.inf if math.isnan(distance) else distance
+
+
+def _join(path: str, key: Any) -> str:
+    if isinstance(key, str):
+        return f"{path}.{key}" if path else key
+    return f"{path}[{key!r}]"
+
+
+def _names(keys: list[Any]) -> str:
+    shown = ", ".join(repr(key) for key in keys[:3])
+    return f"{shown} and {len(keys) - 3} more" if len(keys) > 3 else shown or "nothing"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
