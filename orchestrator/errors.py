@@ -19,6 +19,10 @@ class LeaderboardError(OrchError):
     """The leaderboard's database can't be used."""
 
 
+class LockError(LeaderboardError):
+    """No lock can be taken around the database, or none that holds."""
+
+
 class StaleClaimError(OrchError):
     """The claim was given to somebody else; nothing was written."""
 

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import Timeout
 
 from orchestrator.doctor.findings import Finding
-from orchestrator.doctor.mounts import ELSEWHERE, Mount, is_local, lock_advice, mount_of, quota_command
+from orchestrator.doctor.mounts import ELSEWHERE, Mount, is_local, lock_advice, mount_here, quota_command
 from orchestrator.locks import FairFileLock
 
 GIB = 2**30
@@ -96,14 +96,6 @@ def nearest_folder(path: Path) -> Path:
     while not path.is_dir():
         path = path.parent
     return path.resolve()
-
-
-def mount_here(path: Path) -> Mount | None:
-    try:
-        text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return None  # not Linux
-    return mount_of(text, str(path))
 
 
 def look_at_folder(runs_dir: Path, scratch: Path | str) -> FolderFacts:

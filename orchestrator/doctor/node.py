@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from orchestrator.checkpoints import publish
 from orchestrator.cluster.probe import ask_sbatch, job_names
 from orchestrator.doctor import hammer, machine
-from orchestrator.doctor.mounts import Mount
+from orchestrator.doctor.mounts import Mount, mount_here
 from orchestrator.errors import OrchError
 from orchestrator.leaderboard.engine import Database
 from orchestrator.locks import FairFileLock
@@ -65,7 +65,7 @@ class Report:
     python: dict[str, Any] | None = None
     done: bool = False
 
-    def of(self, kind: hammer.Kind) -> hammer.Tally | None:
+    def of(self, kind: hammer.Counted) -> hammer.Tally | None:
         found = (hammer.Tally.from_json(tally) for tally in self.tallies)
         return next((tally for tally in found if tally.kind == kind), None)
 
@@ -114,7 +114,7 @@ def main(folder: str, _worker: int) -> None:
 
 
 def _look_at_folder(report: Report, here: Path, plan: Plan, save: Callable[[], None]) -> None:
-    mount = machine.mount_here(here)
+    mount = mount_here(here)
     report.mount = asdict(mount) if mount else None
     try:
         same = sha256_of(here / FROM_LOGIN) == plan.sha256

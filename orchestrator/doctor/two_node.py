@@ -300,7 +300,7 @@ def _counts(outcome: Outcome) -> list[Finding]:
     hosts = sorted({report.host for report in reports})
     where = f"between {' and '.join(hosts)}" if len(hosts) > 1 else f"on {hosts[0]} alone"
     found = []
-    counts: tuple[tuple[hammer.Kind, int | str], ...] = (
+    counts: tuple[tuple[hammer.Counted, int | str], ...] = (
         ("lock", outcome.counted_in_file),
         ("database", outcome.counted_in_database),
     )

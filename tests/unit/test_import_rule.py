@@ -22,8 +22,8 @@ FLOORS = (
     {"report", "run", "entry", "user_job"},
     {"worker", "ledger", "doctor"},
     {"leaderboard", "cluster"},
-    {"rules", "checkpoints", "settings", "locks", "telemetry"},
-    {"records", "errors", "__init__"},
+    {"rules", "checkpoints", "settings", "locks", "lock_choice", "lock_proof", "soft_lock", "trust", "telemetry"},
+    {"records", "errors", "mounts", "__init__"},
 )
 
 
