@@ -126,3 +126,41 @@ def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"--out {out}: {error.strerror or error}") from error
     return entry
+
+
+def verify_resume(
+    settings: Settings,
+    import_paths: Sequence[str],
+    chunks: int,
+    steps_per_epoch: int,
+    interruptions: int,
+    device: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Is resume exact for this job, here? What was found, as `orch verify-resume --json` prints it.
+
+    say: is told how it goes on, a line at a time. Raises JobSpecError if the job can't be trained."""
+    for line in check(settings, import_paths):
+        say(line)
+    from jobs import resume_check
+    from jobs.job import JobError
+    from jobs.resume_link import Plan
+    from jobs.training import find_class
+
+    if hasattr(find_class(settings.job), "open_trainer"):
+        raise JobSpecError(
+            f"job {settings.job}: it brings a trainer of its own (open_trainer), whose files orch can't read; "
+            "verify-resume is for classes derived from jobs.job.Job"
+        )
+    plan = Plan(
+        settings=settings.model_dump(mode="json"),
+        import_paths=[*import_paths],
+        cores=settings.cores_per_worker or len(os.sched_getaffinity(0)),
+        device=device,
+        chunks=chunks,
+        epochs_per_chunk=2,  # so that an epoch's end lies within a chunk, whatever the settings say
+        steps_per_epoch=steps_per_epoch,
+        interruptions=interruptions,
+    )
+    with _as_job_error(settings.job, JobError):
+        return resume_check.as_json(resume_check.verify(plan, say))

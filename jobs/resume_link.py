@@ -1,0 +1,226 @@
+"""One link of a check that resume is exact: some steps of a short training, from a file or from the start, to a file.
+
+Run as a process of its own (`python -m jobs.resume_link`), it shares nothing with the link before it but that file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import traceback
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from jobs.data import Feed
+from jobs.exactness import digest
+from jobs.job import JobError, Split
+from jobs.training import Session, load_job, set_up
+from orchestrator import rules
+from orchestrator.records import Interrupted, Profile, Work
+from orchestrator.settings import Settings
+
+REFERENCE, RESUMED = "reference", "resumed"  # folders of states, each file named after the steps before it
+PLAN = "plan.json"
+NO_STOP = -1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A short training: `chunks` chunks, each under the next profile of the cycle, with few batches an epoch."""
+
+    settings: dict[str, Any]  # complete, as a job is given them
+    import_paths: list[str]
+    cores: int
+    device: str  # "auto", "cpu" or "cuda"
+    chunks: int
+    epochs_per_chunk: int
+    steps_per_epoch: int  # at most; fewer where there is less data
+    interruptions: int
+
+    def profile(self, chunk: int) -> Profile:
+        return rules.profile_at(chunk, Settings.model_validate(self.settings).policy(1).cycle)
+
+
+class ShortSession(Session):
+    """A Session whose epochs have few batches, and which notes what is in each."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        super().__init__(load_job(plan.settings, device, plan.cores))
+        self._steps = plan.steps_per_epoch
+        self.batches: list[str] = []  # digests, in the order of training
+
+    def feed(self, split: Split) -> Feed:
+        known = split in self._feeds
+        feed = super().feed(split)
+        if split == "train" and not known:
+            feed = self._feeds[split] = _Noted(feed, self.batches)
+        return feed
+
+    def _indices(self, split: Split, source: Dataset[Any]) -> list[int]:
+        """Spread over all examples, for these are often sorted by class."""
+        found = super()._indices(split, source)
+        size = self.settings["max_batch_size"]
+        count = min(len(found), self._steps * size - size // 4)  # the last batch is smaller, as in most real epochs
+        return [found[i * len(found) // count] for i in range(count)]
+
+
+class _Noted(Feed):
+    """Another feed, whose batches are noted when they are used."""
+
+    def __init__(self, feed: Feed, notes: list[str]) -> None:
+        super().__init__(feed.batch_size, feed.count)
+        self._feed = feed
+        self._notes = notes
+
+    def shuffled(self, seed: int, first_batch: int = 0) -> Iterator[Any]:
+        for batch in self._feed.shuffled(seed, first_batch):
+            self._notes.append(digest(batch))
+            yield batch
+
+
+def open_short(plan: Plan) -> ShortSession:
+    """Raises JobError if the job can't be opened, or there is no such device."""
+    device = set_up(plan.settings, plan.cores)
+    if plan.device == "cuda" and device.type != "cuda":
+        raise JobError(
+            "--device cuda: torch sees no GPU here; run the check where the job will run, for example with "
+            "srun --gpus=1 in front of it, or say --device cpu"
+        )
+    return ShortSession(plan, device)
+
+
+def break_points(steps_per_epoch: int, epochs_per_chunk: int, chunks: int, wanted: int) -> list[int]:
+    """After how many steps to interrupt, ascending: first where it matters most, then between those.
+
+    In the midst of the first epoch; between two chunks; before the very last step; between two epochs.
+    """
+    per_chunk = steps_per_epoch * epochs_per_chunk
+    total = per_chunk * chunks
+    chosen: list[int] = []
+    telling = [(steps_per_epoch + 1) // 2, per_chunk, total - 1, total - per_chunk + steps_per_epoch]
+    for point in telling:
+        if 0 < point < total and point not in chosen:
+            chosen.append(point)
+    while len(chosen) < min(wanted, total - 1):
+        marks = [0, *sorted(chosen), total]
+        after, before = max(pairwise(marks), key=lambda gap: gap[1] - gap[0])
+        chosen.append((after + before) // 2)
+    return sorted(chosen[:wanted])
+
+
+def train_link(
+    session: ShortSession, plan: Plan, folder: Path, start: int, stop: int | None, snapshots: Collection[int] = ()
+) -> dict[str, Any]:
+    """Train from `start` steps on until there are `stop` (None: to the end), as a job of a chain does.
+
+    Reads the state `folder/START.pt` unless start is 0. Writes one at each chunk's end, one where it stops, and
+    one at each of the snapshots, at which it does not stop. A stop at a chunk's end is a clean end; any other
+    interrupts the chunk. Returns the batches' digests and the metrics of each chunk's epochs by the chunk's end.
+    Raises JobError if the loss becomes infinite or NaN.
+    """
+    per_chunk = session.feed("train").batches * plan.epochs_per_chunk
+    done = start
+    metrics: dict[str, list[dict[str, float]]] = {}
+
+    def should_stop() -> bool:
+        nonlocal done
+        if done == stop:
+            return True
+        if done in snapshots and done % per_chunk:
+            _save(session, folder / f"{done}.pt")
+        done += 1
+        return False
+
+    for chunk in range(start // per_chunk, plan.chunks):
+        first, profile = chunk * per_chunk, plan.profile(chunk)
+        work = Work(
+            profile=profile,
+            epochs=plan.epochs_per_chunk,
+            seed=plan.settings["seed"] * 1_000_003 + 1,
+            repeat=0,
+            parent=folder / f"{first}.pt" if chunk else None,
+            suspended=folder / f"{start}.pt" if start > first else None,
+        )
+        result = session.train(work, should_stop, lambda _result: None)
+        _save(session, folder / f"{done}.pt")
+        if isinstance(result, Interrupted):
+            break
+        if not math.isfinite(result.results[-1].metrics["train_loss"]):
+            raise JobError(
+                f"the loss is infinite or NaN after {done} steps under the profile {profile.name!r}: there is nothing "
+                "to compare. Give settings that train, for example with --set training_profiles.0.learning_rate=0.001"
+            )
+        metrics[str(done)] = [dict(epoch.metrics) for epoch in result.results]
+        if done == stop:
+            break
+    return {"batches": list(session.batches), "metrics": metrics}
+
+
+def _save(session: Session, path: Path) -> None:
+    with path.open("wb") as target:
+        session.save(target)
+
+
+# --- as a process
+
+
+def write_plan(plan: Plan, root: Path) -> None:
+    (root / PLAN).write_text(json.dumps(asdict(plan)), encoding="utf-8")
+    for name in (REFERENCE, RESUMED):
+        (root / name).mkdir()
+
+
+def run(root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
+    """One link of the plan in root. Raises whatever the job raises."""
+    plan = Plan(**json.loads((root / PLAN).read_text(encoding="utf-8")))
+    sys.path[:0] = [p for p in plan.import_paths if p not in sys.path]
+    session = open_short(plan)
+    batches = session.feed("train").batches
+    if not batches:
+        raise JobError(f"job {plan.settings['job']}: data('train') is empty; there is nothing to train on")
+    breaks = break_points(batches, plan.epochs_per_chunk, plan.chunks, plan.interruptions)
+    found = train_link(session, plan, root / name, start, stop, snapshots=breaks if name == REFERENCE else ())
+    where = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
+    return found | {"steps_per_epoch": batches, "breaks": breaks, "device": where, "threads": torch.get_num_threads()}
+
+
+def explain(job: str, error: Exception) -> str:
+    """One clear message for what a job raised."""
+    if isinstance(error, JobError):
+        return str(error)
+    text = str(error)
+    named = re.match(r"(.+?) does not have a deterministic implementation", text)
+    operation = named[1] if named else "a matrix product of cuBLAS" if "CUBLAS_WORKSPACE_CONFIG" in text else None
+    if operation is not None:
+        return (
+            f"job {job}: {operation} has no deterministic implementation on this device, and the settings say "
+            f'"deterministic": true. Replace it in the model, loss or metrics by another operation, or set '
+            f'"deterministic": false (--set deterministic=false), with which resume may be inexact'
+        )
+    return f"job {job}: {type(error).__name__}: {error}"
+
+
+def main(root: Path, name: str, start: int, stop: int) -> int:
+    """Write what came of it, or {"error": message}, to root/link.json. Returns the exit code."""
+    found: dict[str, Any]
+    try:
+        found = run(root, name, start, None if stop == NO_STOP else stop)
+    except Exception as error:  # whatever the user's job does
+        job = json.loads((root / PLAN).read_text(encoding="utf-8"))["settings"]["job"]
+        found = {"error": explain(job, error)}
+        if found["error"].endswith(f"{type(error).__name__}: {error}"):  # no message of ours: where it was helps
+            traceback.print_exc()
+    (root / "link.json").write_text(json.dumps(found), encoding="utf-8")
+    return int("error" in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
