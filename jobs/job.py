@@ -21,8 +21,8 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from orchestrator.explain import explain
 from orchestrator.records import Profile
-from orchestrator.settings import explain
 
 Split = Literal["train", "validation", "test"]
 

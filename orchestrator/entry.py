@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator import trust
 from orchestrator.cluster import Place, this_place
 from orchestrator.cluster.local import gpus, this_process
 from orchestrator.run import Run
@@ -42,6 +43,7 @@ def job_main(run_folder: str, worker_id: int) -> str:
 
 
 def _work(run_folder: str, worker_id: int) -> str:
+    trust.use_umask(Path(run_folder))
     stop = StopFlag()
     stop.listen()  # followers too, which do nothing about it: rank 0 says when to stop
     place = this_place()

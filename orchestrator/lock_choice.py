@@ -40,6 +40,7 @@ class Choice:
         return f"{NAMES[self.kind]}, {self.why}"
 
 
+_proven: set[tuple[int, LockKind]] = set()  # (device, kind) that this process has seen to hold
 UNRECORDED = Choice("flock", "as no other choice is recorded")
 
 
@@ -101,13 +102,24 @@ def choose(folder: Path, several_nodes: bool, wanted: Wanted) -> Choice:
     kinds = candidates(facts, several_nodes, wanted)
     proofs: dict[LockKind, str] = {}
     for kind in kinds if isinstance(kinds, tuple) else ():
-        proofs[kind] = prove(folder, kind)
+        proofs[kind] = _prove_once(folder, kind)
         if not proofs[kind]:
             break
     choice = decide(mount, several_nodes, wanted, proofs, sqlite_locks_work(folder))
     if isinstance(choice, str):
         raise LockError(choice)
     return choice
+
+
+def _prove_once(folder: Path, kind: LockKind) -> str:
+    """A sweep launches many runs on one mount."""
+    place = (folder.stat().st_dev, kind)
+    if place in _proven:
+        return ""
+    problem = prove(folder, kind)
+    if not problem:
+        _proven.add(place)
+    return problem
 
 
 def record_path(database: Path) -> Path:

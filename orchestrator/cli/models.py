@@ -62,8 +62,11 @@ def export(
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Write a model's weights, as `model.load_state_dict(torch.load(file))` takes them."""
+    from orchestrator import trust
     from orchestrator.user_job import export_entry
 
-    entry = export_entry(open_run(run, runs_dir), rank, out)
+    opened = open_run(run, runs_dir)
+    with trust.users_umask():
+        entry = export_entry(opened, rank, out)
     print(f"{out}: rank {rank}, score {entry['score']:.6g}, {entry['epochs']} epochs")
     print(f"{out.with_suffix('.json')}: what it is and where it comes from")

@@ -23,9 +23,12 @@ DEFAULT_RUNS_DIR = Path("runs")
 
 
 def open_run(run: str | None, runs_dir: Path) -> Run:
+    from orchestrator import trust
     from orchestrator.run import Run, find_run
 
-    return Run.open(find_run(run, runs_dir))
+    opened = Run.open(find_run(run, runs_dir))
+    trust.use_umask(opened.folder)
+    return opened
 
 
 def print_json(value: Any) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from orchestrator import trust
 from orchestrator.cluster import Entry
 from orchestrator.errors import SubmissionError
 from orchestrator.records import Evidence, Job, JobState, Submitted
@@ -48,22 +49,23 @@ class LocalCluster:
 
         taken: list[Submitted] = []
         try:
-            for job in jobs:
-                executor = submitit.LocalExecutor(self._run_folder / "jobs" / job.token)
-                # submitit counts from the start of the process, so the wait for the predecessor is included.
-                limit_s = 2 * self.time_limit_s() + GRACE_S
-                executor.update_parameters(
-                    timeout_min=limit_s / 60,
-                    signal_delay_s=int(GRACE_S),
-                    stderr_to_stdout=True,
-                    tasks_per_node=self._settings.gpus_per_worker,
-                )
-                with clean_env(), _detached():
-                    started = executor.submit(self._entry, str(self._run_folder), job.worker_id)
-                _children[:] = [child for child in _children if child.poll() is None]  # asking reaps those that ended
-                _children.append(started._process)  # type: ignore[attr-defined]  # LocalJob has it
-                pid = int(started.job_id)
-                taken.append(Submitted(job.job_id, str(pid), pid, _created_at(pid), host_name()))
+            with trust.files_of(self._run_folder):
+                for job in jobs:
+                    executor = submitit.LocalExecutor(self._run_folder / "jobs" / job.token)
+                    # submitit counts from the start of the process, so the wait for the predecessor is included.
+                    limit_s = 2 * self.time_limit_s() + GRACE_S
+                    executor.update_parameters(
+                        timeout_min=limit_s / 60,
+                        signal_delay_s=int(GRACE_S),
+                        stderr_to_stdout=True,
+                        tasks_per_node=self._settings.gpus_per_worker,
+                    )
+                    with clean_env(), _detached():
+                        started = executor.submit(self._entry, str(self._run_folder), job.worker_id)
+                    _children[:] = [c for c in _children if c.poll() is None]  # asking reaps those that ended
+                    _children.append(started._process)  # type: ignore[attr-defined]  # LocalJob has it
+                    pid = int(started.job_id)
+                    taken.append(Submitted(job.job_id, str(pid), pid, _created_at(pid), host_name()))
         except (OSError, subprocess.SubprocessError) as error:
             for done in taken:
                 _signal(done.pid, done.pid_created_at, signal.SIGKILL)

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from orchestrator import trust
 from orchestrator.cluster import Entry
 from orchestrator.cluster.sbatch import Request, advice, is_no_room, is_unreachable, refusal_of, request
 from orchestrator.errors import ClusterUnreachableError, NoRoomError, SettingsError, SubmissionError
@@ -73,7 +74,8 @@ class SlurmCluster:
             raise SubmissionError(
                 "sbatch or srun is not on the PATH; is this a node of the cluster? Or --executor local"
             )
-        with _environment_for_submission(), redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
+        quiet = redirect_stderr(io.StringIO())  # submitit repeats sbatch's words there
+        with _environment_for_submission(), quiet, trust.files_of(self._run_folder):  # sbatch takes the umask along
             try:
                 executor = self.executor(base, after)
                 taken = executor.map_array(self._entry, *zip(*self._arguments(jobs), strict=True))

@@ -23,7 +23,7 @@ FLOORS = (
     {"worker", "ledger", "doctor"},
     {"leaderboard", "cluster"},
     {"rules", "checkpoints", "settings", "locks", "lock_choice", "lock_proof", "soft_lock", "trust", "telemetry"},
-    {"records", "errors", "mounts", "__init__"},
+    {"records", "errors", "mounts", "explain", "__init__"},
 )
 
 
