@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoints, rules
+from orchestrator import checkpoints, lock_choice, rules, trust
 from orchestrator import settings as settings_module
 from orchestrator.cluster import Cluster, open_cluster
+from orchestrator.cluster.bystander import Bystander
 from orchestrator.errors import RunError, StaleClaimError, SubmissionError
 from orchestrator.leaderboard import DATABASE_NAME, Leaderboard
+from orchestrator.leaderboard.engine import Database
 from orchestrator.records import Evidence, JobState, RunState
 from orchestrator.settings import Settings
 from orchestrator.worker import Ending, StopFlag, reconcile
@@ -42,7 +47,9 @@ class Run:
         if self._cluster is None:
             from orchestrator.entry import job_main
 
-            self._cluster = open_cluster(self.settings.executor or "local", self.settings, self.folder, job_main)
+            cluster = open_cluster(self.settings.executor or "local", self.settings, self.folder, job_main)
+            owner = trust.owner(self.folder)
+            self._cluster = cluster if owner is None else Bystander(cluster, owner)
         return self._cluster
 
     # --- making and finding
@@ -58,59 +65,64 @@ class Run:
         """Make the run's folder and database and queue its workers. All or nothing: where the cluster takes
         no jobs, the folder is gone again.
 
-        Raises RunError if there is a run of this name, SubmissionError if nothing could be queued.
+        Raises RunError if there is a run of this name, LockError if no lock holds on its file system,
+        LeaderboardError if the database can't be made, SubmissionError if nothing could be queued.
         """
         folder = (runs_dir / settings.name).absolute()
         if folder.exists():
             raise RunError(f"{folder} exists already; launch again to go on with it")
+        own_schema = settings_module.is_server(settings.database) and settings.database_schema is None
+        if own_schema:
+            settings = settings.model_copy(update={"database_schema": _new_schema(settings.name)})
         building = folder.with_name(f".{folder.name}-{os.getpid()}")
         now = clock()
-        try:
-            for part in ("checkpoints", "jobs", "logs"):
-                (building / part).mkdir(parents=True)
-            frozen = settings_module.freeze(settings)
-            (building / SETTINGS_NAME).write_text(frozen + "\n", encoding="utf-8")
-            Leaderboard.create(
-                building,
-                settings.database,
-                settings.name,
-                frozen,
-                import_paths,
-                now,
-                now + settings.total_lifetime,
-            )
-            building.rename(folder)  # the run is there from here on, and whole
-        except OSError as error:
-            shutil.rmtree(building, ignore_errors=True)
-            if folder.exists():
-                raise RunError(f"{folder} was made by another launch just now; launch again to go on") from error
-            raise RunError(f"{folder} can't be made: {error.strerror or error}") from error
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-        run = cls.open(folder)
-        try:
+        with ExitStack() as undo:  # what is made here is gone again if the rest fails
+            undo.callback(shutil.rmtree, building, ignore_errors=True)
+            try:
+                trust.make_folder(building, settings.group)
+                with trust.files_of(building):
+                    for part in ("checkpoints", "jobs", "logs"):
+                        (building / part).mkdir()
+                    settings = _with_lock(settings, building, undo)
+                    frozen = settings_module.freeze(settings)
+                    (building / SETTINGS_NAME).write_text(frozen + "\n", encoding="utf-8")
+                    place = (building, settings.database, settings.database_schema)
+                    deadline = now + settings.total_lifetime
+                    Leaderboard.create(*place, settings.name, frozen, import_paths, now, deadline)
+                    undo.callback(Leaderboard.discard, *place, own_schema)
+                building.rename(folder)  # the run is there from here on, and whole
+            except OSError as error:
+                if folder.exists():
+                    raise RunError(f"{folder} was made by another launch just now; launch again to go on") from error
+                raise RunError(f"{folder} can't be made: {error.strerror or error}") from error
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            run = cls.open(folder)
             run._grow(now)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+            undo.pop_all()
         return run
 
     @classmethod
     def open(cls, folder: Path) -> Run:
-        """Raises RunError if there is no run in folder, LeaderboardError if its database can't be used."""
+        """Raises RunError if there is no run in folder or strangers may write to it, LeaderboardError if its
+        database can't be used."""
+        trust.check(folder)
         path = folder / SETTINGS_NAME
-        url = None
+        place: tuple[str | None, str | None] = (None, None)
         try:
-            url = settings_module.thaw(path.read_text(encoding="utf-8")).database
+            written = settings_module.thaw(path.read_text(encoding="utf-8"))
+            place = (written.database, written.database_schema)
         except FileNotFoundError as error:
             if not (folder / DATABASE_NAME).exists():  # which has the settings too
                 raise RunError(f"{folder} is not a run: it has neither {path.name} nor {DATABASE_NAME}") from error
         except OSError as error:
             raise RunError(f"{folder} is not a run: {path.name}: {error.strerror or error}") from error
-        leaderboard = Leaderboard.open(folder, url, settings_module.load_policy)
+        leaderboard = Leaderboard.open(folder, *place, settings_module.load_policy)
+        if leaderboard.database.file:
+            trust.check(folder, leaderboard.database.file)
         text, version = leaderboard.reader.settings()
-        return cls(folder.absolute(), settings_module.thaw(text), leaderboard, version)
+        settings = settings_module.thaw(text)
+        _refuse_two_locks(settings, leaderboard)
+        return cls(folder.absolute(), settings, leaderboard, version)
 
     def _grow(self, now: float) -> list[str]:
         """Add the workers that the settings want and the run does not have; all of them or none."""
@@ -272,6 +284,7 @@ class Run:
             "created_at": iso(snapshot.created_at),
             "deadline": iso(snapshot.deadline),
             "executor": self.cluster.name,
+            "lock": str(self.leaderboard.database.lock_choice or "the database server's"),
             "best": snapshot.progress.best_score,
             "workers": [
                 _worker_status(worker_id, row, evidence)
@@ -314,6 +327,38 @@ def _worker_status(worker_id: int, row: dict[str, Any], evidence: dict[int, Evid
         "link": row["link"],
         "outcome": row["outcome"],
     }
+
+
+def _with_lock(settings: Settings, building: Path, undo: ExitStack) -> Settings:
+    """Settings that say which lock the run has, proven on the mount and written beside its database.
+
+    Raises LockError, OSError.
+    """
+    file = Database(settings.database, building).file
+    if file is None or file.exists():  # a server keeps its own; a file that is there is refused soon
+        return settings
+    file.parent.mkdir(parents=True, exist_ok=True)
+    choice = lock_choice.choose(file.parent, settings.executor == "slurm", settings.lock)
+    lock_choice.write_record(file, choice)
+    undo.callback(lock_choice.record_path(file).unlink, missing_ok=True)
+    return settings.model_copy(update={"lock": choice.kind})
+
+
+def _refuse_two_locks(settings: Settings, leaderboard: Leaderboard) -> None:
+    """Raises RunError if this process took another lock than others of the run may take."""
+    database = leaderboard.database
+    if database.file and database.lock_choice and settings.lock not in ("auto", database.lock_choice.kind):
+        record = lock_choice.record_path(database.file)
+        raise RunError(
+            f"{record} says {database.lock_choice.kind!r}, and the run was launched with the lock {settings.lock!r}: "
+            "two kinds at once are none. End all processes of the run, then put "
+            f'"kind": "{settings.lock}" into {record}'
+        )
+
+
+def _new_schema(run_name: str) -> str:
+    """A name that PostgreSQL takes unquoted, and that no other run of this name has."""
+    return f"orch_{re.sub(r'[^a-z0-9_]', '_', run_name.lower())[:40]}_{secrets.token_hex(4)}"
 
 
 # --- finding runs

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import ErrorDetails, PydanticSerializationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError, PydanticSerializationError
 
-from orchestrator import rules
+from orchestrator import rules, trust
 from orchestrator.errors import SettingsError
+from orchestrator.explain import explain
 from orchestrator.records import Metric, Mode, Policy, Profile, StopRules
 
 # Keys of the report's own system whose job is done by the database and the run folder now.
 OBSOLETE = ("lock_file", "lock_timeout", "state_file", "log_file", "model_name_format")
+POSTGRES = "postgresql+psycopg"
 DEFAULT_JOB = "jobs.alexnet:AlexNet"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -26,9 +28,25 @@ Flags = bool | list[bool]
 
 
 class Strict(BaseModel):
-    """Unknown keys are mistakes."""
+    """Unknown keys are mistakes, and true is no number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python and pydantic take true for 1."""
+        if isinstance(value, bool) and info.field_name in cls.model_fields:
+            kinds = _kinds(cls.model_fields[info.field_name].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise PydanticCustomError("bool_for_number", "input should be a number")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Every type that is named in it."""
+    inner = get_args(annotation)
+    return {annotation} if not inner else set().union(*(_kinds(part) for part in inner))
 
 
 class ProfileSettings(Strict):
@@ -104,6 +122,14 @@ class Settings(Strict):
     slurm_file: str | None = None
     slurm: SlurmSettings = SlurmSettings()
     database: str | None = None
+    lock: Literal["auto", "flock", "soft"] = "auto"
+    group: Annotated[str, Field(min_length=1)] | None = None
+    database_schema: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]*$", max_length=63)] | None = None
+
+    @field_validator("database")
+    @classmethod
+    def _a_database_we_know(cls, url: str | None) -> str | None:
+        return None if url is None else checked_database(url)
 
     @field_validator("training_profiles")
     @classmethod
@@ -133,6 +159,33 @@ class Settings(Strict):
         )
 
 
+def checked_database(url: str) -> str:
+    """Raises ValueError, whose text never holds the URL's password."""
+    try:
+        parts = urlsplit(url)
+        password = parts.password or parse_qs(parts.query).get("password")
+    except ValueError as error:  # brackets that are no IPv6 address
+        raise ValueError(f"not a URL: {str(error).split(':')[0]}") from error
+    if parts.scheme == "sqlite":
+        if parts.path in ("", "/", "/:memory:"):
+            raise ValueError("a database in memory is gone with its process; allowed is sqlite:////folder/file.db")
+    elif parts.scheme != POSTGRES:
+        raise ValueError(
+            f"{parts.scheme[:40]!r} is no database that orch knows; allowed are {POSTGRES}://user@host/name and "
+            "sqlite:////folder/file.db"
+        )
+    elif password:
+        raise ValueError(
+            "the URL holds a password, which would be written to the run folder; leave it out, and give it as "
+            "PGPASSWORD or in ~/.pgpass"
+        )
+    return url
+
+
+def is_server(database: str | None) -> bool:
+    return database is not None and not database.startswith("sqlite")
+
+
 def load_policy(text: str, version: int) -> Policy:
     """The policy of settings as they were frozen by `freeze`."""
     return thaw(text).policy(version)
@@ -147,7 +200,7 @@ def thaw(text: str) -> Settings:
     try:
         return Settings.model_validate_json(text)
     except ValidationError as error:
-        raise SettingsError(explain("the run's settings", error)) from error
+        raise SettingsError(explain("the run's settings", error, Settings)) from error
 
 
 def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Settings, list[str]]:
@@ -175,8 +228,10 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(explain(str(path), error)) from error
+        raise SettingsError(explain(str(path), error, Settings)) from error
     _check_round_trip(settings, path)
+    if settings.group is not None:
+        trust.group_id(settings.group)
     if settings.select_on == "test":
         notes.append(
             f'{path}: select_on is "test": the board is chosen on the test set, so its scores are no estimate of '
@@ -204,7 +259,7 @@ def amend(settings: Settings, overrides: Sequence[str]) -> Settings:
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(explain("amended settings", error)) from error
+        raise SettingsError(explain("amended settings", error, Settings)) from error
 
 
 def _is_file(name: str) -> bool:
@@ -295,64 +350,3 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 def _is_index(node: Any, key: str) -> bool:
     return isinstance(node, list) and key.isascii() and key.isdigit() and int(key) < len(node)
-
-
-# --- messages
-
-
-def explain(source: str, error: ValidationError, model: type[BaseModel] = Settings) -> str:
-    """A line for each mistake: the source, the key's path, the value, and what is allowed."""
-    lines = []
-    for detail in error.errors(include_url=False):
-        line = f"{source}: {_explain_one(detail, model)}"
-        if line not in lines:  # a union (true or a list of them) reports each of its sides
-            lines.append(line)
-    return "\n".join(lines)
-
-
-def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    place = _place(detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        known = _keys_at(detail["loc"][:-1], model)
-        near = get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
-        allowed = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}"
-        return f"{place}: unknown key; {allowed}"
-    if detail["type"] == "missing":
-        return f"{place}: is missing and has no default"
-    message = detail["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    context: Mapping[str, Any] = detail.get("ctx") or {}
-    if "pattern" in context:
-        message = {
-            "name": "allowed are letters, digits, '.', '_' and '-'",
-            "job": 'allowed is "module:Class"',
-        }.get(place, message)
-    if detail["type"] == "value_error":
-        return f"{place}: {message}"
-    return f"{place}: {_short(detail['input'])} is not allowed; {message}"
-
-
-def _place(loc: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in loc:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif part not in ("bool", "list[bool]"):  # pydantic's names for the sides of a union
-            text += f".{part}" if text else part
-    return text
-
-
-def _keys_at(loc: tuple[int | str, ...], model: Any) -> list[str]:
-    for part in loc:
-        if isinstance(part, str) and isinstance(model, type) and issubclass(model, BaseModel):
-            annotation = model.model_fields[part].annotation
-            nested = [
-                a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
-            ]
-            model = nested[0] if nested else None
-    return sorted(model.model_fields) if model else []
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -42,9 +42,7 @@ NAMES: Mapping[Counted, str] = {"lock": "file lock", "database": "SQLite databas
 
 def prepare_database(folder: Path) -> None:
     """A database as a run has it, with one table more. Raises LeaderboardError."""
-    database = Database(None, folder)
-    database.create()
-    with database.transaction() as connection:
+    with Database(None, folder).creation() as connection:
         connection.exec_driver_sql("CREATE TABLE doctor_counter (number INTEGER NOT NULL)")
         connection.exec_driver_sql("INSERT INTO doctor_counter VALUES (0)")
 

@@ -10,6 +10,7 @@ reader   what is shown
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy import insert, select
@@ -41,6 +42,7 @@ class Leaderboard:
     def create(
         run_folder: Path,
         url: str | None,
+        schema_name: str | None,
         name: str,
         settings: str,
         import_paths: Sequence[str],
@@ -48,9 +50,7 @@ class Leaderboard:
         deadline: float,
     ) -> None:
         """Create the tables and the run's row. Raises LeaderboardError if there is a run already."""
-        database = Database(url, run_folder)
-        database.create()
-        with database.transaction(row_lock=False) as tx:
+        with Database(url, run_folder, schema_name).creation() as tx:
             tx.execute(
                 insert(schema.run).values(
                     run_id=1,
@@ -70,11 +70,23 @@ class Leaderboard:
             )
             log_event(tx, now, "launched", None, None, None, name=name, deadline=deadline)
 
+    @staticmethod
+    def discard(run_folder: Path, url: str | None, schema_name: str | None, schema_too: bool) -> None:
+        """Undo `create`, as far as the database answers. schema_too: the schema was made for this run."""
+        with suppress(LeaderboardError):
+            Database(url, run_folder, schema_name).drop(schema_too)
+
     @classmethod
-    def open(cls, run_folder: Path, url: str | None, load_policy: Callable[[str, int], Policy]) -> Leaderboard:
+    def open(
+        cls,
+        run_folder: Path,
+        url: str | None,
+        schema_name: str | None,
+        load_policy: Callable[[str, int], Policy],
+    ) -> Leaderboard:
         """Raises LeaderboardError if there is none, or if another version of the schema wrote it."""
-        database = Database(url, run_folder)
-        with database.transaction() as tx:
+        database = Database(url, run_folder, schema_name)
+        with database.transaction(row_lock=False) as tx:
             try:
                 row = tx.execute(select(schema.run.c.schema_version, schema.run.c.orch_version)).one_or_none()
             except DatabaseError as error:

@@ -1,44 +1,88 @@
-"""Short transactions on SQLite (one file, one fair lock around it) or on a database server."""
+"""Short transactions on SQLite (one file, one fair lock around it) or on a PostgreSQL server (a schema a run, one
+row's lock)."""
 
 from __future__ import annotations
 
 import re
 import sqlite3
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from filelock import Timeout
-from sqlalchemy import Connection, create_engine, event, select
+from sqlalchemy import Connection, create_engine, event, inspect, select
 from sqlalchemy.engine import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
-from sqlalchemy.pool import NullPool
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.schema import CreateSchema, DropSchema
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard import schema
-from orchestrator.locks import FairFileLock, lock_path
+from orchestrator.lock_choice import lock_of, read_record
+from orchestrator.soft_lock import HeldError
 
 DATABASE_NAME = "orch.db"
+# A server that restarts, or has no connection to spare, is asked again for so long: by a command, and by a job,
+# which has work to lose.
+CONNECT_FOR_S, JOB_CONNECTS_FOR_S = 3.0, 300.0
+# What the server does by itself about a client that was stopped or lost in the middle of a transaction, so that
+# the others go on; and how long these wait for the run's row before they say so.
+SERVER_LIMITS = "-c idle_in_transaction_session_timeout=60s -c lock_timeout=300s -c tcp_keepalives_idle=60"
 
 
 class Database:
     """Where the tables are, and how to get at them for one transaction at a time."""
 
-    def __init__(self, url: str | None, run_folder: Path) -> None:
-        """url: any SQLAlchemy URL; None is SQLite in the run folder. Nothing is opened yet."""
+    def __init__(self, url: str | None, run_folder: Path, schema_name: str | None = None) -> None:
+        """url: of PostgreSQL or of a SQLite file; None is SQLite in the run folder. schema_name: where this run's
+        tables are on a server, so that runs share a database and never a table. Nothing is opened yet.
+        """
         try:
             self.url: URL = make_url(url or f"sqlite:///{run_folder / DATABASE_NAME}")
             self.file = Path(self.url.database) if self.url.database and self._sqlite else None
-            self._engine: Engine = create_engine(self.url, poolclass=NullPool)
+            self.lock_choice = read_record(self.file) if self.file else None  # a server keeps its own
+            self._engine = self._make_engine(schema_name)
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             raise LeaderboardError(
                 f"database {_without_password(url)}: {error}; allowed is a SQLAlchemy URL such as "
                 "postgresql+psycopg://user@host/name (pip install 'orch[postgres]'), or nothing for SQLite"
             ) from error
-        self._lock = FairFileLock(lock_path(self.file)) if self.file else None
+        self.schema_name = schema_name
+        self.connect_for_s = CONNECT_FOR_S
+        self._lock = lock_of(self.lock_choice, self.file) if self.lock_choice and self.file else None
+
+    def _make_engine(self, schema_name: str | None) -> Engine:
         if self.file:
-            event.listen(self._engine, "connect", _prepare_sqlite)
-            event.listen(self._engine, "begin", _begin_immediate)
+            engine = create_engine(self.url, poolclass=NullPool, **self._without_fcntl())
+            event.listen(engine, "connect", _prepare_sqlite)
+            event.listen(engine, "begin", _begin_immediate)
+            return engine
+        # One connection, kept between transactions that follow each other and let go by `rest`: a server has
+        # fewer connections than a large run has workers.
+        engine = create_engine(
+            self.url,
+            poolclass=QueuePool,
+            pool_size=1,
+            max_overflow=0,
+            pool_pre_ping=True,
+            isolation_level="READ COMMITTED",  # with the run's row locked first, each statement sees all of it
+            connect_args={"options": SERVER_LIMITS, "connect_timeout": 30},
+        )
+        return engine.execution_options(schema_translate_map={None: schema_name})
+
+    def _without_fcntl(self) -> dict[str, Any]:
+        """Where a mount refuses SQLite's own locks, the lock around it has to do."""
+        if self.file is None or self.lock_choice is None or self.lock_choice.sqlite_locks:
+            return {}
+        uri = f"{self.file.absolute().as_uri()}?vfs=unix-none"
+        return {"creator": lambda: sqlite3.connect(uri, uri=True)}
+
+    def rest(self) -> None:
+        """Nothing will be asked for a while (a chunk is trained): give the server its connection back."""
+        self._engine.dispose()
 
     @property
     def _sqlite(self) -> bool:
@@ -69,25 +113,69 @@ class Database:
         if not self.exists():
             raise LeaderboardError(f"{self.file} is missing. Put it back from a backup, or launch under a new name")
         try:
-            with self._lock or nullcontext(), self._engine.begin() as connection:
+            with self._lock or nullcontext(), self._begin() as connection:
                 yield connection
         except Timeout as error:
+            held_for_s = self._lock.timeout if self._lock else 0
             raise LeaderboardError(
-                f"{error.lock_file} was held by another process for {self._lock.timeout if self._lock else 0:.0f} s; "
+                str(error)
+                if isinstance(error, HeldError)
+                else f"{error.lock_file} was held by another process for {held_for_s:.0f} s; "
                 "is a process of this run stopped (SIGSTOP)?"
             ) from error
         except DatabaseError as error:
             raise LeaderboardError(f"{self.name}: {error.orig or error}") from error
 
-    def create(self) -> None:
-        """Create the tables; for SQLite the file too. Raises LeaderboardError if they are there already."""
+    @contextmanager
+    def _begin(self) -> Iterator[Connection]:
+        """Connecting is tried again, since nothing was asked yet; what was begun never is."""
+        for attempt in Retrying(
+            retry=retry_if_exception(self._is_worth_another_try),
+            stop=stop_after_delay(self.connect_for_s),
+            wait=wait_random_exponential(multiplier=0.1, max=5.0),
+            reraise=True,
+        ):
+            with attempt:
+                connection = self._engine.connect()
+        with connection, connection.begin():
+            yield connection
+
+    def _is_worth_another_try(self, error: BaseException) -> bool:
+        """A server that starts or ends, that can't be reached just now or has too many clients: SQLSTATE classes
+        53 (insufficient resources), 57 (operator intervention) and 08 (connection), or none at all."""
+        if self.file or not isinstance(error, OperationalError):
+            return False
+        state = getattr(error.orig, "sqlstate", None)
+        refused = "password" in str(error.orig) or "does not exist" in str(error.orig)
+        return not refused and (state is None or state[:2] in ("53", "57", "08"))
+
+    @contextmanager
+    def creation(self) -> Iterator[Connection]:
+        """Create the tables, for SQLite the file too, for a server the schema if it is not there yet; what the
+        caller then writes belongs to the same transaction: all of it or nothing is there.
+
+        Raises LeaderboardError if the tables are there already.
+        """
         if self.file:
             if self.file.exists():
                 raise LeaderboardError(f"{self.file} exists already")
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.touch()
         with self._open() as connection:
+            if self.schema_name and not inspect(connection).has_schema(self.schema_name):
+                connection.execute(CreateSchema(self.schema_name))
             schema.metadata.create_all(connection, checkfirst=False)
+            yield connection
+
+    def drop(self, schema_too: bool) -> None:
+        """Undo `create`. schema_too: it was made for this run. Raises LeaderboardError."""
+        if self.file:
+            self.file.unlink(missing_ok=True)
+            return
+        with self._open() as connection:
+            schema.metadata.drop_all(connection)
+            if self.schema_name and schema_too:
+                connection.execute(DropSchema(self.schema_name))
 
 
 def _without_password(url: str | None) -> str:

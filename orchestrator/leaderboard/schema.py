@@ -20,6 +20,7 @@ from sqlalchemy import (
 
 SCHEMA_VERSION = 1
 
+HELD = "state IN ('live', 'suspended')"
 metadata = MetaData()
 
 run = Table(
@@ -91,7 +92,7 @@ checkpoint = Table(
     Column("test_metrics", JSON),
     Column("tested_at", Float),
     Column("released", Boolean, nullable=False, default=False),  # nothing refers to it; its file may be gone
-    Index("checkpoint_held", "released", sqlite_where=text("released = 0")),
+    Index("checkpoint_held", "released", sqlite_where=text("released = 0"), postgresql_where=text("NOT released")),
 )
 
 entry = Table(
@@ -106,7 +107,7 @@ entry = Table(
     Column("on_board", Boolean, nullable=False),
     Column("evicted_at", Float),
     Column("evicted_by", Integer, ForeignKey("entry.entry_id")),
-    Index("entry_on_board", "on_board", sqlite_where=text("on_board = 1")),
+    Index("entry_on_board", "on_board", sqlite_where=text("on_board = 1"), postgresql_where=text("on_board")),
 )
 
 chunk = Table(
@@ -114,8 +115,8 @@ chunk = Table(
     metadata,
     Column("chunk_id", Integer, primary_key=True),
     # Whose cycle position it consumes. A founder's own chunk gets it on promotion, since it founds the entry.
-    Column("entry_id", Integer, ForeignKey("entry.entry_id", use_alter=True)),
-    Column("parent_id", Integer, ForeignKey("checkpoint.checkpoint_id", use_alter=True)),
+    Column("entry_id", Integer, ForeignKey("entry.entry_id", use_alter=True, name="chunk_of_entry")),
+    Column("parent_id", Integer, ForeignKey("checkpoint.checkpoint_id", use_alter=True, name="chunk_of_parent")),
     Column("position", Integer, nullable=False),
     Column("profile", String(200), nullable=False),
     Column("worker_id", Integer, ForeignKey("worker.worker_id"), nullable=False),
@@ -132,7 +133,7 @@ chunk = Table(
     Column("suspended_sha256", String(64)),
     Column("error", Text),
     Index("chunk_by_entry", "entry_id", "position"),
-    Index("chunk_held", "state", sqlite_where=text("state IN ('live', 'suspended')")),
+    Index("chunk_held", "state", sqlite_where=text(HELD), postgresql_where=text(HELD)),
     Index("chunk_finished", "finished_at"),
 )
 
