@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, func, insert, select, update
 
 from orchestrator import rules
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.moves import (
+    IS_HELD,
     LEASE_ENDED,
     BoardRows,
+    Held,
     consume,
-    consumed_positions,
+    count_held,
     expire,
     finite,
-    held_chunks,
     log_event,
     read_board,
     release,
     set_state,
+    taken_positions,
 )
 from orchestrator.leaderboard.results import close, promote
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job, run, worker
@@ -41,6 +43,50 @@ from orchestrator.records import (
     RunState,
 )
 
+# Built once, so that each execution finds its SQL by one look into a cache. What a method needs of the run, the
+# worker, the job and the chunk comes in one row.
+_SETTINGS_VERSION = select(run.c.settings_version)
+_RUN_OF_CLAIM: Select[Any] = select(
+    run.c.state,
+    run.c.reason,
+    run.c.deadline,
+    run.c.generation,
+    run.c.epochs,
+    run.c.chunks_since_promotion,
+    run.c.settings_version,
+    worker.c.stopped,
+    job.c.state.label("job_state"),
+    job.c.starts,
+).select_from(
+    run.join(worker, worker.c.worker_id == bindparam("by_worker")).outerjoin(job, job.c.job_id == bindparam("by_job"))
+)
+_RUN_OF_RESULT: Select[Any] = select(
+    run.c.settings_version,
+    worker.c.failures,
+    chunk.c.entry_id,
+    chunk.c.parent_id,
+    entry.c.floor,
+    checkpoint.c.founder_id,
+).select_from(
+    run.join(worker, worker.c.worker_id == bindparam("by_worker"))
+    .outerjoin(chunk, chunk.c.chunk_id == bindparam("of_chunk"))
+    .outerjoin(entry, entry.c.entry_id == chunk.c.entry_id)
+    .outerjoin(checkpoint, checkpoint.c.checkpoint_id == chunk.c.parent_id)
+)
+# A worker's own first, then the oldest.
+_SUSPENDED = (
+    select(chunk)
+    .where(IS_HELD, chunk.c.state == ChunkState.SUSPENDED)
+    .order_by(chunk.c.worker_id != bindparam("by_worker"), chunk.c.chunk_id)
+    .limit(1)
+)
+_RUN, _LEASE, _EPOCHS = update(run), insert(chunk), insert(epoch)
+_PROMOTED = update(run).values(epochs=run.c.epochs + bindparam("trained"), chunks_since_promotion=0)
+_DISCARDED = update(run).values(
+    epochs=run.c.epochs + bindparam("trained"), chunks_since_promotion=run.c.chunks_since_promotion + 1
+)
+_NO_FAILURES = update(worker).where(worker.c.worker_id == bindparam("by_worker")).values(failures=0)
+
 
 class Board:
     """The write side of the leaderboard, as a worker uses it."""
@@ -56,28 +102,27 @@ class Board:
     def claim(self, worker_id: int, job_id: int, starts: int, now: float, lease_until: float) -> Claim | Over:
         """Lease the next chunk to a job: one that was suspended, else what the rules choose."""
         with self._database.transaction() as tx:
-            row, policy = self._read_run(tx)
-            self._check_current(tx, job_id, starts)
-            stopped = tx.execute(select(worker.c.stopped).where(worker.c.worker_id == worker_id)).scalar_one()
-            if stopped is not None:
-                return Over(RunState(row.state), stopped)
-            over = self._end_if_over(tx, row, policy, now)
+            row = tx.execute(_RUN_OF_CLAIM, {"by_worker": worker_id, "by_job": job_id}).one()
+            policy = self._policy_of(tx, row.settings_version)
+            _check_current(row, job_id, starts)
+            if row.stopped is not None:
+                return Over(RunState(row.state), row.stopped)
+            board, held = self._read_board(tx, now)
+            over = self._end_if_over(tx, row, board, policy, now)
             if over is not None:
                 return over
-            held = self._expire_past_leases(tx, now)
             generation: int = row.generation + 1
-            tx.execute(update(run).values(generation=generation))
-            board = read_board(tx, held)
-            suspended = [h for h in held if h.state == ChunkState.SUSPENDED]
-            if suspended:
-                chosen = min(suspended, key=lambda h: (h.worker_id != worker_id, h.chunk_id))
+            tx.execute(_RUN, {"generation": generation})
+            if held.suspended:
+                chosen = tx.execute(_SUSPENDED, {"by_worker": worker_id}).first()
+                assert chosen is not None, "counted in the same transaction"
                 return self._resume(tx, chosen, board, policy, worker_id, job_id, generation, now, lease_until)
             return self._lease(tx, held, board, policy, worker_id, job_id, generation, now, lease_until)
 
     def _lease(
         self,
         tx: Connection,
-        held: Sequence[Row[Any]],
+        held: Held,
         board: BoardRows,
         policy: Policy,
         worker_id: int,
@@ -86,32 +131,29 @@ class Board:
         now: float,
         lease_until: float,
     ) -> Claim:
-        founding = sum(h.entry_id is None for h in held)
-        choice = rules.choose_claim(board.entries, founding, policy.num_models, policy.metric)
+        choice = rules.choose_claim(board.entries, held.founders, policy.num_models, policy.metric)
         if isinstance(choice, FoundAnew):
             parent, position, repeat = None, 0, 0
         else:
             parent = choice.entry
-            consumed = consumed_positions(tx, parent.entry_id, parent.floor)
-            leased = {h.position for h in held if h.entry_id == parent.entry_id}
+            consumed, leased = taken_positions(tx, parent.entry_id, parent.floor)
             position = rules.next_profile(parent.floor, consumed, leased)
             repeat = rules.repeat_number(parent, position, policy.cycle)
         profile = rules.profile_at(position, policy.cycle)
         source = board.rows[parent.entry_id] if parent else None
-        chunk_id = tx.execute(
-            insert(chunk).values(
-                entry_id=parent.entry_id if parent else None,
-                parent_id=parent.checkpoint_id if parent else None,
-                position=position,
-                profile=profile.name,
-                worker_id=worker_id,
-                job_id=job_id,
-                generation=generation,
-                state=ChunkState.LIVE,
-                claimed_at=now,
-                lease_until=lease_until,
-            )
-        ).inserted_primary_key[0]  # type: ignore[index]
+        lease = {
+            "entry_id": parent.entry_id if parent else None,
+            "parent_id": parent.checkpoint_id if parent else None,
+            "position": position,
+            "profile": profile.name,
+            "worker_id": worker_id,
+            "job_id": job_id,
+            "generation": generation,
+            "state": ChunkState.LIVE,
+            "claimed_at": now,
+            "lease_until": lease_until,
+        }
+        chunk_id = tx.execute(_LEASE, lease).inserted_primary_key[0]  # type: ignore[index]
         return Claim(
             chunk_id=chunk_id,
             generation=generation,
@@ -169,16 +211,21 @@ class Board:
     def bar(self) -> float | None:
         """The score a candidate has to beat just now; None while a slot is free."""
         with self._database.transaction() as tx:
-            _, policy = self._read_run(tx)
-            return rules.bar(read_board(tx, ()).entries, policy.num_models, policy.metric)
+            policy = self._policy_of(tx, tx.execute(_SETTINGS_VERSION).scalar_one())
+            return rules.bar(read_board(tx).entries, policy.num_models, policy.metric)
 
     # --- what became of them
 
     def record(self, claim: Claim, candidate: Candidate, now: float) -> Outcome:
         """The ratchet decides. Raises StaleClaimError, having written nothing, if the claim was lost."""
+        results = [
+            {"number": r.number, "seconds": r.seconds, "metrics": {k: finite(v) for k, v in r.metrics.items()}}
+            for r in candidate.results
+        ]
         with self._database.transaction() as tx:
-            _, policy = self._read_run(tx)
-            board = read_board(tx, held_chunks(tx))
+            row = tx.execute(_RUN_OF_RESULT, {"of_chunk": claim.chunk_id, "by_worker": claim.worker_id}).one()
+            policy = self._policy_of(tx, row.settings_version)
+            board = read_board(tx)
             decision = rules.ratchet(candidate.score, board.entries, policy.num_models, policy.metric)
             if isinstance(decision, Promote) and candidate.file is None:
                 decision = Discard("its checkpoint was not written")
@@ -189,41 +236,25 @@ class Board:
                 ChunkState.PROMOTED if promoted else ChunkState.DISCARDED,
                 now,
                 train_seconds=candidate.train_seconds,
-                epochs=len(candidate.results),
+                epochs=len(results),
                 score=finite(candidate.score),
                 suspended_file=None,
                 suspended_sha256=None,
             )
-            if candidate.results:
-                tx.execute(
-                    insert(epoch),
-                    [
-                        {
-                            "chunk_id": claim.chunk_id,
-                            "number": r.number,
-                            "seconds": r.seconds,
-                            "metrics": {k: finite(v) for k, v in r.metrics.items()},
-                        }
-                        for r in candidate.results
-                    ],
-                )
-            worked = tx.execute(
-                select(chunk.c.entry_id, chunk.c.parent_id).where(chunk.c.chunk_id == claim.chunk_id)
-            ).one()
-            consume(tx, worked.entry_id, claim.position)
-            tx.execute(
-                update(run).values(
-                    epochs=run.c.epochs + len(candidate.results),
-                    chunks_since_promotion=0 if promoted else run.c.chunks_since_promotion + 1,
-                )
-            )
-            tx.execute(update(worker).where(worker.c.worker_id == claim.worker_id).values(failures=0))
+            if results:
+                tx.execute(_EPOCHS, [{"chunk_id": claim.chunk_id, **result} for result in results])
+            consume(tx, row.entry_id, claim.position, row.floor)
+            tx.execute(_PROMOTED if promoted else _DISCARDED, {"trained": len(results)})
+            if row.failures:
+                tx.execute(_NO_FAILURES, {"by_worker": claim.worker_id})
             if isinstance(decision, Promote):
-                promote(tx, claim, candidate, decision.evicted, worked.parent_id, policy, now)
+                promote(tx, claim, candidate, decision.evicted, board, row, policy, now)
                 reason = f"evicted entry {decision.evicted.entry_id}" if decision.evicted else "a slot was free"
             else:
                 reason = decision.reason
-            return Outcome(promoted, reason, release(tx))
+            # While its parent keeps its place, a discarded chunk was the last to refer to nothing.
+            freed = promoted or (row.entry_id is not None and row.entry_id not in board.rows)
+            return Outcome(promoted, reason, release(tx) if freed else ())
 
     def suspend(self, claim: Claim, file: str, sha256: str, now: float) -> tuple[str, ...]:
         """Interrupted between two steps; `file` holds everything to go on from. Returns collectable files."""
@@ -258,7 +289,7 @@ class Board:
         Returns how many failures in a row the worker has now.
         """
         with self._database.transaction() as tx:
-            _, policy = self._read_run(tx)
+            policy = self._policy_of(tx, tx.execute(_SETTINGS_VERSION).scalar_one())
             where = select(chunk.c.entry_id).where(chunk.c.chunk_id == claim.chunk_id)
             entry_id = tx.execute(where).scalar_one()
             earlier = tx.execute(
@@ -272,8 +303,9 @@ class Board:
             state = ChunkState.DISCARDED if given_up else ChunkState.FAILED
             close(tx, claim, state, now, error=error, suspended_file=None, suspended_sha256=None)
             if given_up:
-                consume(tx, entry_id, claim.position)
-                tx.execute(update(run).values(chunks_since_promotion=run.c.chunks_since_promotion + 1))
+                floor = tx.execute(select(entry.c.floor).where(entry.c.entry_id == entry_id)).scalar_one()
+                consume(tx, entry_id, claim.position, floor)
+                tx.execute(_DISCARDED, {"trained": 0})
             log_event(tx, now, "failed", claim.worker_id, claim.chunk_id, entry_id, error=error[:2000])
             tx.execute(
                 update(worker).where(worker.c.worker_id == claim.worker_id).values(failures=worker.c.failures + 1)
@@ -282,57 +314,39 @@ class Board:
 
     # --- inside a transaction
 
-    def _read_run(self, tx: Connection) -> tuple[Row[Any], Policy]:
-        columns = [
-            run.c.state,
-            run.c.reason,
-            run.c.deadline,
-            run.c.generation,
-            run.c.epochs,
-            run.c.chunks_since_promotion,
-            run.c.settings_version,
-        ]
-        row = tx.execute(select(*columns)).one()
-        if self._policy is None or self._policy.version != row.settings_version:
-            text = tx.execute(select(run.c.settings)).scalar_one()
-            self._policy = self._load_policy(text, row.settings_version)
-        return row, self._policy
+    def _policy_of(self, tx: Connection, version: int) -> Policy:
+        if self._policy is None or self._policy.version != version:
+            self._policy = self._load_policy(tx.execute(select(run.c.settings)).scalar_one(), version)
+        return self._policy
 
-    def _check_current(self, tx: Connection, job_id: int, starts: int) -> None:
-        row = tx.execute(select(job.c.state, job.c.starts).where(job.c.job_id == job_id)).one_or_none()
-        if row is None or row.state != JobState.RUNNING or row.starts != starts:
-            raise StaleClaimError(
-                f"job {job_id} (start {starts}) is no longer the one that works: "
-                + ("it is unknown" if row is None else f"it is {row.state}, start {row.starts}")
-            )
-
-    def _end_if_over(self, tx: Connection, row: Row[Any], policy: Policy, now: float) -> Over | None:
-        state = RunState(row.state)
-        if state is RunState.ACTIVE:
-            best = tx.execute(
-                select(func.max(checkpoint.c.score) if policy.metric.mode == "max" else func.min(checkpoint.c.score))
-                .join(entry, entry.c.checkpoint_id == checkpoint.c.checkpoint_id)
-                .where(entry.c.on_board.is_(True))
-            ).scalar_one()
-            progress = Progress(row.chunks_since_promotion, best, row.epochs)
-            ending = rules.converged(progress, policy.stop, policy.metric)
-            if ending is None and rules.lifetime_over(now, row.deadline):
-                ending = (RunState.FINISHED, "the run's total lifetime is over")
-            if ending is None:
-                return None
-            state, reason = ending
-            set_state(tx, state, reason, now)
-            return Over(state, reason)
-        return Over(state, row.reason or f"the run is {state}")
-
-    def _expire_past_leases(self, tx: Connection, now: float) -> list[Row[Any]]:
-        held = held_chunks(tx)
-        late = [
-            h.chunk_id
-            for h in held
-            if h.state == ChunkState.LIVE and rules.expired(now, h.lease_until, Evidence.UNKNOWN)
-        ]
-        if late:
+    def _read_board(self, tx: Connection, now: float) -> tuple[BoardRows, Held]:
+        """Claims whose lease is over are taken back before."""
+        held = count_held(tx)
+        if held.first_lease_end is not None and rules.expired(now, held.first_lease_end, Evidence.UNKNOWN):
+            live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(IS_HELD)).all()
+            late = [h.chunk_id for h in live if rules.expired(now, h.lease_until, Evidence.UNKNOWN)]
             expire(tx, late, LEASE_ENDED, now)
-            held = held_chunks(tx)
-        return held
+            held = count_held(tx)
+        return read_board(tx, held), held
+
+    def _end_if_over(self, tx: Connection, row: Row[Any], board: BoardRows, policy: Policy, now: float) -> Over | None:
+        state = RunState(row.state)
+        if state is not RunState.ACTIVE:
+            return Over(state, row.reason or f"the run is {state}")
+        best = max((e.score for e in board.entries), key=policy.metric.key, default=None)
+        progress = Progress(row.chunks_since_promotion, best, row.epochs)
+        ending = rules.converged(progress, policy.stop, policy.metric)
+        if ending is None and rules.lifetime_over(now, row.deadline):
+            ending = (RunState.FINISHED, "the run's total lifetime is over")
+        if ending is None:
+            return None
+        set_state(tx, *ending, now)
+        return Over(*ending)
+
+
+def _check_current(row: Row[Any], job_id: int, starts: int) -> None:
+    if row.job_state != JobState.RUNNING or row.starts != starts:
+        raise StaleClaimError(
+            f"job {job_id} (start {starts}) is no longer the one that works: "
+            + ("it is unknown" if row.job_state is None else f"it is {row.job_state}, start {row.starts}")
+        )

@@ -7,7 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    false,
+    func,
+    insert,
+    literal_column,
+    select,
+    true,
+    update,
+)
 
 from orchestrator import rules
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, event, run
@@ -20,6 +34,73 @@ REAPED = (NO_WORD, JOB_GONE, LEASE_ENDED)
 HELD = (ChunkState.LIVE, ChunkState.SUSPENDED)
 
 
+# --- statements of every chunk: built once, so that each execution finds its SQL by one look into a cache
+
+
+def _is_one_of(states: Sequence[ChunkState]) -> ColumnElement[bool]:
+    """Spelled out, since no partial index is used for a state that is a parameter."""
+    return chunk.c.state.in_([literal_column(f"'{state}'") for state in states])
+
+
+IS_HELD = _is_one_of(HELD)
+ON_BOARD = entry.c.on_board == true()
+
+_HELD_COUNTS = (
+    select(chunk.c.entry_id, chunk.c.state, func.count().label("chunks"), func.min(chunk.c.lease_until).label("lease"))
+    .where(IS_HELD)
+    .group_by(chunk.c.entry_id, chunk.c.state)
+)
+_BOARD: Select[Any] = (
+    select(
+        entry.c.entry_id,
+        entry.c.checkpoint_id,
+        entry.c.start_position,
+        entry.c.floor,
+        entry.c.worked_on,
+        checkpoint.c.score,
+        checkpoint.c.file,
+        checkpoint.c.sha256,
+        checkpoint.c.epochs,
+        checkpoint.c.parent_id,
+    )
+    .join(checkpoint, checkpoint.c.checkpoint_id == entry.c.checkpoint_id)
+    .where(ON_BOARD)
+    .order_by(entry.c.entry_id)
+)
+_TAKEN = select(chunk.c.position, chunk.c.state).where(
+    chunk.c.entry_id == bindparam("of_entry"),
+    chunk.c.position >= bindparam("from_position"),
+    _is_one_of((*CONSUMED, *HELD)),
+)
+_WORKED = (
+    update(entry)
+    .where(entry.c.entry_id == bindparam("of_entry"))
+    .values(worked_on=entry.c.worked_on + 1, floor=bindparam("new_floor"))
+)
+_UNREFERENCED = select(checkpoint.c.checkpoint_id, checkpoint.c.file).where(
+    checkpoint.c.released == false(),
+    checkpoint.c.checkpoint_id.not_in(
+        select(entry.c.checkpoint_id)
+        .where(ON_BOARD)
+        .union(select(chunk.c.parent_id).where(IS_HELD, chunk.c.parent_id.is_not(None)))
+    ),
+)
+_LOG = insert(event)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The chunks that are live or suspended: how many, not which."""
+
+    by_entry: Mapping[int | None, int]  # None: founders
+    suspended: int
+    first_lease_end: float | None  # of the live ones
+
+    @property
+    def founders(self) -> int:
+        return self.by_entry.get(None, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class BoardRows:
     """The entries on the board, and the rows they were read from."""
@@ -28,27 +109,24 @@ class BoardRows:
     rows: dict[int, Row[Any]]  # by entry_id: with the checkpoint's file, sha256 and epochs
 
 
-def held_chunks(tx: Connection) -> list[Row[Any]]:
-    return list(tx.execute(select(chunk).where(chunk.c.state.in_(HELD)).order_by(chunk.c.chunk_id)).all())
+def count_held(tx: Connection) -> Held:
+    """As many rows as entries that are worked on, however many the workers are."""
+    by_entry: dict[int | None, int] = {}
+    suspended = 0
+    leases = []
+    for entry_id, state, chunks, lease_until in tx.execute(_HELD_COUNTS).all():
+        by_entry[entry_id] = by_entry.get(entry_id, 0) + chunks
+        if state == ChunkState.SUSPENDED:
+            suspended += chunks
+        else:
+            leases.append(lease_until)
+    return Held(by_entry, suspended, min(leases, default=None))
 
 
-def read_board(tx: Connection, held: Sequence[Row[Any]]) -> BoardRows:
-    rows = tx.execute(
-        select(
-            entry,
-            checkpoint.c.score,
-            checkpoint.c.file,
-            checkpoint.c.sha256,
-            checkpoint.c.epochs,
-            checkpoint.c.parent_id,
-        )
-        .join(checkpoint, checkpoint.c.checkpoint_id == entry.c.checkpoint_id)
-        .where(entry.c.on_board.is_(True))
-        .order_by(entry.c.entry_id)
-    ).all()
-    busy: dict[int, int] = {}
-    for h in held:
-        busy[h.entry_id] = busy.get(h.entry_id, 0) + 1
+def read_board(tx: Connection, held: Held | None = None) -> BoardRows:
+    """held: left out where work in progress does not matter."""
+    rows = tx.execute(_BOARD).all()
+    busy = held.by_entry if held else {}
     entries = [
         Entry(
             entry_id=r.entry_id,
@@ -65,35 +143,28 @@ def read_board(tx: Connection, held: Sequence[Row[Any]]) -> BoardRows:
     return BoardRows(entries, {r.entry_id: r for r in rows})
 
 
-def consumed_positions(tx: Connection, entry_id: int, floor: int) -> set[int]:
-    query = select(chunk.c.position).where(
-        chunk.c.entry_id == entry_id, chunk.c.position >= floor, chunk.c.state.in_(CONSUMED)
-    )
-    return set(tx.execute(query).scalars())
+def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int], set[int]]:
+    """From the floor on: those that are consumed, and those that are leased."""
+    consumed: set[int] = set()
+    leased: set[int] = set()
+    for position, state in tx.execute(_TAKEN, {"of_entry": entry_id, "from_position": floor}).all():
+        (consumed if state in CONSUMED else leased).add(position)
+    return consumed, leased
 
 
-def consume(tx: Connection, entry_id: int | None, position: int) -> None:
+def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> None:
     """Count the finished chunk, and move the floor over what is consumed without a gap."""
     if entry_id is None:
         return
-    floor = tx.execute(select(entry.c.floor).where(entry.c.entry_id == entry_id)).scalar_one()
     if position == floor:
-        floor = rules.advance_floor(floor, consumed_positions(tx, entry_id, floor))
-    tx.execute(update(entry).where(entry.c.entry_id == entry_id).values(worked_on=entry.c.worked_on + 1, floor=floor))
+        consumed, _ = taken_positions(tx, entry_id, floor)
+        floor = rules.advance_floor(floor, consumed)
+    tx.execute(_WORKED, {"of_entry": entry_id, "new_floor": floor})
 
 
 def release(tx: Connection) -> tuple[str, ...]:
     """Mark the checkpoints that neither an entry nor a claim refers to; their files may go."""
-    needed = (
-        select(entry.c.checkpoint_id)
-        .where(entry.c.on_board.is_(True))
-        .union(select(chunk.c.parent_id).where(chunk.c.state.in_(HELD), chunk.c.parent_id.is_not(None)))
-    )
-    rows = tx.execute(
-        select(checkpoint.c.checkpoint_id, checkpoint.c.file).where(
-            checkpoint.c.released.is_(False), checkpoint.c.checkpoint_id.not_in(needed)
-        )
-    ).all()
+    rows = tx.execute(_UNREFERENCED).all()
     if rows:
         ids = [r.checkpoint_id for r in rows]
         tx.execute(update(checkpoint).where(checkpoint.c.checkpoint_id.in_(ids)).values(released=True))
@@ -139,16 +210,15 @@ def log_event(
     entry_id: int | None,
     **data: Any,
 ) -> None:
-    tx.execute(
-        insert(event).values(
-            at=now,
-            kind=kind,
-            worker_id=worker_id,
-            chunk_id=chunk_id,
-            entry_id=entry_id,
-            data=_json_safe(data),
-        )
-    )
+    row = {
+        "at": now,
+        "kind": kind,
+        "worker_id": worker_id,
+        "chunk_id": chunk_id,
+        "entry_id": entry_id,
+        "data": _json_safe(data),
+    }
+    tx.execute(_LOG, row)
 
 
 def _json_safe(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, update
 
 from orchestrator import rules
 from orchestrator.errors import StaleClaimError
-from orchestrator.leaderboard.moves import finite, log_event
+from orchestrator.leaderboard.moves import ON_BOARD, BoardRows, finite, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry
 from orchestrator.records import Candidate, ChunkState, Claim, Entry, Policy
+
+_OF_CLAIM = update(chunk).where(
+    chunk.c.chunk_id == bindparam("of_chunk"),
+    chunk.c.generation == bindparam("of_generation"),
+    chunk.c.state == ChunkState.LIVE,
+)
+_EVICT = update(entry).where(entry.c.entry_id == bindparam("of_entry"), ON_BOARD)
+_ENTER, _ADD_CHECKPOINT = insert(entry), insert(checkpoint)
 
 
 def close(tx: Connection, claim: Claim, state: ChunkState, finished_at: float | None, **values: Any) -> None:
     """The guarded write: only the live claim of this very generation."""
-    done = tx.execute(
-        update(chunk)
-        .where(
-            chunk.c.chunk_id == claim.chunk_id,
-            chunk.c.generation == claim.generation,
-            chunk.c.state == ChunkState.LIVE,
-        )
-        .values(state=state, finished_at=finished_at, **values)
-    )
+    guard = {"of_chunk": claim.chunk_id, "of_generation": claim.generation}
+    done = tx.execute(_OF_CLAIM, {**guard, "state": state, "finished_at": finished_at, **values})
     if done.rowcount != 1:
         raise StaleClaimError(
             f"chunk {claim.chunk_id}: generation {claim.generation} of worker {claim.worker_id} is stale; "
@@ -36,33 +37,30 @@ def promote(
     claim: Claim,
     candidate: Candidate,
     evicted: Entry | None,
-    parent_id: int | None,
+    board: BoardRows,
+    origin: Row[Any],
     policy: Policy,
     now: float,
 ) -> None:
-    """Put the candidate on the board, in place of `evicted` or in a free slot."""
-    checkpoint_id = _add_checkpoint(tx, claim, candidate, parent_id, now)
-    entry_id = tx.execute(
-        insert(entry).values(
-            checkpoint_id=checkpoint_id,
-            start_position=0 if parent_id is None else rules.child_start(claim.position),
-            floor=rules.child_start(claim.position),  # a founder's own chunk consumed its position 0
-            worked_on=0,
-            promoted_at=now,
-            on_board=True,
-        )
-    ).inserted_primary_key[0]  # type: ignore[index]
-    if parent_id is None:
+    """Put the candidate on the board, in place of `evicted` or in a free slot. origin: its chunk's parent_id, and
+    the founder_id of that."""
+    checkpoint_id = _add_checkpoint(tx, claim, candidate, origin.parent_id, origin.founder_id, now)
+    founder = origin.parent_id is None
+    place = {
+        "checkpoint_id": checkpoint_id,
+        "start_position": 0 if founder else rules.child_start(claim.position),
+        "floor": rules.child_start(claim.position),  # a founder's own chunk consumed its position 0
+        "worked_on": 0,
+        "promoted_at": now,
+        "on_board": True,
+    }
+    entry_id = tx.execute(_ENTER, place).inserted_primary_key[0]  # type: ignore[index]
+    if founder:
         tx.execute(update(chunk).where(chunk.c.chunk_id == claim.chunk_id).values(entry_id=entry_id))
     if evicted is not None:
-        done = tx.execute(
-            update(entry)
-            .where(entry.c.entry_id == evicted.entry_id, entry.c.on_board.is_(True))
-            .values(on_board=False, evicted_at=now, evicted_by=entry_id)
-        )
-        assert done.rowcount == 1, "read and written in one transaction"
-    on_board = select(checkpoint.c.score).join(entry, entry.c.checkpoint_id == checkpoint.c.checkpoint_id)
-    scores = tx.execute(on_board.where(entry.c.on_board.is_(True))).scalars().all()
+        left = {"of_entry": evicted.entry_id, "on_board": False, "evicted_at": now, "evicted_by": entry_id}
+        assert tx.execute(_EVICT, left).rowcount == 1, "read and written in one transaction"
+    scores = [candidate.score, *(e.score for e in board.entries if e is not evicted)]
     what = {
         "score": candidate.score,
         "position": claim.position,
@@ -76,28 +74,27 @@ def promote(
     log_event(tx, now, "promoted", claim.worker_id, claim.chunk_id, entry_id, **what)
 
 
-def _add_checkpoint(tx: Connection, claim: Claim, candidate: Candidate, parent_id: int | None, now: float) -> int:
+def _add_checkpoint(
+    tx: Connection, claim: Claim, candidate: Candidate, parent_id: int | None, founder_id: int | None, now: float
+) -> int:
     """The row of a checkpoint; a founder is its own founder."""
-    of_parent = select(checkpoint.c.founder_id).where(checkpoint.c.checkpoint_id == parent_id)
-    founder_id = None if parent_id is None else tx.execute(of_parent).scalar_one()
     last = candidate.results[-1].metrics if candidate.results else {}
-    checkpoint_id: int = tx.execute(
-        insert(checkpoint).values(
-            chunk_id=claim.chunk_id,
-            parent_id=parent_id,
-            founder_id=founder_id or 0,
-            worker_id=claim.worker_id,
-            epochs=candidate.epochs,
-            score=candidate.score,
-            profile=claim.profile.name,
-            metrics={name: finite(value) for name, value in last.items()},
-            file=candidate.file,
-            sha256=candidate.sha256,
-            size_bytes=candidate.size_bytes,
-            created_at=now,
-            released=False,
-        )
-    ).inserted_primary_key[0]  # type: ignore[index]
+    row = {
+        "chunk_id": claim.chunk_id,
+        "parent_id": parent_id,
+        "founder_id": founder_id or 0,
+        "worker_id": claim.worker_id,
+        "epochs": candidate.epochs,
+        "score": candidate.score,
+        "profile": claim.profile.name,
+        "metrics": {name: finite(value) for name, value in last.items()},
+        "file": candidate.file,
+        "sha256": candidate.sha256,
+        "size_bytes": candidate.size_bytes,
+        "created_at": now,
+        "released": False,
+    }
+    checkpoint_id: int = tx.execute(_ADD_CHECKPOINT, row).inserted_primary_key[0]  # type: ignore[index]
     if founder_id is None:
         own = update(checkpoint).where(checkpoint.c.checkpoint_id == checkpoint_id)
         tx.execute(own.values(founder_id=checkpoint_id))
