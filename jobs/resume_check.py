@@ -129,35 +129,45 @@ def verify(plan: Plan, say: Callable[[str], None], run_link: RunLink = in_fresh_
 def _compare(
     verdict: Verdict, root: Path, reference: dict[str, Any], link: dict[str, Any], start: int, stop: int
 ) -> Inexact | None:
-    """The link from start to stop, with the same steps of the reference. Files that are done with are removed."""
+    """The link from start to stop, with the same steps of the reference. Files that are done with are removed.
+
+    A tensor of a state says more than a metric that follows from it: the metrics count where the states are the same.
+    """
     batches = zip(reference["batches"][start:stop], link["batches"], strict=True)
     first_batch = next((step for step, (one, other) in enumerate(batches, start + 1) if one != other), None)
     verdict.batches_compared += stop - start
+    found_after, all_found = stop, list[Difference]()
     per_chunk = verdict.steps_per_epoch * verdict.epochs_per_chunk
-    ends = range((start // per_chunk + 1) * per_chunk, stop, per_chunk)  # of chunks, each with a checkpoint
-    for point in sorted({*ends, stop}):
+    for point in _between(start, stop, per_chunk):  # each has a checkpoint
         expected, found = (_state(root / name / f"{point}.pt") for name in (REFERENCE, RESUMED))
+        (root / REFERENCE / f"{point}.pt").unlink()
         verdict.states_compared += 1
         verdict.tensors_compared += count_tensors(expected)
-        all_found = list(differences(expected, found))
-        metrics, again = (side["metrics"].get(str(point)) for side in (reference, link))
-        all_found += differences(metrics, again, "metrics")
-        if not all_found and first_batch is not None and first_batch <= point:
-            all_found = [Difference(f"batch {first_batch}", "value", "the same batch", "another")]
-        if all_found:
-            distances = [d.max_abs_difference for d in all_found if d.max_abs_difference is not None]
-            return Inexact(
-                first=all_found[0],
-                interrupted_after=start or None,
-                found_after=point,
-                first_batch=first_batch,
-                parts=list(dict.fromkeys(re.split(r"[.\[ ]", d.path)[0] for d in all_found)),
-                largest=max(distances, default=None),
-            )
-        (root / REFERENCE / f"{point}.pt").unlink()
+        if not all_found:
+            found_after, all_found = point, list(differences(expected, found))
+    for point in _between(start, stop, verdict.steps_per_epoch):
+        if not all_found:
+            metrics, again = (side["metrics"].get(str(point)) for side in (reference, link))
+            found_after, all_found = point, list(differences(metrics, again, "metrics"))
     if start:
-        (root / RESUMED / f"{start}.pt").unlink(missing_ok=True)
-    return None
+        (root / RESUMED / f"{start}.pt").unlink()
+    if not all_found and first_batch is None:
+        return None
+    all_found = all_found or [Difference(f"batch {first_batch}", "value", "the same batch", "another")]
+    distances = [d.max_abs_difference for d in all_found if d.max_abs_difference is not None]
+    return Inexact(
+        first=all_found[0],
+        interrupted_after=start or None,
+        found_after=found_after,
+        first_batch=first_batch,
+        parts=list(dict.fromkeys(re.split(r"[.\[ ]", d.path)[0] for d in all_found)),
+        largest=max(distances, default=None),
+    )
+
+
+def _between(start: int, stop: int, every: int) -> list[int]:
+    """The multiples of `every` between start and stop, and stop."""
+    return [*range((start // every + 1) * every, stop, every), stop]
 
 
 def _state(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from jobs.exactness import digest
 from jobs.job import JobError, Split
 from jobs.training import Session, load_job, set_up
 from orchestrator import rules
-from orchestrator.records import Interrupted, Profile, Work
+from orchestrator.records import EpochResult, Interrupted, Profile, Work
 from orchestrator.settings import Settings
 
 REFERENCE, RESUMED = "reference", "resumed"  # folders of states, each file named after the steps before it
@@ -123,8 +123,9 @@ def train_link(
 
     Reads the state `folder/START.pt` unless start is 0. Writes one at each chunk's end, one where it stops, and
     one at each of the snapshots, at which it does not stop. A stop at a chunk's end is a clean end; any other
-    interrupts the chunk. Returns the batches' digests and the metrics of each chunk's epochs by the chunk's end.
-    Raises JobError if the loss becomes infinite or NaN.
+    interrupts the chunk. Returns the batches' digests, and the metrics by the steps before them: at an epoch's end
+    those of the epoch, at a chunk's end those of all epochs of the chunk. Raises JobError if the loss becomes
+    infinite or NaN.
     """
     per_chunk = session.feed("train").batches * plan.epochs_per_chunk
     done = start
@@ -139,6 +140,9 @@ def train_link(
         done += 1
         return False
 
+    def on_epoch(result: EpochResult) -> None:
+        metrics[str(done)] = [dict(result.metrics)]
+
     for chunk in range(start // per_chunk, plan.chunks):
         first, profile = chunk * per_chunk, plan.profile(chunk)
         work = Work(
@@ -149,7 +153,7 @@ def train_link(
             parent=folder / f"{first}.pt" if chunk else None,
             suspended=folder / f"{start}.pt" if start > first else None,
         )
-        result = session.train(work, should_stop, lambda _result: None)
+        result = session.train(work, should_stop, on_epoch)
         _save(session, folder / f"{done}.pt")
         if isinstance(result, Interrupted):
             break

@@ -1,0 +1,173 @@
+"""Jobs that draw random numbers wherever a job can, and jobs that keep what no checkpoint holds.
+
+Copied into a folder, this file is also a user's own module.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from jobs.digits import Digits
+from jobs.digits import Params as DigitsParams
+from jobs.job import Split
+
+print("resume_jobs says hello")  # a user's module may print what it likes
+
+
+class Params(DigitsParams):
+    examples: int = 50  # of the training set
+    trace: str = ""  # a file that gets the indices of each batch of training, a line each
+
+
+class NoisyPictures(Dataset[Any]):
+    """Every example is another one each time: shifted, noisy and dark by chance."""
+
+    def __init__(self, pictures: Tensor, labels: Tensor) -> None:
+        self.pictures, self.targets = pictures, labels
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        picture = self.pictures[index].roll(random.randint(-1, 1), dims=2)
+        picture = picture + 0.1 * torch.randn(picture.shape)
+        return picture * float(np.random.uniform(0.5, 1.0)), torch.stack([self.targets[index], torch.tensor(index)])
+
+
+class Noisy(Digits):
+    """Dropout, batch normalisation, shuffling, and draws from python, numpy and torch, in the data and in the loss."""
+
+    Params = Params
+
+    def model(self) -> nn.Module:
+        net = super().model()
+        net.insert(1, nn.BatchNorm2d(self.params.width))  # type: ignore[operator]
+        return net
+
+    def data(self, split: Split) -> Any:
+        pictures, labels = super().data(split).tensors
+        order = torch.argsort(labels, stable=True)
+        chosen = order[:: len(labels) // self.params.examples][: self.params.examples]
+        return NoisyPictures(pictures[chosen], labels[chosen])
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        labels, indices = targets[:, 0], targets[:, 1]
+        loss = super().loss(outputs, labels)
+        if outputs.requires_grad:
+            self.note(indices.tolist())
+            loss = loss * (1 + 0.1 * random.random() + 0.1 * float(np.random.normal()))
+        return loss
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {
+            "accuracy": (outputs.argmax(dim=1) == targets[:, 0]).float().mean(),
+            "loss": self.loss(outputs, targets),
+        }
+
+    def note(self, indices: list[int]) -> None:
+        self.__dict__.setdefault("seen", []).append(indices)
+        if self.params.trace:
+            with open(self.params.trace, "a", encoding="utf-8") as trace:
+                trace.write(f"{indices}\n")
+
+
+# --- jobs whose checkpoints are not complete
+
+
+class OwnGenerator(Noisy):
+    """The loss draws from a generator of the job's own."""
+
+    def __init__(self, context: Any) -> None:
+        super().__init__(context)
+        self.random = random.Random(1)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = super().loss(outputs, targets)
+        return loss * (1 + self.random.random()) if outputs.requires_grad else loss
+
+
+class Warming(nn.Module):
+    """Scales its input by a factor that grows with every batch of training."""
+
+    def __init__(self, in_checkpoint: bool) -> None:
+        super().__init__()
+        self.register_buffer("batches", torch.zeros(()), persistent=in_checkpoint)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.batches += 1
+        return inputs * (1 - 0.5**self.batches)
+
+
+class OwnCounter(Noisy):
+    """The model counts its batches where state_dict() does not see it."""
+
+    in_checkpoint = False
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(Warming(self.in_checkpoint), super().model())
+
+
+class BufferedCounter(OwnCounter):
+    """The same, mended."""
+
+    in_checkpoint = True
+
+
+class CountingPictures(NoisyPictures):
+    """Each example depends on how many were asked for before it."""
+
+    def __init__(self, pictures: Tensor, labels: Tensor) -> None:
+        super().__init__(pictures, labels)
+        self.count = itertools.count()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        picture, target = super().__getitem__(index)
+        return picture + 0.01 * next(self.count), target
+
+
+class OwnAugmentation(Noisy):
+    def data(self, split: Split) -> Any:
+        plain = super().data(split)
+        return CountingPictures(plain.pictures, plain.targets) if split == "train" else plain
+
+
+class OwnMetric(Noisy):
+    """The metrics depend on how often they were asked for."""
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        self.asked = getattr(self, "asked", 0) + 1
+        return {**super().metrics(outputs, targets), "asked": torch.tensor(float(self.asked))}
+
+
+class FromTheClock(Noisy):
+    """No two processes train the same."""
+
+    def model(self) -> nn.Module:
+        net = super().model()
+        nn.init.normal_(net[0].weight, generator=torch.Generator().manual_seed(time.time_ns()))  # type: ignore[index]
+        return net
+
+
+class NoDeterministicKernel(Noisy):
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+        return super().loss(outputs, targets)
+
+
+class Exploding(Noisy):
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets) * float("inf")
+
+
+class Failing(Noisy):
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        raise ValueError("no loss today")
