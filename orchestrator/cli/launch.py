@@ -40,6 +40,7 @@ def launch(
     json: Json = False,
 ) -> None:
     """Launch a run; launched again, it goes on where it was."""
+    from orchestrator import trust
     from orchestrator.run import Run, is_run
     from orchestrator.user_job import check
 
@@ -55,6 +56,7 @@ def launch(
         _print_plan(loaded, folder, existing is not None, json)
         return
     run = existing or Run.launch(loaded, runs_dir, import_paths)
+    trust.use_umask(run.folder)
     for line in run.resume(time.time()) if existing else []:
         print(line, file=sys.stderr)
     workers_ = f"{run.settings.workers} worker{'' if run.settings.workers == 1 else 's'}"
@@ -96,6 +98,8 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
     from orchestrator.errors import RunError
     from orchestrator.settings import difference
 
+    if wanted.lock == "auto":  # what launch chose then
+        wanted = wanted.model_copy(update={"lock": existing.settings.lock})
     changed = difference(existing.settings, wanted)
     if changed:
         raise RunError(

@@ -45,6 +45,7 @@ def status(state: dict[str, Any]) -> Group:
         Text(f"best {best}   epochs {state['epochs']}   training {state['train_seconds']:.0f} s"),
         Text(f"chunks: {chunks}"),
         Text(f"ends at the latest {state['deadline']}"),
+        Text(f"lock: {state['lock']}"),
     ]
     if state["last_error"]:
         lines.append(Text(f"last error: {state['last_error']} (more in {state['logs']})", style="red"))

@@ -25,6 +25,7 @@ from orchestrator.doctor.slurm_facts import SlurmFacts, ask_slurm, has_slurm
 from orchestrator.doctor.slurm_rules import judge_slurm
 from orchestrator.doctor.two_node import Proof
 from orchestrator.errors import SettingsError
+from orchestrator.lock_proof import LockKind
 from orchestrator.settings import ProfileSettings, Settings, SlurmSettings, load
 
 __all__ = ["Finding", "examine", "exit_code"]
@@ -46,12 +47,13 @@ def examine(
     """
     settings, findings = _settings(settings_file)
     with _scratch(runs_dir) as scratch:
-        slurm, proof = _slurm(settings, settings_file is not None, scratch, two_nodes, wait_s, say)
-        findings += slurm + proof.findings
-        folder = machine.look_at_folder(runs_dir, scratch)
         server = _server(settings)
-        findings += machine.judge_folder(folder)
         several = has_slurm() and settings.executor in (None, "slurm")
+        folder = machine.look_at_folder(runs_dir, scratch, several, None if server else settings.lock)
+        kind = folder.lock.kind if folder.lock else "flock"
+        slurm, proof = _slurm(settings, settings_file is not None, scratch, two_nodes, wait_s, say, kind)
+        findings += slurm + proof.findings
+        findings += machine.judge_folder(folder)
         findings += machine.judge_locks(folder, several, server is not None, proof.locks_hold)
         findings += _database_elsewhere(settings, runs_dir)
         if server is not None and isinstance(scratch, Path):
@@ -122,7 +124,13 @@ def _database_elsewhere(settings: Settings, runs_dir: Path) -> list[Finding]:
 
 
 def _slurm(
-    settings: Settings, given: bool, scratch: Path | str, two_nodes: bool, wait_s: float, say: Callable[[str], None]
+    settings: Settings,
+    given: bool,
+    scratch: Path | str,
+    two_nodes: bool,
+    wait_s: float,
+    say: Callable[[str], None],
+    lock: LockKind,
 ) -> tuple[list[Finding], Proof]:
     """What Slurm says, and what the two-node test says."""
     if settings.executor in ("local", "inline") and not two_nodes:
@@ -160,6 +168,7 @@ def _slurm(
         database=_server(settings),
         gpu=need.gpus > 0,
         refused_here=facts.answer is not None and not facts.answer.taken,
+        lock=lock,
     )
     return found, two_node.prove(needs, scratch, usable, limit_min, wait_s, say)
 

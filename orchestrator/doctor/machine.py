@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
-
 from orchestrator.doctor.findings import Finding
 from orchestrator.doctor.mounts import ELSEWHERE, Mount, is_local, lock_advice, mount_here, quota_command
-from orchestrator.locks import FairFileLock
+from orchestrator.errors import LockError
+from orchestrator.lock_choice import Choice, Wanted, choose
 
 GIB = 2**30
 DISK_FULL_GIB, DISK_LOW_GIB = 1.0, 20.0
@@ -72,7 +71,8 @@ class FolderFacts:
     mount: Mount | None
     free_bytes: int
     free_files: int | None  # None: this file system does not count
-    lock_error: str | None  # why a lock can't be taken or does not hold here
+    lock_error: str | None  # why no lock holds here
+    lock: Choice | None = None  # what a run that is launched here takes
 
 
 # --- facts
@@ -98,9 +98,16 @@ def nearest_folder(path: Path) -> Path:
     return path.resolve()
 
 
-def look_at_folder(runs_dir: Path, scratch: Path | str) -> FolderFacts:
-    """scratch: a folder that was made beside the runs, or why it could not be made."""
+def look_at_folder(runs_dir: Path, scratch: Path | str, several_nodes: bool, wanted: Wanted | None) -> FolderFacts:
+    """scratch: a folder that was made beside the runs, or why it could not be made. wanted: the settings' lock; None:
+    no lock is needed."""
     folder = nearest_folder(runs_dir)
+    lock, lock_error = None, None
+    if isinstance(scratch, Path) and wanted is not None:
+        try:
+            lock = choose(scratch, several_nodes, wanted)
+        except (LockError, OSError) as error:
+            lock_error = str(error)
     free = os.statvfs(folder)
     return FolderFacts(
         runs_dir=str(runs_dir.absolute()),
@@ -111,28 +118,9 @@ def look_at_folder(runs_dir: Path, scratch: Path | str) -> FolderFacts:
         mount=mount_here(folder),
         free_bytes=free.f_bavail * free.f_frsize,
         free_files=free.f_favail if free.f_files else None,
-        lock_error=None if isinstance(scratch, str) else try_lock(scratch),
+        lock_error=lock_error,
+        lock=lock,
     )
-
-
-def try_lock(folder: Path) -> str | None:
-    """Take a lock in the folder while another process asks for it too. None: it holds; else what is wrong."""
-    path = folder / "try.lock"
-    ask = (
-        "import sys, filelock, orchestrator.locks as locks\n"
-        "try:\n    locks.FairFileLock(sys.argv[1], timeout=0).acquire()\n"
-        "except filelock.Timeout:\n    sys.exit(3)\n"
-    )
-    try:
-        with FairFileLock(path, timeout=10):
-            asked = subprocess.run([sys.executable, "-c", ask, str(path)], capture_output=True, text=True, timeout=60)
-    except (OSError, Timeout, NotImplementedError) as error:
-        return f"a lock can't be taken: {error}"
-    except subprocess.TimeoutExpired:
-        return "a process that asks for a lock which is held hangs"
-    if asked.returncode == 3:
-        return None
-    return "two processes got the same lock" if asked.returncode == 0 else asked.stderr.strip()[-300:]
 
 
 def look_at_home() -> str | None:
@@ -247,10 +235,19 @@ def judge_locks(facts: FolderFacts, slurm: bool, server: bool, proven: bool | No
             what = f"{facts.mount}: a local file system, which the nodes of a cluster do not share as a rule"
             do = "put the runs on a file system that all nodes see (--runs-dir); `orch doctor --two-node` tells"
             advice = Finding("warning", "locks", what, do)
+    advice = _with_choice(advice, facts.lock)
     here = f"{facts.mount}: " if facts.mount and str(facts.mount) not in advice.what else ""
     advice = Finding(advice.level, advice.topic, f"{here}{advice.what}", advice.do)
     if proven and advice.level in ("note", "warning"):
         advice = Finding("ok", "locks", f"{facts.mount or facts.looked_at}: locks hold, as the two-node test shows")
     if facts.lock_error:
         return [advice, Finding("error", "locks", f"in {facts.looked_at}, {facts.lock_error}", ELSEWHERE)]
-    return [advice]
+    chosen = [Finding("ok", "locks", f"a run takes this lock: {facts.lock}")] if facts.lock else []
+    return [advice, *chosen]
+
+
+def _with_choice(advice: Finding, lock: Choice | None) -> Finding:
+    """Where flock does not reach, the soft lock is taken: then that is worth knowing, no more."""
+    if lock is None or lock.kind != "soft" or advice.level not in ("warning", "error"):
+        return advice
+    return Finding("note", advice.topic, advice.what, f"nothing: the soft lock is taken. For a faster one, {advice.do}")

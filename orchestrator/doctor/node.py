@@ -25,7 +25,7 @@ from orchestrator.doctor import hammer, machine
 from orchestrator.doctor.mounts import Mount, mount_here
 from orchestrator.errors import OrchError
 from orchestrator.leaderboard.engine import Database
-from orchestrator.locks import FairFileLock
+from orchestrator.lock_proof import LOCKS, LockKind
 
 PLAN, FROM_LOGIN, SCRIPT = "plan.json", "from-login", "worker.sbatch"
 COUNTER, DATABASE = "counter", "database"  # a file, and the folder of a scratch database
@@ -45,6 +45,7 @@ class Plan:
     paths: tuple[str, ...]  # that a worker needs: data, the settings' files
     database: str | None  # URL of a database server
     python: bool  # look at torch as well
+    lock: LockKind = "flock"
 
 
 @dataclass
@@ -133,7 +134,7 @@ def _count(report: Report, here: Path, plan: Plan, save: Callable[[], None]) -> 
     report.met = _meet(here, plan, "count")
     if not plan.increments:
         return
-    lock = FairFileLock(here / f"{COUNTER}.lock", timeout=LOCK_TIMEOUT_S)
+    lock = LOCKS[plan.lock](here / f"{COUNTER}.lock", timeout=LOCK_TIMEOUT_S)
     save()
     report.tallies.append(hammer.count_in_file(here / COUNTER, lock, plan.increments, plan.counting_s).to_json())
     save()

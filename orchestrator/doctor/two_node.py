@@ -19,6 +19,9 @@ from orchestrator.doctor.hammer import judge_counts
 from orchestrator.doctor.machine import PythonFacts, judge_python
 from orchestrator.doctor.mounts import ELSEWHERE, lock_advice
 from orchestrator.errors import LeaderboardError, OrchError, SubmissionError
+from orchestrator.leaderboard import DATABASE_NAME
+from orchestrator.lock_choice import Choice, write_record
+from orchestrator.lock_proof import LockKind
 from orchestrator.settings import Settings
 
 TIME_MIN = 10  # the job's limit, where the partition allows it; it needs about half a minute
@@ -49,6 +52,7 @@ class Needs:
     gpu: bool  # does a worker need one?
     refused_here: bool = False  # does sbatch refuse the script on this machine, too?
     python: bool = True
+    lock: LockKind = "flock"  # that a run would take
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +124,11 @@ def _prepare(needs: Needs, scratch: Path, limit_min: int) -> None:
     if increments:
         hammer.prepare_file(scratch / node.COUNTER)
         if not (scratch / node.DATABASE).exists():
+            (scratch / node.DATABASE).mkdir()
+            write_record(scratch / node.DATABASE / DATABASE_NAME, Choice(needs.lock, "as is tried here"))
             hammer.prepare_database(scratch / node.DATABASE)
     # A fifth of the job's time for each count leaves enough for the rest.
-    plan = node.Plan(2, increments, 12.0 * limit_min, sha256, needs.paths, needs.database, needs.python)
+    plan = node.Plan(2, increments, 12.0 * limit_min, sha256, needs.paths, needs.database, needs.python, needs.lock)
     node.write_plan(scratch, plan)
 
 
@@ -218,7 +224,7 @@ def judge(outcome: Outcome, needs: Needs) -> list[Finding]:
         return [_nothing(outcome)]
     found = _folder(outcome, reports)
     found += _submission(reports, needs.refused_here)
-    found += _mounts(reports, server=needs.database is not None)
+    found += _mounts(reports, flock=needs.database is None and needs.lock == "flock")
     if needs.database is None:
         found += _counts(outcome)
     found += _needs(reports, needs)
@@ -281,12 +287,12 @@ def _submission(reports: Sequence[node.Report], refused_here: bool) -> list[Find
     return [Finding("ok", topic, f"jobs on {' and '.join(tried)} can queue their successors")] if tried else []
 
 
-def _mounts(reports: Sequence[node.Report], server: bool) -> list[Finding]:
+def _mounts(reports: Sequence[node.Report], flock: bool) -> list[Finding]:
     """What the mount says of itself on the nodes; on login nodes it may be another."""
     found = []
     for report in reports:
         mount = report.mount_there()
-        if mount is None or server:
+        if mount is None or not flock:
             continue
         advice = lock_advice(mount.fstype, mount.options)
         if advice.level == "error":

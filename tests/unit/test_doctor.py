@@ -36,6 +36,7 @@ from orchestrator.doctor.mounts import Mount, lock_advice, mount_of, quota_comma
 from orchestrator.doctor.partition import Need, Node
 from orchestrator.doctor.slurm_facts import SlurmFacts
 from orchestrator.doctor.slurm_rules import judge_slurm
+from orchestrator.lock_choice import Choice
 from orchestrator.locks import FairFileLock
 from orchestrator.settings import Settings
 
@@ -586,6 +587,9 @@ LOCALFLOCK = Mount("/lustre", "lustre", "mgs:/fs", ("rw", "localflock"))
         ({"mount": LOCALFLOCK}, True, True, None, "ok"),  # PostgreSQL needs no lock
         ({"mount": None}, True, False, None, "warning"),
         ({"lock_error": "a lock can't be taken: [Errno 38]"}, True, False, None, "error"),
+        ({"mount": LOCALFLOCK, "lock": Choice("soft", "")}, True, False, None, "note"),  # flock is not needed
+        ({"mount": BEEGFS, "lock": Choice("soft", "")}, True, False, None, "note"),
+        ({"mount": LOCALFLOCK, "lock": Choice("flock", "")}, True, False, None, "error"),
     ],
 )
 def test_the_locks_of_the_runs_folder(changes, slurm, server, proven, expected):
@@ -601,18 +605,6 @@ def test_the_nearest_folder_is_the_one_itself_or_the_first_above_it(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     assert machine.nearest_folder(tmp_path) == tmp_path.resolve()
     assert machine.nearest_folder(tmp_path / "link" / "a" / "b") == tmp_path.resolve()
-
-
-def test_a_lock_that_holds_has_no_error(tmp_path):
-    assert machine.try_lock(tmp_path) is None
-
-
-def test_a_folder_without_locks_has_one(tmp_path, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("orchestrator.locks.fcntl.flock", refuse)
-    assert "Function not implemented" in (machine.try_lock(tmp_path) or "")
 
 
 # --- counting ----------------------------------------------------------------------------------------
