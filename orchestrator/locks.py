@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import threading
 import time
@@ -10,18 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 LOCK_TIMEOUT_S = 300.0
 
 
+POLL_S = 0.01
+
+
 class FairFileLock:
-    """A `filelock.FileLock` behind a queue.
+    """A lock of `filelock.FileLock`'s kind (flock on the same file, so that each keeps the other out) behind a queue.
 
     FileLock polls, so under contention whoever happens to look first gets it: with 64 processes a waiter
     was measured to wait for 1.8 s (p99) where the kernel's own queue of blocked flock calls gave 0.27 s.
-    So a process first waits, blocked in flock, for a file of its own (`NAME.queue`) and takes the FileLock
-    while it holds that: at most one process ever asks for the FileLock, which therefore never waits unless
+    So a process first waits, blocked in flock, for a file of its own (`NAME.queue`) and takes the lock itself
+    while it holds that: at most one process ever asks for the lock, which therefore never waits unless
     a program that does not queue (plain filelock) has it.
 
     The kernel drops both when their holder dies. Neither is ever broken by age.
@@ -31,12 +35,12 @@ class FairFileLock:
         self.lock_file = str(lock_file)
         self.timeout = timeout
         self._queue_file = f"{self.lock_file}.queue"
-        self._inner = FileLock(self.lock_file, timeout=timeout, poll_interval=0.01)
+        self._fd: int | None = None
         self._queue_fd: int | None = None
 
     @property
     def is_locked(self) -> bool:
-        return self._inner.is_locked
+        return self._fd is not None
 
     def acquire(self, timeout: float | None = None) -> FairFileLock:
         """Wait for the turn, at most `timeout` seconds (below 0: for ever).
@@ -44,24 +48,46 @@ class FairFileLock:
         Raises filelock.Timeout, and OSError where the file system refuses the files or the lock.
         """
         timeout = self.timeout if timeout is None else timeout
-        started = time.monotonic()
+        until = math.inf if timeout < 0 else time.monotonic() + timeout
         fd = os.open(self._queue_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         _flock_within(fd, timeout, lambda: Timeout(self.lock_file))
         self._queue_fd = fd
         try:
-            self._inner.acquire(timeout=-1 if timeout < 0 else max(0.0, timeout - (time.monotonic() - started)))
+            while not self._take():
+                if time.monotonic() >= until:
+                    raise Timeout(self.lock_file)
+                time.sleep(POLL_S)
         except BaseException:
             self._leave_queue()
             raise
         return self
 
+    def _take(self) -> bool:
+        """Without waiting. False: a program that does not queue has the lock, or has just removed its file."""
+        fd = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink > 0:
+                self._fd = fd
+                return True
+        except BlockingIOError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        return False
+
     def release(self) -> None:
-        self._inner.release()
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough where a forked child has it too
+            os.close(fd)
         self._leave_queue()
 
     def _leave_queue(self) -> None:
         if self._queue_fd is not None:
-            fcntl.flock(self._queue_fd, fcntl.LOCK_UN)  # closing is not enough where a forked child has it too
+            fcntl.flock(self._queue_fd, fcntl.LOCK_UN)
             os.close(self._queue_fd)
             self._queue_fd = None
 

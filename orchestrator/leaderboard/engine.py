@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from orchestrator.lock_choice import lock_of, read_record
 from orchestrator.soft_lock import HeldError
 
 DATABASE_NAME = "orch.db"
+FULL = 2  # PRAGMA synchronous, as SQLite answers
 # A server that restarts, or has no connection to spare, is asked again for so long: by a command, and by a job,
 # which has work to lose.
 CONNECT_FOR_S, JOB_CONNECTS_FOR_S = 3.0, 300.0
@@ -53,11 +54,13 @@ class Database:
         self.schema_name = schema_name
         self.connect_for_s = CONNECT_FOR_S
         self._lock = lock_of(self.lock_choice, self.file) if self.lock_choice and self.file else None
+        weakref.finalize(self, self._engine.dispose)
 
     def _make_engine(self, schema_name: str | None) -> Engine:
         if self.file:
-            engine = create_engine(self.url, poolclass=NullPool, **self._without_fcntl())
-            event.listen(engine, "connect", _prepare_sqlite)
+            # A connection is closed after its one transaction: there is nothing to reset.
+            engine = create_engine(self.url, poolclass=NullPool, pool_reset_on_return=None, **self._without_fcntl())
+            event.listen(engine, "connect", _sqlite_preparation())
             event.listen(engine, "begin", _begin_immediate)
             return engine
         # One connection, kept between transactions that follow each other and let go by `rest`: a server has
@@ -128,7 +131,11 @@ class Database:
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
-        """Connecting is tried again, since nothing was asked yet; what was begun never is."""
+        """Connecting to a server is tried again, since nothing was asked yet; what was begun never is."""
+        if self.file:
+            with self._engine.begin() as connection:
+                yield connection
+            return
         for attempt in Retrying(
             retry=retry_if_exception(self._is_worth_another_try),
             stop=stop_after_delay(self.connect_for_s),
@@ -143,7 +150,7 @@ class Database:
     def _is_worth_another_try(self, error: BaseException) -> bool:
         """A server that starts or ends, that can't be reached just now or has too many clients: SQLSTATE classes
         53 (insufficient resources), 57 (operator intervention) and 08 (connection), or none at all."""
-        if self.file or not isinstance(error, OperationalError):
+        if not isinstance(error, OperationalError):
             return False
         state = getattr(error.orig, "sqlstate", None)
         refused = "password" in str(error.orig) or "does not exist" in str(error.orig)
@@ -183,12 +190,26 @@ def _without_password(url: str | None) -> str:
     return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", url or "")
 
 
-def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    connection.isolation_level = None  # transactions are begun by _begin_immediate, not by the driver
-    # DELETE, never WAL: WAL needs shared memory, which a network file system does not have. FULL: a commit
-    # that was reported survives a power cut. The timeout serves a reader from outside that takes no lock.
-    for pragma in ("journal_mode=DELETE", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=60000"):
-        connection.execute(f"PRAGMA {pragma}")
+def _sqlite_preparation() -> Callable[[sqlite3.Connection, object], None]:
+    """What each new connection of one engine is told. Both modes are SQLite's defaults and need no word inside the
+    lock, unless the file was made WAL by hand or the library was built with another default: so the first looks."""
+    each = ["foreign_keys=ON", "busy_timeout=60000"]  # the timeout serves a reader from outside that takes no lock
+    looked = False
+
+    def prepare(connection: sqlite3.Connection, _record: object) -> None:
+        nonlocal looked
+        connection.isolation_level = None  # transactions are begun by _begin_immediate, not by the driver
+        if not looked:
+            # DELETE, never WAL: WAL needs shared memory, which a network file system does not have. FULL: a commit
+            # that was reported survives a power cut.
+            connection.execute("PRAGMA journal_mode=DELETE")
+            if connection.execute("PRAGMA synchronous").fetchone() != (FULL,):
+                each.append("synchronous=FULL")
+            looked = True
+        for pragma in each:
+            connection.execute(f"PRAGMA {pragma}")
+
+    return prepare
 
 
 def _begin_immediate(connection: Connection) -> None:
