@@ -392,13 +392,13 @@ def test_a_users_own_job_that_is_resumed_in_fresh_processes_is_exact(verify_resu
     assert order[:12] == order[12:]
 
 
-def test_a_users_own_job_with_a_generator_of_its_own_is_not_exact(verify_resume: Verify) -> None:
+def test_a_users_own_module_with_a_generator_of_its_own_is_not_exact(verify_resume: Verify) -> None:
     code, out, err = verify_resume(
-        *("--steps", "2", "--chunks", "1", "--interruptions", "1", "--set", "job=mine:OwnGenerator")
+        *("--steps", "2", "--chunks", "1", "--interruptions", "1", "--set", "job=mine:ModuleGenerator")
     )
     assert code == 1, err
     lines = out.splitlines()
-    assert lines[0] == "NOT EXACT: mine:OwnGenerator, 4 steps in 1 chunks"
+    assert lines[0] == "NOT EXACT: mine:ModuleGenerator, 4 steps in 1 chunks"
     assert "  interrupted after steps: 1" in lines
     assert any(line.startswith("  first difference: model.0.weight (value): expected ") for line in lines)
     assert "  found: in the state after 4 steps, resumed after step 1" in lines
