@@ -121,9 +121,8 @@ def _of_tensors(expected: Tensor, found: Tensor, path: str) -> Iterator[Differen
         yield Difference(path, "type", str(expected.layout), str(found.layout))
     elif expected.numel():
         one, other = _dense(expected), _dense(found)
-        differs = _bytes(one).ne(_bytes(other)).any(dim=1)
-        if bool(differs.any()):
-            yield _of_values(one, other, differs, path)
+        if not torch.equal(_bytes(one), _bytes(other)):
+            yield _of_values(one, other, _bytes(one).ne(_bytes(other)).any(dim=1), path)
 
 
 def _of_arrays(expected: np.ndarray, found: np.ndarray, path: str) -> Iterator[Difference]:

@@ -78,7 +78,14 @@ def in_fresh_process(plan: Plan, root: Path, name: str, start: int, stop: int | 
     (root / "link.json").unlink(missing_ok=True)
     # -P: what lies in the current folder must not stand in for orch's own modules
     command = [sys.executable, "-P", "-m", "jobs.resume_link", *arguments]
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=2, check=False)
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        check=False,
+        start_new_session=True,  # a terminal's Ctrl-C ends this process, which ends that one without a traceback
+    )
     try:
         found: dict[str, Any] = json.loads((root / "link.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError) as error:
@@ -241,14 +248,15 @@ def _signal(number: int) -> str:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A temporary folder that is gone afterwards, at SIGTERM too."""
+    """A temporary folder that is gone afterwards, also when this process is told to end."""
 
     def end(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with tempfile.TemporaryDirectory(prefix="orch-verify-resume-") as folder:
             yield Path(folder)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

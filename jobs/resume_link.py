@@ -169,8 +169,16 @@ def train_link(
 
 
 def _save(session: Session, path: Path) -> None:
-    with path.open("wb") as target:
-        session.save(target)
+    """Raises JobError if there is no room."""
+    try:
+        with path.open("wb") as target:
+            session.save(target)
+    except (OSError, RuntimeError) as error:  # torch's writer may hide the system's error behind one of its own
+        reason = str(error).partition("\n")[0]
+        raise JobError(
+            f"the state can't be written to {path.parent}: {reason}. A few checkpoints need room there; TMPDIR names "
+            "another folder"
+        ) from error
 
 
 # --- as a process

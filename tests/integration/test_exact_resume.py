@@ -316,6 +316,14 @@ def test_nothing_is_left_behind_whatever_happens(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_temporary_folder_without_room_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "2.pt").symlink_to("/dev/full")
+    with pytest.raises(
+        JobError, match=r"^the state can't be written to /.*\. A few checkpoints need room there; TMPDIR"
+    ):
+        link(plan_for(), tmp_path, 0, 2)
+
+
 def test_a_difference_that_is_no_number_is_null_in_json() -> None:
     verdict = verdict_on("OwnGenerator")
     assert verdict.inexact is not None
