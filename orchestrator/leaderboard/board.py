@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, bindparam, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from orchestrator import rules
 from orchestrator.errors import StaleClaimError
@@ -27,6 +27,7 @@ from orchestrator.leaderboard.moves import (
 )
 from orchestrator.leaderboard.results import close, promote
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job, run, worker
+from orchestrator.leaderboard.statements import Statement
 from orchestrator.records import (
     Candidate,
     ChunkState,
@@ -45,47 +46,55 @@ from orchestrator.records import (
 
 # Built once, so that each execution finds its SQL by one look into a cache. What a method needs of the run, the
 # worker, the job and the chunk comes in one row.
-_SETTINGS_VERSION = select(run.c.settings_version)
-_RUN_OF_CLAIM: Select[Any] = select(
-    run.c.state,
-    run.c.reason,
-    run.c.deadline,
-    run.c.generation,
-    run.c.epochs,
-    run.c.chunks_since_promotion,
-    run.c.settings_version,
-    worker.c.stopped,
-    job.c.state.label("job_state"),
-    job.c.starts,
-).select_from(
-    run.join(worker, worker.c.worker_id == bindparam("by_worker")).outerjoin(job, job.c.job_id == bindparam("by_job"))
+_SETTINGS_VERSION = Statement(select(run.c.settings_version))
+_RUN_OF_CLAIM = Statement(
+    select(
+        run.c.state,
+        run.c.reason,
+        run.c.deadline,
+        run.c.generation,
+        run.c.epochs,
+        run.c.chunks_since_promotion,
+        run.c.settings_version,
+        worker.c.stopped,
+        job.c.state.label("job_state"),
+        job.c.starts,
+    ).select_from(
+        run.join(worker, worker.c.worker_id == bindparam("by_worker")).outerjoin(
+            job, job.c.job_id == bindparam("by_job")
+        )
+    )
 )
-_RUN_OF_RESULT: Select[Any] = select(
-    run.c.settings_version,
-    worker.c.failures,
-    chunk.c.entry_id,
-    chunk.c.parent_id,
-    entry.c.floor,
-    checkpoint.c.founder_id,
-).select_from(
-    run.join(worker, worker.c.worker_id == bindparam("by_worker"))
-    .outerjoin(chunk, chunk.c.chunk_id == bindparam("of_chunk"))
-    .outerjoin(entry, entry.c.entry_id == chunk.c.entry_id)
-    .outerjoin(checkpoint, checkpoint.c.checkpoint_id == chunk.c.parent_id)
+_RUN_OF_RESULT = Statement(
+    select(
+        run.c.settings_version,
+        worker.c.failures,
+        chunk.c.entry_id,
+        chunk.c.parent_id,
+        entry.c.floor,
+        checkpoint.c.founder_id,
+    ).select_from(
+        run.join(worker, worker.c.worker_id == bindparam("by_worker"))
+        .outerjoin(chunk, chunk.c.chunk_id == bindparam("of_chunk"))
+        .outerjoin(entry, entry.c.entry_id == chunk.c.entry_id)
+        .outerjoin(checkpoint, checkpoint.c.checkpoint_id == chunk.c.parent_id)
+    )
 )
 # A worker's own first, then the oldest.
-_SUSPENDED = (
+_SUSPENDED = Statement(
     select(chunk)
     .where(IS_HELD, chunk.c.state == ChunkState.SUSPENDED)
     .order_by(chunk.c.worker_id != bindparam("by_worker"), chunk.c.chunk_id)
     .limit(1)
 )
-_RUN, _LEASE, _EPOCHS = update(run), insert(chunk), insert(epoch)
-_PROMOTED = update(run).values(epochs=run.c.epochs + bindparam("trained"), chunks_since_promotion=0)
-_DISCARDED = update(run).values(
-    epochs=run.c.epochs + bindparam("trained"), chunks_since_promotion=run.c.chunks_since_promotion + 1
+_RUN, _LEASE, _EPOCHS = Statement(update(run)), Statement(insert(chunk)), Statement(insert(epoch))
+_PROMOTED = Statement(update(run).values(epochs=run.c.epochs + bindparam("trained"), chunks_since_promotion=0))
+_DISCARDED = Statement(
+    update(run).values(
+        epochs=run.c.epochs + bindparam("trained"), chunks_since_promotion=run.c.chunks_since_promotion + 1
+    )
 )
-_NO_FAILURES = update(worker).where(worker.c.worker_id == bindparam("by_worker")).values(failures=0)
+_NO_FAILURES = Statement(update(worker).where(worker.c.worker_id == bindparam("by_worker")).values(failures=0))
 
 
 class Board:
@@ -102,7 +111,7 @@ class Board:
     def claim(self, worker_id: int, job_id: int, starts: int, now: float, lease_until: float) -> Claim | Over:
         """Lease the next chunk to a job: one that was suspended, else what the rules choose."""
         with self._database.transaction() as tx:
-            row = tx.execute(_RUN_OF_CLAIM, {"by_worker": worker_id, "by_job": job_id}).one()
+            row = _RUN_OF_CLAIM.first(tx, by_worker=worker_id, by_job=job_id)
             policy = self._policy_of(tx, row.settings_version)
             _check_current(row, job_id, starts)
             if row.stopped is not None:
@@ -112,10 +121,9 @@ class Board:
             if over is not None:
                 return over
             generation: int = row.generation + 1
-            tx.execute(_RUN, {"generation": generation})
+            _RUN.write(tx, generation=generation)
             if held.suspended:
-                chosen = tx.execute(_SUSPENDED, {"by_worker": worker_id}).first()
-                assert chosen is not None, "counted in the same transaction"
+                chosen = _SUSPENDED.first(tx, by_worker=worker_id)
                 return self._resume(tx, chosen, board, policy, worker_id, job_id, generation, now, lease_until)
             return self._lease(tx, held, board, policy, worker_id, job_id, generation, now, lease_until)
 
@@ -141,19 +149,19 @@ class Board:
             repeat = rules.repeat_number(parent, position, policy.cycle)
         profile = rules.profile_at(position, policy.cycle)
         source = board.rows[parent.entry_id] if parent else None
-        lease = {
-            "entry_id": parent.entry_id if parent else None,
-            "parent_id": parent.checkpoint_id if parent else None,
-            "position": position,
-            "profile": profile.name,
-            "worker_id": worker_id,
-            "job_id": job_id,
-            "generation": generation,
-            "state": ChunkState.LIVE,
-            "claimed_at": now,
-            "lease_until": lease_until,
-        }
-        chunk_id = tx.execute(_LEASE, lease).inserted_primary_key[0]  # type: ignore[index]
+        chunk_id = _LEASE.insert(
+            tx,
+            entry_id=parent.entry_id if parent else None,
+            parent_id=parent.checkpoint_id if parent else None,
+            position=position,
+            profile=profile.name,
+            worker_id=worker_id,
+            job_id=job_id,
+            generation=generation,
+            state=ChunkState.LIVE,
+            claimed_at=now,
+            lease_until=lease_until,
+        )
         return Claim(
             chunk_id=chunk_id,
             generation=generation,
@@ -171,7 +179,7 @@ class Board:
     def _resume(
         self,
         tx: Connection,
-        held: Row[Any],
+        held: Any,
         board: BoardRows,
         policy: Policy,
         worker_id: int,
@@ -211,7 +219,7 @@ class Board:
     def bar(self) -> float | None:
         """The score a candidate has to beat just now; None while a slot is free."""
         with self._database.transaction() as tx:
-            policy = self._policy_of(tx, tx.execute(_SETTINGS_VERSION).scalar_one())
+            policy = self._policy_of(tx, _SETTINGS_VERSION.first(tx).settings_version)
             return rules.bar(read_board(tx).entries, policy.num_models, policy.metric)
 
     # --- what became of them
@@ -219,11 +227,16 @@ class Board:
     def record(self, claim: Claim, candidate: Candidate, now: float) -> Outcome:
         """The ratchet decides. Raises StaleClaimError, having written nothing, if the claim was lost."""
         results = [
-            {"number": r.number, "seconds": r.seconds, "metrics": {k: finite(v) for k, v in r.metrics.items()}}
+            {
+                "chunk_id": claim.chunk_id,
+                "number": r.number,
+                "seconds": r.seconds,
+                "metrics": {name: finite(value) for name, value in r.metrics.items()},
+            }
             for r in candidate.results
         ]
         with self._database.transaction() as tx:
-            row = tx.execute(_RUN_OF_RESULT, {"of_chunk": claim.chunk_id, "by_worker": claim.worker_id}).one()
+            row = _RUN_OF_RESULT.first(tx, of_chunk=claim.chunk_id, by_worker=claim.worker_id)
             policy = self._policy_of(tx, row.settings_version)
             board = read_board(tx)
             decision = rules.ratchet(candidate.score, board.entries, policy.num_models, policy.metric)
@@ -242,11 +255,11 @@ class Board:
                 suspended_sha256=None,
             )
             if results:
-                tx.execute(_EPOCHS, [{"chunk_id": claim.chunk_id, **result} for result in results])
+                _EPOCHS.insert_all(tx, results)
             consume(tx, row.entry_id, claim.position, row.floor)
-            tx.execute(_PROMOTED if promoted else _DISCARDED, {"trained": len(results)})
+            (_PROMOTED if promoted else _DISCARDED).write(tx, trained=len(results))
             if row.failures:
-                tx.execute(_NO_FAILURES, {"by_worker": claim.worker_id})
+                _NO_FAILURES.write(tx, by_worker=claim.worker_id)
             if isinstance(decision, Promote):
                 promote(tx, claim, candidate, decision.evicted, board, row, policy, now)
                 reason = f"evicted entry {decision.evicted.entry_id}" if decision.evicted else "a slot was free"
@@ -289,7 +302,7 @@ class Board:
         Returns how many failures in a row the worker has now.
         """
         with self._database.transaction() as tx:
-            policy = self._policy_of(tx, tx.execute(_SETTINGS_VERSION).scalar_one())
+            policy = self._policy_of(tx, _SETTINGS_VERSION.first(tx).settings_version)
             where = select(chunk.c.entry_id).where(chunk.c.chunk_id == claim.chunk_id)
             entry_id = tx.execute(where).scalar_one()
             earlier = tx.execute(
@@ -305,7 +318,7 @@ class Board:
             if given_up:
                 floor = tx.execute(select(entry.c.floor).where(entry.c.entry_id == entry_id)).scalar_one()
                 consume(tx, entry_id, claim.position, floor)
-                tx.execute(_DISCARDED, {"trained": 0})
+                _DISCARDED.write(tx, trained=0)
             log_event(tx, now, "failed", claim.worker_id, claim.chunk_id, entry_id, error=error[:2000])
             tx.execute(
                 update(worker).where(worker.c.worker_id == claim.worker_id).values(failures=worker.c.failures + 1)
@@ -329,7 +342,7 @@ class Board:
             held = count_held(tx)
         return read_board(tx, held), held
 
-    def _end_if_over(self, tx: Connection, row: Row[Any], board: BoardRows, policy: Policy, now: float) -> Over | None:
+    def _end_if_over(self, tx: Connection, row: Any, board: BoardRows, policy: Policy, now: float) -> Over | None:
         state = RunState(row.state)
         if state is not RunState.ACTIVE:
             return Over(state, row.reason or f"the run is {state}")
@@ -344,7 +357,7 @@ class Board:
         return Over(*ending)
 
 
-def _check_current(row: Row[Any], job_id: int, starts: int) -> None:
+def _check_current(row: Any, job_id: int, starts: int) -> None:
     if row.job_state != JobState.RUNNING or row.starts != starts:
         raise StaleClaimError(
             f"job {job_id} (start {starts}) is no longer the one that works: "

@@ -128,6 +128,8 @@ class Database:
             ) from error
         except DatabaseError as error:
             raise LeaderboardError(f"{self.name}: {error.orig or error}") from error
+        except sqlite3.DatabaseError as error:  # from a Statement, which goes to the driver directly
+            raise LeaderboardError(f"{self.name}: {error}") from error
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
@@ -213,4 +215,4 @@ def _sqlite_preparation() -> Callable[[sqlite3.Connection, object], None]:
 
 
 def _begin_immediate(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    connection.connection.execute("BEGIN IMMEDIATE")

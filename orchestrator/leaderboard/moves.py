@@ -11,7 +11,6 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Row,
-    Select,
     and_,
     bindparam,
     false,
@@ -25,6 +24,7 @@ from sqlalchemy import (
 
 from orchestrator import rules
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, event, run
+from orchestrator.leaderboard.statements import Statement
 from orchestrator.records import ChunkState, Entry, Job, JobState, RunState, Worker
 
 CONSUMED = (ChunkState.PROMOTED, ChunkState.DISCARDED)
@@ -45,12 +45,12 @@ def _is_one_of(states: Sequence[ChunkState]) -> ColumnElement[bool]:
 IS_HELD = _is_one_of(HELD)
 ON_BOARD = entry.c.on_board == true()
 
-_HELD_COUNTS = (
+_HELD_COUNTS = Statement(
     select(chunk.c.entry_id, chunk.c.state, func.count().label("chunks"), func.min(chunk.c.lease_until).label("lease"))
     .where(IS_HELD)
     .group_by(chunk.c.entry_id, chunk.c.state)
 )
-_BOARD: Select[Any] = (
+_BOARD = Statement(
     select(
         entry.c.entry_id,
         entry.c.checkpoint_id,
@@ -67,25 +67,29 @@ _BOARD: Select[Any] = (
     .where(ON_BOARD)
     .order_by(entry.c.entry_id)
 )
-_TAKEN = select(chunk.c.position, chunk.c.state).where(
-    chunk.c.entry_id == bindparam("of_entry"),
-    chunk.c.position >= bindparam("from_position"),
-    _is_one_of((*CONSUMED, *HELD)),
+_TAKEN = Statement(
+    select(chunk.c.position, chunk.c.state).where(
+        chunk.c.entry_id == bindparam("of_entry"),
+        chunk.c.position >= bindparam("from_position"),
+        _is_one_of((*CONSUMED, *HELD)),
+    )
 )
-_WORKED = (
+_WORKED = Statement(
     update(entry)
     .where(entry.c.entry_id == bindparam("of_entry"))
     .values(worked_on=entry.c.worked_on + 1, floor=bindparam("new_floor"))
 )
-_UNREFERENCED = select(checkpoint.c.checkpoint_id, checkpoint.c.file).where(
-    checkpoint.c.released == false(),
-    checkpoint.c.checkpoint_id.not_in(
-        select(entry.c.checkpoint_id)
-        .where(ON_BOARD)
-        .union(select(chunk.c.parent_id).where(IS_HELD, chunk.c.parent_id.is_not(None)))
-    ),
+_UNREFERENCED = Statement(
+    select(checkpoint.c.checkpoint_id, checkpoint.c.file).where(
+        checkpoint.c.released == false(),
+        checkpoint.c.checkpoint_id.not_in(
+            select(entry.c.checkpoint_id)
+            .where(ON_BOARD)
+            .union(select(chunk.c.parent_id).where(IS_HELD, chunk.c.parent_id.is_not(None)))
+        ),
+    )
 )
-_LOG = insert(event)
+_LOG = Statement(insert(event))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ class BoardRows:
     """The entries on the board, and the rows they were read from."""
 
     entries: list[Entry]
-    rows: dict[int, Row[Any]]  # by entry_id: with the checkpoint's file, sha256 and epochs
+    rows: dict[int, Any]  # by entry_id: with the checkpoint's file, sha256 and epochs
 
 
 def count_held(tx: Connection) -> Held:
@@ -114,7 +118,7 @@ def count_held(tx: Connection) -> Held:
     by_entry: dict[int | None, int] = {}
     suspended = 0
     leases = []
-    for entry_id, state, chunks, lease_until in tx.execute(_HELD_COUNTS).all():
+    for entry_id, state, chunks, lease_until in _HELD_COUNTS.all(tx):
         by_entry[entry_id] = by_entry.get(entry_id, 0) + chunks
         if state == ChunkState.SUSPENDED:
             suspended += chunks
@@ -125,7 +129,7 @@ def count_held(tx: Connection) -> Held:
 
 def read_board(tx: Connection, held: Held | None = None) -> BoardRows:
     """held: left out where work in progress does not matter."""
-    rows = tx.execute(_BOARD).all()
+    rows = _BOARD.all(tx)
     busy = held.by_entry if held else {}
     entries = [
         Entry(
@@ -147,7 +151,7 @@ def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int]
     """From the floor on: those that are consumed, and those that are leased."""
     consumed: set[int] = set()
     leased: set[int] = set()
-    for position, state in tx.execute(_TAKEN, {"of_entry": entry_id, "from_position": floor}).all():
+    for position, state in _TAKEN.all(tx, of_entry=entry_id, from_position=floor):
         (consumed if state in CONSUMED else leased).add(position)
     return consumed, leased
 
@@ -159,12 +163,12 @@ def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> 
     if position == floor:
         consumed, _ = taken_positions(tx, entry_id, floor)
         floor = rules.advance_floor(floor, consumed)
-    tx.execute(_WORKED, {"of_entry": entry_id, "new_floor": floor})
+    _WORKED.write(tx, of_entry=entry_id, new_floor=floor)
 
 
 def release(tx: Connection) -> tuple[str, ...]:
     """Mark the checkpoints that neither an entry nor a claim refers to; their files may go."""
-    rows = tx.execute(_UNREFERENCED).all()
+    rows = _UNREFERENCED.all(tx)
     if rows:
         ids = [r.checkpoint_id for r in rows]
         tx.execute(update(checkpoint).where(checkpoint.c.checkpoint_id.in_(ids)).values(released=True))
@@ -210,15 +214,7 @@ def log_event(
     entry_id: int | None,
     **data: Any,
 ) -> None:
-    row = {
-        "at": now,
-        "kind": kind,
-        "worker_id": worker_id,
-        "chunk_id": chunk_id,
-        "entry_id": entry_id,
-        "data": _json_safe(data),
-    }
-    tx.execute(_LOG, row)
+    _LOG.insert(tx, at=now, kind=kind, worker_id=worker_id, chunk_id=chunk_id, entry_id=entry_id, data=_json_safe(data))
 
 
 def _json_safe(data: Mapping[str, Any]) -> dict[str, Any]:

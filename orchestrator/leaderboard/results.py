@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, insert, update
+from sqlalchemy import Connection, bindparam, insert, update
 
 from orchestrator import rules
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.moves import ON_BOARD, BoardRows, finite, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry
+from orchestrator.leaderboard.statements import Statement
 from orchestrator.records import Candidate, ChunkState, Claim, Entry, Policy
 
-_OF_CLAIM = update(chunk).where(
-    chunk.c.chunk_id == bindparam("of_chunk"),
-    chunk.c.generation == bindparam("of_generation"),
-    chunk.c.state == ChunkState.LIVE,
+_OF_CLAIM = Statement(
+    update(chunk).where(
+        chunk.c.chunk_id == bindparam("of_chunk"),
+        chunk.c.generation == bindparam("of_generation"),
+        chunk.c.state == ChunkState.LIVE,
+    )
 )
-_EVICT = update(entry).where(entry.c.entry_id == bindparam("of_entry"), ON_BOARD)
-_ENTER, _ADD_CHECKPOINT = insert(entry), insert(checkpoint)
+_EVICT = Statement(update(entry).where(entry.c.entry_id == bindparam("of_entry"), ON_BOARD))
+_ENTER, _ADD_CHECKPOINT = Statement(insert(entry)), Statement(insert(checkpoint))
 
 
 def close(tx: Connection, claim: Claim, state: ChunkState, finished_at: float | None, **values: Any) -> None:
     """The guarded write: only the live claim of this very generation."""
     guard = {"of_chunk": claim.chunk_id, "of_generation": claim.generation}
-    done = tx.execute(_OF_CLAIM, {**guard, "state": state, "finished_at": finished_at, **values})
-    if done.rowcount != 1:
+    if _OF_CLAIM.write(tx, **guard, state=state, finished_at=finished_at, **values) != 1:
         raise StaleClaimError(
             f"chunk {claim.chunk_id}: generation {claim.generation} of worker {claim.worker_id} is stale; "
             "the claim expired and its result is refused"
@@ -38,7 +40,7 @@ def promote(
     candidate: Candidate,
     evicted: Entry | None,
     board: BoardRows,
-    origin: Row[Any],
+    origin: Any,
     policy: Policy,
     now: float,
 ) -> None:
@@ -46,20 +48,20 @@ def promote(
     the founder_id of that."""
     checkpoint_id = _add_checkpoint(tx, claim, candidate, origin.parent_id, origin.founder_id, now)
     founder = origin.parent_id is None
-    place = {
-        "checkpoint_id": checkpoint_id,
-        "start_position": 0 if founder else rules.child_start(claim.position),
-        "floor": rules.child_start(claim.position),  # a founder's own chunk consumed its position 0
-        "worked_on": 0,
-        "promoted_at": now,
-        "on_board": True,
-    }
-    entry_id = tx.execute(_ENTER, place).inserted_primary_key[0]  # type: ignore[index]
+    entry_id = _ENTER.insert(
+        tx,
+        checkpoint_id=checkpoint_id,
+        start_position=0 if founder else rules.child_start(claim.position),
+        floor=rules.child_start(claim.position),  # a founder's own chunk consumed its position 0
+        worked_on=0,
+        promoted_at=now,
+        on_board=True,
+    )
     if founder:
         tx.execute(update(chunk).where(chunk.c.chunk_id == claim.chunk_id).values(entry_id=entry_id))
     if evicted is not None:
-        left = {"of_entry": evicted.entry_id, "on_board": False, "evicted_at": now, "evicted_by": entry_id}
-        assert tx.execute(_EVICT, left).rowcount == 1, "read and written in one transaction"
+        done = _EVICT.write(tx, of_entry=evicted.entry_id, on_board=False, evicted_at=now, evicted_by=entry_id)
+        assert done == 1, "read and written in one transaction"
     scores = [candidate.score, *(e.score for e in board.entries if e is not evicted)]
     what = {
         "score": candidate.score,
@@ -79,22 +81,22 @@ def _add_checkpoint(
 ) -> int:
     """The row of a checkpoint; a founder is its own founder."""
     last = candidate.results[-1].metrics if candidate.results else {}
-    row = {
-        "chunk_id": claim.chunk_id,
-        "parent_id": parent_id,
-        "founder_id": founder_id or 0,
-        "worker_id": claim.worker_id,
-        "epochs": candidate.epochs,
-        "score": candidate.score,
-        "profile": claim.profile.name,
-        "metrics": {name: finite(value) for name, value in last.items()},
-        "file": candidate.file,
-        "sha256": candidate.sha256,
-        "size_bytes": candidate.size_bytes,
-        "created_at": now,
-        "released": False,
-    }
-    checkpoint_id: int = tx.execute(_ADD_CHECKPOINT, row).inserted_primary_key[0]  # type: ignore[index]
+    checkpoint_id = _ADD_CHECKPOINT.insert(
+        tx,
+        chunk_id=claim.chunk_id,
+        parent_id=parent_id,
+        founder_id=founder_id or 0,
+        worker_id=claim.worker_id,
+        epochs=candidate.epochs,
+        score=candidate.score,
+        profile=claim.profile.name,
+        metrics={name: finite(value) for name, value in last.items()},
+        file=candidate.file,
+        sha256=candidate.sha256,
+        size_bytes=candidate.size_bytes,
+        created_at=now,
+        released=False,
+    )
     if founder_id is None:
         own = update(checkpoint).where(checkpoint.c.checkpoint_id == checkpoint_id)
         tx.execute(own.values(founder_id=checkpoint_id))
