@@ -112,7 +112,7 @@ class _SeededBatches(Dataset[Any]):
     def __getitem__(self, batch: tuple[int, list[int]]) -> Any:
         seed, positions = batch
         with random_state_kept():
-            seed_all(seed)
+            seed_cpu(seed)
             return default_collate([self._data[self._indices[p]] for p in positions])
 
 
@@ -195,9 +195,15 @@ def hash_seed(*parts: int) -> int:
 
 
 def seed_all(seed: int) -> None:
+    seed_cpu(seed)
+    torch.manual_seed(seed)
+
+
+def seed_cpu(seed: int) -> None:
+    """All but the GPUs' generators: what is drawn for the data must not change what the model draws."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:

@@ -65,6 +65,9 @@ class Job:
         "train" and "validation" must list the same examples in the same order: which of them are trained on
         and which are kept for validation is decided by the run's seed, stratified by class. "train" may
         augment; "validation" should not. "test" is read by `orch evaluate` only.
+
+        What it draws from python's, numpy's and torch's global generators follows from the run's seed alone, the same
+        for each split; it is called once in each process.
         """
         raise JobError(f"{type(self).__name__} has no data(split); it must return a torch Dataset")
 

@@ -123,6 +123,11 @@ def verify(plan: Plan, say: Callable[[str], None], run_link: RunLink = in_fresh_
         start = 0
         for stop in [*verdict.interrupted_after, verdict.steps]:
             link = run_link(plan, root, RESUMED, start, None if stop == verdict.steps else stop)
+            if link["steps_per_epoch"] != verdict.steps_per_epoch:
+                raise JobError(
+                    f"job {verdict.job}: data('train') is not of the same length in each process: an epoch had "
+                    f"{verdict.steps_per_epoch} batches, then {link['steps_per_epoch']}"
+                )
             verdict.inexact = _compare(verdict, root, reference, link, start, stop)
             if verdict.inexact:
                 break

@@ -199,7 +199,11 @@ class Session:
     def feed(self, split: Split) -> Feed:
         """The batches of a split; made once, the data stays."""
         if split not in self._feeds:
-            source: Dataset[Any] = self.job.data(split)
+            # Not the training's random numbers: a process that goes on loads the data again. The same for each split,
+            # so that one drawn for "train" is the one drawn for "validation".
+            with data.random_state_kept():
+                data.seed_cpu(self.settings["seed"])
+                source: Dataset[Any] = self.job.data(split)
             size = self.settings["max_batch_size"]
             indices = self._indices(split, source)
             self._feeds[split] = make_feed(source, indices, size, self.device, self.job.context.cores)

@@ -80,6 +80,16 @@ class Noisy(Digits):
                 trace.write(f"{indices}\n")
 
 
+class RandomSubset(Noisy):
+    """Which examples there are is drawn when the data are loaded, as torch's random_split does."""
+
+    def data(self, split: Split) -> Any:
+        pictures, labels = super(Noisy, self).data(split).tensors
+        some = torch.randperm(len(labels))[: self.params.examples]
+        random.random(), np.random.random()
+        return NoisyPictures(pictures[some], labels[some] % 2)
+
+
 # --- jobs whose checkpoints are not complete
 
 
@@ -158,6 +168,17 @@ class OwnMetric(Noisy):
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         self.asked = getattr(self, "asked", 0) + 1
         return {**super().metrics(outputs, targets), "asked": torch.tensor(float(self.asked))}
+
+
+class AnotherLength(Noisy):
+    """The data are not the same in two processes."""
+
+    made = itertools.count(1)
+
+    def data(self, split: Split) -> Any:
+        plain = super().data(split)
+        count = len(plain) // next(self.made)
+        return NoisyPictures(plain.pictures[:count], plain.targets[:count] % 2)
 
 
 class FromTheClock(Noisy):

@@ -159,7 +159,7 @@ def test_training_that_is_interrupted_before_every_step_is_the_uninterrupted_one
     reference.check(tmp_path, links, list(range(1, TOTAL + 1)))
 
 
-@hypothesis_settings(max_examples=10, deadline=None)
+@hypothesis_settings(max_examples=8, deadline=None)
 @given(stops=st.sets(st.integers(1, TOTAL - 1), max_size=6), seed=st.integers(0, 2**32 - 1))
 def test_training_that_is_interrupted_at_any_steps_is_the_uninterrupted_one(
     reference: Reference, stops: set[int], seed: int
@@ -213,6 +213,7 @@ def verdict_on(job: str, chunks: int = 2, **changes: Any) -> Verdict:
         pytest.param(plan_for("jobs.digits:Digits", deterministic=False), id="the digits, deterministic mode off"),
         pytest.param(plan_for("jobs.digits:Digits", max_batch_size=1, chunks=1), id="batches of one"),
         pytest.param(plan_for(select_on="test"), id="selection on the test set"),
+        pytest.param(plan_for("RandomSubset"), id="data that are drawn when they are loaded"),
     ],
 )
 def test_a_job_whose_checkpoint_is_complete_is_exact(plan: Plan) -> None:
@@ -289,6 +290,7 @@ def test_with_deterministic_mode_off_a_difference_is_reported_with_that_as_a_cau
         ),
         pytest.param("Exploding", "^the loss is infinite or NaN after 3 steps under the profile 'fast'", id="no loss"),
         pytest.param("Failing", r"^job .*:Failing: ValueError: no loss today$", id="an error of the job's own"),
+        pytest.param("AnotherLength", r"data\('train'\) is not of the same length .*: an epoch had 3", id="other data"),
         pytest.param("Nobody", r"has no class Nobody$", id="no such class"),
     ],
 )
