@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import trust
 from orchestrator.cluster import Place, this_place
 from orchestrator.cluster.local import gpus, this_process
+from orchestrator.leaderboard.engine import JOB_CONNECTS_FOR_S
 from orchestrator.run import Run
 from orchestrator.user_job import import_ahead
 from orchestrator.worker import Ending, StopFlag, Worker
@@ -146,6 +147,7 @@ def be_worker(run: Run, token: str, worker_id: int, stop: StopFlag, team: Team |
 
         return open_trainer(run.settings, run.cluster.cores())
 
+    run.leaderboard.database.connect_for_s = JOB_CONNECTS_FOR_S
     worker = Worker(run.folder, run.settings, run.version, run.leaderboard, run.cluster, open_trainer, time.time, stop)
     return worker.run(started)
 

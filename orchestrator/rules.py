@@ -212,6 +212,9 @@ class Mend:
     resubmit: tuple[int, ...]  # workers whose chain is broken
 
 
+# A job that has said its last word is gone so soon. One that the cluster holds on to (its process hangs at its
+# end, or the controller missed it in a crash) would keep its successor waiting until its time limit: it is cancelled.
+EXIT_GRACE_S = 60.0
 # A job that is being submitted for longer than this is treated as one whose submitter died.
 SUBMITTING_GRACE_S = 120.0
 

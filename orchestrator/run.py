@@ -21,9 +21,10 @@ from orchestrator.cluster.bystander import Bystander
 from orchestrator.errors import RunError, StaleClaimError, SubmissionError
 from orchestrator.leaderboard import DATABASE_NAME, Leaderboard
 from orchestrator.leaderboard.engine import Database
+from orchestrator.mending import reconcile
 from orchestrator.records import Evidence, JobState, RunState
 from orchestrator.settings import Settings
-from orchestrator.worker import Ending, StopFlag, reconcile
+from orchestrator.worker import Ending, StopFlag
 
 SETTINGS_NAME = "settings.json"
 HOLDABLE = (RunState.ACTIVE, RunState.PAUSED, RunState.DRAINING, RunState.CANCELLED, RunState.FAILED)
@@ -166,7 +167,7 @@ class Run:
         return self._grow(now) + self.reconcile(now, grace_s=0.0 if snapshot.state is not RunState.ACTIVE else None)
 
     def reconcile(self, now: float, grace_s: float | None = None) -> list[str]:
-        """See `worker.reconcile`; grace_s: how long a submission may be under way, None for the usual time."""
+        """See `mending.reconcile`; grace_s: how long a submission may be under way, None for the usual time."""
         grace_s = rules.SUBMITTING_GRACE_S if grace_s is None else grace_s
         return reconcile(self.leaderboard, self.cluster, self.settings, now, grace_s)
 

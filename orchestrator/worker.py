@@ -25,6 +25,7 @@ from orchestrator.errors import (
     SubmissionError,
 )
 from orchestrator.leaderboard import Leaderboard
+from orchestrator.mending import reconcile
 from orchestrator.records import (
     Candidate,
     Claim,
@@ -32,7 +33,6 @@ from orchestrator.records import (
     Finished,
     Interrupted,
     Job,
-    JobState,
     Over,
     Started,
     Work,
@@ -233,6 +233,7 @@ class Worker:
             return None
         assert self._trainer is not None, "opened before anything was claimed"
         started = self.clock()
+        self.leaderboard.database.rest()
         try:
             result = self._trainer.train(work, self._should_stop, self._on_epoch)
         except Exception as error:  # the user's model, data or device
@@ -356,43 +357,3 @@ class Worker:
 
     def _remove(self, claim: Claim, garbage: tuple[str, ...]) -> None:
         checkpoints.remove(self.files, [*garbage, *([claim.suspended_file] if claim.suspended_file else [])])
-
-
-def reconcile(
-    leaderboard: Leaderboard,
-    cluster: Cluster,
-    settings: Settings,
-    now: float,
-    grace_s: float = rules.SUBMITTING_GRACE_S,
-) -> list[str]:
-    """Bring the database and the cluster together: close what is gone, reap its claims, mend broken chains.
-
-    Returns a line for each thing that was done. The cluster is asked outside every transaction.
-    """
-    snapshot = leaderboard.chains.snapshot(settings.metric.mode)
-    evidence = cluster.evidence(snapshot.open_jobs)
-    found = cluster.find([j for j in snapshot.open_jobs if j.cluster_id is None])
-    todo = rules.mend(snapshot.workers, snapshot.open_jobs, evidence, found, now, grace_s)
-    done = []
-    if todo.lost or todo.adopt:
-        leaderboard.chains.apply_mend(todo.lost, todo.adopt, now)
-        done += [f"job {j.cluster_id or j.token} of worker {j.worker_id} is gone; its claim is free" for j in todo.lost]
-    if todo.resubmit and cluster.chains:
-        wanted = leaderboard.chains.relink(todo.resubmit, now, settings.max_failures)
-        done += submit_links(leaderboard, cluster, wanted, now)
-    cluster.cancel(leaderboard.reader.never_begun(), now=True)  # asks first which of them are there at all
-    leaderboard.chains.settle(now)
-    return done
-
-
-def submit_links(leaderboard: Leaderboard, cluster: Cluster, links: list[Job], now: float) -> list[str]:
-    """Submit links that are written down; close those that the cluster does not take."""
-    if not links:
-        return []
-    try:
-        taken = cluster.submit(links, after=None)
-    except SubmissionError as error:
-        leaderboard.chains.close(links, JobState.LOST, str(error), now)
-        return [f"the chains of workers {', '.join(str(j.worker_id) for j in links)} can't be mended now: {error}"]
-    cluster.cancel(leaderboard.chains.submitted(taken), now=True)
-    return [f"worker {j.worker_id} got a new job" for j in links]

@@ -42,7 +42,8 @@ class Postgres:
 
     def start(self) -> None:
         options = (  # no test here cuts the power, so none waits for the disk
-            f"-c listen_addresses=127.0.0.1 -p {self.port} -c unix_socket_directories= -c max_connections=200 -c fsync=off"
+            f"-c listen_addresses=127.0.0.1 -p {self.port} -c unix_socket_directories= -c max_connections=200 "
+            "-c fsync=off"
         )
         self._as_server("pg_ctl", "start", "--wait", "-D", "data", "-l", "server.log", "-o", options)
 

@@ -25,7 +25,7 @@ class Storage:
         """A new run's leaderboard. durable False: what is tested holds without a power cut too, and waiting for
         the disk at each commit would take minutes."""
         schema = f"test_{secrets.token_hex(6)}" if self.url else None
-        Leaderboard.create(folder, self.url, schema, settings.name, freeze(settings), [], now=0.0, deadline=1e9)
+        Leaderboard.create(folder, self.url, schema, settings.name, freeze(settings), [], now=0.0, deadline=1e12)
         board = Leaderboard.open(folder, self.url, schema, load_policy)
         if self.url is None and not durable:
             sqlalchemy.event.listen(board.database._engine, "connect", _do_not_wait_for_the_disk)

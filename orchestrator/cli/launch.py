@@ -100,6 +100,8 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
 
     if wanted.lock == "auto":  # what launch chose then
         wanted = wanted.model_copy(update={"lock": existing.settings.lock})
+    if wanted.database_schema is None:  # each run is given one when it is made
+        wanted = wanted.model_copy(update={"database_schema": existing.settings.database_schema})
     changed = difference(existing.settings, wanted)
     if changed:
         raise RunError(

@@ -110,7 +110,7 @@ class LocalCluster:
                 trouble.append(f"job {job.cluster_id} of worker {job.worker_id} is on {job.host}: end it there")
             else:
                 # Of a queued job the process is submitit's controller, which hands the signal on to the one that waits.
-                kill = now and job.state is JobState.RUNNING
+                kill = now and job.state in (JobState.RUNNING, JobState.ENDED)
                 _signal(job.pid, job.pid_created_at, signal.SIGKILL if kill else signal.SIGTERM)
         return trouble
 

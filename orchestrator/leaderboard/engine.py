@@ -85,7 +85,8 @@ class Database:
 
     def rest(self) -> None:
         """Nothing will be asked for a while (a chunk is trained): give the server its connection back."""
-        self._engine.dispose()
+        if not self.file:
+            self._engine.dispose()
 
     @property
     def _sqlite(self) -> bool:
@@ -171,8 +172,15 @@ class Database:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.touch()
         with self._open() as connection:
-            if self.schema_name and not inspect(connection).has_schema(self.schema_name):
-                connection.execute(CreateSchema(self.schema_name))
+            if self.schema_name:
+                there = inspect(connection)
+                if there.has_table(schema.run.name, schema=self.schema_name):
+                    raise LeaderboardError(
+                        f"{self.name}: the schema {self.schema_name} holds a run already; choose another "
+                        '"database_schema", or leave it out and each run gets one of its own'
+                    )
+                if not there.has_schema(self.schema_name):
+                    connection.execute(CreateSchema(self.schema_name))
             schema.metadata.create_all(connection, checkfirst=False)
             yield connection
 

@@ -13,6 +13,8 @@ from orchestrator.leaderboard.moves import HELD, REAPED, job_of, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, event, job, run
 from orchestrator.records import ChunkState, Job, JobState, Mode
 
+later_job = job.alias("later")
+
 
 class Reader:
     """Every method is one transaction and returns plain values."""
@@ -98,6 +100,22 @@ class Reader:
         with self._database.transaction() as tx:
             given_up = job.c.state.in_((JobState.LOST, JobState.CANCELLED))
             rows = tx.execute(select(job).where(given_up, job.c.started_at.is_(None), job.c.cluster_id.is_not(None)))
+            return [job_of(row) for row in rows.all()]
+
+    def awaited(self, ended_before: float) -> list[Job]:
+        """Jobs that ended by their own word before this time, and whose successor has not begun."""
+        after = later_job
+        with self._database.transaction() as tx:
+            rows = tx.execute(
+                select(job)
+                .join(after, after.c.after_job_id == job.c.job_id)
+                .where(
+                    job.c.state == JobState.ENDED,
+                    job.c.ended_at < ended_before,
+                    job.c.cluster_id.is_not(None),
+                    after.c.state == JobState.QUEUED,
+                )
+            )
             return [job_of(row) for row in rows.all()]
 
     def last_error(self) -> str | None:

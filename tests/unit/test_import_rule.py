@@ -20,7 +20,7 @@ FLOORS = (
     {"cli"},
     {"experiments"},
     {"report", "run", "entry", "user_job"},
-    {"worker", "ledger", "doctor"},
+    {"worker", "mending", "ledger", "doctor"},
     {"leaderboard", "cluster"},
     {"rules", "checkpoints", "settings", "locks", "lock_choice", "lock_proof", "soft_lock", "trust", "telemetry"},
     {"records", "errors", "mounts", "explain", "__init__"},

@@ -1,0 +1,212 @@
+"""A run whose leaderboard is on a real PostgreSQL server, from the command line to the last job."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import psycopg
+import pytest
+
+from orchestrator.errors import LeaderboardError, SubmissionError
+from orchestrator.leaderboard import engine
+from orchestrator.leaderboard.engine import Database
+from orchestrator.run import Run
+from orchestrator.settings import load
+from tests import postgres
+from tests.integration.test_local_chains import processes_of, until, working
+from tests.invariants import violations
+
+ROOT = Path(__file__).parents[2]
+ORCH = Path(sys.executable).with_name("orch")
+pytestmark = pytest.mark.xdist_group("postgres")
+
+
+@pytest.fixture
+def server(postgres_server: postgres.Postgres, tmp_path: Path) -> Iterator[postgres.Postgres]:
+    yield postgres_server
+    for process in processes_of(tmp_path):
+        process.kill()
+
+
+def schemas(server: postgres.Postgres) -> list[str]:
+    with psycopg.connect(server.url.replace("+psycopg", "")) as connection:
+        rows = connection.execute("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'orch%' ORDER BY 1").fetchall()
+    return [row[0] for row in rows]
+
+
+def settings_file(folder: Path, server: postgres.Postgres | None, **changes: Any) -> Path:
+    file = folder / "quick.json"
+    profiles = [{"name": "a", "learning_rate": 0.1}, {"name": "b", "learning_rate": 0.01}]
+    settings = {
+        "job": "tests.slurm.quick:Quick", "job_params": {"seconds": 0.2}, "training_profiles": profiles, "workers": 2,
+        "num_models": 3, "eon_lifetime": 4, "total_lifetime": 300, "stop_after_stale_cycles": None,
+        "stop_after_epochs": 40, "executor": "local", "max_failures": 50,
+    }  # fmt: skip
+    file.write_text(json.dumps(settings | ({"database": server.url} if server else {}) | changes))
+    return file
+
+
+def orch(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(ORCH), *arguments, "--runs-dir", str(folder / "runs")], capture_output=True, text=True, timeout=240,
+        cwd=ROOT, env={**os.environ, **(environment or {})}, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_outlives_kill_9_and_a_restart_of_the_server(tmp_path: Path, server: postgres.Postgres) -> None:
+    """And the password, which every process has in its environment, is in none of the run's files."""
+    done = orch(tmp_path, "launch", str(settings_file(tmp_path, server)))
+    assert done.returncode == 0, done.stderr
+    run = Run.open(tmp_path / "runs/quick")
+    until("a worker at work", lambda: working(run) and run.leaderboard.reader.counts()["chunks"]["live"])
+    psutil.Process(working(run)[0]["pid"]).kill()
+    until("more epochs", lambda: run.leaderboard.reader.counts()["epochs"] >= 10)
+    run.leaderboard.database.rest()
+    server.stop("immediate")  # no farewell to anybody, as in a crash
+    time.sleep(2)
+    server.start()
+    done = orch(tmp_path, "launch", str(settings_file(tmp_path, server)), "--wait")
+
+    assert done.returncode == 0, done.stderr
+    assert violations(run) == []
+    assert run.leaderboard.reader.counts()["epochs"] >= 40
+    assert len(run.board()["entries"]) == 3
+    assert not (run.folder / "orch.db").exists()
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert len(written) > 10
+    secret = server.password.encode()
+    assert [path for path in written if secret in path.read_bytes()] == []
+    assert server.password not in done.stdout + done.stderr
+    for command in ("status", "leaderboard"):
+        shown = orch(tmp_path, command, "quick", "--json")
+        assert shown.returncode == 0
+        assert server.password not in shown.stdout
+
+
+def test_runs_share_a_database_and_no_table(tmp_path: Path, server: postgres.Postgres) -> None:
+    before = schemas(server)
+    for name in ("one", "two"):
+        file = settings_file(tmp_path, server, name=name, stop_after_epochs=4, workers=1)
+        done = orch(tmp_path, "launch", str(file), "--wait")
+        assert done.returncode == 0, done.stderr
+    assert len(schemas(server)) == len(before) + 2
+    for name in ("one", "two"):
+        run = Run.open(tmp_path / "runs" / name)
+        assert run.leaderboard.reader.counts()["epochs"] == 4
+        assert violations(run) == []
+
+
+def test_launched_again_the_same_file_goes_on_with_its_run(tmp_path: Path, server: postgres.Postgres) -> None:
+    file = settings_file(tmp_path, server, stop_after_epochs=4, workers=1)
+    assert orch(tmp_path, "launch", str(file), "--wait").returncode == 0
+    before = schemas(server)
+    again = orch(tmp_path, "launch", str(file), "--wait")
+    assert "is over" in again.stderr
+    assert schemas(server) == before
+
+
+def test_a_launch_that_fails_leaves_neither_schema_nor_folder(
+    tmp_path: Path, server: postgres.Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    before = schemas(server)
+    settings, _ = load(settings_file(tmp_path, server, executor="slurm", slurm={"gpus": 0}))
+    with pytest.raises(SubmissionError, match="sbatch or srun is not on"):
+        Run.launch(settings, tmp_path / "runs", [str(ROOT)])
+    assert schemas(server) == before
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_user_s_own_schema_is_used_and_outlives_a_failed_launch(
+    tmp_path: Path, server: postgres.Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with psycopg.connect(server.url.replace("+psycopg", "")) as connection:
+        connection.execute("CREATE SCHEMA mine")
+    settings, _ = load(settings_file(tmp_path, server, executor="slurm", slurm={"gpus": 0}, database_schema="mine"))
+    with pytest.raises(SubmissionError, match="sbatch or srun is not on"):
+        Run.launch(settings, tmp_path / "runs", [str(ROOT)])
+    monkeypatch.undo()
+    file = settings_file(tmp_path, server, database_schema="mine", stop_after_epochs=2, workers=1)
+    assert orch(tmp_path, "launch", str(file), "--wait").returncode == 0
+    second = orch(tmp_path, "launch", str(file), "--set", "name=another")
+    assert second.returncode == 2
+    assert re.search(r"mine.* holds a run already", second.stderr), second.stderr
+    assert not (tmp_path / "runs/another").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "environment", "message"),
+    [
+        pytest.param({}, {"PGPASSWORD": "wrong"}, "password authentication failed", id="a wrong password"),
+        pytest.param({}, {"PGPASSWORD": "", "PGPASSFILE": "/dev/null"}, "no password supplied", id="no password"),
+        pytest.param({"database": "@/nowhere"}, {}, 'database "nowhere" does not exist', id="no such database"),
+        pytest.param({"database": ":1/orch"}, {}, "connection failed.*refused", id="no server"),
+    ],
+)
+def test_a_database_that_can_t_be_used_is_one_clear_error(
+    tmp_path: Path, server: postgres.Postgres, change: dict[str, str], environment: dict[str, str], message: str
+) -> None:
+    urls = {
+        "@/nowhere": server.url.removesuffix("/orch") + "/nowhere",
+        ":1/orch": server.url.replace(f":{server.port}/", ":1/"),
+    }
+    given = {key: urls[value] for key, value in change.items()}
+    done = orch(tmp_path, "launch", str(settings_file(tmp_path, server, **given)), environment=environment)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("postgresql+psycopg://me:secret@host/db", "holds a password"),
+        ("postgresql+psycopg://host/db?user=me&password=secret", "holds a password"),
+        ("postgresql://me:secret@host/db", r"'postgresql' is no database that orch knows"),
+        ("mysql://me:secret@host/db", "'mysql' is no database"),
+        ("sqlite://", "in memory"),
+        ("sqlite:///:memory:", "in memory"),
+        ("secret", "is no database"),
+    ],
+)
+def test_a_url_that_will_not_do_is_refused_and_its_password_not_repeated(
+    tmp_path: Path, url: str, message: str
+) -> None:
+    done = orch(tmp_path, "launch", str(settings_file(tmp_path, None, database=url)))
+    assert done.returncode == 2
+    assert re.search(f"database: .*{message}", done.stderr), done.stderr
+    assert "secret" not in done.stderr.replace("'secret'", "") or url == "secret"
+
+
+def test_the_server_ends_a_transaction_whose_process_was_stopped(
+    tmp_path: Path, server: postgres.Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one worker that is stopped in the middle of its claim would hold up all others for ever."""
+    monkeypatch.setattr(engine, "SERVER_LIMITS", engine.SERVER_LIMITS.replace("=60s", "=1s"))
+    assert "idle_in_transaction_session_timeout=1s" in engine.SERVER_LIMITS
+    assert orch(
+        tmp_path, "launch", str(settings_file(tmp_path, server, stop_after_epochs=2, workers=1)), "--wait"
+    ).returncode == 0  # fmt: skip
+    settings, _ = load(tmp_path / "runs/quick/settings.json")
+    stopped, other = (Database(settings.database, tmp_path, settings.database_schema) for _ in range(2))
+    holding = stopped.transaction()
+    holding.__enter__()
+    started = time.monotonic()
+    with other.transaction():
+        waited_s = time.monotonic() - started
+    assert 0.5 < waited_s < 30
+    with pytest.raises(LeaderboardError, match=r"idle-in-transaction timeout|closed"):
+        holding.__exit__(None, None, None)
