@@ -242,7 +242,7 @@ def obey() -> None:
         except Timeout:
             said = "refused"
         except (OSError, NotImplementedError, LockError) as error:
-            said = " ".join(f"{error}".split())
+            said = " ".join(str(getattr(error.__cause__, "reason", error)).split())
         print(said, flush=True)
 
 

@@ -114,7 +114,7 @@ def users_umask() -> Iterator[None]:
 def owner(folder: Path) -> str | None:
     """The user whose jobs a run's are; None: this process's own."""
     uid = folder.stat().st_uid
-    return None if uid in (os.geteuid(), 0) or os.geteuid() == 0 else user_name(uid)
+    return None if uid == os.geteuid() else user_name(uid)
 
 
 def check(folder: Path, *others: Path) -> None:
