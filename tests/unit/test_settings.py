@@ -417,6 +417,43 @@ def test_a_wrong_flag_is_named_by_its_place_in_the_list(written):
     assert not any("bool]" in line for line in lines), "no names of Python types"
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "workers", "num_models", "max_batch_size", "total_lifetime", "seed", "validation_fraction", "stop_after_epochs",
+        "stop_at_score", "cores_per_worker",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [True, False])
+def test_true_and_false_are_no_numbers(written, key, value):
+    expected = f"{key}: {json.dumps(value)} is not allowed; input should be a number"
+    assert mistakes(written(LEAST | {key: value})) == [expected]
+
+
+def test_true_and_false_are_no_numbers_further_down(written):
+    profile = ALEX | {"learning_rate": True}
+    changes = {"training_profiles": [profile], "slurm": {"gpus": True, "mem_gb": False}}
+    assert mistakes(written(LEAST | changes)) == [
+        "training_profiles[0].learning_rate: true is not allowed; input should be a number",
+        "slurm.gpus: true is not allowed; input should be a number",
+        "slurm.mem_gb: false is not allowed; input should be a number",
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("deterministic", True), ("pretrained_features", [True] * 13)])
+def test_true_and_false_are_what_they_are_where_they_are_asked_for(written, key, value):
+    settings, _ = load(written(LEAST | {key: value}))
+    assert getattr(settings, key) == value
+
+
+def test_the_lock_is_one_of_three(written):
+    assert load(written(LEAST))[0].lock == "auto"
+    assert load(written(LEAST | {"lock": "soft"}))[0].lock == "soft"
+    assert mistakes(written(LEAST | {"lock": "hard"})) == [
+        "lock: \"hard\" is not allowed; input should be 'auto', 'flock' or 'soft'"
+    ]
+
+
 def test_all_mistakes_are_reported_at_once(written):
     content = {"num_models": 0, "wrokers": 2, "metric": {"mode": "up"}, "training_profiles": [{"name": "a"}]}
     assert [line.split(":")[0] for line in mistakes(written(content))] == [
