@@ -129,6 +129,14 @@ class Warming(nn.Module):
         return inputs * (1 - 0.5**self.batches)
 
 
+class WarmingWithExtraState(Warming):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"batches": int(self.batches)}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.batches.fill_(state["batches"])
+
+
 class OwnCounter(Noisy):
     """The model counts its batches where state_dict() does not see it."""
 
@@ -142,6 +150,20 @@ class BufferedCounter(OwnCounter):
     """The same, mended."""
 
     in_checkpoint = True
+
+
+class ExtraState(OwnCounter):
+    """The same, mended in the other way."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(WarmingWithExtraState(in_checkpoint=False), Noisy.model(self))
+
+
+class WithAdam(Noisy):
+    """An optimizer that counts its steps."""
+
+    def optimizer(self, model: nn.Module, profile: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=profile.learning_rate, weight_decay=profile.weight_decay)
 
 
 class CountingPictures(NoisyPictures):

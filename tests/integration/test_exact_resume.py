@@ -210,6 +210,8 @@ def verdict_on(job: str, chunks: int = 2, **changes: Any) -> Verdict:
     [
         pytest.param(plan_for(), id="noisy pictures"),
         pytest.param(plan_for("BufferedCounter"), id="a counter that is a buffer of the model"),
+        pytest.param(plan_for("ExtraState"), id="a counter in a module's extra state"),
+        pytest.param(plan_for("WithAdam"), id="an optimizer that counts its steps"),
         pytest.param(plan_for("jobs.digits:Digits", deterministic=False), id="the digits, deterministic mode off"),
         pytest.param(plan_for("jobs.digits:Digits", max_batch_size=1, chunks=1), id="batches of one"),
         pytest.param(plan_for(select_on="test"), id="selection on the test set"),
