@@ -67,6 +67,7 @@ def runs(runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
     """All runs, newest first."""
     from rich.console import Console
 
+    from orchestrator import trust
     from orchestrator.cli import tables
     from orchestrator.errors import OrchError
     from orchestrator.run import Run, all_runs
@@ -74,7 +75,8 @@ def runs(runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
     rows = []
     for folder in all_runs(runs_dir):
         try:
-            rows.append(Run.open(folder).summary())
+            with trust.files_of(folder):
+                rows.append(Run.open(folder).summary())
         except OrchError as error:  # one damaged run must not hide the others
             rows.append({"run": folder.name, "state": "unreadable", "reason": str(error)})
     if json:

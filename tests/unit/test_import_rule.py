@@ -182,6 +182,17 @@ def test_importing_all_of_orchestrator_loads_no_torch():
 
 
 @each_file
+def test_nothing_is_unpickled_but_tensors(path):
+    """A checkpoint is read by torch.load with weights_only, which runs no code of the file's."""
+    loads = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads")
+    ]
+    assert all("weights_only=True" in map(ast.unparse, call.keywords) for call in loads), path
+
+
+@each_file
 def test_no_file_is_longer_than_400_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
