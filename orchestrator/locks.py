@@ -118,6 +118,8 @@ def _flock_within(fd: int, timeout: float, on_timeout: Callable[[], Timeout]) ->
         os.close(fd)
         raise
     outcome: list[OSError | None] = []
+    over = threading.Lock()  # held while there is no outcome; waited for in place of the thread's end, which is later
+    over.acquire()
     guard = threading.Lock()  # decides who owns fd: the waiter, or the thread once the waiter has left
     left = False
 
@@ -132,11 +134,12 @@ def _flock_within(fd: int, timeout: float, on_timeout: Callable[[], Timeout]) ->
                 os.close(fd)
             else:
                 outcome.append(error)
+        over.release()
 
     thread = threading.Thread(target=wait, name="flock", daemon=True)
     try:
         thread.start()
-        thread.join(timeout)
+        over.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
     except BaseException:  # Ctrl-C: the thread must not get the lock for somebody who does not wait any more
         with guard:
             left = not outcome
