@@ -70,19 +70,20 @@ class Statement:
         if tx.dialect.name != "sqlite":
             tx.execute(self._core, rows)
             return
-        compiled = self._compile(tx, tuple(rows[0]))
+        compiled = self._for_driver(tx, tuple(rows[0]))
         _driver(tx).executemany(compiled.sql, [compiled.parameters(row) for row in rows])
 
     def _execute(self, tx: Connection, values: Values) -> sqlite3.Cursor | CursorResult[Any]:
         if tx.dialect.name != "sqlite":
             return tx.execute(self._core, values)
-        names = tuple(values)
-        compiled = self._compiled.get(names) or self._compile(tx, names)
+        compiled = self._for_driver(tx, tuple(values))
         cursor = _driver(tx).execute(compiled.sql, compiled.parameters(values))
         cursor.row_factory = self._make_row
         return cursor
 
-    def _compile(self, tx: Connection, names: tuple[str, ...]) -> _Compiled:
+    def _for_driver(self, tx: Connection, names: tuple[str, ...]) -> _Compiled:
+        if names in self._compiled:
+            return self._compiled[names]
         # Of an insert or update, the names that are columns say what is written.
         core = self._core.compile(dialect=tx.dialect, column_keys=list(names))
         assert isinstance(core, SQLCompiler)
