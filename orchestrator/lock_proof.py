@@ -15,6 +15,7 @@ import select
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -141,10 +142,11 @@ def prove(folder: Path, kind: LockKind) -> str:
     One process holds the lock while the other is refused; then both count under it. Takes about 0.3 s; what it
     writes is gone at the end. Raises OSError where no process can be started or nothing can be written.
     """
-    counter, lock_file = folder / ".lock-proof", folder / ".lock-proof.lock"
-    prepare_file(counter)
+    scratch = Path(tempfile.mkdtemp(prefix=".lock-proof-", dir=folder))
+    counter, lock_file = scratch / "counter", scratch / "lock"
     with contextlib.ExitStack() as stack:
-        stack.callback(_remove, counter, lock_file)
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        prepare_file(counter)
         children = [stack.enter_context(_child(kind, counter, lock_file)) for _ in range(PROCESSES)]
         try:
             return _examine(children, counter)
@@ -246,20 +248,11 @@ def obey() -> None:
         print(said, flush=True)
 
 
-def _remove(counter: Path, lock_file: Path) -> None:
-    for path in (counter, lock_file, lock_file.with_name(lock_file.name + ".queue")):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(lock_file.with_name(lock_file.name + ".filelock"), ignore_errors=True)
-
-
 def sqlite_locks_work(folder: Path) -> bool:
     """Does the kernel take the locks here that SQLite itself sets on its file (fcntl, not flock)?"""
-    path = folder / ".lock-proof-sqlite"
-    try:
-        with open(path, "wb") as file:
+    with tempfile.NamedTemporaryFile(prefix=".lock-proof-", dir=folder) as file:
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-    finally:
-        path.unlink(missing_ok=True)
+        except OSError:
+            return False
+    return True

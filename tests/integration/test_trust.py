@@ -144,6 +144,13 @@ def test_an_exported_model_has_the_rights_of_the_user_s_other_files(tmp_path, mo
     assert export_entry  # what `orch export` runs inside users_umask
 
 
+def test_a_file_system_that_keeps_no_rights_can_hold_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(trust, "PRIVATE", 0o777)  # what every folder of such a mount shows
+    with pytest.raises(RunError, match="keeps no rights: choose another --runs-dir"):
+        launched(tmp_path / "runs")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 # --- folders that are not opened ---------------------------------------------------------------------
 
 

@@ -217,6 +217,27 @@ def test_a_foreign_host_s_holder_is_never_broken_and_the_error_says_what_to_do(s
         assert lock.is_locked
 
 
+@pytest.mark.parametrize(
+    "unshare",
+    [
+        pytest.param(["--uts", "sh", "-c", 'hostname node17; exec "$@"', "sh"], id="another host name"),
+        pytest.param(["--pid", "--fork", "--kill-child"], id="another namespace of pids"),
+    ],
+)
+def test_a_process_that_can_t_be_seen_from_here_keeps_its_lock_even_killed(path, unshare):
+    if subprocess.run(["unshare", *unshare, "true"], capture_output=True).returncode != 0:
+        pytest.skip("only root can make namespaces here")
+    die = "lock.acquire(); print('held', flush=True); os.abort() if os.getpid() == 1 else os.kill(os.getpid(), 9)"
+    command = ["unshare", *unshare, sys.executable, "-c", PROLOGUE + die, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stdout == "held\n", done.stderr
+    before = claims(path)
+    assert len(before) == 2
+    with pytest.raises(HeldError, match="never broken by its age"):
+        SoftLock(path, timeout=1.2).acquire()
+    assert claims(path) == before
+
+
 def test_evidence_of_death_as_a_table(spawn, path):
     with SoftLock(path, timeout=5) as lock:
         mine = lock._inner.claims[0]
