@@ -231,7 +231,10 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
         raise SettingsError(explain(str(path), error, Settings)) from error
     _check_round_trip(settings, path)
     if settings.group is not None:
-        trust.group_id(settings.group)
+        try:
+            trust.group_id(settings.group)
+        except SettingsError as error:
+            raise SettingsError(f"{path}: {error}") from error
     if settings.select_on == "test":
         notes.append(
             f'{path}: select_on is "test": the board is chosen on the test set, so its scores are no estimate of '

@@ -28,7 +28,7 @@ def group_id(name: str) -> int:
     """Raises SettingsError if there is no such group here, or this process is not in it."""
     try:
         gid = grp.getgrnam(name).gr_gid
-    except KeyError:
+    except (KeyError, ValueError):  # ValueError: what no name can be
         raise SettingsError(f"group: there is no group {name!r} on this machine; yours are {_own_groups()}") from None
     if os.geteuid() != 0 and gid not in (os.getegid(), *os.getgroups()):
         raise SettingsError(

@@ -264,7 +264,8 @@ def test_what_a_bystander_sees_of_jobs_proves_nothing_and_only_the_owner_queues(
 
 def test_a_group_that_is_not_there_is_an_error_that_names_the_user_s_own(tmp_path):
     (tmp_path / "quick.json").write_text(json.dumps(QUICK | {"group": "no-such-group"}))
-    with pytest.raises(SettingsError, match="there is no group 'no-such-group' on this machine; yours are"):
+    expected = r"quick\.json: group: there is no group 'no-such-group' on this machine; yours are"
+    with pytest.raises(SettingsError, match=expected):
         load(tmp_path / "quick.json")
     with pytest.raises(SettingsError, match="no-such-group"):
         launched(tmp_path / "runs", group="no-such-group")
