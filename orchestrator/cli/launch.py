@@ -39,7 +39,10 @@ def launch(
     wait: Annotated[bool, typer.Option("--wait", help="Show the board until the run is over.")] = False,
     json: Json = False,
 ) -> None:
-    """Launch a run; launched again, it goes on where it was."""
+    """Launch a run; launched again, it goes on where it was.
+
+    First it proves on the runs' own file system that a lock holds there; if none does, nothing is started.
+    """
     from orchestrator import trust
     from orchestrator.run import Run, is_run
     from orchestrator.user_job import check
