@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.errors import LockError, RunError
+from orchestrator.cli.launch import _refuse_changes
+from orchestrator.errors import LockError, RunError, SettingsError
 from orchestrator.lock_choice import Choice, record_path, write_record
 from orchestrator.run import Run
 from orchestrator.soft_lock import SoftLock
@@ -77,20 +78,19 @@ def test_two_workers_on_the_soft_lock_train_as_on_any_other(orch, tmp_path):
     assert list((run.folder / "orch.db.lock.filelock/claims").iterdir()) == []
 
 
-def test_status_shows_the_lock_and_launching_again_goes_on_with_it(orch, tmp_path):
-    launched(tmp_path, lock="soft", executor="local", job_params={"seconds": 1.0}, stop_after_epochs=1000)
+def test_status_shows_the_lock(orch, tmp_path):
+    launched(tmp_path, lock="soft")
     shown = json.loads(orch("status", "quick", "--json").stdout)
     assert shown["lock"].startswith("soft lock (files), proven on")
-    again = orch("launch", "quick.json", "--executor", "local", "--workers", "1", "--set", "stop_after_epochs=1000",
-                 "--set", "job_params.seconds=1.0", "--set", "name=quick")  # fmt: skip
-    assert again.returncode == 0, again.stderr
-    other = orch("launch", "quick.json", "--executor", "local", "--workers", "1", "--set", "stop_after_epochs=1000",
-                 "--set", "job_params.seconds=1.0", "--set", "lock=flock")  # fmt: skip
-    assert other.returncode == 2
-    assert 'lock: "soft" -> "flock"' in other.stderr
-    changed = orch("amend", "quick", "--set", "lock=flock")
-    assert (changed.returncode, "lock is fixed at launch" in changed.stderr) == (2, True)
-    assert orch("cancel", "quick", "--now").returncode == 0
+
+
+def test_launching_again_goes_on_with_the_lock_that_was_chosen_and_no_other_can_be_set(tmp_path):
+    run = launched(tmp_path, lock="soft")
+    _refuse_changes(run, run.settings.model_copy(update={"lock": "auto"}))
+    with pytest.raises(RunError, match='lock: "soft" -> "flock"'):
+        _refuse_changes(run, run.settings.model_copy(update={"lock": "flock"}))
+    with pytest.raises(SettingsError, match="lock is fixed at launch"):
+        run.amend(["lock=flock"], time.time())
 
 
 @pytest.mark.parametrize(("wanted", "code"), [("auto", 0), ("flock", 2)])
