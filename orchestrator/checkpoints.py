@@ -21,6 +21,7 @@ from orchestrator.errors import CheckpointError, DamagedCheckpointError
 
 SUFFIX = ".pt"
 RECORD_SUFFIX = ".json"
+OF_THE_LAST = ("ancestors", "launched_at", "import_paths")  # of a record: what an ancestor's need not repeat
 _BLOCK_BYTES = 1 << 20
 
 
@@ -86,8 +87,8 @@ def write(folder: Path, stem: str, save: Callable[[IO[bytes]], None], record: Ma
         if cause is None:
             raise
         raise CheckpointError(
-            f"{folder / file}: can't be written: {cause.strerror or cause}. Free some space or mend the folder's "
-            "rights; nothing is lost, the chunk is done again."
+            f"{folder / file}: can't be written: {cause.strerror or cause}. Free some space (`orch gc`) or mend "
+            "the folder's rights; nothing is lost, the chunk is done again."
         ) from error
     return written
 
@@ -96,6 +97,8 @@ def _plain(value: Any) -> Any:
     """JSON has no NaN and no infinity: null stands for a measure that is not finite."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -155,6 +158,19 @@ def read_record(folder: Path, file: str) -> dict[str, Any]:
     return record
 
 
+def ancestors(folder: Path, parent_file: str | None) -> list[dict[str, Any]]:
+    """The records of a checkpoint's line, its founder first and its parent last, as far as they are known. Each
+    record holds them, since the ancestors' own files are collected when they have left the board."""
+    if parent_file is None:
+        return []
+    try:
+        parent = read_record(folder, parent_file)
+    except CheckpointError:
+        return []
+    line: list[dict[str, Any]] = parent.get("ancestors", [])
+    return [*line, {key: value for key, value in parent.items() if key not in OF_THE_LAST}]
+
+
 def remove(folder: Path, files: Collection[str]) -> None:
     """Delete checkpoints and their records, as far as they are there."""
     for file in files:
@@ -169,11 +185,16 @@ def collect(folder: Path, references: Callable[[], tuple[Collection[str], Collec
     references gives the files that must stay and the generations of live claims. It is called after the
     folder was listed: a file that is published meanwhile is not in the list, and so is safe.
     """
-    listed = sorted(path.name for path in folder.iterdir())
-    files, live_generations = references()
-    keep = set(files) | {f.removesuffix(SUFFIX) + RECORD_SUFFIX for f in files}
-    doomed = rules.collectable(listed, keep, live_generations)
+    doomed = collectable(folder, references)
     for name in doomed:
         with contextlib.suppress(OSError):
             (folder / name).unlink(missing_ok=True)
     return doomed
+
+
+def collectable(folder: Path, references: Callable[[], tuple[Collection[str], Collection[int]]]) -> list[str]:
+    """The names of the files that `collect` would delete."""
+    listed = sorted(path.name for path in folder.iterdir())
+    files, live_generations = references()
+    keep = set(files) | {f.removesuffix(SUFFIX) + RECORD_SUFFIX for f in files}
+    return rules.collectable(listed, keep, live_generations)

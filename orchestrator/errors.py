@@ -35,6 +35,10 @@ class DamagedCheckpointError(CheckpointError):
     """The file is missing, or its bytes are not those that were written."""
 
 
+class NoSpaceError(CheckpointError):
+    """The run's disk budget leaves no room for a checkpoint, even after a collection."""
+
+
 class SubmissionError(OrchError):
     """The cluster did not take the jobs."""
 

@@ -266,10 +266,54 @@ def collectable(files: Iterable[str], referenced: Collection[str], live_generati
     ]
 
 
-_OURS = re.compile(r"(?:\.tmp-)?g([0-9]{8,})-c[0-9]{8,}\.(?:pt|json)(?:-[0-9]+)?")
+_OURS = re.compile(r"(?:\.tmp-)?g([0-9]{8,})-c([0-9]{8,})\.(?:pt|json)(?:-[0-9]+)?")
 
 
 def generation_of(name: str) -> int | None:
     """The generation in a file's name (`Claim.file_stem`), None for a file that is not ours."""
     match = _OURS.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def chunk_of(name: str) -> int | None:
+    """The chunk in a file's name, None for a file that is not ours."""
+    match = _OURS.fullmatch(name)
+    return int(match[2]) if match else None
+
+
+# Of each chain the folders of its last jobs stay, for somebody who wants to know how they ended.
+KEPT_LINKS = 3
+_JOB_FOLDER = re.compile(r"[0-9a-f]{16}(?:-[0-9]+)?")  # a submission's, or (on the local executor) a job's
+
+
+def old_job_folders(ages_s: Mapping[str, float], jobs: Sequence[tuple[int, str, bool]], orphaned_s: float) -> list[str]:
+    """Of these folders, those that no job needs: neither an open one nor the last of a chain.
+
+    ages_s: since something in a folder was written last, by its name. jobs: (worker, token, open?), each chain in its
+    order. A folder of which the database knows nothing is old when nothing was written to it for orphaned_s.
+    """
+    chains: dict[int, list[str]] = {}
+    kept: set[str] = set()
+    for worker_id, token, is_open in jobs:
+        chains.setdefault(worker_id, []).append(token)
+        if is_open:
+            kept.add(token)
+    kept |= {token for chain in chains.values() for token in chain[-KEPT_LINKS:]}
+    known = {token for chain in chains.values() for token in chain}
+    kept, known = ({name for token in tokens for name in (token, token.rpartition("-")[0])} for tokens in (kept, known))
+    return sorted(
+        name
+        for name, age_s in ages_s.items()
+        if _JOB_FOLDER.fullmatch(name) and name not in kept and (name in known or age_s > orphaned_s)
+    )
+
+
+def fits(used_bytes: float, needed_bytes: float, budget_bytes: float) -> bool:
+    """Is there room in a disk budget?"""
+    return used_bytes + needed_bytes <= budget_bytes
+
+
+def checkpoints_at_most(num_models: int, workers: int) -> int:
+    """Files at the same time, nearly always: those on the board, and of each worker the one that it writes and the
+    one that it started from (an entry that was evicted since, or a suspended state)."""
+    return num_models + 2 * workers

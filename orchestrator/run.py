@@ -74,7 +74,7 @@ class Run:
             raise RunError(f"{folder} exists already; launch again to go on with it")
         own_schema = settings_module.is_server(settings.database) and settings.database_schema is None
         if own_schema:
-            settings = settings.model_copy(update={"database_schema": _new_schema(settings.name)})
+            settings = settings.model_copy(update={"database_schema": new_schema(settings.name)})
         building = folder.with_name(f".{folder.name}-{os.getpid()}")
         now = clock()
         with ExitStack() as undo:  # what is made here is gone again if the rest fails
@@ -357,7 +357,7 @@ def _refuse_two_locks(settings: Settings, leaderboard: Leaderboard) -> None:
         )
 
 
-def _new_schema(run_name: str) -> str:
+def new_schema(run_name: str) -> str:
     """A name that PostgreSQL takes unquoted, and that no other run of this name has."""
     return f"orch_{re.sub(r'[^a-z0-9_]', '_', run_name.lower())[:40]}_{secrets.token_hex(4)}"
 

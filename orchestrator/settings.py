@@ -119,6 +119,7 @@ class Settings(Strict):
     stop_after_epochs: Count | None = None
     max_failures: Count = 5
     max_chunk_attempts: Count = 3
+    max_disk_gb: Positive | None = None
     slurm_file: str | None = None
     slurm: SlurmSettings = SlurmSettings()
     database: str | None = None
@@ -246,8 +247,8 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
 # What may change while a run goes on: nothing that earlier results depend on.
 AMENDABLE = (
     "training_profiles", "epochs_per_chunk", "workers", "cores_per_worker", "total_lifetime", "eon_lifetime",
-    "stop_after_stale_cycles", "stop_at_score", "stop_after_epochs", "max_failures", "max_chunk_attempts", "slurm_file",
-    "slurm",
+    "stop_after_stale_cycles", "stop_at_score", "stop_after_epochs", "max_failures", "max_chunk_attempts",
+    "max_disk_gb", "slurm_file", "slurm",
 )  # fmt: skip
 
 

@@ -36,6 +36,17 @@ def check(settings: Settings, import_paths: Sequence[str], download: bool = Fals
         return load_job(settings.model_dump(mode="json")).prepare(download)
 
 
+def checkpoint_bytes(settings: Settings) -> int | None:
+    """About how large a checkpoint of this job is; None where that can't be told without training. After `check`."""
+    from jobs.footprint import checkpoint_bytes
+
+    try:
+        with apart_from_stdout():
+            return checkpoint_bytes(settings.model_dump(mode="json"))
+    except Exception:  # the user's code: what is wrong with it is said where it is needed
+        return None
+
+
 @contextmanager
 def apart_from_stdout() -> Iterator[None]:
     """What the user's code and its libraries print goes to standard error: standard output is orch's own."""

@@ -6,14 +6,14 @@ import logging
 import signal
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
-from orchestrator import checkpoints, rules
+from orchestrator import checkpoints, disk, rules
 from orchestrator.checkpoints import Written
 from orchestrator.cluster import Cluster
 from orchestrator.errors import (
@@ -95,6 +95,7 @@ class Worker:
         self.files = self.folder / "checkpoints"
         self._trainer: Trainer | None = None
         self._unsubmitted: Job | None = None
+        self._origin: dict[str, object] | None = None
         self._no_room = False  # a submit limit is why
         self._began = 0.0  # when the model and the data were loaded
         self._job_end = 0.0
@@ -314,6 +315,8 @@ class Worker:
                     "score": result.score,
                     "epochs": result.epochs,
                     "metrics": dict(result.results[-1].metrics),
+                    "results": [asdict(epoch) for epoch in result.results],
+                    "train_seconds": result.train_seconds,
                 },
             )
         candidate = Candidate(
@@ -339,6 +342,11 @@ class Worker:
 
     def _write(self, claim: Claim, record: dict[str, object]) -> Written:
         assert self._trainer is not None
+        if self._origin is None:
+            self._origin = self.leaderboard.reader.origin()
+        if self.settings.max_disk_gb is not None:
+            references = self.leaderboard.reader.references
+            disk.make_room(self.folder, self.settings.max_disk_gb, references, self._trainer.save)
         return checkpoints.write(
             self.files,
             claim.file_stem,
@@ -351,7 +359,9 @@ class Worker:
                 "position": claim.position,
                 "profile": claim.profile.name,
                 "parent_file": claim.parent_file,
+                "ancestors": checkpoints.ancestors(self.files, claim.parent_file),
                 "created_at": self.clock(),
+                **self._origin,
             },
         )
 

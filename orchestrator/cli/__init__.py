@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from orchestrator.cli import board, control, doctor, launch, models, verify
+from orchestrator.cli import board, control, doctor, launch, models, recovery, verify
 from orchestrator.errors import OrchError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (launch, board, control, models, verify, doctor):
+for group in (launch, board, control, models, recovery, verify, doctor):
     group.register(app)
 
 

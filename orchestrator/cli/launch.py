@@ -55,8 +55,9 @@ def launch(
     import_paths = [str(Path.cwd())]
     for line in notes + check(loaded, import_paths):
         print(line, file=sys.stderr)
+    needed_gb = _disk(loaded, folder) if existing is None or dry_run else None
     if dry_run:
-        _print_plan(loaded, folder, existing is not None, json)
+        _print_plan(loaded, folder, existing is not None, needed_gb, json)
         return
     run = existing or Run.launch(loaded, runs_dir, import_paths)
     trust.use_umask(run.folder)
@@ -86,6 +87,17 @@ def _load(path: Path, overrides: list[str], workers: int | None, executor: str |
     return loaded, notes
 
 
+def _disk(settings: Settings, folder: Path) -> float | None:
+    """About how many GB the checkpoints will take, which the user is told; None where that is unknown."""
+    from orchestrator import disk
+    from orchestrator.user_job import checkpoint_bytes
+
+    needed_gb, lines = disk.demand(settings, checkpoint_bytes(settings), folder)
+    for line in lines:
+        print(line, file=sys.stderr)
+    return needed_gb
+
+
 def _show(run: Run, json: bool, tables: bool) -> None:
     if json:
         print_json({**run.status(), "board": run.board()})
@@ -113,7 +125,7 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
         )
 
 
-def _print_plan(settings: Settings, folder: Path, exists: bool, json: bool) -> None:
+def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float | None, json: bool) -> None:
     from orchestrator import rules
 
     policy = settings.policy(1)
@@ -126,6 +138,7 @@ def _print_plan(settings: Settings, folder: Path, exists: bool, json: bool) -> N
         "workers": settings.workers,
         "jobs_at_most": settings.workers * rules.jobs_at_most(settings.total_lifetime, settings.eon_lifetime),
         "worker_hours_at_most": round(settings.workers * settings.total_lifetime / 3600, 2),
+        "disk_gb_at_most_about": None if needed_gb is None else round(needed_gb, 6),
         "stale_chunks_to_converge": policy.stop.stale_chunks,
         "first_claims": first,
         "cycle": [p.name for p in policy.cycle],

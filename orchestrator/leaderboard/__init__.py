@@ -2,6 +2,7 @@
 
 engine   where the tables are, and one transaction at a time
 schema   the tables
+health   is the database whole, and rebuild, which writes it anew
 board    claims and the ratchet, as a worker uses them
 chains   the workers' chains of jobs, and the state of the run
 reader   what is shown
@@ -22,6 +23,7 @@ from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.board import Board
 from orchestrator.leaderboard.chains import Chains
 from orchestrator.leaderboard.engine import DATABASE_NAME, Database
+from orchestrator.leaderboard.health import check_version
 from orchestrator.leaderboard.moves import log_event
 from orchestrator.leaderboard.reader import Reader
 from orchestrator.records import Policy, RunState
@@ -90,12 +92,10 @@ class Leaderboard:
             try:
                 row = tx.execute(select(schema.run.c.schema_version, schema.run.c.orch_version)).one_or_none()
             except DatabaseError as error:
-                raise LeaderboardError(f"{database.name} is not a leaderboard of orch: {error.orig}") from error
+                raise LeaderboardError(
+                    f"{database.name} is not a leaderboard of orch: {error.orig}. {database.advice}"
+                ) from error
         if row is None:
-            raise LeaderboardError(f"{database.name} holds no run; was its launch interrupted?")
-        if row.schema_version != schema.SCHEMA_VERSION:
-            raise LeaderboardError(
-                f"{database.name} was written by orch {row.orch_version} (schema {row.schema_version}); this is orch "
-                f"{__version__} (schema {schema.SCHEMA_VERSION}). Use that version for this run."
-            )
+            raise LeaderboardError(f"{database.name} holds no run; was its launch interrupted? {database.advice}")
+        check_version(database, row.schema_version, row.orch_version)
         return cls(database, load_policy)

@@ -23,6 +23,7 @@ from orchestrator.leaderboard.moves import (
     read_board,
     release,
     set_state,
+    take_off,
     taken_positions,
 )
 from orchestrator.leaderboard.results import close, promote
@@ -287,13 +288,12 @@ class Board:
         with self._database.transaction() as tx:
             close(tx, claim, ChunkState.EXPIRED, now, error=reason, suspended_file=None, suspended_sha256=None)
             entry_id = tx.execute(select(chunk.c.entry_id).where(chunk.c.chunk_id == claim.chunk_id)).scalar_one()
-            tx.execute(
-                update(entry)
-                .where(entry.c.entry_id == entry_id, entry.c.on_board.is_(True))
-                .values(on_board=False, evicted_at=now)
-            )
-            log_event(tx, now, "condemned", claim.worker_id, claim.chunk_id, entry_id, reason=reason)
-            release(tx)
+            take_off(tx, entry_id, reason, now, claim.worker_id, claim.chunk_id)
+
+    def condemn_entry(self, entry_id: int, reason: str, now: float) -> None:
+        """As `condemn`, by somebody who has looked and holds no claim."""
+        with self._database.transaction() as tx:
+            take_off(tx, entry_id, reason, now, None, None)
 
     def fail(self, claim: Claim, error: str, now: float) -> int:
         """Training raised an exception. Its position is free again until it has failed too often; then it is

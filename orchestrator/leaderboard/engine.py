@@ -26,6 +26,8 @@ from orchestrator.soft_lock import HeldError
 
 DATABASE_NAME = "orch.db"
 FULL = 2  # PRAGMA synchronous, as SQLite answers
+DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+SHORT_READ = sqlite3.SQLITE_IOERR | (2 << 8)  # a file that ends too early
 # A server that restarts, or has no connection to spare, is asked again for so long: by a command, and by a job,
 # which has work to lose.
 CONNECT_FOR_S, JOB_CONNECTS_FOR_S = 3.0, 300.0
@@ -52,6 +54,7 @@ class Database:
                 "postgresql+psycopg://user@host/name (pip install 'orch[postgres]'), or nothing for SQLite"
             ) from error
         self.schema_name = schema_name
+        self._run_name = run_folder.absolute().name
         self.connect_for_s = CONNECT_FOR_S
         self._lock = lock_of(self.lock_choice, self.file) if self.lock_choice and self.file else None
         weakref.finalize(self, self._engine.dispose)
@@ -97,6 +100,14 @@ class Database:
         """For messages: without a password."""
         return str(self.file) if self.file else self.url.render_as_string(hide_password=True)
 
+    @property
+    def advice(self) -> str:
+        """For a database that is lost."""
+        return f"`orch repair {self._run_name}` rebuilds it from the checkpoints' records"
+
+    def _if_damaged(self, error: BaseException | None) -> str:
+        return f". {self.advice}" if is_damage(error) else ""
+
     def exists(self) -> bool:
         return self.file is None or self.file.exists()
 
@@ -115,7 +126,7 @@ class Database:
     @contextmanager
     def _open(self) -> Iterator[Connection]:
         if not self.exists():
-            raise LeaderboardError(f"{self.file} is missing. Put it back from a backup, or launch under a new name")
+            raise LeaderboardError(f"{self.file} is missing. {self.advice}")
         try:
             with self._lock or nullcontext(), self._begin() as connection:
                 yield connection
@@ -128,9 +139,9 @@ class Database:
                 "is a process of this run stopped (SIGSTOP)?"
             ) from error
         except DatabaseError as error:
-            raise LeaderboardError(f"{self.name}: {error.orig or error}") from error
+            raise LeaderboardError(f"{self.name}: {error.orig or error}{self._if_damaged(error.orig)}") from error
         except sqlite3.DatabaseError as error:  # from a Statement, which goes to the driver directly
-            raise LeaderboardError(f"{self.name}: {error}") from error
+            raise LeaderboardError(f"{self.name}: {error}{self._if_damaged(error)}") from error
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
@@ -193,6 +204,16 @@ class Database:
             schema.metadata.drop_all(connection)
             if self.schema_name and schema_too:
                 connection.execute(DropSchema(self.schema_name))
+
+
+def is_damage(error: BaseException | None) -> bool:
+    """Does SQLite say that the file is not what it wrote? All else (a lock, a right, a full disk) may be over soon."""
+    if not isinstance(error, sqlite3.DatabaseError):
+        return False
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        return "decode" in str(error)  # of text that is none
+    return code & 0xFF in DAMAGE or code == SHORT_READ
 
 
 def _without_password(url: str | None) -> str:

@@ -30,7 +30,8 @@ from orchestrator.records import ChunkState, Entry, Job, JobState, RunState, Wor
 CONSUMED = (ChunkState.PROMOTED, ChunkState.DISCARDED)
 # Why a claim was taken from its worker.
 NO_WORD, JOB_GONE, LEASE_ENDED = "its job ended without a word", "its job is gone", "its lease ended"
-REAPED = (NO_WORD, JOB_GONE, LEASE_ENDED)
+NOT_KNOWN = "what came of it was lost with the database"
+REAPED = (NO_WORD, JOB_GONE, LEASE_ENDED, NOT_KNOWN)
 HELD = (ChunkState.LIVE, ChunkState.SUSPENDED)
 
 
@@ -173,6 +174,16 @@ def release(tx: Connection) -> tuple[str, ...]:
         ids = [r.checkpoint_id for r in rows]
         tx.execute(update(checkpoint).where(checkpoint.c.checkpoint_id.in_(ids)).values(released=True))
     return tuple(r.file for r in rows)
+
+
+def take_off(
+    tx: Connection, entry_id: int, reason: str, now: float, worker_id: int | None, chunk_id: int | None
+) -> None:
+    """An entry whose file is damaged leaves the board, and its slot is free."""
+    on_board = update(entry).where(entry.c.entry_id == entry_id, entry.c.on_board.is_(True))
+    tx.execute(on_board.values(on_board=False, evicted_at=now))
+    log_event(tx, now, "condemned", worker_id, chunk_id, entry_id, reason=reason)
+    release(tx)
 
 
 def expire(tx: Connection, chunk_ids: Sequence[int], reason: str, now: float) -> None:

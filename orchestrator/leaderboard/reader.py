@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Row, func, select, update
 
 from orchestrator.errors import StaleClaimError
+from orchestrator.leaderboard.chains import OPEN
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.moves import HELD, REAPED, job_of, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, event, job, run
@@ -25,6 +26,12 @@ class Reader:
     def run_row(self) -> dict[str, Any]:
         with self._database.transaction() as tx:
             return dict(tx.execute(select(run)).one()._mapping)
+
+    def origin(self) -> dict[str, Any]:
+        """What each checkpoint's record repeats of the run's row, so that it can be written again without it."""
+        with self._database.transaction() as tx:
+            row = tx.execute(select(run.c.created_at, run.c.import_paths)).one()
+            return {"launched_at": row.created_at, "import_paths": row.import_paths}
 
     def settings(self) -> tuple[str, int]:
         """The run's settings as JSON, and their version."""
@@ -93,6 +100,12 @@ class Reader:
             if had is None or _prominence(row) >= _prominence(had):
                 chosen[row.worker_id] = row
         return {worker_id: dict(row._mapping) for worker_id, row in chosen.items()}
+
+    def tokens(self) -> list[tuple[int, str, bool]]:
+        """(worker, token, open?) of every job, each chain in its order."""
+        with self._database.transaction() as tx:
+            rows = tx.execute(select(job.c.worker_id, job.c.token, job.c.state).order_by(job.c.worker_id, job.c.link))
+            return [(r.worker_id, r.token, r.state in OPEN) for r in rows.all()]
 
     def never_begun(self) -> list[Job]:
         """Jobs that were given up before they began. One that is in the queue all the same is a stray: a

@@ -19,10 +19,11 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 FLOORS = (
     {"cli"},
     {"experiments"},
-    {"report", "run", "entry", "user_job"},
+    {"report", "run", "repair", "gc", "entry", "user_job"},
     {"worker", "mending", "ledger", "doctor"},
     {"leaderboard", "cluster"},
-    {"rules", "checkpoints", "settings", "locks", "lock_choice", "lock_proof", "soft_lock", "trust", "telemetry"},
+    {"rules", "checkpoints", "disk", "rebuild_plan", "settings", "locks", "lock_choice", "lock_proof", "soft_lock"}
+    | {"trust", "telemetry"},
     {"records", "errors", "mounts", "explain", "__init__"},
 )
 

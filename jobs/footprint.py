@@ -1,0 +1,63 @@
+"""How large a job's checkpoints are, told without training: from its model and its optimizer's state after one step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jobs.job import Job, JobError
+from jobs.training import find_class, load_job
+from orchestrator.records import Profile
+
+# Python's, numpy's and torch's random states, and the archive around it all; measured.
+STATE_BYTES = 22_000
+TENSOR_BYTES = 250  # of the archive, for each tensor in it
+
+
+def checkpoint_bytes(settings: Mapping[str, Any]) -> int | None:
+    """About the bytes of one checkpoint; None for a job with a trainer of its own. settings: a run's, in full.
+
+    The model is made without memory for its tensors (on torch's meta device), or, if the job's code needs their
+    values, on the CPU. Raises JobError, and whatever the job's own code raises.
+    """
+    if hasattr(find_class(settings["job"]), "open_trainer"):
+        return None
+    keys = ("name", "learning_rate", "momentum", "weight_decay")
+    # What the first profile keeps no state for, another one may.
+    chosen = max(settings["training_profiles"], key=lambda profile: profile["momentum"])
+    profile = Profile(**{key: chosen[key] for key in keys})
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as that weights which are loaded there go nowhere
+            return _bytes_of(load_job(settings), profile)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, JobError):  # what "meta" makes of unusual code
+        return _bytes_of(load_job(settings), profile)
+
+
+def _bytes_of(job: Job, profile: Profile) -> int:
+    model = job.model()
+    tensors = list(model.state_dict().values())
+    tensors += _tensors(_state_after_a_step(model, job.optimizer(model, profile)))
+    sizes = [value.numel() * value.element_size() for value in tensors if isinstance(value, Tensor)]
+    return STATE_BYTES + sum(sizes) + TENSOR_BYTES * len(sizes)
+
+
+def _state_after_a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state: dict[str, Any] = optimizer.state_dict()["state"]
+    return state
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor in nested containers."""
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in inner for tensor in _tensors(item)]

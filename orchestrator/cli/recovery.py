@@ -1,0 +1,88 @@
+"""orch repair, gc: when files are damaged, lost, or too many."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, open_run, print_json
+
+if TYPE_CHECKING:
+    from orchestrator.repair import Report
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(repair)
+    app.command()(gc)
+
+
+Named = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of the run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+def repair(
+    run: Named,
+    runs_dir: RunsDir = DEFAULT_RUNS_DIR,
+    dry_run: DryRun = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Although it can't be known whether jobs of the run are alive.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Check a run's database and checkpoints; rebuild a lost or damaged database from the checkpoints' records.
+
+    A healthy database stays as it is; entries whose files are damaged leave the board. What is damaged is kept under
+    another name. Refused while jobs of the run are alive.
+    """
+    from orchestrator import trust
+    from orchestrator.repair import repair as repaired
+    from orchestrator.run import find_run
+
+    folder = find_run(run, runs_dir)
+    trust.use_umask(folder)
+    report = repaired(folder, dry_run, force, time.time())
+    if json:
+        print_json(asdict(report))
+    else:
+        _print_repair(report)
+
+
+def _print_repair(report: Report) -> None:
+    print(f"{report.run}: the database is {report.condition}")
+    for line in report.problems:
+        print(f"  {line}")
+    for line in report.done:
+        print(f"{'would be done' if report.dry_run else 'done'}: {line}")
+    for entry in report.entries:
+        print(f"  {entry['file']}: score {entry['score']:.6g}, {entry['epochs']} epochs")
+    for line in report.kept:
+        print(f"kept: {line}")
+    for line in report.unknown:
+        print(f"note: {line}")
+
+
+def gc(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False, json: Json = False) -> None:
+    """Delete files of a run that nothing refers to any more. Safe while it goes on.
+
+    Checkpoints of no entry and no claim, temporary files, folders of old jobs (each chain's last three stay), and
+    folders of launches that were killed. logs/ stays.
+    """
+    from orchestrator.disk import gb
+    from orchestrator.gc import collect
+
+    report = collect(open_run(run, runs_dir), dry_run, time.time())
+    if json:
+        print_json(asdict(report))
+    else:
+        for kind, size in report.freed_bytes.items():
+            print(f"{kind}: {len(report.files[kind])}, {gb(size)} GB")
+        total = gb(sum(report.freed_bytes.values()))
+        print(f"{total} GB {'would be freed' if dry_run else 'freed'}")
+    for line in report.trouble:
+        print(line, file=sys.stderr)
+    if report.trouble:
+        raise typer.Exit(1)

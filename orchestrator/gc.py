@@ -1,0 +1,94 @@
+"""orch gc: delete what nothing refers to any more. Safe while the run goes on, since each folder is listed before the
+database is asked: what appears meanwhile is not judged."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from orchestrator import checkpoints, disk, rules, trust
+from orchestrator.run import Run
+
+KINDS = ("checkpoints", "temporary files", "job folders", "dead launches")
+# What nobody has touched for so long, nobody is about to give its final name.
+ORPHANED_S = 3600.0
+_TEMPORARY = re.compile(r"\.tmp-.+-\d+|\.repair-.+")
+
+
+@dataclass
+class Report:
+    """What was deleted, or would be."""
+
+    run: str
+    dry_run: bool
+    freed_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    files: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    trouble: list[str] = field(default_factory=list)
+
+    def take(self, kind: str, path: Path) -> None:
+        """Delete a file or folder, and count it. What has gone by itself counts nothing."""
+        size = disk.used_bytes(path)
+        if not self.dry_run:
+            try:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                self.trouble.append(f"{path}: {error.strerror or error}")
+                return
+        self.files[kind].append(path.name)
+        self.freed_bytes[kind] += size
+
+
+def collect(run: Run, dry_run: bool, now: float) -> Report:
+    """Raises LeaderboardError: without the database nothing is known to be unneeded."""
+    report = Report(run.name, dry_run)
+    files = run.folder / "checkpoints"
+    for name in checkpoints.collectable(files, run.leaderboard.reader.references):
+        report.take("checkpoints" if not name.startswith(".") else "temporary files", files / name)
+    for folder in (run.folder, files):
+        for path in _orphans(folder.iterdir(), now):
+            report.take("temporary files", path)
+    folders = [path for path in (run.folder / "jobs").iterdir() if path.is_dir()]
+    tokens = run.leaderboard.reader.tokens()
+    for name in rules.old_job_folders({p.name: now - _touched(p) for p in folders}, tokens, ORPHANED_S):
+        report.take("job folders", run.folder / "jobs" / name)
+    for path in _dead_launches(run.folder, now):
+        report.take("dead launches", path)
+    return report
+
+
+def _orphans(paths: Iterable[Path], now: float) -> list[Path]:
+    return [p for p in paths if _TEMPORARY.fullmatch(p.name) and now - _touched(p) > ORPHANED_S]
+
+
+def _dead_launches(folder: Path, now: float) -> list[Path]:
+    """Folders of launches that were killed before they could give them their name (`Run.launch`)."""
+    name = re.compile(rf"\.{re.escape(folder.name)}-(\d+)")
+    found = []
+    for path in folder.parent.iterdir():
+        match = name.fullmatch(path.name)
+        if match is None or not path.is_dir() or psutil.pid_exists(int(match[1])):
+            continue
+        ours = all(inside.name in trust.PARTS or inside.name.startswith("orch.db") for inside in path.iterdir())
+        if ours and now - _touched(path) > ORPHANED_S:
+            found.append(path)
+    return sorted(found)
+
+
+def _touched(path: Path) -> float:
+    """When something in it was written last, as a Unix time."""
+    times = [path.lstat().st_mtime]
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                times.append(Path(folder, name).lstat().st_mtime)
+            except OSError:
+                continue
+    return max(times)

@@ -1,0 +1,208 @@
+"""A whole leaderboard written anew, from what the checkpoints' records tell."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, func, insert, select, text, update
+
+from orchestrator import __version__
+from orchestrator.leaderboard import schema
+from orchestrator.leaderboard.engine import Database
+from orchestrator.leaderboard.moves import NOT_KNOWN, log_event
+from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job, run, worker
+from orchestrator.rebuild_plan import GENERATION_GAP, Plan, Record
+from orchestrator.records import ChunkState, JobState, RunState
+
+REPAIRED = "repaired; `orch resume` goes on"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Of the run's row."""
+
+    name: str
+    settings: str  # JSON
+    import_paths: Sequence[str]
+    launched_at: float
+    deadline: float
+    devices: Sequence[str | None]  # of the workers that the settings want
+
+
+def rebuild(database: Database, origin: Origin, plan: Plan, kept: str | None, now: float) -> None:
+    """Make the tables and fill them: all of it or nothing. kept: where the old database is, if anywhere.
+
+    Raises LeaderboardError.
+    """
+    with database.creation() as tx:
+        _add_run(tx, origin, plan, now)
+        _add_workers(tx, origin, plan, now)
+        ids = {c.record.file: number for number, c in enumerate(plan.checkpoints, start=1)}
+        _add_chunks(tx, plan, now)
+        _add_checkpoints(tx, plan, ids)
+        entries = _add_entries(tx, plan, ids)
+        _add_references(tx, plan, ids, entries, now)
+        entered = [c.record.file for c in plan.board]
+        log_event(tx, now, "repaired", None, None, None, kept=kept, entries=entered, notes=list(plan.notes))
+        if tx.dialect.name == "postgresql":
+            _move_sequences(tx, database.schema_name)
+
+
+def _add_run(tx: Connection, origin: Origin, plan: Plan, now: float) -> None:
+    tx.execute(
+        insert(run).values(
+            run_id=1,
+            schema_version=schema.SCHEMA_VERSION,
+            orch_version=__version__,
+            name=origin.name,
+            state=RunState.PAUSED,
+            reason=REPAIRED,
+            created_at=origin.launched_at,
+            deadline=origin.deadline,
+            generation=plan.generation + len(plan.gaps),
+            chunks_since_promotion=0,
+            epochs=sum(len(c.record.trained) for c in plan.checkpoints if c.known),
+            settings=origin.settings,
+            settings_version=1,
+            import_paths=list(origin.import_paths),
+        )
+    )
+
+
+def _add_workers(tx: Connection, origin: Origin, plan: Plan, now: float) -> None:
+    """Each with a lost link: a job of before the repair that is alive after all must not find a new one under its
+    own key."""
+    wanted = len(origin.devices)
+    for worker_id in range(max(wanted, plan.workers)):
+        surplus = f"the run was amended to {wanted} workers" if worker_id >= wanted else None
+        device = origin.devices[worker_id] if worker_id < wanted else None
+        tx.execute(insert(worker).values(worker_id=worker_id, device=device, failures=0, stopped=surplus))
+        tx.execute(
+            insert(job).values(
+                job_id=GENERATION_GAP + worker_id,
+                worker_id=worker_id,
+                link=0,
+                token=f"lost-{secrets.token_hex(8)}",
+                state=JobState.LOST,
+                starts=0,
+                submitted_at=origin.launched_at,
+                ended_at=now,
+                outcome="the jobs of before the repair were lost with the database",
+            )
+        )
+
+
+def _add_chunks(tx: Connection, plan: Plan, now: float) -> None:
+    """Finished and suspended ones; what they refer to comes later."""
+    for made in plan.checkpoints:
+        record = made.record
+        values: dict[str, Any] = {"state": ChunkState.PROMOTED, "finished_at": record.created_at, "score": record.score}
+        if made.known:
+            values |= {"epochs": len(record.trained), "train_seconds": record.train_seconds}
+        else:
+            values |= {"error": NOT_KNOWN}
+        tx.execute(insert(chunk).values(_chunk(record) | values))
+        if made.known:
+            rows = [{"chunk_id": record.chunk, **result.model_dump()} for result in record.trained]
+            tx.execute(insert(epoch), rows)
+    for record in plan.suspended:
+        files = {"suspended_file": record.file, "suspended_sha256": record.sha256}
+        tx.execute(insert(chunk).values(_chunk(record) | files | {"state": ChunkState.SUSPENDED}))
+
+
+def _chunk(record: Record) -> dict[str, Any]:
+    return {
+        "chunk_id": record.chunk,
+        "position": record.position,
+        "profile": record.profile,
+        "worker_id": record.worker,
+        "generation": record.generation,
+        "claimed_at": record.created_at - (record.train_seconds or 0.0),
+        "lease_until": record.created_at,
+    }
+
+
+def _add_checkpoints(tx: Connection, plan: Plan, ids: Mapping[str, int]) -> None:
+    in_use = {record.parent_file for record in plan.suspended}
+    for made in plan.checkpoints:
+        record = made.record
+        tx.execute(
+            insert(checkpoint).values(
+                checkpoint_id=ids[record.file],
+                chunk_id=record.chunk,
+                parent_id=ids[record.parent_file] if record.parent_file else None,
+                founder_id=ids[made.founder],
+                worker_id=record.worker,
+                epochs=record.epochs,
+                score=record.score,
+                profile=record.profile,
+                metrics=record.metrics,
+                file=record.file,
+                sha256=record.sha256,
+                size_bytes=record.size_bytes,
+                created_at=record.created_at,
+                released=not made.on_board and record.file not in in_use,
+            )
+        )
+
+
+def _add_entries(tx: Connection, plan: Plan, ids: Mapping[str, int]) -> dict[str, int]:
+    """In the order in which they came, which decides among equals. Their keys, by file."""
+    came = sorted(plan.checkpoints, key=lambda c: (c.record.created_at, c.record.generation))
+    entries = {c.record.file: number for number, c in enumerate(came, start=1)}
+    for made in came:
+        tx.execute(
+            insert(entry).values(
+                entry_id=entries[made.record.file],
+                checkpoint_id=ids[made.record.file],
+                start_position=made.start,
+                floor=made.floor,
+                worked_on=made.worked_on,
+                promoted_at=made.record.created_at,
+                on_board=made.on_board,
+            )
+        )
+    return entries
+
+
+def _add_references(tx: Connection, plan: Plan, ids: Mapping[str, int], entries: Mapping[str, int], now: float) -> None:
+    """Whose position each chunk has consumed; and the positions of which nothing is known, given back."""
+    for record in (*(c.record for c in plan.checkpoints), *plan.suspended):
+        if record.parent_file:
+            whose = {"entry_id": entries[record.parent_file], "parent_id": ids[record.parent_file]}
+        elif record.file in entries:
+            whose = {"entry_id": entries[record.file]}  # a founder's own
+        else:
+            continue
+        tx.execute(update(chunk).where(chunk.c.chunk_id == record.chunk).values(whose))
+    first = (tx.execute(select(func.max(chunk.c.chunk_id))).scalar_one() or 0) + 1
+    for number, gap in enumerate(plan.gaps):
+        tx.execute(
+            insert(chunk).values(
+                chunk_id=first + number,
+                entry_id=entries[gap.file],
+                parent_id=ids[gap.file],
+                position=gap.position,
+                profile=gap.profile,
+                worker_id=gap.worker,
+                generation=plan.generation + 1 + number,
+                state=ChunkState.EXPIRED,
+                claimed_at=now,
+                lease_until=now,
+                finished_at=now,
+                error=NOT_KNOWN,
+            )
+        )
+
+
+def _move_sequences(tx: Connection, schema_name: str | None) -> None:
+    """A server's own numbers go on above those that were given here."""
+    for table in schema.metadata.sorted_tables:
+        (key,) = table.primary_key.columns
+        name = f"{schema_name}.{table.name}" if schema_name else table.name
+        sequence = tx.execute(select(func.pg_get_serial_sequence(name, key.name))).scalar_one()
+        if sequence is not None:
+            tx.execute(text(f"SELECT setval('{sequence}', (SELECT max({key.name}) + 1 FROM {name}), false)"))

@@ -1,0 +1,354 @@
+"""orch repair: look whether a run's database is whole, and rebuild it from the checkpoints' records if it is not.
+
+Gather, decide (rebuild_plan), apply. Nothing is ever deleted: what is damaged is kept under another name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from orchestrator import checkpoints, lock_choice, rebuild_plan, rules, trust
+from orchestrator import settings as settings_module
+from orchestrator.cluster import open_cluster
+from orchestrator.cluster.local import gpus_of
+from orchestrator.errors import CheckpointError, DamagedCheckpointError, OrchError, RunError, SettingsError
+from orchestrator.leaderboard import DATABASE_NAME, Leaderboard
+from orchestrator.leaderboard.engine import Database
+from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, run_row
+from orchestrator.leaderboard.rebuild import Origin, rebuild
+from orchestrator.rebuild_plan import Plan, Record
+from orchestrator.records import Evidence
+from orchestrator.run import SETTINGS_NAME, new_schema
+from orchestrator.settings import Settings
+
+
+@dataclass
+class Report:
+    """What was found and done, or would be."""
+
+    run: str
+    dry_run: bool
+    condition: str  # of the database as it was found: healthy, damaged or lost
+    problems: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)  # where what was damaged is now
+    entries: list[dict[str, Any]] = field(default_factory=list)  # of the rebuilt board
+    unknown: list[str] = field(default_factory=list)  # what the records can't tell
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The checkpoints folder, read and verified."""
+
+    records: list[Record]  # of files that are complete
+    names: list[str]
+    unusable: dict[str, str]  # files, and why
+
+
+def repair(folder: Path, dry_run: bool, force: bool, now: float) -> Report:
+    """Repair the run in folder. force: although the cluster does not say whether jobs of it are alive.
+
+    Raises RunError if jobs are alive or may be, or if there is too little left to go by; LeaderboardError if the
+    database can't be looked at, or was written by another version.
+    """
+    folder = folder.absolute()
+    trust.check(folder)
+    written, trouble = _settings(folder)
+    place = (written.database, written.database_schema) if written else (None, None)
+    database = Database(place[0], folder, place[1])
+    health = _examine(database)
+    report = Report(folder.name, dry_run, str(health.condition), list(health.problems))
+    if health.condition is Condition.HEALTHY:
+        board = Leaderboard.open(folder, *place, settings_module.load_policy)
+        wrong = _entries_that_differ(folder, board)
+        if not wrong:
+            _mend(folder, board, trouble, report, now)
+            return report
+        health = Health(Condition.DAMAGED, tuple(wrong))
+        report.condition, report.problems = str(health.condition), wrong
+    salvaged = _salvage(database)
+    written = written or (settings_module.thaw(salvaged.settings) if salvaged else None)
+    if written is None:
+        raise RunError(
+            f"{trouble}, and {'; '.join(health.problems)}. Put back the settings file that the run was launched with, "
+            f"as {folder / SETTINGS_NAME}, and say `orch repair {folder.name}` again"
+        )
+    _refuse_if_alive(folder, written, database, force)
+    _rebuild(folder, written, database, salvaged, report, now)
+    return report
+
+
+def _settings(folder: Path) -> tuple[Settings | None, str]:
+    """Of the run's folder, or why there are none."""
+    path = folder / SETTINGS_NAME
+    try:
+        return settings_module.thaw(path.read_text(encoding="utf-8")), ""
+    except (OSError, ValueError) as error:
+        return None, f"{path} can't be read: {getattr(error, 'strerror', None) or error}"
+    except SettingsError as error:
+        return None, f"{path} is no run's settings: {error}"
+
+
+def _examine(database: Database) -> Health:
+    """With the settings in it, which only we can read."""
+    health = examine(database)
+    if health.condition is Condition.HEALTHY:
+        try:
+            settings_module.thaw(Leaderboard(database, settings_module.load_policy).reader.settings()[0])
+        except SettingsError as error:
+            return Health(Condition.DAMAGED, (f"{database.name}: its settings are damaged: {error}",))
+    return health
+
+
+# --- a database that is whole
+
+
+def _entries_that_differ(folder: Path, board: Leaderboard) -> list[str]:
+    """Entries whose file is as its record says, and the database says otherwise: a line for each."""
+    lines = []
+    settings = settings_module.thaw(board.reader.settings()[0])
+    entries = board.reader.entries(settings.metric.mode)
+    if len(entries) > settings.num_models:
+        lines.append(f"{len(entries)} entries are on the board, of {settings.num_models} slots")
+    for entry in entries:
+        try:
+            record = checkpoints.read_record(folder / "checkpoints", entry["file"])
+            if (record.get("sha256"), record.get("score")) == (entry["sha256"], entry["score"]):
+                continue
+            checkpoints.verify(folder / "checkpoints", entry["file"], str(record.get("sha256")))
+        except CheckpointError:
+            continue  # the file is what is damaged, or its record is
+        lines.append(f"entry {entry['entry']}: {entry['file']} and its record agree, and the database differs")
+    return lines
+
+
+def _mend(folder: Path, board: Leaderboard, trouble: str, report: Report, now: float) -> None:
+    """Take damaged entries off the board, and write lost settings again."""
+    text, _ = board.reader.settings()
+    if trouble:
+        report.problems.append(trouble)
+        report.done.append(f"{SETTINGS_NAME} is written again from the database")
+        if not report.dry_run:
+            _write_settings(folder, text)
+    for entry in board.reader.entries(settings_module.thaw(text).metric.mode):
+        try:
+            checkpoints.verify(folder / "checkpoints", entry["file"], entry["sha256"])
+        except DamagedCheckpointError as error:
+            report.problems.append(str(error))
+            report.done.append(f"entry {entry['entry']} (score {entry['score']:.6g}) leaves the board")
+            if not report.dry_run:
+                board.board.condemn_entry(entry["entry"], str(error), now)
+
+
+def _write_settings(folder: Path, text: str) -> None:
+    checkpoints.publish(folder / SETTINGS_NAME, lambda target: target.write(f"{text}\n".encode()))
+
+
+# --- are its jobs alive?
+
+
+def _refuse_if_alive(folder: Path, settings: Settings, database: Database, force: bool) -> None:
+    """Raises RunError if jobs of the run are alive, or, without force, if that can't be known."""
+    from orchestrator.cluster import remains
+
+    owner = trust.owner(folder)
+    if owner is not None:
+        raise RunError(f"the jobs of this run are {owner}'s: only {owner} can know that none is alive, and repair it")
+    alive, unknown = _known_jobs(folder, settings, database)
+    pids = [pid for pid in remains.processes(folder) if pid != os.getpid()]
+    listed = remains.slurm_jobs(settings.name, folder) if settings.executor == "slurm" else []
+    if pids:
+        raise RunError(
+            f"jobs of {folder.name} are alive on this machine (processes {', '.join(map(str, pids))}). End them "
+            f"(`orch cancel {folder.name}` where the database still answers, else kill), then repair"
+        )
+    if alive or listed:
+        ids = sorted({*alive, *(listed or [])})
+        raise RunError(
+            f"jobs of {folder.name} are alive: {', '.join(ids)}. End them (`orch cancel {folder.name}` where the "
+            f"database still answers, else scancel {' '.join(ids)}), then repair"
+        )
+    if (listed is None or unknown) and not force:
+        who = "Slurm does not answer" if listed is None else f"the jobs {', '.join(unknown)} can't be seen from here"
+        raise RunError(
+            f"{who}, so jobs of {folder.name} may be alive, and would go on writing to the old database. Try again "
+            "later or where they were started; --force repairs all the same"
+        )
+
+
+def _known_jobs(folder: Path, settings: Settings, database: Database) -> tuple[list[str], list[str]]:
+    """The cluster's ids of the open jobs that a damaged database still tells of: those that are alive, and those of
+    which nothing can be known from here."""
+    from orchestrator.entry import job_main
+
+    try:
+        board = Leaderboard(database, settings_module.load_policy)
+        jobs = list(board.chains.snapshot(settings.metric.mode).open_jobs)
+        evidence = open_cluster(settings.executor or "local", settings, folder, job_main).evidence(jobs)
+    except (OrchError, ValueError, TypeError, LookupError):
+        return [], []
+    named = [job for job in jobs if job.cluster_id]
+    alive = [job for job in named if evidence[job.job_id] in (Evidence.QUEUED, Evidence.RUNNING)]
+    unknown = [job for job in named if evidence[job.job_id] is Evidence.UNKNOWN]
+    return [str(job.cluster_id) for job in alive], [f"{job.cluster_id} on {job.host}" for job in unknown]
+
+
+# --- a database that is lost
+
+
+def _salvage(database: Database) -> RunRow | None:
+    """The run's row, where a damaged database still tells it, and its settings are some."""
+    row = run_row(database)
+    try:
+        return row if row and settings_module.thaw(row.settings) else None
+    except SettingsError:
+        return None
+
+
+def _rebuild(
+    folder: Path, settings: Settings, database: Database, salvaged: RunRow | None, report: Report, now: float
+) -> None:
+    stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
+    found = _read(folder / "checkpoints")
+    policy = settings.policy(1)
+    plan = rebuild_plan.plan(found.records, found.names, policy.num_models, policy.metric, policy.cycle)
+    report.problems += found.unusable.values()
+    report.entries = [_entry(rebuilt.record) for rebuilt in plan.board]
+    origin, more = _origin(folder, settings, salvaged, found.records, now)
+    report.unknown += [*plan.notes, *more]
+    report.done.append(f"{len(plan.board)} entries and {len(plan.suspended)} suspended chunks are written anew")
+    if report.dry_run:
+        return
+    damaged = checkpoints_set_aside(folder, found.unusable, stamp)
+    if damaged:
+        report.kept.append(str(damaged))
+    if database.file is None:
+        _rebuild_on_server(folder, settings, origin, plan, report, now)
+    else:
+        _rebuild_file(database, origin, plan, stamp, report, now)
+    if database.file is not None and not (folder / SETTINGS_NAME).exists():
+        _write_settings(folder, origin.settings)
+    report.done.append(f"the run is paused: `orch resume {folder.name}` goes on with it")
+
+
+def _entry(record: Record) -> dict[str, Any]:
+    return {"file": record.file, "score": record.score, "epochs": record.epochs, "parent": record.parent_file}
+
+
+def _read(files: Path) -> _Found:
+    """Every record, and whether its file is complete."""
+    names = sorted(path.name for path in files.iterdir()) if files.is_dir() else []
+    records, unusable = [], {}
+    of_ours = [n for n in names if rules.generation_of(n) is not None and not n.startswith(".")]
+    stems = {name.rpartition(".")[0] for name in of_ours}
+    for stem in sorted(stems):
+        file = stem + checkpoints.SUFFIX
+        try:
+            record = rebuild_plan.parse(checkpoints.read_record(files, file))
+            checkpoints.verify(files, file, record.sha256)
+            records.append(record)
+        except (DamagedCheckpointError, CheckpointError) as error:
+            unusable[file] = f"{file}: {error}" if file not in str(error) else str(error)
+    return _Found(records, names, unusable)
+
+
+def checkpoints_set_aside(folder: Path, unusable: Mapping[str, str], stamp: str) -> Path | None:
+    """Move what can't be used away, since the next collection would delete it: somebody may want to look."""
+    aside = folder / f"checkpoints.damaged-{stamp}"
+    for file in unusable:
+        for name in (file, file.removesuffix(checkpoints.SUFFIX) + checkpoints.RECORD_SUFFIX):
+            source = folder / "checkpoints" / name
+            if source.exists():
+                aside.mkdir(exist_ok=True)
+                source.rename(aside / name)
+    return aside if aside.is_dir() else None
+
+
+def _origin(
+    folder: Path, settings: Settings, salvaged: RunRow | None, records: Sequence[Record], now: float
+) -> tuple[Origin, list[str]]:
+    """The run's row as far as it is known, and what of it is a guess."""
+    notes = []
+    told = [r for r in sorted(records, key=lambda r: r.generation) if r.launched_at is not None]
+    if salvaged:
+        launched_at, import_paths = salvaged.launched_at, list(salvaged.import_paths)
+    elif told:
+        launched_at, import_paths = float(told[-1].launched_at or now), list(told[-1].import_paths)
+    else:
+        times = [r.created_at for r in records] + [path.stat().st_mtime for path in (folder / "jobs").glob("*")]
+        launched_at, import_paths = min(times, default=now), [str(Path.cwd())]
+        notes.append(
+            f"no record tells when the run was launched and where its job's module is: {_iso(launched_at)} and "
+            f"{import_paths[0]} (the current folder) are taken for it"
+        )
+    local = settings.executor == "local"
+    wanted = range(settings.workers)
+    devices = gpus_of(wanted, settings.gpus_per_worker) if local else [None for _ in wanted]
+    text = settings_module.freeze(settings)
+    deadline = launched_at + settings.total_lifetime
+    return Origin(settings.name, text, import_paths, launched_at, deadline, devices), notes
+
+
+def _iso(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+
+
+def _rebuild_file(database: Database, origin: Origin, plan: Plan, stamp: str, report: Report, now: float) -> None:
+    """Write the new file beside the old one, whole, then put it in its place."""
+    file = database.file
+    assert file is not None, "not on a server"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not lock_choice.record_path(file).exists():
+        several = settings_module.thaw(origin.settings).executor == "slurm"
+        lock_choice.write_record(file, lock_choice.choose(file.parent, several, _wanted(origin)))
+    kept = file.with_name(f"{file.name}.damaged-{stamp}")
+    journal = file.with_name(file.name + "-journal")
+    before = _identity(file)
+    building = Path(tempfile.mkdtemp(prefix=".repair-", dir=file.parent))
+    try:
+        new = building / DATABASE_NAME
+        rebuild(Database(f"sqlite:///{new}", building), origin, plan, str(kept) if before else None, now)
+        with lock_choice.lock_of(lock_choice.read_record(file), file):
+            if _identity(file) != before:
+                raise RunError(f"{file} was changed meanwhile; look again (`orch status`)")
+            for source, target in ((journal, kept.with_name(kept.name + "-journal")), (file, kept)):
+                if source.exists():
+                    source.rename(target)
+                    report.kept.append(str(target))
+            new.rename(file)
+            checkpoints.sync_folder(file.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _wanted(origin: Origin) -> lock_choice.Wanted:
+    return settings_module.thaw(origin.settings).lock
+
+
+def _identity(file: Path) -> tuple[int, int, int] | None:
+    """Of a file's contents, as far as that is known without reading it."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _rebuild_on_server(
+    folder: Path, settings: Settings, origin: Origin, plan: Plan, report: Report, now: float
+) -> None:
+    """Into a new schema: what is left of the old one stays as it is."""
+    moved = settings.model_copy(update={"database_schema": new_schema(settings.name)})
+    text = settings_module.freeze(moved)
+    kept = f"the schema {settings.database_schema}"
+    renamed = Origin(origin.name, text, origin.import_paths, origin.launched_at, origin.deadline, origin.devices)
+    rebuild(Database(moved.database, folder, moved.database_schema), renamed, plan, kept, now)
+    _write_settings(folder, text)
+    report.done.append(f"the run's tables are in the schema {moved.database_schema} now; {kept} is left as it was")
