@@ -42,7 +42,9 @@ test-long: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long
 
 bench: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,bench]'
 	$(BIN)/python benchmarks/chain_gap.py
+	$(BIN)/python benchmarks/bookkeeping.py --seconds 2 --rounds 1
 
 cluster-up:
 	$(PYTHON) slurm/devcluster/devcluster.py up

@@ -11,6 +11,7 @@ A latency is that of one chunk: its claim and its record, waits included, in sec
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import multiprocessing
@@ -48,6 +49,8 @@ def measure(contender: Contender, disk: Path, processes: int, seconds: float, th
         contender.prepare(folder, processes)
         context = multiprocessing.get_context("fork")  # what is imported already is not imported 64 times
         barrier = context.Barrier(processes)
+        gc.collect()
+        gc.freeze()  # else each child's garbage collector copies what it shares with the others
         children = [
             context.Process(target=_work, args=(contender, folder, number, barrier, seconds, think_s))
             for number in range(processes)

@@ -133,7 +133,7 @@ chunk = Table(
     Column("suspended_sha256", String(64)),
     Column("error", Text),
     Index("chunk_by_entry", "entry_id", "position"),
-    Index("chunk_held", "state", sqlite_where=text(HELD), postgresql_where=text(HELD)),
+    Index("chunk_held", "state", "entry_id", "lease_until", sqlite_where=text(HELD), postgresql_where=text(HELD)),
     Index("chunk_finished", "finished_at"),
 )
 
