@@ -36,10 +36,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from contenders import Contender, OptunaJournal, OptunaRdb, Orch, RawSqlite  # noqa: E402
 
 Figures = dict[str, Any]
+BUSY_PERCENT = 30.0
 PATIENCE_S = 300.0  # a process that does not come to the start within this is broken
 
 
 # --- one measurement ---------------------------------------------------------------------------------
+
+
+def rest(longest_s: float) -> None:
+    """Wait until other programs leave most of the machine alone, or for so long."""
+    end = time.monotonic() + longest_s
+    while time.monotonic() < end and psutil.cpu_percent(1.0) > BUSY_PERCENT:
+        pass
 
 
 def measure(contender: Contender, disk: Path, processes: int, seconds: float, think_s: float = 0.0) -> Figures:
@@ -140,6 +148,7 @@ def compare(contenders: Sequence[Contender], options: argparse.Namespace) -> Fig
         rounds: dict[str, list[Figures]] = {c.name: [] for c in contenders}
         for _ in range(options.rounds):
             for contender in contenders:
+                rest(options.wait_idle_s)
                 rounds[contender.name].append(measure(contender, options.dir, processes, options.seconds))
         found[str(processes)] = {name: median_of(figures) for name, figures in rounds.items()}
         ours = found[str(processes)]["orch"]
@@ -155,6 +164,7 @@ def over_history(options: argparse.Namespace) -> Figures:
     for _ in range(options.rounds):
         for size in options.history:
             contender = Orch(options.database, history=size)
+            rest(options.wait_idle_s)
             rounds[size].append(measure(contender, options.dir, processes, options.seconds))
     found = {str(size): median_of(figures) for size, figures in rounds.items()}
     first = found[str(options.history[0])]["chunks_per_s"]
@@ -232,6 +242,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--history", type=_numbers(), help="finished chunks, such as 10,1000,100000,1000000")
     parser.add_argument("--workers", type=_numbers(), help="numbers of workers, such as 8,64,512; see --think-s")
     parser.add_argument("--think-s", type=float, default=10.0, help="mean seconds of training in a chunk")
+    parser.add_argument(
+        "--wait-idle-s", type=float, default=0.0, help="at most so long before each, for a quiet machine"
+    )
     parser.add_argument("--only", help="contenders by name, such as orch,raw-sqlite")
     parser.add_argument("--database", help="an SQLAlchemy URL for orch; default: SQLite in --dir")
     parser.add_argument("--dir", type=Path, default=ROOT / "runs" / "bench", help="a folder on the disk to measure")

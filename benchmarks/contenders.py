@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sqlalchemy import insert, update
+from sqlalchemy import insert, text, update
 
 from orchestrator.leaderboard import Leaderboard, schema
 from orchestrator.records import Candidate, Claim, EpochResult, Started
@@ -230,8 +230,10 @@ def add_history(board: Leaderboard, chunks: int, now: float) -> None:
         done += size
     if chunks:
         with board.database.transaction() as tx:
-            tx.execute(insert(schema.job), [_job_row(link, now) for link in range(2, 2 + chunks // 100)] or [])
+            tx.execute(insert(schema.job), [_job_row(link, now) for link in range(2, 3 + chunks // 100)])
             tx.execute(update(schema.run).values(generation=chunks, epochs=chunks))
+            if board.database.file is None:  # a run of this length has been through many autovacuums
+                tx.execute(text("ANALYZE"))
 
 
 Row = Mapping[str, Any]
