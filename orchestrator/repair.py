@@ -18,10 +18,10 @@ from orchestrator import checkpoints, lock_choice, rebuild_plan, rules, trust
 from orchestrator import settings as settings_module
 from orchestrator.cluster import open_cluster
 from orchestrator.cluster.local import gpus_of
-from orchestrator.errors import CheckpointError, DamagedCheckpointError, OrchError, RunError, SettingsError
+from orchestrator.errors import CheckpointError, DamagedCheckpointError, RunError, SettingsError
 from orchestrator.leaderboard import DATABASE_NAME, Leaderboard
 from orchestrator.leaderboard.engine import Database
-from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, run_row
+from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, open_jobs, run_row
 from orchestrator.leaderboard.rebuild import Origin, rebuild
 from orchestrator.rebuild_plan import Plan, Record
 from orchestrator.records import Evidence
@@ -188,13 +188,8 @@ def _known_jobs(folder: Path, settings: Settings, database: Database) -> tuple[l
     which nothing can be known from here."""
     from orchestrator.entry import job_main
 
-    try:
-        board = Leaderboard(database, settings_module.load_policy)
-        jobs = list(board.chains.snapshot(settings.metric.mode).open_jobs)
-        evidence = open_cluster(settings.executor or "local", settings, folder, job_main).evidence(jobs)
-    except (OrchError, ValueError, TypeError, LookupError):
-        return [], []
-    named = [job for job in jobs if job.cluster_id]
+    named = [job for job in open_jobs(database) if job.cluster_id]
+    evidence = open_cluster(settings.executor or "local", settings, folder, job_main).evidence(named)
     alive = [job for job in named if evidence[job.job_id] in (Evidence.QUEUED, Evidence.RUNNING)]
     unknown = [job for job in named if evidence[job.job_id] is Evidence.UNKNOWN]
     return [str(job.cluster_id) for job in alive], [f"{job.cluster_id} on {job.host}" for job in unknown]

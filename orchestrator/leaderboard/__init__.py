@@ -88,6 +88,7 @@ class Leaderboard:
     ) -> Leaderboard:
         """Raises LeaderboardError if there is none, or if another version of the schema wrote it."""
         database = Database(url, run_folder, schema_name)
+        database.refuse_empty()
         with database.transaction(row_lock=False) as tx:
             try:
                 row = tx.execute(select(schema.run.c.schema_version, schema.run.c.orch_version)).one_or_none()

@@ -25,7 +25,6 @@ from orchestrator.lock_choice import lock_of, read_record
 from orchestrator.soft_lock import HeldError
 
 DATABASE_NAME = "orch.db"
-FULL = 2  # PRAGMA synchronous, as SQLite answers
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 SHORT_READ = sqlite3.SQLITE_IOERR | (2 << 8)  # a file that ends too early
 # A server that restarts, or has no connection to spare, is asked again for so long: by a command, and by a job,
@@ -111,6 +110,11 @@ class Database:
     def exists(self) -> bool:
         return self.file is None or self.file.exists()
 
+    def refuse_empty(self) -> None:
+        """Raises LeaderboardError for a file of no bytes, which SQLite would take for a new database."""
+        if self.file and self.file.exists() and not self.file.stat().st_size:
+            raise LeaderboardError(f"{self.file} is empty. {self.advice}")
+
     @contextmanager
     def transaction(self, row_lock: bool = True) -> Iterator[Connection]:
         """One transaction, serialised with all others of this run: the outer lock and BEGIN IMMEDIATE on
@@ -140,6 +144,8 @@ class Database:
             ) from error
         except DatabaseError as error:
             raise LeaderboardError(f"{self.name}: {error.orig or error}{self._if_damaged(error.orig)}") from error
+        except OSError as error:  # of the lock's files
+            raise LeaderboardError(f"{self.name}: its lock: {error.filename}: {error.strerror or error}") from error
         except sqlite3.DatabaseError as error:  # from a Statement, which goes to the driver directly
             raise LeaderboardError(f"{self.name}: {error}{self._if_damaged(error)}") from error
 
@@ -222,20 +228,22 @@ def _without_password(url: str | None) -> str:
 
 
 def _sqlite_preparation() -> Callable[[sqlite3.Connection, object], None]:
-    """What each new connection of one engine is told. Both modes are SQLite's defaults and need no word inside the
-    lock, unless the file was made WAL by hand or the library was built with another default: so the first looks."""
-    each = ["foreign_keys=ON", "busy_timeout=60000"]  # the timeout serves a reader from outside that takes no lock
+    """What each new connection of one engine is told. The journal's mode is SQLite's default and needs no word inside
+    the lock, unless the file was made WAL by hand: so the first looks.
+
+    EXTRA: with FULL the journal's deletion, which is the commit, may be undone by a power cut (SQLite's documentation
+    of PRAGMA synchronous), and a board be rolled back whose evicted checkpoints are deleted already.
+    """
+    each = ["synchronous=EXTRA", "foreign_keys=ON"]
+    each.append("busy_timeout=60000")  # serves a reader from outside that takes no lock
     looked = False
 
     def prepare(connection: sqlite3.Connection, _record: object) -> None:
         nonlocal looked
         connection.isolation_level = None  # transactions are begun by _begin_immediate, not by the driver
         if not looked:
-            # DELETE, never WAL: WAL needs shared memory, which a network file system does not have. FULL: a commit
-            # that was reported survives a power cut.
+            # DELETE, never WAL: WAL needs shared memory, which a network file system does not have.
             connection.execute("PRAGMA journal_mode=DELETE")
-            if connection.execute("PRAGMA synchronous").fetchone() != (FULL,):
-                each.append("synchronous=FULL")
             looked = True
         for pragma in each:
             connection.execute(f"PRAGMA {pragma}")

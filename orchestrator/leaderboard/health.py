@@ -13,8 +13,10 @@ from sqlalchemy.exc import DatabaseError
 from orchestrator import __version__
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard import schema
+from orchestrator.leaderboard.chains import OPEN
 from orchestrator.leaderboard.engine import Database, is_damage
-from orchestrator.records import ChunkState, JobState, RunState
+from orchestrator.leaderboard.moves import job_of
+from orchestrator.records import ChunkState, Job, JobState, RunState
 
 STATES = {"run": RunState, "job": JobState, "chunk": ChunkState}
 
@@ -49,6 +51,8 @@ def examine(database: Database) -> Health:
     not be read), or if another version of orch wrote the database."""
     if not database.exists():
         return Health(Condition.LOST, (f"{database.name} is missing",))
+    if database.file and not database.file.stat().st_size:
+        return Health(Condition.DAMAGED, (f"{database.name} is empty",))
     try:
         with database.transaction(row_lock=False) as tx:
             return _examine(tx, database)
@@ -114,6 +118,7 @@ def run_row(database: Database) -> RunRow | None:
     """None where the run's row can't be read, or is not what orch wrote."""
     run = schema.run
     try:
+        database.refuse_empty()
         with database.transaction(row_lock=False) as tx:
             row = tx.execute(select(run.c.settings, run.c.import_paths, run.c.created_at)).one_or_none()
     except (LeaderboardError, ValueError, TypeError, LookupError):
@@ -123,6 +128,17 @@ def run_row(database: Database) -> RunRow | None:
     paths = row.import_paths
     whole = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
     return RunRow(row.settings, tuple(paths), row.created_at) if whole else None
+
+
+def open_jobs(database: Database) -> list[Job]:
+    """Of a damaged database, the jobs that were not over; none where that can't be read."""
+    job = schema.job
+    try:
+        database.refuse_empty()
+        with database.transaction(row_lock=False) as tx:
+            return [job_of(row) for row in tx.execute(select(job).where(job.c.state.in_(OPEN))).all()]
+    except (LeaderboardError, ValueError, TypeError, LookupError):
+        return []
 
 
 def inconsistencies(tables: Tables) -> list[str]:

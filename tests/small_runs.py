@@ -1,0 +1,114 @@
+"""Runs made in milliseconds: a real leaderboard, real files, the real worker; its trainer follows a script."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import sqlalchemy
+
+from orchestrator.cluster.local import InlineCluster, host_name, this_process
+from orchestrator.leaderboard import Leaderboard
+from orchestrator.records import EpochResult, Finished, Interrupted, Started, Work
+from orchestrator.run import Run
+from orchestrator.settings import Settings, freeze
+from orchestrator.worker import Ending, StopFlag, Worker
+from tests.storage import Storage, _do_not_wait_for_the_disk
+
+ROOT = Path(__file__).parents[1]
+CUT = "cut"  # instead of a score: the chunk is interrupted
+CYCLE = ["a", "b", "a", "c"]
+
+
+class Scripted:
+    """Gives one score after another, whatever it is asked to train; then it is time to stop."""
+
+    def __init__(self, script: Sequence[float | str], stop: StopFlag, size_bytes: int = 0) -> None:
+        self.script = list(script)
+        self.stop = stop
+        self.size_bytes = size_bytes
+        self.state: dict[str, Any] = {}
+
+    def train(
+        self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
+    ) -> Finished | Interrupted:
+        source = work.suspended or work.parent
+        self.state = json.loads(source.read_bytes()) if source else {"epochs": 0, "line": []}
+        step = self.script.pop(0)
+        if not self.script:
+            self.stop.reason = "the end of its script"
+        if step == CUT:
+            return Interrupted(1)
+        assert isinstance(step, float)
+        first = self.state["epochs"] + 1
+        metrics = {"accuracy": step, "train_loss": 1 - step}
+        results = tuple(EpochResult(first + i, 0.5, metrics) for i in range(work.epochs))
+        self.state = {"epochs": first + work.epochs - 1, "line": [*self.state["line"], step]}
+        return Finished(step, self.state["epochs"], results, 0.5 * work.epochs)
+
+    def save(self, target: IO[bytes]) -> None:
+        target.write(json.dumps(self.state).encode().ljust(self.size_bytes))
+
+
+def make_run(storage: Storage, folder: Path, **changes: Any) -> Run:
+    """A run without any job."""
+    rates = {"a": 0.1, "b": 0.01, "c": 0.001}
+    place = {"database": storage.url, "database_schema": f"test_{secrets.token_hex(6)}"} if storage.url else {}
+    profiles = [{"name": name, "learning_rate": rates[name]} for name in CYCLE]
+    values = {"num_models": 3, "training_profiles": profiles, "executor": "local", "stop_after_stale_cycles": None}
+    settings = Settings.model_validate({"name": folder.name} | values | place | changes)
+    for part in ("checkpoints", "jobs", "logs"):
+        (folder / part).mkdir(parents=True)
+    frozen = freeze(settings)
+    (folder / "settings.json").write_text(frozen + "\n")
+    now = time.time()
+    where = (folder, settings.database, settings.database_schema)
+    Leaderboard.create(*where, settings.name, frozen, [str(ROOT)], now, now + settings.total_lifetime)
+    run = opened(folder)
+    devices = [None] * settings.workers
+    run.leaderboard.chains.close(run.leaderboard.chains.add_workers(devices, now), "lost", "never there", now)
+    return run
+
+
+def opened(folder: Path) -> Run:
+    run = Run.open(folder)
+    if run.leaderboard.database.file:  # what is tested with it holds without a power cut too
+        sqlalchemy.event.listen(run.leaderboard.database._engine, "connect", _do_not_wait_for_the_disk)
+    return run
+
+
+def work(run: Run, script: Sequence[float | str], size_bytes: int = 0, worker_id: int = 0) -> Ending | None:
+    """One job of the run's worker, which trains what the script says."""
+    if not script:
+        return None
+    chains, now = run.leaderboard.chains, time.time()
+    (job,) = chains.relink([worker_id], now, 10**6)
+    place = (str(job.job_id), host_name(), *this_process())
+    started = chains.start(job.token, worker_id, *place, now, 10**6, successor=False)
+    assert isinstance(started, Started), started
+    stop = StopFlag()
+    trainer = Scripted(script, stop, size_bytes)
+    cluster = InlineCluster(run.settings)
+    worker = Worker(run.folder, run.settings, run.version, run.leaderboard, cluster, lambda: trainer, time.time, stop)
+    return worker.run(started)
+
+
+def lose(run: Run) -> None:
+    """The database is gone, as after a purge or on a server that was set up anew."""
+    database = run.leaderboard.database
+    if database.file:
+        database.file.unlink()
+    else:
+        database.drop(schema_too=True)
+        database.rest()
+
+
+def board_of(run: Run) -> list[dict[str, Any]]:
+    """What must not change: files, scores and positions, best first."""
+    keys = ("file", "sha256", "score", "epochs", "start_position", "profile", "worker", "metrics")
+    rows = [{key: entry[key] for key in keys} for entry in run.leaderboard.reader.entries("max")]
+    return sorted(rows, key=lambda row: str(row["file"]))
