@@ -3,6 +3,7 @@ database is asked: what appears meanwhile is not judged."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -65,7 +66,9 @@ def collect(run: Run, dry_run: bool, now: float) -> Report:
 
 
 def _orphans(paths: Iterable[Path], now: float) -> list[Path]:
-    return [p for p in paths if _TEMPORARY.fullmatch(p.name) and now - _touched(p) > ORPHANED_S]
+    """Those of claims are judged by their generation instead, however old they are."""
+    found = [p for p in paths if _TEMPORARY.fullmatch(p.name) and rules.generation_of(p.name) is None]
+    return [p for p in found if now - _touched(p) > ORPHANED_S]
 
 
 def _dead_launches(folder: Path, now: float) -> list[Path]:
@@ -83,12 +86,11 @@ def _dead_launches(folder: Path, now: float) -> list[Path]:
 
 
 def _touched(path: Path) -> float:
-    """When something in it was written last, as a Unix time."""
-    times = [path.lstat().st_mtime]
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                times.append(Path(folder, name).lstat().st_mtime)
-            except OSError:
-                continue
-    return max(times)
+    """When something in it was written last, as a Unix time; now and later for what has just vanished."""
+    times = []
+    for each in (path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)):
+        try:
+            times.append(each.lstat().st_mtime)
+        except OSError:
+            continue
+    return max(times, default=math.inf)
