@@ -167,7 +167,11 @@ def run_script(script: str, storage: Storage, board: Leaderboard, folder: Path, 
     )
 
 
-@pytest.mark.parametrize("processes", [2, 16, 64])
+@pytest.mark.parametrize(
+    ("storage", "processes"),
+    [("sqlite", 2), ("sqlite", 16), ("sqlite", 64), ("postgresql", 16)],
+    indirect=["storage"],
+)
 def test_processes_that_hammer_the_board_lose_nothing_and_none_of_them_starves(
     storage: Storage, board: Leaderboard, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
