@@ -250,6 +250,14 @@ def mend(
     return Mend(tuple(lost), tuple(adopt), tuple(w.worker_id for w in workers if w.worker_id not in held))
 
 
+def unwanted(state: RunState, open_jobs: Sequence[Job], evidence: Mapping[int, Evidence]) -> list[Job]:
+    """Jobs that wait in the queue of a run that starts no work any more. One that had begun is there if Slurm put
+    it back (a node failed, it was preempted) after the others were taken out."""
+    if state is RunState.ACTIVE:
+        return []
+    return [j for j in open_jobs if j.cluster_id is not None and evidence.get(j.job_id) is Evidence.QUEUED]
+
+
 # --- files -------------------------------------------------------------------------------------------
 
 

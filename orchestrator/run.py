@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from orchestrator import checkpoints, lock_choice, rules, trust
 from orchestrator import settings as settings_module
 from orchestrator.cluster import Cluster, open_cluster
 from orchestrator.cluster.bystander import Bystander
-from orchestrator.errors import RunError, StaleClaimError, SubmissionError
+from orchestrator.errors import RunError, SettingsError, StaleClaimError, SubmissionError
 from orchestrator.leaderboard import DATABASE_NAME, Leaderboard
 from orchestrator.leaderboard.engine import Database
 from orchestrator.mending import reconcile
@@ -74,7 +73,7 @@ class Run:
             raise RunError(f"{folder} exists already; launch again to go on with it")
         own_schema = settings_module.is_server(settings.database) and settings.database_schema is None
         if own_schema:
-            settings = settings.model_copy(update={"database_schema": new_schema(settings.name)})
+            settings = settings.model_copy(update={"database_schema": settings_module.new_schema(settings.name)})
         building = folder.with_name(f".{folder.name}-{os.getpid()}")
         now = clock()
         with ExitStack() as undo:  # what is made here is gone again if the rest fails
@@ -86,12 +85,14 @@ class Run:
                         (building / part).mkdir()
                     settings = _with_lock(settings, building, undo)
                     frozen = settings_module.freeze(settings)
-                    (building / SETTINGS_NAME).write_text(frozen + "\n", encoding="utf-8")
+                    checkpoints.publish(building / SETTINGS_NAME, lambda file: file.write(f"{frozen}\n".encode()))
                     place = (building, settings.database, settings.database_schema)
                     deadline = now + settings.total_lifetime
                     Leaderboard.create(*place, settings.name, frozen, import_paths, now, deadline)
                     undo.callback(Leaderboard.discard, *place, own_schema)
+                checkpoints.sync_folder(building)
                 building.rename(folder)  # the run is there from here on, and whole
+                checkpoints.sync_folder(runs_dir)
             except OSError as error:
                 if folder.exists():
                     raise RunError(f"{folder} was made by another launch just now; launch again to go on") from error
@@ -117,6 +118,9 @@ class Run:
                 raise RunError(f"{folder} is not a run: it has neither {path.name} nor {DATABASE_NAME}") from error
         except OSError as error:
             raise RunError(f"{folder} is not a run: {path.name}: {error.strerror or error}") from error
+        except SettingsError as error:
+            advice = f"`orch repair {folder.absolute().name}` writes {path.name} again from the database"
+            raise RunError(f"{path}: {error}. {advice}") from error
         leaderboard = Leaderboard.open(folder, *place, settings_module.load_policy)
         if leaderboard.database.file:
             trust.check(folder, leaderboard.database.file)
@@ -355,11 +359,6 @@ def _refuse_two_locks(settings: Settings, leaderboard: Leaderboard) -> None:
             "two kinds at once are none. End all processes of the run, then put "
             f'"kind": "{settings.lock}" into {record}'
         )
-
-
-def new_schema(run_name: str) -> str:
-    """A name that PostgreSQL takes unquoted, and that no other run of this name has."""
-    return f"orch_{re.sub(r'[^a-z0-9_]', '_', run_name.lower())[:40]}_{secrets.token_hex(4)}"
 
 
 # --- finding runs

@@ -21,6 +21,7 @@ from orchestrator.errors import (
     ClusterUnreachableError,
     DamagedCheckpointError,
     NoRoomError,
+    OrchError,
     StaleClaimError,
     SubmissionError,
 )
@@ -125,7 +126,11 @@ class Worker:
         except Exception as error:  # the chain goes on in a fresh process; too many in a row end it
             log.error("%s", traceback.format_exc())
             ending = Ending(f"{type(error).__name__}: {error}", error=True)
-        self._finish(job, ending)
+        try:
+            self._finish(job, ending)
+        except OrchError as error:  # any peer, or `orch status`, sees that the job is gone and mends the chain
+            log.error("the job ends, and this could not be written down: %s", error)
+            return Ending(f"{type(error).__name__}: {error}", error=True)
         return ending
 
     def _may_work(self) -> bool:

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from orchestrator import rules
 from orchestrator.leaderboard.engine import Database
-from orchestrator.leaderboard.moves import JOB_GONE, NO_WORD, expire, job_of, log_event, set_state, worker_of
+from orchestrator.leaderboard.moves import JOB_ENDED, JOB_GONE, NO_WORD, expire, job_of, log_event, set_state, worker_of
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, job, run, worker
 from orchestrator.records import (
     ChunkState,
@@ -176,6 +176,7 @@ class Chains:
         with self._database.transaction() as tx:
             if not _close(tx, mine.job_id, JobState.ENDED, outcome, now, mine.starts):
                 return None, None
+            _expire_claims(tx, mine.job_id, JOB_ENDED, now)  # one that it could not give back, after an error
             if error:
                 _count_failure(tx, mine.worker_id)
             query = select(job).where(job.c.worker_id == mine.worker_id, job.c.link > mine.link, job.c.state.in_(OPEN))
@@ -217,20 +218,9 @@ class Chains:
         with self._database.transaction() as tx:
             for gone in lost:
                 if _close(tx, gone.job_id, JobState.LOST, "its job is gone", now, gone.starts):
-                    live = select(chunk.c.chunk_id).where(
-                        chunk.c.job_id == gone.job_id, chunk.c.state == ChunkState.LIVE
-                    )
-                    expire(tx, tx.execute(live).scalars().all(), JOB_GONE, now)
-                    log_event(
-                        tx,
-                        now,
-                        "lost",
-                        gone.worker_id,
-                        None,
-                        None,
-                        job=gone.job_id,
-                        cluster_id=gone.cluster_id,
-                    )
+                    _expire_claims(tx, gone.job_id, JOB_GONE, now)
+                    what = {"job": gone.job_id, "cluster_id": gone.cluster_id}
+                    log_event(tx, now, "lost", gone.worker_id, None, None, **what)
             for known, cluster_id in adopt:
                 tx.execute(
                     update(job)
@@ -372,6 +362,11 @@ def _close(tx: Connection, job_id: int, state: JobState, outcome: str, now: floa
         if not tx.execute(finished).scalar_one():
             _count_failure(tx, was.worker_id)
     return True
+
+
+def _expire_claims(tx: Connection, job_id: int, reason: str, now: float) -> None:
+    live = select(chunk.c.chunk_id).where(chunk.c.job_id == job_id, chunk.c.state == ChunkState.LIVE)
+    expire(tx, tx.execute(live).scalars().all(), reason, now)
 
 
 def _settle(tx: Connection, now: float) -> None:

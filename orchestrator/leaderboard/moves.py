@@ -31,7 +31,8 @@ CONSUMED = (ChunkState.PROMOTED, ChunkState.DISCARDED)
 # Why a claim was taken from its worker.
 NO_WORD, JOB_GONE, LEASE_ENDED = "its job ended without a word", "its job is gone", "its lease ended"
 NOT_KNOWN = "what came of it was lost with the database"
-REAPED = (NO_WORD, JOB_GONE, LEASE_ENDED, NOT_KNOWN)
+JOB_ENDED = "its job ended before it"
+REAPED = (NO_WORD, JOB_GONE, JOB_ENDED, LEASE_ENDED, NOT_KNOWN)
 HELD = (ChunkState.LIVE, ChunkState.SUSPENDED)
 
 

@@ -670,6 +670,14 @@ def test_a_chain_is_mended(jobs, evidence, found, lost, adopted, resubmitted):
     assert list(todo.resubmit) == resubmitted
 
 
+@pytest.mark.parametrize("state", list(RunState))
+def test_only_a_run_that_goes_on_keeps_jobs_in_the_queue(state):
+    jobs = [job(1, 0, RUNNING), job(2, 1, RUNNING), job(3, 2, QUEUED), job(4, 3, SUBMITTING), job(5, 4, QUEUED)]
+    evidence = dict(zip(range(1, 6), map(Evidence, ("queued", "running", "queued", "queued", "unknown")), strict=True))
+    found = [j.job_id for j in rules.unwanted(state, jobs, evidence)]
+    assert found == ([] if state is RunState.ACTIVE else [1, 3])
+
+
 def test_every_chain_is_mended_by_itself():
     jobs = [job(1, 0, RUNNING), job(2, 1, RUNNING), job(3, 2, QUEUED)]
     evidence = {1: Evidence.GONE, 2: Evidence.UNKNOWN, 3: Evidence.QUEUED}

@@ -1,0 +1,149 @@
+"""Safeguards of orch, taken away one at a time: the crash tests must notice each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import sqlalchemy
+
+from orchestrator import checkpoints, rules
+from orchestrator.leaderboard import board, engine, moves, results
+from orchestrator.leaderboard.schema import chunk
+from orchestrator.records import ChunkState, Claim
+from orchestrator.worker import Worker
+
+
+def _no_sync_of_the_file() -> None:
+    def publish(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        with open(temporary, "wb") as target:
+            fill(target)
+        os.rename(temporary, path)
+        checkpoints.sync_folder(path.parent)
+
+    checkpoints.publish = publish
+
+
+def _no_sync_of_the_folder() -> None:
+    checkpoints.sync_folder = lambda folder: None
+
+
+def _no_rename() -> None:
+    def publish(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+        with open(path, "wb") as target:
+            fill(target)
+            target.flush()
+            os.fsync(target.fileno())
+        checkpoints.sync_folder(path.parent)
+
+    checkpoints.publish = publish
+
+
+def _pragma(wanted: str) -> Callable[[], None]:
+    def change() -> None:
+        preparation = engine._sqlite_preparation
+
+        def changed() -> Callable[..., None]:
+            prepare = preparation()
+
+            def also(connection: Any, record: object) -> None:
+                prepare(connection, record)
+                connection.execute(f"PRAGMA {wanted}")
+
+            return also
+
+        engine._sqlite_preparation = changed
+
+    return change
+
+
+def _evict_before_the_commit() -> None:
+    record = board.Board.record
+
+    def too_soon(self: board.Board, claim: Claim, candidate: Any, now: float) -> Any:
+        with self._database.transaction() as tx:
+            on_board = moves.read_board(tx, ())
+            _, policy = self._read_run(tx) if hasattr(self, "_read_run") else (None, self._policy)
+        decision = rules.ratchet(candidate.score, on_board.entries, policy.num_models, policy.metric)
+        evicted = getattr(decision, "evicted", None)
+        if evicted is not None:
+            folder = Path(str(self._database.file)).parent / "checkpoints"
+            checkpoints.remove(folder, [on_board.rows[evicted.entry_id].file])
+        return record(self, claim, candidate, now)
+
+    board.Board.record = too_soon
+
+
+def _record_before_the_file() -> None:
+    """The board is told of a checkpoint that is still being written."""
+    publish = checkpoints.publish
+    waiting: list[Callable[[], None]] = []
+
+    def later(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+        import io
+
+        data = io.BytesIO()
+        fill(data)
+        waiting.append(lambda: publish(path, lambda target: target.write(data.getvalue())))
+
+    record = board.Board.record
+
+    def early(self: board.Board, *arguments: Any) -> Any:
+        outcome = record(self, *arguments)
+        while waiting:
+            waiting.pop(0)()
+        return outcome
+
+    checkpoints.publish = later
+    board.Board.record = early
+
+
+def _no_generation_check() -> None:
+    def close(tx: Any, claim: Claim, state: ChunkState, finished_at: float | None, **values: Any) -> None:
+        what = sqlalchemy.update(chunk).where(chunk.c.chunk_id == claim.chunk_id)
+        tx.execute(what.values(state=state, finished_at=finished_at, **values))
+
+    for module in (results, board):
+        with suppress(AttributeError):
+            module.close  # noqa: B018
+            module.close = close
+
+
+def _collect_what_is_being_written() -> None:
+    collectable = rules.collectable
+    rules.collectable = lambda files, referenced, live: collectable(files, referenced, ())
+
+
+def _collect_what_is_on_the_board() -> None:
+    collectable = rules.collectable
+    rules.collectable = lambda files, referenced, live: collectable(files, (), live)
+
+
+def _no_checksum() -> None:
+    checkpoints.verify = lambda folder, file, sha256: folder / file
+
+
+def _no_successor() -> None:
+    Worker._submit_successor = lambda self, job: True
+
+
+# What is taken away: the kind of fault that must bring it to light, and how it is done.
+MUTATIONS: dict[str, tuple[str, Callable[[], None]]] = {
+    "no fsync of a checkpoint": ("power cut", _no_sync_of_the_file),
+    "no fsync of the checkpoints' folder": ("power cut", _no_sync_of_the_folder),
+    "no fsync by SQLite": ("power cut", _pragma("synchronous=OFF")),
+    "no fsync by SQLite before its pages are written": ("power cut", _pragma("synchronous=NORMAL")),
+    "no fsync of the folder after SQLite's commit": ("power cut", _pragma("synchronous=FULL")),
+    "no rename": ("kill", _no_rename),
+    "no journal": ("kill", _pragma("journal_mode=OFF")),
+    "a journal in memory": ("kill", _pragma("journal_mode=MEMORY")),
+    "the evicted file is deleted before the commit": ("kill", _evict_before_the_commit),
+    "the board is told before the file is there": ("kill", _record_before_the_file),
+    "no generation check": ("zombie", _no_generation_check),
+    "files on the board are collected": ("kill", _collect_what_is_on_the_board),
+    "no checksum": ("truncated", _no_checksum),
+}

@@ -1,0 +1,248 @@
+"""A small world around one run: a queue that outlives its processes, a clock that always tells the same, a trainer
+whose scores are known before. Everything else is orch itself: its worker, its database, its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+from orchestrator.leaderboard import Leaderboard, chains
+from orchestrator.records import EpochResult, Evidence, Finished, Interrupted, Job, Outcome, Started, Submitted, Work
+from orchestrator.run import Run
+from orchestrator.settings import Settings, freeze
+from orchestrator.worker import Ending, StopFlag, Worker
+
+STEPS, TICK_S, JOB_S, LIMIT_S = 8, 0.05, 2.0, 900.0
+BETWEEN_JOBS_S = 1000.0  # longer than a lease
+SETTINGS = Settings.model_validate(
+    {
+        "name": "world", "job": "tests.crash.world:Scripted", "executor": "local", "num_models": 2, "workers": 1,
+        "training_profiles": [{"name": name, "learning_rate": 0.1} for name in ("a", "b", "a")],
+        "stop_after_stale_cycles": None, "stop_after_epochs": 9, "total_lifetime": 1e9, "max_failures": 30,
+    }
+)  # fmt: skip
+
+
+class Scripted:
+    """A trainer: every other chunk is better than its parent, the others are hopeless."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def train(
+        self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
+    ) -> Finished | Interrupted:
+        source = work.suspended or work.parent
+        self.state = json.loads(Path(source).read_bytes()) if source else {"epochs": 0, "score": 0.1}
+        self.state.setdefault("step", 0)
+        while self.state["step"] < STEPS:
+            if should_stop():
+                return Interrupted(self.state["step"])
+            self.state["step"] += 1
+        score = self.state["score"] + 0.01 if work.seed % 2 else 0.0
+        epochs = self.state["epochs"] + 1
+        self.state = {"epochs": epochs, "score": score}
+        return Finished(score, epochs, (EpochResult(epochs, 0.1, {"accuracy": score}),), 0.1)
+
+    def save(self, target: IO[bytes]) -> None:
+        target.write(json.dumps(self.state).encode())
+
+
+class Queue:
+    """What Slurm knows, in a file elsewhere: a list of {"token", "state": queued, running or gone}."""
+
+    name = "slurm"
+    chains = True
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def listed(self) -> list[dict[str, str]]:
+        listed: list[dict[str, str]] = json.loads(self.file.read_text()) if self.file.exists() else []
+        return listed
+
+    def mark(self, token: str, state: str) -> None:
+        self.file.write_text(json.dumps([{**j, "state": state} if j["token"] == token else j for j in self.listed()]))
+
+    def next_up(self) -> str | None:
+        """The first in the queue; whatever ran is gone then, as afterany has it."""
+        self.file.write_text(
+            json.dumps([{**j, "state": "gone"} if j["state"] == "running" else j for j in self.listed()])
+        )
+        return next((j["token"] for j in self.listed() if j["state"] == "queued"), None)
+
+    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
+        self.file.write_text(json.dumps([*self.listed(), *({"token": j.token, "state": "queued"} for j in jobs)]))
+        return [Submitted(j.job_id, f"c-{j.token}") for j in jobs]
+
+    def evidence(self, jobs: Sequence[Job]) -> dict[int, Evidence]:
+        states = {j["token"]: j["state"] for j in self.listed()}
+        known = {"queued": Evidence.QUEUED, "running": Evidence.RUNNING}
+        return {j.job_id: known.get(states.get(j.token, "gone"), Evidence.GONE) for j in jobs}
+
+    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+        alive = {j["token"] for j in self.listed() if j["state"] != "gone"}
+        return {j.token: f"c-{j.token}" for j in jobs if j.token in alive}
+
+    def cancel(self, jobs: Sequence[Job], now: bool) -> list[str]:
+        for job in jobs:
+            self.mark(job.token, "gone")
+        return []
+
+    def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
+        return {}
+
+    def back_to_queue(self, job: Job) -> bool:
+        return False
+
+    def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
+        return
+
+    def working_s(self) -> float:
+        return JOB_S
+
+    def latest_work_s(self) -> float:
+        return JOB_S
+
+    def time_limit_s(self) -> float:
+        return LIMIT_S
+
+    def cores(self) -> int:
+        return 1
+
+    def token(self) -> str:
+        raise AssertionError("the world says which job it is")
+
+    def identity(self) -> tuple[str, str]:
+        return "c", "node"
+
+
+@dataclass
+class World:
+    """runs/world, the queue's file beside it, and what was promised to whoever watches."""
+
+    folder: Path  # holds runs/, queue.json and promises
+    jobs: int = 0  # that have run: the time goes on with it
+    promises: list[str] = field(default_factory=list)
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder / "runs" / SETTINGS.name
+
+    @property
+    def queue(self) -> Queue:
+        return Queue(self.folder / "queue.json")
+
+    def now(self) -> float:
+        return 1e6 + self.jobs * BETWEEN_JOBS_S
+
+    def clock(self) -> Callable[[], float]:
+        ticks: Iterator[int] = count(1)
+        start = self.now()
+        return lambda: start + TICK_S * next(ticks)
+
+    def open(self) -> Run:
+        run = Run.open(self.run_folder)
+        run._cluster = self.queue
+        return run
+
+    def found(self) -> None:
+        """A run with its first job in the queue."""
+        self.run_folder.mkdir(parents=True, mode=0o700)
+        for part in ("checkpoints", "jobs", "logs"):
+            (self.run_folder / part).mkdir(mode=0o700)
+        text = freeze(SETTINGS)
+        (self.run_folder / "settings.json").write_text(text)
+        Leaderboard.create(self.run_folder, None, None, SETTINGS.name, text, [], self.now(), self.now() + 1e9)
+        self.open().resume(self.now())
+
+    def work(self) -> Ending | str:
+        """The next job of the queue, from its start to its end."""
+        same_names(self.jobs, 1)
+        queue = self.queue
+        token = queue.next_up()
+        if token is None:
+            return "the queue is empty"
+        queue.mark(token, "running")
+        run = self.open()
+        clock = self.clock()
+        started = run.leaderboard.chains.start(token, 0, f"c-{token}", "node", 1, 0.0, clock(), SETTINGS.max_failures)
+        if not isinstance(started, Started):
+            queue.mark(token, "gone")
+            return started
+        self._watch(run.leaderboard)
+        trainer = Scripted()
+        worker = Worker(
+            run.folder, run.settings, run.version, run.leaderboard, queue, lambda: trainer, clock, StopFlag()
+        )
+        ending = worker.run(started)
+        queue.mark(token, "gone")
+        return ending
+
+    def _watch(self, leaderboard: Leaderboard) -> None:
+        """What `record` has answered is a promise: it holds whatever comes after."""
+        record, promises = leaderboard.board.record, self.folder / "promises"
+
+        def watched(claim: Any, candidate: Any, now: float) -> Outcome:
+            outcome = record(claim, candidate, now)
+            with open(promises, "a") as file:
+                what = "promoted" if outcome.promoted else "discarded"
+                file.write(f"{claim.chunk_id} {what} {candidate.score:.4f}\n")
+            return outcome
+
+        leaderboard.board.record = watched  # type: ignore[method-assign]
+
+    def broken_promises(self, run: Run) -> list[str]:
+        known = {
+            f"{c['chunk_id']} {c['state']} {c['score']:.4f}"
+            for c in run.leaderboard.reader.rows("chunk")
+            if c["score"] is not None
+        }
+        file = self.folder / "promises"
+        made = file.read_text().splitlines() if file.exists() else []
+        return [f"recorded and lost: chunk {promise}" for promise in made if promise not in known]
+
+    def mend(self) -> Run:
+        """As `orch status` does it, when whatever ran is gone."""
+        self.jobs += 1
+        same_names(self.jobs, 2)
+        self.queue.next_up()
+        run = self.open()
+        run.reconcile(self.now(), grace_s=0.0)
+        return run
+
+    def finish(self) -> Run:
+        """Job after job until the run is over."""
+        for _ in range(30):
+            run = self.mend()
+            if run.leaderboard.chains.snapshot("max").state != "active":
+                return run
+            self.work()
+        raise AssertionError("the run does not end")
+
+
+def same_names(jobs: int, by: int) -> None:
+    """Tokens that are the same whatever crashed before: what came of different crashes can then be compared.
+    by: 1 for the job, 2 for who mends, so that no name is given twice."""
+    numbers = count(1)
+
+    def base() -> str:
+        return f"{jobs:06d}{by}{next(numbers):04d}"
+
+    chains.new_base = base
+
+
+def dump(run: Run) -> Mapping[str, Any]:
+    """All that the run's future depends on."""
+    reader = run.leaderboard.reader
+    tables = ("run", "job", "checkpoint", "entry", "chunk", "epoch", "event")
+    files = {p.name: p.read_bytes().hex() for p in sorted((run.folder / "checkpoints").iterdir())}
+    return {
+        **{table: reader.rows(table) for table in tables},
+        "files": files,
+        "workers": run.leaderboard.chains.workers(),
+    }

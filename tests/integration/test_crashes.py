@@ -1,0 +1,72 @@
+"""A job dies, loses its power, is stopped, or gets an error at each of its calls that change a file: nothing is lost.
+
+The short form looks at each call but for the many that write a page of the database (one in ten) or open a file (one
+in four); `make crashes` at every one, with every error. tests/crash/explore.py says how.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.crash.explore import CALLS
+from tests.crash.mutations import MUTATIONS
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "tests/crash/faults.c"
+EVERY = os.environ.get("ORCH_CRASHES") == "every"
+SHARDS = {"kill": 1, "power cut": 2, "error": 2, "zombie": 1, "truncated": 2}
+AT_LEAST = {"kill": 100, "power cut": 200, "error": 200, "zombie": 100, "truncated": 100}  # points of the short form
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Skips where there is no C compiler, or the system's library is not the one that faults.c stands before."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("faults are made at the boundary of Linux's system calls, by a library in C: needs Linux and gcc")
+    library = tmp_path_factory.mktemp("crash") / "faults.so"
+    command = [compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
+def explore(library: Path, **asked: Any) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.crash.explore", json.dumps(asked)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "LD_PRELOAD": str(library)}, timeout=7000, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.timeout(7200 if EVERY else 600)
+@pytest.mark.parametrize(("fault", "shard"), [(f, shard) for f in CALLS for shard in range(SHARDS[f])])
+def test_whatever_happens_at_any_call_every_invariant_holds_and_the_run_goes_on_to_its_end(
+    library: Path, fault: str, shard: int
+) -> None:
+    found = explore(library, fault=fault, shard=shard, shards=SHARDS[fault], every=EVERY)
+    print(
+        f"{fault}, part {shard + 1} of {SHARDS[fault]}: {found['points']} points, {found['checks']} checks, "
+        f"{found['states']} different states gone on with to the end, {found['violated']} violations"
+    )
+    assert found["violations"] == []
+    assert found["points"] >= AT_LEAST[fault] / SHARDS[fault]
+    assert found["checks"] >= found["points"] - 1
+    assert found["states"] > 3
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_each_safeguard_is_missed_when_it_is_taken_away(library: Path, mutation: str) -> None:
+    found = explore(library, fault=MUTATIONS[mutation][0], mutation=mutation, stop_at_first=True)
+    assert found["violations"], f"{found['points']} points, and nobody noticed"
+    print(f"{mutation}: noticed after {found['points']} points: {found['violations'][0]}")
