@@ -25,7 +25,7 @@ from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, 
 from orchestrator.leaderboard.rebuild import Origin, rebuild
 from orchestrator.rebuild_plan import Plan, Record
 from orchestrator.records import Evidence
-from orchestrator.run import SETTINGS_NAME, new_schema
+from orchestrator.run import SETTINGS_NAME
 from orchestrator.settings import Settings
 
 
@@ -340,7 +340,7 @@ def _rebuild_on_server(
     folder: Path, settings: Settings, origin: Origin, plan: Plan, report: Report, now: float
 ) -> None:
     """Into a new schema: what is left of the old one stays as it is."""
-    moved = settings.model_copy(update={"database_schema": new_schema(settings.name)})
+    moved = settings.model_copy(update={"database_schema": settings_module.new_schema(settings.name)})
     text = settings_module.freeze(moved)
     kept = f"the schema {settings.database_schema}"
     renamed = Origin(origin.name, text, origin.import_paths, origin.launched_at, origin.deadline, origin.devices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -185,6 +186,11 @@ def checked_database(url: str) -> str:
 
 def is_server(database: str | None) -> bool:
     return database is not None and not database.startswith("sqlite")
+
+
+def new_schema(run_name: str) -> str:
+    """A name that PostgreSQL takes unquoted, and that no other run of this name has."""
+    return f"orch_{re.sub(r'[^a-z0-9_]', '_', run_name.lower())[:40]}_{secrets.token_hex(4)}"
 
 
 def load_policy(text: str, version: int) -> Policy:

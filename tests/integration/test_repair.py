@@ -17,7 +17,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import sqlalchemy
 from hypothesis import HealthCheck, example, given
@@ -25,13 +24,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from orchestrator import checkpoints
+from orchestrator.cluster import remains
 from orchestrator.errors import LeaderboardError, OrchError, RunError, StaleClaimError
 from orchestrator.leaderboard.engine import is_damage
 from orchestrator.rebuild_plan import GENERATION_GAP
 from orchestrator.records import Candidate, EpochResult, Started
 from orchestrator.repair import Report, repair
 from orchestrator.run import Run
-from tests.integration.test_local_chains import processes_of, until, working
+from tests.integration.test_local_chains import processes_of, until
 from tests.invariants import violations
 from tests.small_runs import CUT, ROOT, board_of, lose, make_run, opened, work
 from tests.storage import Storage
@@ -476,6 +476,9 @@ def test_lost_settings_are_written_again_from_the_database(sqlite_run: Run) -> N
     before = path.read_text()
     for lost in (None, "{", before.replace('"num_models": 3', '"num_models": 0')):
         path.unlink() if lost is None else path.write_text(lost)
+        if lost is not None:
+            with pytest.raises(RunError, match=r"settings\.json: .*`orch repair run` writes settings\.json again"):
+                Run.open(sqlite_run.folder)
         assert repaired(sqlite_run.folder).condition == "healthy"
         assert path.read_text() == before
 
@@ -645,20 +648,24 @@ def test_a_run_that_lost_its_database_is_repaired_resumed_and_finished(launched:
     run = Run.open(launched)
     until("a full board and more", lambda: run.leaderboard.reader.counts()["epochs"] >= 10)
     runs_dir = launched.parent
-    refused = orch(runs_dir, "repair", "quick")
-    assert refused.returncode == 0, "a healthy one is only looked at"
+    assert remains.processes(launched), "submitit's command lines name their folders"
     for process in processes_of(launched):
         process.kill()
     until("every process to be gone", lambda: not processes_of(launched), 10)
+    assert remains.processes(launched) == []
     before = board_of(run)
-    assert working(run)
+    referred_to, _ = run.leaderboard.reader.references()
+    unrecorded = {path.name for path in (launched / "checkpoints").glob("*.pt")} - referred_to
     lose(run)
 
     assert orch(runs_dir, "resume", "quick").returncode == 2
     done = orch(runs_dir, "repair", "quick")
     assert done.returncode == 0, done.stderr
     run = Run.open(launched)
-    assert board_of(run) == before
+    new = {e["file"] for e in board_of(run)} - {e["file"] for e in before}
+    assert new <= unrecorded, "a candidate that was written when its worker died is not lost"
+    assert [e for e in board_of(run) if e["file"] not in new] == [e for e in before if e in board_of(run)]
+    assert len(new) + len([e for e in before if e in board_of(run)]) == 3
     assert orch(runs_dir, "resume", "quick").returncode == 0
     until("the end", lambda: run.status()["state"] == "finished" and not processes_of(launched), 60)
 
@@ -667,5 +674,4 @@ def test_a_run_that_lost_its_database_is_repaired_resumed_and_finished(launched:
     assert min(e["score"] for e in board_of(run)) >= min(e["score"] for e in before)
     assert {j["worker_id"] for j in run.leaderboard.reader.rows("job") if j["started_at"]} == {0, 1}
     assert checkpoints.collect(launched / "checkpoints", run.leaderboard.reader.references) == []
-    assert not [p for p in psutil.process_iter() if p in processes_of(launched)]
     drop(run)
