@@ -51,18 +51,24 @@ def collect(run: Run, dry_run: bool, now: float) -> Report:
     """Raises LeaderboardError: without the database nothing is known to be unneeded."""
     report = Report(run.name, dry_run)
     files = run.folder / "checkpoints"
-    for name in checkpoints.collectable(files, run.leaderboard.reader.references):
+    collectable = checkpoints.collectable(files, run.leaderboard.reader.references) if files.is_dir() else []
+    for name in collectable:
         report.take("checkpoints" if not name.startswith(".") else "temporary files", files / name)
     for folder in (run.folder, files):
-        for path in _orphans(folder.iterdir(), now):
+        for path in _orphans(_listed(folder), now):
             report.take("temporary files", path)
-    folders = [path for path in (run.folder / "jobs").iterdir() if path.is_dir()]
+    folders = [path for path in _listed(run.folder / "jobs") if path.is_dir()]
     tokens = run.leaderboard.reader.tokens()
     for name in rules.old_job_folders({p.name: now - _touched(p) for p in folders}, tokens, ORPHANED_S):
         report.take("job folders", run.folder / "jobs" / name)
     for path in _dead_launches(run.folder, now):
         report.take("dead launches", path)
     return report
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Empty where somebody has deleted the folder."""
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _orphans(paths: Iterable[Path], now: float) -> list[Path]:

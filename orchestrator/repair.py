@@ -28,6 +28,8 @@ from orchestrator.records import Evidence
 from orchestrator.run import SETTINGS_NAME
 from orchestrator.settings import Settings
 
+PARTS = ("checkpoints", "jobs", "logs")
+
 
 @dataclass
 class Report:
@@ -64,6 +66,8 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> Report:
     place = (written.database, written.database_schema) if written else (None, None)
     database = Database(place[0], folder, place[1])
     health = _examine(database)
+    for part in PARTS if not dry_run else ():
+        (folder / part).mkdir(exist_ok=True)  # somebody may have deleted what was empty
     report = Report(folder.name, dry_run, str(health.condition), list(health.problems))
     if health.condition is Condition.HEALTHY:
         board = Leaderboard.open(folder, *place, settings_module.load_policy)
@@ -246,7 +250,7 @@ def _read(files: Path) -> _Found:
     for stem in sorted(stems):
         file = stem + checkpoints.SUFFIX
         try:
-            record = rebuild_plan.parse(checkpoints.read_record(files, file))
+            record = rebuild_plan.parse(checkpoints.read_record(files, file), file)
             checkpoints.verify(files, file, record.sha256)
             records.append(record)
         except (DamagedCheckpointError, CheckpointError) as error:

@@ -166,6 +166,13 @@ def test_without_its_database_nothing_is_deleted(tmp_path: Path) -> None:
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == files
 
 
+def test_folders_that_were_deleted_are_no_trouble(tmp_path: Path) -> None:
+    run = make_run(Storage(None), tmp_path / "run")
+    for part in ("checkpoints", "jobs", "logs"):
+        (run.folder / part).rmdir()
+    assert sum(collect(run).freed_bytes.values()) == 0
+
+
 @pytest.fixture
 def runs_dir(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "runs"

@@ -38,6 +38,7 @@ from tests.storage import Storage
 
 ORCH = Path(sys.executable).with_name("orch")
 SQLITE = Storage(None)
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # what is shown there holds on a disk too
 # Founders, children, discarded ones; a board of three.
 SCRIPT = [0.3, 0.5, 0.4, 0.6, 0.1, 0.2, 0.7, 0.55, 0.65, 0.05, 0.75]
 
@@ -92,7 +93,7 @@ scripts = st.lists(st.lists(st.one_of(scores, scores, scores, st.just(CUT)), max
 
 
 def rebuilt_is_the_same(storage: Storage, script: list[list[float | str]], num_models: int, epochs: int) -> None:
-    folder = Path(tempfile.mkdtemp()) / "run"
+    folder = Path(tempfile.mkdtemp(dir=MEMORY)) / "run"
     run = make_run(storage, folder, num_models=num_models, epochs_per_chunk=epochs)
     try:
         for part in script:
@@ -127,7 +128,7 @@ def line_of(run: Run, checkpoint_id: int | None) -> list[str]:
     return line
 
 
-@hypothesis_settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scripts, st.integers(1, 3), st.integers(1, 2))
 @example([[0.5, 0.5, 0.5, 0.5]], 2, 1)  # ties lose
 @example([[0.1, 0.2, 0.3, CUT]], 2, 1)  # a chunk is suspended at the end
@@ -458,8 +459,8 @@ def test_records_of_before_ancestors_were_kept_are_enough_for_a_board(sqlite_run
 def test_with_no_checkpoint_at_all_the_run_begins_anew(sqlite_run: Run) -> None:
     folder = sqlite_run.folder
     lose(sqlite_run)
-    shutil.rmtree(folder / "checkpoints")
-    (folder / "checkpoints").mkdir()
+    for part in ("checkpoints", "jobs", "logs"):
+        shutil.rmtree(folder / part)
     report = repaired(folder)
     assert report.entries == []
     run = resumed(opened(folder))
