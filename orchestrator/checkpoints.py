@@ -126,12 +126,20 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def _is_name(file: str) -> bool:
+    """Of a file in a folder, and not a path that leads out of it: names come from databases and records, which may be
+    damaged."""
+    return file not in ("", ".", "..") and not {"/", "\0"} & set(file)
+
+
 def verify(folder: Path, file: str, sha256: str) -> Path:
     """The path of a checkpoint whose bytes are those that were written.
 
     Raises DamagedCheckpointError if it is missing or differs, CheckpointError if it can't be read just now.
     """
     path = folder / file
+    if not _is_name(file):
+        raise DamagedCheckpointError(f"{file[:100]!r} is no name of a file in {folder}; what says so is damaged")
     try:
         with open(path, "rb") as source:
             found = hashlib.file_digest(source, "sha256").hexdigest()
@@ -149,9 +157,11 @@ def verify(folder: Path, file: str, sha256: str) -> Path:
 def read_record(folder: Path, file: str) -> dict[str, Any]:
     """The JSON beside a checkpoint. Raises CheckpointError if it is missing or not one."""
     path = folder / (file.removesuffix(SUFFIX) + RECORD_SUFFIX)
+    if not _is_name(file):
+        raise CheckpointError(f"{file[:100]!r} is no name of a file in {folder}; what says so is damaged")
     try:
         record = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a checkpoint's record: {error}") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: not a checkpoint's record: it holds {type(record).__name__}")
@@ -167,13 +177,14 @@ def ancestors(folder: Path, parent_file: str | None) -> list[dict[str, Any]]:
         parent = read_record(folder, parent_file)
     except CheckpointError:
         return []
-    line: list[dict[str, Any]] = parent.get("ancestors", [])
+    told = parent.get("ancestors")
+    line = [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
     return [*line, {key: value for key, value in parent.items() if key not in OF_THE_LAST}]
 
 
 def remove(folder: Path, files: Collection[str]) -> None:
-    """Delete checkpoints and their records, as far as they are there."""
-    for file in files:
+    """Delete checkpoints and their records, as far as they are there; a path that leads elsewhere is not."""
+    for file in filter(_is_name, files):
         for name in (file, file.removesuffix(SUFFIX) + RECORD_SUFFIX):
             with contextlib.suppress(OSError):  # what can't be deleted now is collected later
                 (folder / name).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, get_args
@@ -10,14 +11,25 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+MOST_LINES = 40  # a screen of them
+_PASSWORD = re.compile(r"(://[^\s/:@\"']*):[^\s\"']*|(password=)[^\s&\"']*", re.IGNORECASE)
+
+
+def shown(text: str, limit: int = 80) -> str:
+    """For a message: in one line, not too long, and without the password of a URL."""
+    text = _PASSWORD.sub(lambda found: f"{found[1]}:***" if found[1] is not None else f"{found[2]}***", text)
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if text.isprintable() else ascii(text)[1:-1]
+
 
 def explain(source: str, error: ValidationError, model: type[BaseModel]) -> str:
     """A line for each mistake: the source, the key's path, the value, and what is allowed."""
-    lines = []
-    for detail in error.errors(include_url=False):
-        line = f"{source}: {_explain_one(detail, model)}"
-        if line not in lines:  # a union (true or a list of them) reports each of its sides
-            lines.append(line)
+    # A union (true or a list of them) reports each of its sides.
+    lines = list(
+        dict.fromkeys(f"{source}: {_explain_one(detail, model)}" for detail in error.errors(include_url=False))
+    )
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"{source}: and {len(lines) - MOST_LINES} more mistakes"]
     return "\n".join(lines)
 
 
@@ -25,12 +37,12 @@ def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
     place = _place(detail["loc"])
     if detail["type"] == "extra_forbidden":
         known = _keys_at(detail["loc"][:-1], model)
-        near = get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+        near = get_close_matches(str(detail["loc"][-1])[:100], known, n=1, cutoff=0.5)
         allowed = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}"
         return f"{place}: unknown key; {allowed}"
     if detail["type"] == "missing":
         return f"{place}: is missing and has no default"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = shown(detail["msg"].removeprefix("Value error, "), 300)
     message = message[0].lower() + message[1:]
     context: Mapping[str, Any] = detail.get("ctx") or {}
     if "pattern" in context:
@@ -39,6 +51,8 @@ def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
             "job": 'allowed is "module:Class"',
         }.get(place, message)
     if detail["type"] == "value_error":
+        return f"{place}: {message}"
+    if place.startswith("database"):  # which may hold a password, whatever its form
         return f"{place}: {message}"
     return f"{place}: {_short(detail['input'])} is not allowed; {message}"
 
@@ -49,7 +63,7 @@ def _place(loc: tuple[int | str, ...]) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         elif part not in ("bool", "list[bool]"):  # pydantic's names for the sides of a union
-            text += f".{part}" if text else part
+            text += f".{shown(part, 60)}" if text else shown(part, 60)
     return text
 
 
@@ -65,5 +79,7 @@ def _keys_at(loc: tuple[int | str, ...], model: Any) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    try:
+        return shown(json.dumps(value, default=str))
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deep"

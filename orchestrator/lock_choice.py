@@ -138,17 +138,20 @@ def read_record(database: Path) -> Choice:
     try:
         value = json.loads(path.read_bytes())
         choice = Choice(**value)
-        if choice.kind in LOCKS:
+        if choice.kind not in LOCKS:
+            problem = f"{str(choice.kind)[:80]!r} is no kind of lock that this version of orch has"
+        elif not isinstance(choice.why, str) or not isinstance(choice.sqlite_locks, bool):
+            problem = '"why" is a text and "sqlite_locks" true or false'
+        else:
             return choice
-        problem = f"{choice.kind!r} is no kind of lock that this version of orch has"
     except FileNotFoundError:
         if not lock_path(database).with_name(lock_path(database).name + ".filelock").exists():
             return UNRECORDED
         problem = "is missing, and the soft lock was in use here"
     except OSError as error:
         problem = error.strerror or str(error)
-    except (ValueError, TypeError) as error:
-        problem = str(error)
+    except (ValueError, TypeError, RecursionError) as error:
+        problem = str(error)[:200]
     raise LockError(
         f"{path}: {problem}. It says which lock the processes of this run take. Put it back from a backup, or, when no "
         'process of the run is alive on any node, write {"kind": "flock", "why": "by hand"} ("soft" for the soft lock)'

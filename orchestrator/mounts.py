@@ -75,7 +75,7 @@ def mount_of(mountinfo: str, path: str) -> Mount | None:
     """The mount that an absolute path without symbolic links is on: of the mount points above it the longest,
     and of several at one point the last, for it hides the others. None if no line fits."""
     found: Mount | None = None
-    for line in mountinfo.splitlines():
+    for line in mountinfo.split("\n"):  # the kernel escapes space, tab, newline and backslash, and no other separator
         mount = _mount(line)
         if mount is None or not _is_under(path, mount.point):
             continue
@@ -87,7 +87,7 @@ def mount_of(mountinfo: str, path: str) -> Mount | None:
 def _mount(line: str) -> Mount | None:
     """ID PARENT MAJOR:MINOR ROOT POINT OPTIONS [FIELD...] - TYPE SOURCE OPTIONS; see proc(5)."""
     left, separator, right = line.partition(" - ")
-    before, after = left.split(), right.split(" ")  # the source may be empty
+    before, after = left.split(" "), right.split(" ")  # the source may be empty
     if not separator or len(before) < 6 or len(after) < 3:
         return None
     options = dict.fromkeys(f"{before[5]},{after[2]}".split(","))

@@ -10,11 +10,12 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from orchestrator import rules
+from orchestrator.checkpoints import SUFFIX
 from orchestrator.errors import CheckpointError
 from orchestrator.records import Entry, Metric, Profile, Promote
 
@@ -23,12 +24,21 @@ from orchestrator.records import Entry, Metric, Profile, Promote
 GENERATION_GAP = 1_000_000
 
 
+# More than any run has; a damaged or forged record must not fill the database, nor overflow its integers.
+MOST_WORKERS, MOST_POSITIONS, MOST_GAPS = 1_000_000, 100_000_000, 1_000_000
+Number = Annotated[int, Field(ge=0, le=10**15)]
+Moment = Annotated[float, Field(ge=0, le=32503680000, allow_inf_nan=False)]  # until the year 3000
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]
+Metrics = dict[Text, FiniteFloat | None]
+
+
 class EpochRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
 
-    number: int
-    seconds: float
-    metrics: dict[str, float | None]
+    number: Number
+    seconds: Seconds
+    metrics: Metrics
 
 
 class Record(BaseModel):
@@ -38,23 +48,37 @@ class Record(BaseModel):
 
     kind: Literal["candidate", "suspended"]
     file: str
-    sha256: str
-    size_bytes: int
-    chunk: int
-    generation: int
-    worker: int
-    position: int
-    profile: str
+    sha256: Text
+    size_bytes: Number
+    chunk: Number
+    generation: Number
+    worker: Annotated[int, Field(ge=0, lt=MOST_WORKERS)]
+    position: Annotated[int, Field(ge=0, lt=MOST_POSITIONS)]
+    profile: Text
     parent_file: str | None
-    created_at: float
+    created_at: Moment
     score: float | None = None
-    epochs: int = 0
-    metrics: dict[str, float | None] = {}
+    epochs: Number = 0
+    metrics: Metrics = {}
     results: tuple[EpochRecord, ...] = ()
-    train_seconds: float | None = None
+    train_seconds: Seconds | None = None
     ancestors: tuple[Record, ...] = ()
-    launched_at: float | None = None
+    launched_at: Moment | None = None
     import_paths: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_are_of_their_claims(self) -> Self:
+        if self.file != f"g{self.generation:08d}-c{self.chunk:08d}{SUFFIX}":
+            raise ValueError(f"its file is named {self.file[:100]!r}, of another claim")
+        parent = self.parent_file
+        if parent is not None and (not parent.endswith(SUFFIX) or parent.startswith(".")):
+            raise ValueError(f"its parent {parent[:100]!r} is no checkpoint of ours")
+        older = None if parent is None else rules.generation_of(parent)
+        if parent is not None and (older is None or older >= self.generation):  # so a line of parents has an end
+            raise ValueError(f"its parent {parent[:100]!r} is no checkpoint of ours, or of a later claim")
+        if (self.score is None and self.kind == "candidate") or not math.isfinite(self.score or 0.0):
+            raise ValueError("it has no finite score")
+        return self
 
     @property
     def work(self) -> tuple[str, int]:
@@ -67,18 +91,21 @@ class Record(BaseModel):
         return self.results or (EpochRecord(number=self.epochs, seconds=0.0, metrics=self.metrics),)
 
 
-def parse(raw: Mapping[str, Any]) -> Record:
-    """Raises CheckpointError if it is no checkpoint's record."""
+def parse(raw: Mapping[str, Any], file: str | None = None) -> Record:
+    """file: that it was found beside. Raises CheckpointError if it is no checkpoint's record."""
     try:
         record = Record.model_validate(raw)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise CheckpointError(f"not a checkpoint's record: {place}: {problem['msg']}") from error
-    if (record.generation, record.chunk) != (rules.generation_of(record.file), rules.chunk_of(record.file)):
-        raise CheckpointError(f"not a checkpoint's record: its file is named {record.file!r}, of another claim")
-    if record.kind == "candidate" and (record.score is None or not math.isfinite(record.score)):
-        raise CheckpointError("not a candidate's record: it has no finite score")
+    except (ValidationError, RecursionError) as error:
+        place, what = "", "nested too deep"
+        if isinstance(error, ValidationError):
+            problem = error.errors()[0]
+            place = ".".join(str(part)[:40] for part in problem["loc"])
+            what = problem["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"not a checkpoint's record: {place}{': ' if place else ''}{what}") from error
+    if file not in (None, record.file):
+        raise CheckpointError(
+            f"not a checkpoint's record: its file is named {record.file!r}, and it lies beside {file}"
+        )
     return record
 
 
@@ -159,7 +186,8 @@ class _Family:
 def plan(
     records: Sequence[Record], names: Iterable[str], num_models: int, metric: Metric, cycle: Sequence[Profile]
 ) -> Plan:
-    """The board that follows from the records of files that are complete.
+    """The board that follows from the records of files that are complete. Raises CheckpointError if they contradict
+    each other.
 
     names: of every file in the folder, whatever its state, for the generations in them.
     """
@@ -168,6 +196,7 @@ def plan(
     suspended = _suspended([r for r in records if r.kind == "suspended"], family, cycle)
     ordered = sorted(family.records.values(), key=lambda r: r.generation)  # a claim comes after its parent's
     seen = [rules.generation_of(name) or 0 for name in names] + [r.generation for r in (*ordered, *suspended)]
+    _refuse_twins([*ordered, *suspended])
     rebuilt = tuple(
         Rebuilt(
             record,
@@ -187,6 +216,19 @@ def plan(
         max(seen, default=0) + GENERATION_GAP,
         tuple(_notes(rebuilt, [r for r in records if r.kind == "suspended"], suspended, num_models)),
     )
+
+
+def _refuse_twins(records: Iterable[Record]) -> None:
+    """Each claim makes one chunk's files, and of a chunk one claim at a time is alive. Raises CheckpointError."""
+    chunks: dict[int, Record] = {}
+    generations: dict[int, Record] = {}
+    for record in records:
+        for other in (chunks.setdefault(record.chunk, record), generations.setdefault(record.generation, record)):
+            if other is not record:
+                raise CheckpointError(
+                    f"the records of {other.file} and {record.file} contradict each other: both have the same chunk or "
+                    "the same claim. Move the one that is not of this run out of the checkpoints folder, and try again"
+                )
 
 
 def _family(candidates: Sequence[Record]) -> _Family:
@@ -269,6 +311,14 @@ def _gaps(family: _Family, suspended: Sequence[Record], cycle: Sequence[Profile]
     for record in suspended:
         if record.parent_file:
             taken[record.parent_file].add(record.position)
+    open_positions = sum(
+        max(0, max(taken[file], default=0) - rules.child_start(family.records[file].position) - len(taken[file]))
+        for file in taken
+    )
+    if open_positions > MOST_GAPS:
+        raise CheckpointError(
+            f"the records leave {open_positions} positions of the cycle open: some of them are damaged, or of no run"
+        )
     return [
         Gap(file, position, rules.profile_at(position, cycle).name, family.records[file].worker)
         for file in sorted(taken)

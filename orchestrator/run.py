@@ -365,14 +365,20 @@ def _refuse_two_locks(settings: Settings, leaderboard: Leaderboard) -> None:
 
 def all_runs(runs_dir: Path) -> list[Path]:
     """The folders of runs, newest first."""
-    if not runs_dir.is_dir():
+    try:
+        found = [p for p in runs_dir.iterdir() if not p.name.startswith(".") and is_run(p)]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [p for p in runs_dir.iterdir() if not p.name.startswith(".") and is_run(p)]
+    except OSError as error:  # a name that is too long, a folder that we may not list
+        raise RunError(f"--runs-dir {str(runs_dir)[:100]}: {error.strerror or error}") from error
     return sorted(found, key=lambda p: (p / "logs").stat().st_ctime_ns if (p / "logs").exists() else 0, reverse=True)
 
 
 def is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (SETTINGS_NAME, DATABASE_NAME))
+    try:
+        return any((folder / name).is_file() for name in (SETTINGS_NAME, DATABASE_NAME))
+    except (OSError, ValueError):  # too long for a name, or not ours to look at
+        return False
 
 
 def find_run(run: str | None, runs_dir: Path) -> Path:
@@ -386,7 +392,7 @@ def find_run(run: str | None, runs_dir: Path) -> Path:
         if is_run(folder):
             return folder
     names = ", ".join(p.name for p in known[:10]) or "none"
-    raise RunError(f"there is no run {run!r} in {runs_dir}; there are: {names}")
+    raise RunError(f"there is no run {run[:100]!r} in {runs_dir}; there are: {names}")
 
 
 def iso(at: float | None) -> str | None:

@@ -10,21 +10,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError, PydanticSerializationError
 
 from orchestrator import rules, trust
 from orchestrator.errors import SettingsError
-from orchestrator.explain import explain
+from orchestrator.explain import explain, shown
 from orchestrator.records import Metric, Mode, Policy, Profile, StopRules
+from orchestrator.slurm_values import checked_additional, checked_setup, one_line
 
 # Keys of the report's own system whose job is done by the database and the run folder now.
 OBSOLETE = ("lock_file", "lock_timeout", "state_file", "log_file", "model_name_format")
 POSTGRES = "postgresql+psycopg"
 DEFAULT_JOB = "jobs.alexnet:AlexNet"
 
+# Upper bounds are there for mistakes, not for ambition: nothing that is reckoned from them overflows.
+MOST = 10**9
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Size = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
+Lifetime = Annotated[float, Field(ge=0.001, le=100 * 365 * 86400, allow_inf_nan=False)]  # seconds; 100 years
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Line = Annotated[str, AfterValidator(one_line)]
+Word = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(one_line)]  # of an #SBATCH line
+FilePath = Annotated[str, Field(max_length=4096), AfterValidator(one_line)]
 Flags = bool | list[bool]
 
 
@@ -53,42 +61,54 @@ def _kinds(annotation: Any) -> set[Any]:
 class ProfileSettings(Strict):
     """One entry of the cycle."""
 
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Annotated[Line, Field(min_length=1, max_length=100)]
     learning_rate: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 class MetricSettings(Strict):
-    name: Annotated[str, Field(min_length=1)] = "accuracy"
+    name: Annotated[Line, Field(min_length=1, max_length=100)] = "accuracy"
     mode: Mode = "max"
 
 
 class SlurmSettings(Strict):
     """What each job asks of Slurm. Unset: what slurm_file says, else the partition's defaults."""
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time_min: Annotated[int, Field(ge=1, description="time limit; default: eon_lifetime and the grace")] | None = None
-    gpus: Annotated[int, Field(ge=0, description="GPUs per worker; default gpus_per_worker")] | None = None
-    gres: str | None = None
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    time_min: Annotated[Count | None, Field(description="time limit; default: eon_lifetime and the grace")] = None
+    gpus: Annotated[int, Field(ge=0, le=MOST, description="GPUs per worker; default gpus_per_worker")] | None = None
+    gres: Word | None = None
     cpus: Count | None = None
-    mem_gb: Positive | None = None
-    nice: Annotated[int, Field(ge=0)] | None = None
-    constraint: str | None = None
-    exclude: str | None = None
-    throttle: Annotated[int, Field(ge=1, description="jobs of the first array that run at once")] | None = None
-    signal_delay_s: Annotated[int, Field(ge=1, description="warning before the limit; default 60")] | None = None
+    mem_gb: Size | None = None
+    nice: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    constraint: Word | None = None
+    exclude: Word | None = None
+    throttle: Annotated[Count | None, Field(description="jobs of the first array that run at once")] = None
+    signal_delay_s: Annotated[Count | None, Field(description="warning before the limit; default 60")] = None
     setup: list[str] = []
     additional_parameters: dict[str, Any] = {}
+
+    @field_validator("setup")
+    @classmethod
+    def _commands(cls, lines: list[str]) -> list[str]:
+        checked_setup(lines)
+        return lines
+
+    @field_validator("additional_parameters")
+    @classmethod
+    def _options_of_sbatch(cls, options: dict[str, Any]) -> dict[str, Any]:
+        checked_additional(options)
+        return options
 
 
 class Settings(Strict):
     """Everything that a run is made from. Lifetimes in seconds."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-    job: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = DEFAULT_JOB
+    job: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=300)] = DEFAULT_JOB
     job_params: dict[str, Any] = {}
 
     num_models: Count = 5
@@ -101,31 +121,31 @@ class Settings(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     deterministic: bool = False
 
-    training_source_dir: str | None = None
-    testing_source_dir: str | None = None
+    training_source_dir: FilePath | None = None
+    testing_source_dir: FilePath | None = None
     pretrained_features: Flags = False
     pretrained_classifier: Flags = False
     trainable_features: Flags = True
     trainable_classifier: Flags = True
-    pretrained_weights: str = "IMAGENET1K_V1"
+    pretrained_weights: FilePath = "IMAGENET1K_V1"
 
-    workers: Count = 1
+    workers: Annotated[int, Field(ge=1, le=100_000)] = 1
     executor: Literal["slurm", "local", "inline"] | None = None
     gpus_per_worker: Count = 1
     cores_per_worker: Count | None = None
-    total_lifetime: Positive = 259200
-    eon_lifetime: Positive = 2400
+    total_lifetime: Lifetime = 259200
+    eon_lifetime: Lifetime = 2400
     stop_after_stale_cycles: Count | None = 1
     stop_at_score: Annotated[float, Field(allow_inf_nan=False)] | None = None
     stop_after_epochs: Count | None = None
     max_failures: Count = 5
     max_chunk_attempts: Count = 3
-    max_disk_gb: Positive | None = None
-    slurm_file: str | None = None
+    max_disk_gb: Size | None = None
+    slurm_file: FilePath | None = None
     slurm: SlurmSettings = SlurmSettings()
     database: str | None = None
     lock: Literal["auto", "flock", "soft"] = "auto"
-    group: Annotated[str, Field(min_length=1)] | None = None
+    group: Annotated[Line, Field(min_length=1, max_length=100)] | None = None
     database_schema: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]*$", max_length=63)] | None = None
 
     @field_validator("database")
@@ -163,9 +183,12 @@ class Settings(Strict):
 
 def checked_database(url: str) -> str:
     """Raises ValueError, whose text never holds the URL's password."""
+    one_line(url)
     try:
         parts = urlsplit(url)
-        password = parts.password or parse_qs(parts.query).get("password")
+        query = {key.lower() for key in parse_qs(parts.query, keep_blank_values=True)}
+        password = parts.password or query & {"password", "sslpassword"}
+        parts.port  # noqa: B018  # looked at, and raises ValueError if it is no number
     except ValueError as error:  # brackets that are no IPv6 address
         raise ValueError(f"not a URL: {str(error).split(':')[0]}") from error
     if parts.scheme == "sqlite":
@@ -217,34 +240,35 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
     Returns the settings (paths absolute, from the current directory) and what the user should be told.
     Raises SettingsError with a line for each mistake.
     """
+    source = shown(str(path), 160)
     raw = _read(path)
     for override in overrides:
         _override(raw, override)
     raw.update({key: value for key, value in fixed.items() if value is not None})
-    notes = [f"{path}: {key} is no longer needed and ignored" for key in OBSOLETE if raw.pop(key, None) is not None]
+    notes = [f"{source}: {key} is no longer needed and ignored" for key in OBSOLETE if raw.pop(key, None) is not None]
     raw.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:100] or "run")
     for key in ("training_source_dir", "testing_source_dir", "slurm_file"):
         if isinstance(raw.get(key), str) and raw[key]:
             try:
                 raw[key] = str(Path(raw[key]).expanduser().absolute())
-            except RuntimeError as error:  # ~ of a user who does not exist
-                raise SettingsError(f"{path}: {key}: {raw[key]}: {error}") from error
+            except (RuntimeError, ValueError) as error:  # ~ of a user who does not exist, or can't
+                raise SettingsError(f"{source}: {key}: {shown(raw[key])}: {shown(str(error), 200)}") from error
     weights = raw.get("pretrained_weights")  # a name of torchvision's, or a file
     if isinstance(weights, str) and _is_file(weights):
         raw["pretrained_weights"] = str(Path(weights).absolute())
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(explain(str(path), error, Settings)) from error
-    _check_round_trip(settings, path)
+        raise SettingsError(explain(source, error, Settings)) from error
+    _check_round_trip(settings, source)
     if settings.group is not None:
         try:
             trust.group_id(settings.group)
         except SettingsError as error:
-            raise SettingsError(f"{path}: {error}") from error
+            raise SettingsError(f"{source}: {error}") from error
     if settings.select_on == "test":
         notes.append(
-            f'{path}: select_on is "test": the board is chosen on the test set, so its scores are no estimate of '
+            f'{source}: select_on is "test": the board is chosen on the test set, so its scores are no estimate of '
             'how good the models are. "validation" keeps the test set for the end.'
         )
     return settings, notes
@@ -264,12 +288,15 @@ def amend(settings: Settings, overrides: Sequence[str]) -> Settings:
     for override in overrides:
         key = override.partition("=")[0].split(".")[0]
         if key in raw and key not in AMENDABLE:
-            raise SettingsError(f"--set {override}: {key} is fixed at launch; what can change: {', '.join(AMENDABLE)}")
+            can = ", ".join(AMENDABLE)
+            raise SettingsError(f"--set {shown(override, 100)}: {key} is fixed at launch; what can change: {can}")
         _override(raw, override)
     try:
-        return Settings.model_validate(raw)
+        amended = Settings.model_validate(raw)
     except ValidationError as error:
         raise SettingsError(explain("amended settings", error, Settings)) from error
+    _check_round_trip(amended, "amended settings")
+    return amended
 
 
 def _is_file(name: str) -> bool:
@@ -279,14 +306,14 @@ def _is_file(name: str) -> bool:
         return False
 
 
-def _check_round_trip(settings: Settings, path: Path) -> None:
+def _check_round_trip(settings: Settings, source: str) -> None:
     """A run's settings are kept as JSON, so they must come back from it as they were."""
     try:
         same = thaw(freeze(settings)) == settings
     except (PydanticSerializationError, SettingsError, ValueError, RecursionError):
         same = False
     if not same:
-        raise SettingsError(f"{path}: job_params or slurm hold a value that JSON can't keep (NaN, too deep, ...)")
+        raise SettingsError(f"{source}: job_params or slurm hold a value that JSON can't keep (NaN, too deep, ...)")
 
 
 def difference(old: Settings, new: Settings) -> list[str]:
@@ -300,21 +327,22 @@ def difference(old: Settings, new: Settings) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     raw = _read_json(path)
     if not isinstance(raw, dict):
-        raise SettingsError(f"{path}: settings are a JSON object {{...}}, not {type(raw).__name__}")
+        raise SettingsError(f"{shown(str(path), 160)}: settings are a JSON object {{...}}, not {type(raw).__name__}")
     return raw
 
 
 def _read_json(path: Path) -> Any:
+    source = shown(str(path), 160)
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
     except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror or error}") from error
+        raise SettingsError(f"{source}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
-        raise SettingsError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+        raise SettingsError(f"{source}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
     except _TwinKeyError as error:
-        raise SettingsError(f"{path}: the key {error} is given twice") from error
+        raise SettingsError(f"{source}: the key {shown(str(error))} is given twice") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, numbers of thousands of digits, nested too deep
-        raise SettingsError(f"{path}: not JSON: {error}") from error
+        raise SettingsError(f"{source}: not JSON: {shown(str(error), 120)}") from error
 
 
 class _TwinKeyError(Exception):
@@ -333,19 +361,19 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _override(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise SettingsError(f"--set {override!r}: allowed is key=value, e.g. --set workers=4")
+        raise SettingsError(f"--set {shown(override, 180)!r}: allowed is key=value, e.g. --set workers=4")
     if text.startswith("@"):
         try:
             value = _read_json(Path(text[1:]))
         except SettingsError as error:
-            raise SettingsError(f"--set {override!r}: {error}") from error
+            raise SettingsError(f"--set {shown(override, 180)!r}: {error}") from error
     else:
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text  # a bare word is a string
         except (ValueError, RecursionError) as error:
-            raise SettingsError(f"--set {override[:80]!r}: {error}") from error
+            raise SettingsError(f"--set {shown(override, 180)!r}: {error}") from error
     *parents, last = path.split(".")
     node: Any = raw
     for key in parents:
@@ -355,8 +383,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     elif _is_index(node, last):
         node[int(last)] = value
     else:
-        raise SettingsError(f"--set {override!r}: there is nothing at {path!r} to set")
+        raise SettingsError(f"--set {shown(override, 180)!r}: there is nothing at {shown(path)!r} to set")
 
 
 def _is_index(node: Any, key: str) -> bool:
-    return isinstance(node, list) and key.isascii() and key.isdigit() and int(key) < len(node)
+    return isinstance(node, list) and key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(node)

@@ -3,6 +3,7 @@ so that `orch --help` answers at once."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -36,6 +37,9 @@ def _root(
 
 def main() -> None:
     """The `orch` script. A mistake that the user can mend is a message and exit 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be bytes that no encoding has
     try:
         app()
     except OrchError as error:

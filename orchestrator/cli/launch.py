@@ -159,6 +159,7 @@ def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float
 
 def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
     """What sbatch is given, and what it costs at most."""
+    from orchestrator.cluster.sbatch import gpu_count
     from orchestrator.cluster.slurm import SlurmCluster
     from orchestrator.entry import job_main
 
@@ -166,7 +167,7 @@ def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
     gpus = cluster.request.options.get("gpus-per-node", settings.gpus_per_worker)
     return {
         "time_limit_min": cluster.request.time_min,
-        "gpu_hours_at_most": round(settings.workers * int(gpus) * settings.total_lifetime / 3600, 2),
+        "gpu_hours_at_most": round(settings.workers * gpu_count(gpus) * settings.total_lifetime / 3600, 2),
         "script": cluster.script(settings.workers),
     }
 

@@ -18,6 +18,7 @@ from orchestrator.cluster.slurm import (
     GONE,
     SlurmCluster,
     _environment_for_submission,
+    lines_of,
     run_slurm,
 )
 from orchestrator.errors import ClusterUnreachableError, NoRoomError, SubmissionError
@@ -90,13 +91,15 @@ class ProbeJob:
         self.name = name
 
     def state(self) -> ProbeState:
-        answer = run_slurm(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r"])
-        if answer is None:
+        lines = lines_of(run_slurm(["squeue", "--me", "--all", "--noheader", "--states=all", "--format=%i|%T|%r"]))
+        if lines is None:
             return ProbeState(None)
-        for line in answer.splitlines():
-            cluster_id, state, reason = line.split("|", 2)
+        for line in lines:
+            cluster_id, *said = line.split("|", 2)
+            if len(said) != 2 or not cluster_id or not said[0]:
+                return ProbeState(None)  # it may be the job's line
             if cluster_id == self.cluster_id:
-                return ProbeState(state, reason)
+                return ProbeState(said[0], said[1])
         return ProbeState("")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.settings import Settings
+from orchestrator.slurm_values import check_option, checked_setup, is_owned, option_name
 
 # Between the end of a job's working time and the warning signal: for validation, the checkpoint and the exit.
 GRACE_S = 60
@@ -20,19 +21,6 @@ SHORT = {
     "n": "ntasks", "p": "partition", "q": "qos", "t": "time", "w": "nodelist", "x": "exclude", "J": "job-name",
     "o": "output", "e": "error", "d": "dependency", "a": "array", "D": "chdir",
 }  # fmt: skip
-# orch decides these itself.
-OWNED = {
-    "job-name",
-    "output",
-    "error",
-    "dependency",
-    "array",
-    "open-mode",
-    "nodes",
-    "ntasks",
-    "ntasks-per-node",
-    "parsable",
-}
 GPU_KEYS = {"gpus", "gres", "gpus-per-node", "gpus-per-task", "gpus-per-socket"}
 # A script's own command begins with one of these; the lines before it set up the environment.
 COMMANDS = ("srun", "python", "python3", "exec", "mpirun", "torchrun", "orch")
@@ -69,7 +57,10 @@ def read_script(text: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read_options(line: str) -> dict[str, Any]:
-    words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
+    try:
+        words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
+    except ValueError as error:  # a quotation mark that is not closed
+        raise ValueError(f"{line.strip()[:100]!r}: {error}") from error
     found: dict[str, Any] = {}
     while words:
         word = words.pop(0)
@@ -78,7 +69,7 @@ def _read_options(line: str) -> dict[str, Any]:
         elif len(word) >= 2 and word[0] == "-" and word[1] in SHORT:
             name, equals, value = SHORT[word[1]], word[2:], word[2:].removeprefix("=")
         else:
-            raise ValueError(f"{line.strip()!r}: {word!r} is no option of sbatch")
+            raise ValueError(f"{line.strip()[:100]!r}: {word[:100]!r} is no option of sbatch")
         if not equals and words and not words[0].startswith("-"):
             value = words.pop(0)
         found[name] = value or True
@@ -90,9 +81,9 @@ def minutes(time: str) -> int:
 
     Rounded up. Raises ValueError.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time.strip())
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", time.strip())
     if not match:
-        raise ValueError(f"time {time!r}: allowed are MIN, MIN:SEC, H:MIN:SEC and DAYS-H:MIN:SEC")
+        raise ValueError(f"time {time[:100]!r}: allowed are MIN, MIN:SEC, H:MIN:SEC and DAYS-H:MIN:SEC")
     days, first, second, third = (int(g) if g else None for g in match.groups())
     assert first is not None
     if days is not None:
@@ -108,12 +99,12 @@ def request(settings: Settings, script: str | None) -> Request:
     """Settings win over the script, additional_parameters over both. Raises ValueError."""
     wanted = settings.slurm
     options, setup = read_script(script) if script is not None else ({}, [])
-    warned = re.fullmatch(r"(?:[BR]+:)?\w+@(\d+)", str(options.pop("signal", "")))
+    warned = re.fullmatch(r"(?:[BR]+:)?\w+@(\d{1,9})", str(options.pop("signal", "")))
     delay_s = wanted.signal_delay_s or (int(warned[1]) if warned else DEFAULT_SIGNAL_DELAY_S)
     needed_min = math.ceil((settings.eon_lifetime + GRACE_S + delay_s) / 60)
     script_time = options.pop("time", None)
     time_min = wanted.time_min or (minutes(str(script_time)) if script_time else needed_min)
-    options = {name: value for name, value in options.items() if name not in OWNED}
+    options = {option_name(name): value for name, value in options.items() if not is_owned(name)}
     own = {
         "partition": wanted.partition, "account": wanted.account, "qos": wanted.qos, "gres": wanted.gres,
         "cpus-per-task": wanted.cpus, "nice": wanted.nice, "constraint": wanted.constraint, "exclude": wanted.exclude,
@@ -127,8 +118,18 @@ def request(settings: Settings, script: str | None) -> Request:
     if gpus and (ask_for_gpus or not GPU_KEYS & set(options)):
         options["gpus-per-node"] = gpus
     options.setdefault("requeue", True)  # after a preemption or the loss of its node
-    options.update(wanted.additional_parameters)
+    options.update({option_name(name): value for name, value in wanted.additional_parameters.items()})
+    options = {name: value for name, value in options.items() if value is not False}  # false: don't ask for it
+    for name, value in options.items():
+        check_option(name, value)
+    checked_setup(setup)
     return Request(options, time_min, delay_s, (*setup, *wanted.setup))
+
+
+def gpu_count(wanted: object) -> int:
+    """Of "2", "a100:2" and "a100:2,v100:1"; a kind alone is one."""
+    counts = [part.rpartition(":")[2] for part in str(wanted).split(",")]
+    return sum(int(count) if re.fullmatch("[0-9]{1,9}", count) else 1 for count in counts)
 
 
 UNREACHABLE = (

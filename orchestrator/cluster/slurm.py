@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -32,10 +33,18 @@ COMPLETING_S = 120.0
 PER_JOB = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "TMPDIR")
 
 GONE = {
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
-    "TIMEOUT",
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
 }  # fmt: skip
-WORKING = {"RUNNING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING"}
+WORKING = {"RUNNING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING"}
+WAITING = {
+    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT",
+    "POWER_UP_NODE",
+}  # fmt: skip
+# Of no other state anything is known: REVOKED, for one, is a job that another cluster of a federation has started.
+
+# The user's own filters and formats: with SQUEUE_PARTITION set, jobs that are alive would not be listed.
+TASTE = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMAT")
+_LISTED = re.compile(r"([0-9]+(?:_[0-9]+|_\[[^|]*\])?(?:\+[0-9]+)?)\|([A-Z_]+)\|([^|]*)\|(.*)")
 
 
 class SlurmCluster:
@@ -101,6 +110,11 @@ class SlurmCluster:
         import submitit
 
         asked = self.request
+        if not str(self._run_folder).isprintable():  # it stands in the script's #SBATCH lines
+            raise SettingsError(
+                f"the run folder {str(self._run_folder)!r} has a line break or another character that can't be printed "
+                "in its name, and Slurm would read it in two; choose another --runs-dir"
+            )
         executor = submitit.SlurmExecutor(self._run_folder / "jobs" / base)
         executor.update_parameters(
             job_name=f"orch-{self._settings.name}-{base}",
@@ -162,13 +176,12 @@ class SlurmCluster:
         ids = [job.cluster_id for job in jobs if job.cluster_id]
         if not ids or not shutil.which("sacct"):
             return {}
-        answer = run_slurm(["sacct", "-n", "-P", "-X", "-o", "JobID,JobName,State,ExitCode", "-j", ",".join(ids)])
-        if answer is None:
-            return {}
+        answer = run_slurm(["sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode,JobName", "-j", ",".join(ids)])
         said = {}
-        for line in answer.splitlines():
-            cluster_id, name, state, code = line.split("|")
-            said[cluster_id] = (name, f"{state.split()[0]} ({code})")
+        for line in lines_of(answer) or ():
+            cluster_id, state, code, name = [*line.split("|", 3), "", "", ""][:4]  # a name may hold anything
+            if state.strip():
+                said[cluster_id] = (name, f"{state.split()[0]} ({code})")
         return {
             job.job_id: said[job.cluster_id][1]
             for job in jobs
@@ -248,38 +261,73 @@ def judge(job: Job, listed: Listed | None, now: float) -> Evidence:
     if listed.state == "COMPLETING":
         hangs = listed.end is not None and now > listed.end + COMPLETING_S
         return Evidence.GONE if hangs else Evidence.RUNNING
-    return Evidence.RUNNING if listed.state in WORKING else Evidence.QUEUED
+    if listed.state in WORKING:
+        return Evidence.RUNNING
+    return Evidence.QUEUED if listed.state in WAITING else Evidence.UNKNOWN
 
 
 def queue() -> dict[str, Listed] | None:
     """The user's jobs by id, array tasks each by itself, jobs that ended lately included.
 
-    None if Slurm does not answer: that is no evidence of anything.
+    None if Slurm does not answer, or not in whole: that is no evidence of anything. A job that is not listed counts
+    as gone, so nothing may be left out: not what is in hidden partitions (--all), not the rest of a listing that
+    breaks off, and not a line that can't be read, which may be the job's.
     """
-    answer = run_slurm(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%e|%j"])
+    command = ["squeue", "--me", "--all", "--noheader", "--array", "--states=all", "--format=%i|%T|%e|%j"]
+    return read_queue(run_slurm(command))
+
+
+def read_queue(answer: str | None) -> dict[str, Listed] | None:
+    """Of the answer to `queue`'s command."""
+    lines = lines_of(answer)
+    if lines is None:
+        return None
+    jobs: dict[str, Listed] = {}
+    for line in lines:
+        match = _LISTED.fullmatch(line)
+        if match is None:
+            return None
+        cluster_id, state, end, name = match.groups()
+        if cluster_id not in jobs or state in WORKING | WAITING:  # a federation may list it once for each cluster
+            jobs[cluster_id] = Listed(state, name, _when(end))
+    return jobs
+
+
+def lines_of(answer: str | None) -> list[str] | None:
+    """Of a listing; None if there is none, or if it breaks off: each line ends with a newline. (str.splitlines
+    would split at other characters too, which a job's name may hold.)"""
     if answer is None:
         return None
-    jobs = {}
-    for line in answer.splitlines():
-        cluster_id, state, end, name = line.split("|", 3)
-        jobs[cluster_id] = Listed(state, name, _when(end))
-    return jobs
+    *lines, rest = answer.split("\n")
+    return None if rest else lines
 
 
 def _when(text: str) -> float | None:
     try:
         return datetime.fromisoformat(text).timestamp()
-    except ValueError:  # N/A
+    except (ValueError, OverflowError, OSError):  # N/A, or a year that no clock has
         return None
 
 
 def run_slurm(command: Sequence[str]) -> str | None:
-    """A Slurm command's output, or None if it failed or took too long."""
+    """A Slurm command's output, or None if it failed, took too long, or says that it was not answered (some do so
+    and exit with 0)."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(TASTE)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=True)
-    except (OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=COMMAND_TIMEOUT_S,
+            check=True,
+            env=environment,
+        )
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    return done.stdout
+    complaint = done.stderr.decode("utf-8", "replace")
+    if is_unreachable(complaint) or "slurm_load_" in complaint:
+        return None
+    return done.stdout.decode("utf-8", "replace")  # names of other jobs may be in any encoding
 
 
 @contextmanager

@@ -6,6 +6,7 @@ A run queues all its workers at once (as a job array), and each running job queu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,13 +52,13 @@ class Standing:
 
 def rows(text: str | None, columns: Sequence[str]) -> tuple[dict[str, str], ...]:
     """Of a parsable output without a heading; lines with another number of fields are left out."""
-    split = [line.split("|") for line in (text or "").splitlines()]
+    split = [line.split("|") for line in (text or "").split("\n")]
     return tuple(dict(zip(columns, fields, strict=True)) for fields in split if len(fields) == len(columns))
 
 
 def number(text: str | None) -> int | None:
     """A limit as Slurm prints it; None if there is none."""
-    return int(text) if text and text.strip().isdigit() else None
+    return int(text) if text and re.fullmatch(r"\s*[0-9]{1,18}\s*", text) else None
 
 
 def submit_limits(standing: Standing) -> list[Limit]:

@@ -57,7 +57,7 @@ def read_nodes(text: str | None) -> tuple[Node, ...]:
     for line in (text or "").splitlines():
         fields = line.split("|")
         if len(fields) == 6:
-            cpus, memory = (int(re.match(r"\d*", field)[0] or 0) for field in fields[2:4])  # type: ignore[index]
+            cpus, memory = (int(re.match(r"[0-9]{0,18}", field)[0] or 0) for field in fields[2:4])  # type: ignore[index]
             found.append(Node(fields[0], fields[1], cpus, memory, fields[4], fields[5]))
     return tuple(found)
 
@@ -95,18 +95,18 @@ def _gpus_asked(options: Mapping[str, object], tasks: int) -> tuple[str | None, 
 
 def _kind_and_count(text: str) -> tuple[str | None, int]:
     words = text.split(",")[0].replace("=", ":").split(":")
-    count = int(words[-1]) if words[-1].isdigit() else 1
-    kinds = [word for word in words if not word.isdigit()]
+    count = _integer(words[-1])
+    kinds = [word for word in words if not word.isdecimal()]
     return (kinds[0] if kinds else None), count
 
 
 def _integer(value: object) -> int:
-    return int(str(value)) if str(value).isdigit() else 1
+    return int(str(value)) if re.fullmatch("[0-9]{1,9}", str(value)) else 1
 
 
 def megabytes(value: object) -> int:
     """Of --mem: a number with K, M, G or T; M if there is none. 0 for what can't be read."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)B?", str(value), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)B?", str(value), re.IGNORECASE)
     if not match:
         return 0
     return int(int(match[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[match[2].upper()])

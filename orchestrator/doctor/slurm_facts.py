@@ -80,7 +80,7 @@ def _stripped(text: str | None) -> str | None:
 def _standing(options: Mapping[str, object], cluster: str, partitions: Sequence[Mapping[str, str]]) -> Standing:
     user = getpass.getuser()
     account = str(options.get("account") or _shown("user", ("DefaultAccount",), f"name={user}", "DefaultAccount"))
-    default = next((row["PartitionName"] for row in partitions if row.get("Default") == "YES"), "")
+    default = next((row.get("PartitionName", "") for row in partitions if row.get("Default") == "YES"), "")
     partition = str(options.get("partition") or default).split(",")[0]
     association = _association(user, account, cluster, partition)
     listed = {row["Name"]: row for row in _rows("qos", QOS)}

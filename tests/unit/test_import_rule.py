@@ -24,7 +24,7 @@ FLOORS = (
     {"leaderboard", "cluster"},
     {"rules", "checkpoints", "disk", "rebuild_plan", "settings", "locks", "lock_choice", "lock_proof", "soft_lock"}
     | {"trust", "telemetry"},
-    {"records", "errors", "mounts", "explain", "__init__"},
+    {"records", "errors", "mounts", "explain", "slurm_values", "__init__"},
 )
 
 

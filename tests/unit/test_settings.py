@@ -309,7 +309,9 @@ REPEATED = [ALEX, RON, ALEX | {"momentum": 0.8}]
             id="not a number",
         ),
         pytest.param(
-            {"eon_lifetime": 0}, "eon_lifetime: 0 is not allowed; input should be greater than 0", id="no time"
+            {"eon_lifetime": 0},
+            "eon_lifetime: 0 is not allowed; input should be greater than or equal to 0.001",
+            id="no time",
         ),
         pytest.param(
             {"validation_fraction": 1},
