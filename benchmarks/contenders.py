@@ -48,7 +48,8 @@ class Contender(Protocol):
 
 @dataclass
 class Orch:
-    """claim and record: 2 transactions. A chunk has one epoch; a tenth is promoted, on a full board."""
+    """As the worker does it: a result is recorded and the next chunk claimed in one transaction. A chunk has one
+    epoch; a tenth is promoted, on a full board."""
 
     url: str | None = None
     history: int = 0  # chunks that are finished before the first
@@ -89,8 +90,11 @@ class Orch:
         board = self._leaderboard(folder).board
         job = self._jobs[number].job
         draw = random.Random(number)
+        following: list[Claim] = []
 
         def begin() -> Claim:
+            if following:
+                return following.pop()
             now = time.time()
             claim = board.claim(job.worker_id, job.job_id, job.starts, now, now + LEASE_S)
             assert isinstance(claim, Claim)
@@ -101,7 +105,7 @@ class Orch:
             better = claim.bar is None or draw.random() < PROMOTED
             score = now if better else 0.0  # the latest is the best: what is meant to be promoted is promoted
             epochs = claim.parent_epochs + 1
-            board.record(
+            _, after = board.record_and_claim(
                 claim,
                 Candidate(
                     score=score,
@@ -112,8 +116,13 @@ class Orch:
                     sha256="0" * 64 if better else None,
                     size_bytes=100_000_000 if better else 0,
                 ),
+                job.job_id,
+                job.starts,
                 now,
+                now + LEASE_S,
             )
+            assert isinstance(after, Claim)
+            following.append(after)
 
         return begin, finish
 

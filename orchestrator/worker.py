@@ -96,6 +96,8 @@ class Worker:
         self.files = self.folder / "checkpoints"
         self._trainer: Trainer | None = None
         self._unsubmitted: Job | None = None
+        self._next: Claim | Over | None = None  # claimed with the last result
+        self._durations_s: list[float] = []  # of chunks, latest last
         self._origin: dict[str, object] | None = None
         self._no_room = False  # a submit limit is why
         self._began = 0.0  # when the model and the data were loaded
@@ -191,16 +193,18 @@ class Worker:
     # --- the loop
 
     def _work(self, job: Job) -> Ending:
-        durations_s = self.leaderboard.reader.recent_chunk_seconds()
+        self._durations_s = self.leaderboard.reader.recent_chunk_seconds()
         chunks = failed = 0
         while True:
             if self.stop.reason:
                 return Ending(f"stopped by {self.stop.reason}")
             self._submit_successor(job)
             now = self.clock()
-            if not rules.should_start_chunk(now, self._job_end, durations_s, chunks):
-                return Ending("no time is left for another chunk")
-            claim = self.leaderboard.board.claim(job.worker_id, job.job_id, job.starts, now, self._lease_until)
+            claim, self._next = self._next, None
+            if claim is None:
+                if not rules.should_start_chunk(now, self._job_end, self._durations_s, chunks):
+                    return Ending("no time is left for another chunk")
+                claim = self.leaderboard.board.claim(job.worker_id, job.job_id, job.starts, now, self._lease_until)
             if isinstance(claim, Over):
                 return Ending(claim.reason)
             log.info(
@@ -213,15 +217,14 @@ class Worker:
             )
             if claim.settings_version != self.version:
                 self._take_amendment()
-            result = self._chunk(claim)
+            result = self._chunk(claim, job)
             if isinstance(result, Ending):
                 failed += 1
                 if failed > 1 or result.final:  # perhaps this process or node is broken: go on in a fresh one
                     return result
-            elif result is None:
+            elif not result:
                 continue
             else:
-                durations_s.append(result)
                 failed = 0
             chunks += 1
 
@@ -232,11 +235,11 @@ class Worker:
         self._job_end = min(self._job_end, self._began + self.settings.eon_lifetime)
         log.info("the settings were amended (version %d)", self.version)
 
-    def _chunk(self, claim: Claim) -> float | Ending | None:
-        """One chunk: how many seconds it took, how it failed, or None if nothing came of it."""
+    def _chunk(self, claim: Claim, job: Job) -> bool | Ending:
+        """One chunk: was it finished, or how did it fail?"""
         work = self._prepare(claim)
         if work is None:
-            return None
+            return False
         assert self._trainer is not None, "opened before anything was claimed"
         started = self.clock()
         self.leaderboard.database.rest()
@@ -254,16 +257,16 @@ class Worker:
         try:
             if isinstance(result, Interrupted):
                 self._suspend(claim, result)
-                return None
-            self._offer(claim, result)
+                return False
+            self._offer(claim, result, job, started)
         except StaleClaimError as error:
             log.warning("%s", error)
             checkpoints.remove(self.files, [claim.file_stem + checkpoints.SUFFIX])
-            return None
+            return False
         except CheckpointError as error:
             self.leaderboard.board.give_back(claim, str(error), self.clock())
             raise
-        return self.clock() - started
+        return True
 
     def _should_stop(self) -> bool:
         return self.stop.reason is not None or self.clock() >= self._job_end
@@ -305,8 +308,9 @@ class Worker:
         self._remove(claim, garbage)
         log.info("chunk %d is suspended after %d steps of an epoch", claim.chunk_id, result.steps)
 
-    def _offer(self, claim: Claim, result: Finished) -> None:
-        """Publish the checkpoint if it would be admitted; the transaction decides again."""
+    def _offer(self, claim: Claim, result: Finished, job: Job, started: float) -> None:
+        """Publish the checkpoint if it would be admitted; the transaction decides again. If there is time for
+        another chunk, that is claimed with it."""
         metric = self.settings.policy(0).metric
         bar = claim.bar
         if bar is None or metric.better(result.score, than=bar):
@@ -333,7 +337,13 @@ class Worker:
             sha256=written.sha256 if written else None,
             size_bytes=written.size_bytes if written else 0,
         )
-        outcome = self.leaderboard.board.record(claim, candidate, self.clock())
+        board, now = self.leaderboard.board, self.clock()
+        self._durations_s.append(now - started)
+        if not self.stop.reason and rules.should_start_chunk(now, self._job_end, self._durations_s, 1):
+            at = (job.job_id, job.starts, now, self._lease_until)
+            outcome, self._next = board.record_and_claim(claim, candidate, *at)
+        else:
+            outcome = board.record(claim, candidate, now)
         garbage = outcome.collectable if outcome.promoted or not written else (*outcome.collectable, written.file)
         self._remove(claim, garbage)
         log.info(

@@ -55,5 +55,3 @@ class Storage:
 def _do_not_wait_for_the_disk(connection: sqlite3.Connection, _record: object) -> None:
     for pragma in ("synchronous=OFF", "journal_mode=MEMORY"):
         connection.execute(f"PRAGMA {pragma}")
-
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, insert, select, update
@@ -98,6 +99,17 @@ _DISCARDED = Statement(
 _NO_FAILURES = Statement(update(worker).where(worker.c.worker_id == bindparam("by_worker")).values(failures=0))
 
 
+@dataclass(frozen=True, slots=True)
+class _Asker:
+    """The job that asks for a chunk, at its start number `starts`."""
+
+    worker_id: int
+    job_id: int
+    starts: int
+    now: float
+    lease_until: float
+
+
 class Board:
     """The write side of the leaderboard, as a worker uses it."""
 
@@ -112,33 +124,27 @@ class Board:
     def claim(self, worker_id: int, job_id: int, starts: int, now: float, lease_until: float) -> Claim | Over:
         """Lease the next chunk to a job: one that was suspended, else what the rules choose."""
         with self._database.transaction() as tx:
-            row = _RUN_OF_CLAIM.first(tx, by_worker=worker_id, by_job=job_id)
-            policy = self._policy_of(tx, row.settings_version)
-            _check_current(row, job_id, starts)
-            if row.stopped is not None:
-                return Over(RunState(row.state), row.stopped)
-            board, held = self._read_board(tx, now)
-            over = self._end_if_over(tx, row, board, policy, now)
-            if over is not None:
-                return over
-            generation: int = row.generation + 1
-            _RUN.write(tx, generation=generation)
-            if held.suspended:
-                chosen = _SUSPENDED.first(tx, by_worker=worker_id)
-                return self._resume(tx, chosen, board, policy, worker_id, job_id, generation, now, lease_until)
-            return self._lease(tx, held, board, policy, worker_id, job_id, generation, now, lease_until)
+            return self._claim(tx, _Asker(worker_id, job_id, starts, now, lease_until))
+
+    def _claim(self, tx: Connection, asker: _Asker) -> Claim | Over:
+        row = _RUN_OF_CLAIM.first(tx, by_worker=asker.worker_id, by_job=asker.job_id)
+        policy = self._policy_of(tx, row.settings_version)
+        _check_current(row, asker)
+        if row.stopped is not None:
+            return Over(RunState(row.state), row.stopped)
+        board, held = self._read_board(tx, asker.now)
+        over = self._end_if_over(tx, row, board, policy, asker.now)
+        if over is not None:
+            return over
+        generation: int = row.generation + 1
+        _RUN.write(tx, generation=generation)
+        if held.suspended:
+            chosen = _SUSPENDED.first(tx, by_worker=asker.worker_id)
+            return self._resume(tx, chosen, board, policy, asker, generation)
+        return self._lease(tx, held, board, policy, asker, generation)
 
     def _lease(
-        self,
-        tx: Connection,
-        held: Held,
-        board: BoardRows,
-        policy: Policy,
-        worker_id: int,
-        job_id: int,
-        generation: int,
-        now: float,
-        lease_until: float,
+        self, tx: Connection, held: Held, board: BoardRows, policy: Policy, asker: _Asker, generation: int
     ) -> Claim:
         choice = rules.choose_claim(board.entries, held.founders, policy.num_models, policy.metric)
         if isinstance(choice, FoundAnew):
@@ -156,17 +162,17 @@ class Board:
             parent_id=parent.checkpoint_id if parent else None,
             position=position,
             profile=profile.name,
-            worker_id=worker_id,
-            job_id=job_id,
+            worker_id=asker.worker_id,
+            job_id=asker.job_id,
             generation=generation,
             state=ChunkState.LIVE,
-            claimed_at=now,
-            lease_until=lease_until,
+            claimed_at=asker.now,
+            lease_until=asker.lease_until,
         )
         return Claim(
             chunk_id=chunk_id,
             generation=generation,
-            worker_id=worker_id,
+            worker_id=asker.worker_id,
             position=position,
             profile=profile,
             repeat=repeat,
@@ -178,16 +184,7 @@ class Board:
         )
 
     def _resume(
-        self,
-        tx: Connection,
-        held: Any,
-        board: BoardRows,
-        policy: Policy,
-        worker_id: int,
-        job_id: int,
-        generation: int,
-        now: float,
-        lease_until: float,
+        self, tx: Connection, held: Any, board: BoardRows, policy: Policy, asker: _Asker, generation: int
     ) -> Claim:
         tx.execute(
             update(chunk)
@@ -195,16 +192,16 @@ class Board:
             .values(
                 state=ChunkState.LIVE,
                 generation=generation,
-                worker_id=worker_id,
-                job_id=job_id,
-                lease_until=lease_until,
+                worker_id=asker.worker_id,
+                job_id=asker.job_id,
+                lease_until=asker.lease_until,
             )
         )
         parent = tx.execute(select(checkpoint).where(checkpoint.c.checkpoint_id == held.parent_id)).one_or_none()
         return Claim(
             chunk_id=held.chunk_id,
             generation=generation,
-            worker_id=worker_id,
+            worker_id=asker.worker_id,
             position=held.position,
             profile=rules.profile_at(held.position, policy.cycle),
             repeat=0,
@@ -227,48 +224,54 @@ class Board:
 
     def record(self, claim: Claim, candidate: Candidate, now: float) -> Outcome:
         """The ratchet decides. Raises StaleClaimError, having written nothing, if the claim was lost."""
-        results = [
-            {
-                "chunk_id": claim.chunk_id,
-                "number": r.number,
-                "seconds": r.seconds,
-                "metrics": {name: finite(value) for name, value in r.metrics.items()},
-            }
-            for r in candidate.results
-        ]
+        results = _epoch_rows(claim, candidate)
         with self._database.transaction() as tx:
-            row = _RUN_OF_RESULT.first(tx, of_chunk=claim.chunk_id, by_worker=claim.worker_id)
-            policy = self._policy_of(tx, row.settings_version)
-            board = read_board(tx)
-            decision = rules.ratchet(candidate.score, board.entries, policy.num_models, policy.metric)
-            if isinstance(decision, Promote) and candidate.file is None:
-                decision = Discard("its checkpoint was not written")
-            promoted = isinstance(decision, Promote)
-            close(
-                tx,
-                claim,
-                ChunkState.PROMOTED if promoted else ChunkState.DISCARDED,
-                now,
-                train_seconds=candidate.train_seconds,
-                epochs=len(results),
-                score=finite(candidate.score),
-                suspended_file=None,
-                suspended_sha256=None,
-            )
-            if results:
-                _EPOCHS.insert_all(tx, results)
-            consume(tx, row.entry_id, claim.position, row.floor)
-            (_PROMOTED if promoted else _DISCARDED).write(tx, trained=len(results))
-            if row.failures:
-                _NO_FAILURES.write(tx, by_worker=claim.worker_id)
-            if isinstance(decision, Promote):
-                promote(tx, claim, candidate, decision.evicted, board, row, policy, now)
-                reason = f"evicted entry {decision.evicted.entry_id}" if decision.evicted else "a slot was free"
-            else:
-                reason = decision.reason
-            # While its parent keeps its place, a discarded chunk was the last to refer to nothing.
-            freed = promoted or (row.entry_id is not None and row.entry_id not in board.rows)
-            return Outcome(promoted, reason, release(tx) if freed else ())
+            return self._record(tx, claim, candidate, results, now)
+
+    def record_and_claim(
+        self, claim: Claim, candidate: Candidate, job_id: int, starts: int, now: float, lease_until: float
+    ) -> tuple[Outcome, Claim | Over]:
+        """`record`, and then `claim` for the same job, in one transaction: it waits for the lock and the disk once."""
+        results = _epoch_rows(claim, candidate)
+        asker = _Asker(claim.worker_id, job_id, starts, now, lease_until)
+        with self._database.transaction() as tx:
+            return self._record(tx, claim, candidate, results, now), self._claim(tx, asker)
+
+    def _record(
+        self, tx: Connection, claim: Claim, candidate: Candidate, results: Sequence[dict[str, Any]], now: float
+    ) -> Outcome:
+        row = _RUN_OF_RESULT.first(tx, of_chunk=claim.chunk_id, by_worker=claim.worker_id)
+        policy = self._policy_of(tx, row.settings_version)
+        board = read_board(tx)
+        decision = rules.ratchet(candidate.score, board.entries, policy.num_models, policy.metric)
+        if isinstance(decision, Promote) and candidate.file is None:
+            decision = Discard("its checkpoint was not written")
+        promoted = isinstance(decision, Promote)
+        close(
+            tx,
+            claim,
+            ChunkState.PROMOTED if promoted else ChunkState.DISCARDED,
+            now,
+            train_seconds=candidate.train_seconds,
+            epochs=len(results),
+            score=finite(candidate.score),
+            suspended_file=None,
+            suspended_sha256=None,
+        )
+        if results:
+            _EPOCHS.insert_all(tx, results)
+        consume(tx, row.entry_id, claim.position, row.floor)
+        (_PROMOTED if promoted else _DISCARDED).write(tx, trained=len(results))
+        if row.failures:
+            _NO_FAILURES.write(tx, by_worker=claim.worker_id)
+        if isinstance(decision, Promote):
+            promote(tx, claim, candidate, decision.evicted, board, row, policy, now)
+            reason = f"evicted entry {decision.evicted.entry_id}" if decision.evicted else "a slot was free"
+        else:
+            reason = decision.reason
+        # While its parent keeps its place, a discarded chunk was the last to refer to nothing.
+        freed = promoted or (row.entry_id is not None and row.entry_id not in board.rows)
+        return Outcome(promoted, reason, release(tx) if freed else ())
 
     def suspend(self, claim: Claim, file: str, sha256: str, now: float) -> tuple[str, ...]:
         """Interrupted between two steps; `file` holds everything to go on from. Returns collectable files."""
@@ -301,6 +304,7 @@ class Board:
 
         Returns how many failures in a row the worker has now.
         """
+        error = error.replace("\0", "\N{REPLACEMENT CHARACTER}")  # PostgreSQL keeps none
         with self._database.transaction() as tx:
             policy = self._policy_of(tx, _SETTINGS_VERSION.first(tx).settings_version)
             where = select(chunk.c.entry_id).where(chunk.c.chunk_id == claim.chunk_id)
@@ -357,9 +361,22 @@ class Board:
         return Over(*ending)
 
 
-def _check_current(row: Any, job_id: int, starts: int) -> None:
-    if row.job_state != JobState.RUNNING or row.starts != starts:
+def _epoch_rows(claim: Claim, candidate: Candidate) -> list[dict[str, Any]]:
+    """Made before the lock is taken."""
+    return [
+        {
+            "chunk_id": claim.chunk_id,
+            "number": r.number,
+            "seconds": r.seconds,
+            "metrics": {name: finite(value) for name, value in r.metrics.items()},
+        }
+        for r in candidate.results
+    ]
+
+
+def _check_current(row: Any, asker: _Asker) -> None:
+    if row.job_state != JobState.RUNNING or row.starts != asker.starts:
         raise StaleClaimError(
-            f"job {job_id} (start {starts}) is no longer the one that works: "
+            f"job {asker.job_id} (start {asker.starts}) is no longer the one that works: "
             + ("it is unknown" if row.job_state is None else f"it is {row.job_state}, start {row.starts}")
         )

@@ -62,20 +62,20 @@ def _pragma(wanted: str) -> Callable[[], None]:
 
 
 def _evict_before_the_commit() -> None:
-    record = board.Board.record
+    record = board.Board._record
 
-    def too_soon(self: board.Board, claim: Claim, candidate: Any, now: float) -> Any:
-        with self._database.transaction() as tx:
-            on_board = moves.read_board(tx, ())
-            _, policy = self._read_run(tx) if hasattr(self, "_read_run") else (None, self._policy)
+    def too_soon(self: board.Board, tx: Any, claim: Claim, candidate: Any, *others: Any) -> Any:
+        on_board = moves.read_board(tx)
+        policy = self._policy
+        assert policy is not None
         decision = rules.ratchet(candidate.score, on_board.entries, policy.num_models, policy.metric)
         evicted = getattr(decision, "evicted", None)
         if evicted is not None:
             folder = Path(str(self._database.file)).parent / "checkpoints"
             checkpoints.remove(folder, [on_board.rows[evicted.entry_id].file])
-        return record(self, claim, candidate, now)
+        return record(self, tx, claim, candidate, *others)
 
-    board.Board.record = too_soon
+    board.Board._record = too_soon
 
 
 def _record_before_the_file() -> None:
@@ -90,16 +90,18 @@ def _record_before_the_file() -> None:
         fill(data)
         waiting.append(lambda: publish(path, lambda target: target.write(data.getvalue())))
 
-    record = board.Board.record
+    def after(method: Callable[..., Any]) -> Callable[..., Any]:
+        def early(self: board.Board, *arguments: Any) -> Any:
+            outcome = method(self, *arguments)
+            while waiting:
+                waiting.pop(0)()
+            return outcome
 
-    def early(self: board.Board, *arguments: Any) -> Any:
-        outcome = record(self, *arguments)
-        while waiting:
-            waiting.pop(0)()
-        return outcome
+        return early
 
     checkpoints.publish = later
-    board.Board.record = early
+    board.Board.record = after(board.Board.record)
+    board.Board.record_and_claim = after(board.Board.record_and_claim)
 
 
 def _no_generation_check() -> None:

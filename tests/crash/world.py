@@ -11,7 +11,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from orchestrator.leaderboard import Leaderboard, chains
-from orchestrator.records import EpochResult, Evidence, Finished, Interrupted, Job, Outcome, Started, Submitted, Work
+from orchestrator.records import (
+    Candidate,
+    Claim,
+    EpochResult,
+    Evidence,
+    Finished,
+    Interrupted,
+    Job,
+    Outcome,
+    Over,
+    Started,
+    Submitted,
+    Work,
+)
 from orchestrator.run import Run
 from orchestrator.settings import Settings, freeze
 from orchestrator.worker import Ending, StopFlag, Worker
@@ -185,16 +198,26 @@ class World:
 
     def _watch(self, leaderboard: Leaderboard) -> None:
         """What `record` has answered is a promise: it holds whatever comes after."""
-        record, promises = leaderboard.board.record, self.folder / "promises"
+        board, promises = leaderboard.board, self.folder / "promises"
+        record, record_and_claim = board.record, board.record_and_claim
 
-        def watched(claim: Any, candidate: Any, now: float) -> Outcome:
-            outcome = record(claim, candidate, now)
+        def promised(claim: Claim, candidate: Candidate, outcome: Outcome) -> None:
             with open(promises, "a") as file:
                 what = "promoted" if outcome.promoted else "discarded"
                 file.write(f"{claim.chunk_id} {what} {candidate.score:.4f}\n")
+
+        def watched(claim: Claim, candidate: Candidate, now: float) -> Outcome:
+            outcome = record(claim, candidate, now)
+            promised(claim, candidate, outcome)
             return outcome
 
-        leaderboard.board.record = watched  # type: ignore[method-assign]
+        def watched_and_claim(claim: Claim, candidate: Candidate, *asker: Any) -> tuple[Outcome, Claim | Over]:
+            outcome, following = record_and_claim(claim, candidate, *asker)
+            promised(claim, candidate, outcome)
+            return outcome, following
+
+        board.record = watched  # type: ignore[method-assign]
+        board.record_and_claim = watched_and_claim  # type: ignore[method-assign]
 
     def broken_promises(self, run: Run) -> list[str]:
         known = {

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests/crash/faults.c"
 EVERY = os.environ.get("ORCH_CRASHES") == "every"
 SHARDS = {"kill": 1, "power cut": 2, "error": 2, "zombie": 1, "truncated": 2}
-AT_LEAST = {"kill": 100, "power cut": 200, "error": 200, "zombie": 100, "truncated": 100}  # points of the short form
+AT_LEAST = {"kill": 80, "power cut": 150, "error": 160, "zombie": 80, "truncated": 80}  # points of the short form
 
 
 @pytest.fixture(scope="session")
