@@ -4,6 +4,7 @@ engine   where the tables are, and one transaction at a time
 schema   the tables
 health   is the database whole, and rebuild, which writes it anew
 board    claims and the ratchet, as a worker uses them
+links    what happens to single links of a chain, inside a transaction
 chains   the workers' chains of jobs, and the state of the run
 reader   what is shown
 """

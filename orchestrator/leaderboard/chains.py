@@ -11,7 +11,26 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from orchestrator import rules
 from orchestrator.leaderboard.engine import Database
-from orchestrator.leaderboard.moves import JOB_ENDED, JOB_GONE, NO_WORD, expire, job_of, log_event, set_state, worker_of
+from orchestrator.leaderboard.links import (
+    OPEN,
+    add_link,
+    close_link,
+    count_failure,
+    expire_claims,
+    settle,
+    stop_worker,
+)
+from orchestrator.leaderboard.moves import (
+    JOB_ENDED,
+    JOB_GONE,
+    NO_WORD,
+    ON_BOARD,
+    expire,
+    job_of,
+    log_event,
+    set_state,
+    worker_of,
+)
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, job, run, worker
 from orchestrator.records import (
     ChunkState,
@@ -25,8 +44,6 @@ from orchestrator.records import (
     Submitted,
     Worker,
 )
-
-OPEN = (JobState.SUBMITTING, JobState.QUEUED, JobState.RUNNING)
 
 
 class Chains:
@@ -43,7 +60,7 @@ class Chains:
             jobs = []
             for index, device in enumerate(devices):
                 tx.execute(insert(worker).values(worker_id=first + index, device=device, failures=0))
-                jobs.append(_add_link(tx, first + index, None, f"{base}-{index}", now))
+                jobs.append(add_link(tx, first + index, None, f"{base}-{index}", now))
             return jobs
 
     def start(
@@ -108,14 +125,14 @@ class Chains:
         )
         if tx.execute(later).scalar_one():
             return None
-        return _add_link(tx, mine.worker_id, mine.job_id, f"{new_base()}-0", now)
+        return add_link(tx, mine.worker_id, mine.job_id, f"{new_base()}-0", now)
 
     def _close_earlier(self, tx: Connection, mine: Row[Any], now: float) -> None:
         earlier = tx.execute(
             select(job).where(job.c.worker_id == mine.worker_id, job.c.link < mine.link, job.c.state.in_(OPEN))
         ).all()
         for row in earlier:
-            _close(tx, row.job_id, JobState.LOST, "it ended without a word", now)
+            close_link(tx, row.job_id, JobState.LOST, "it ended without a word", now)
         live = select(chunk.c.chunk_id).where(chunk.c.worker_id == mine.worker_id, chunk.c.state == ChunkState.LIVE)
         expire(tx, tx.execute(live).scalars().all(), NO_WORD, now)
 
@@ -166,7 +183,7 @@ class Chains:
                     tx.execute(select(job.c.state).where(job.c.job_id == it.job_id)).scalar_one() == JobState.RUNNING
                 )
                 if not begun:
-                    _close(tx, it.job_id, state, reason, now)
+                    close_link(tx, it.job_id, state, reason, now)
 
     def end(self, mine: Job, outcome: str, error: bool, now: float, max_failures: int) -> tuple[Job | None, str | None]:
         """A job ends by its own will. Returns its open successor, and why that one is not wanted if so.
@@ -174,21 +191,21 @@ class Chains:
         An unwanted successor is marked cancelled here; the caller cancels it on the cluster.
         """
         with self._database.transaction() as tx:
-            if not _close(tx, mine.job_id, JobState.ENDED, outcome, now, mine.starts):
+            if not close_link(tx, mine.job_id, JobState.ENDED, outcome, now, mine.starts):
                 return None, None
-            _expire_claims(tx, mine.job_id, JOB_ENDED, now)  # one that it could not give back, after an error
+            expire_claims(tx, mine.job_id, JOB_ENDED, now)  # one that it could not give back, after an error
             if error:
-                _count_failure(tx, mine.worker_id)
+                count_failure(tx, mine.worker_id)
             query = select(job).where(job.c.worker_id == mine.worker_id, job.c.link > mine.link, job.c.state.in_(OPEN))
             row = tx.execute(query.order_by(job.c.link)).first()
             me = worker_of(tx.execute(select(worker).where(worker.c.worker_id == mine.worker_id)).one())
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
             why_not = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
             if row is None or why_not is None:
-                _settle(tx, now)
+                settle(tx, now)
                 return (job_of(row) if row else None), None
-            _close(tx, row.job_id, JobState.CANCELLED, why_not, now)
-            _settle(tx, now)
+            close_link(tx, row.job_id, JobState.CANCELLED, why_not, now)
+            settle(tx, now)
             return job_of(row), why_not
 
     def wants_successor(self, worker_id: int, now: float, max_failures: int) -> bool:
@@ -207,7 +224,7 @@ class Chains:
             )
             if done.rowcount != 1:
                 return False
-            _close(tx, successor.job_id, JobState.CANCELLED, "no room in the queue", now)
+            close_link(tx, successor.job_id, JobState.CANCELLED, "no room in the queue", now)
             log_event(tx, now, "requeued", mine.worker_id, None, None, why="no room", cluster_id=mine.cluster_id)
             return True
 
@@ -217,8 +234,8 @@ class Chains:
         """Write down what the cluster proved: these jobs are gone, those have an id after all."""
         with self._database.transaction() as tx:
             for gone in lost:
-                if _close(tx, gone.job_id, JobState.LOST, "its job is gone", now, gone.starts):
-                    _expire_claims(tx, gone.job_id, JOB_GONE, now)
+                if close_link(tx, gone.job_id, JobState.LOST, "its job is gone", now, gone.starts):
+                    expire_claims(tx, gone.job_id, JOB_GONE, now)
                     what = {"job": gone.job_id, "cluster_id": gone.cluster_id}
                     log_event(tx, now, "lost", gone.worker_id, None, None, **what)
             for known, cluster_id in adopt:
@@ -227,7 +244,7 @@ class Chains:
                     .where(job.c.job_id == known.job_id, job.c.state == JobState.SUBMITTING)
                     .values(state=JobState.QUEUED, cluster_id=cluster_id)
                 )
-            _settle(tx, now)
+            settle(tx, now)
 
     def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[Job]:
         """New links for chains that have none open, as far as the rules still want them."""
@@ -242,9 +259,9 @@ class Chains:
                 if tx.execute(opened).scalar_one():
                     continue
                 if unwanted is None:
-                    links.append(_add_link(tx, worker_id, None, f"{base}-{len(links)}", now))
+                    links.append(add_link(tx, worker_id, None, f"{base}-{len(links)}", now))
                 elif me.failures >= max_failures and me.stopped is None:
-                    _stop_worker(tx, worker_id, unwanted, now)
+                    stop_worker(tx, worker_id, unwanted, now)
         return links
 
     # --- the run
@@ -256,7 +273,7 @@ class Chains:
             best = tx.execute(
                 select(checkpoint.c.score)
                 .join(entry, entry.c.checkpoint_id == checkpoint.c.checkpoint_id)
-                .where(entry.c.on_board.is_(True))
+                .where(ON_BOARD)
                 .order_by(order)
                 .limit(1)
             ).scalar_one_or_none()
@@ -282,7 +299,7 @@ class Chains:
             had = RunState(tx.execute(select(run.c.state)).scalar_one())
             if had in allowed_from and had is not wanted:
                 set_state(tx, wanted, reason, now)
-                _settle(tx, now)
+                settle(tx, now)
             return had
 
     def revive(self, workers: int) -> None:
@@ -313,80 +330,20 @@ class Chains:
                 select(job).where(job.c.worker_id >= workers, job.c.state.in_((JobState.SUBMITTING, JobState.QUEUED)))
             ).all()
             for row in rows:
-                _close(tx, row.job_id, JobState.CANCELLED, reason, now)
+                close_link(tx, row.job_id, JobState.CANCELLED, reason, now)
             return [job_of(row) for row in rows]
 
     def settle(self, now: float) -> None:
         """Write down that the run is over, if it is: its jobs may have died before they could."""
         with self._database.transaction() as tx:
-            _settle(tx, now)
+            settle(tx, now)
 
     def stop_worker(self, worker_id: int, reason: str, now: float) -> None:
         """This chain ends. With the last one, the run has failed."""
         with self._database.transaction() as tx:
-            _stop_worker(tx, worker_id, reason, now)
+            stop_worker(tx, worker_id, reason, now)
 
 
 def new_base() -> str:
     """Names one submission for ever; with the index of a job in it, that job's token."""
     return secrets.token_hex(8)
-
-
-def _add_link(tx: Connection, worker_id: int, after_job_id: int | None, token: str, now: float) -> Job:
-    last = tx.execute(select(func.max(job.c.link)).where(job.c.worker_id == worker_id)).scalar_one()
-    link = 0 if last is None else last + 1
-    job_id = tx.execute(
-        insert(job).values(
-            worker_id=worker_id,
-            link=link,
-            token=token,
-            state=JobState.SUBMITTING,
-            after_job_id=after_job_id,
-            starts=0,
-            submitted_at=now,
-        )
-    ).inserted_primary_key[0]  # type: ignore[index]
-    return Job(job_id, worker_id, link, token, JobState.SUBMITTING, after_job_id=after_job_id, submitted_at=now)
-
-
-def _close(tx: Connection, job_id: int, state: JobState, outcome: str, now: float, starts: int | None = None) -> bool:
-    where = [job.c.job_id == job_id, job.c.state.in_(OPEN)]
-    if starts is not None:
-        where.append(job.c.starts == starts)
-    was = tx.execute(select(job).where(*where)).one_or_none()
-    if was is None:
-        return False
-    tx.execute(update(job).where(job.c.job_id == job_id).values(state=state, outcome=outcome, ended_at=now))
-    if state is JobState.LOST and was.state == JobState.RUNNING:
-        finished = select(func.count()).where(chunk.c.job_id == job_id, chunk.c.finished_at.is_not(None))
-        if not tx.execute(finished).scalar_one():
-            _count_failure(tx, was.worker_id)
-    return True
-
-
-def _expire_claims(tx: Connection, job_id: int, reason: str, now: float) -> None:
-    live = select(chunk.c.chunk_id).where(chunk.c.job_id == job_id, chunk.c.state == ChunkState.LIVE)
-    expire(tx, tx.execute(live).scalars().all(), reason, now)
-
-
-def _settle(tx: Connection, now: float) -> None:
-    """With its last job, a run that is draining, or whose lifetime is over, is finished."""
-    row = tx.execute(select(run.c.state, run.c.deadline)).one()
-    at_work = select(func.count()).where(job.c.state == JobState.RUNNING)
-    if row.state == RunState.DRAINING and not tx.execute(at_work).scalar_one():
-        set_state(tx, RunState.FINISHED, "drained by the user", now)
-    over = row.state == RunState.ACTIVE and rules.lifetime_over(now, row.deadline)
-    if over and not tx.execute(select(func.count()).where(job.c.state.in_(OPEN))).scalar_one():
-        set_state(tx, RunState.FINISHED, "the run's total lifetime is over", now)
-
-
-def _stop_worker(tx: Connection, worker_id: int, reason: str, now: float) -> None:
-    tx.execute(update(worker).where(worker.c.worker_id == worker_id).values(stopped=reason))
-    log_event(tx, now, "worker stopped", worker_id, None, None, reason=reason)
-    left = tx.execute(select(func.count()).where(worker.c.stopped.is_(None))).scalar_one()
-    if not left and tx.execute(select(run.c.state)).scalar_one() == RunState.ACTIVE:
-        set_state(tx, RunState.FAILED, f"every worker has stopped; the last: {reason}", now)
-
-
-def _count_failure(tx: Connection, worker_id: int) -> None:
-    tx.execute(update(worker).where(worker.c.worker_id == worker_id).values(failures=worker.c.failures + 1))

@@ -13,8 +13,8 @@ from sqlalchemy.exc import DatabaseError
 from orchestrator import __version__
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard import schema
-from orchestrator.leaderboard.chains import OPEN
 from orchestrator.leaderboard.engine import Database, is_damage
+from orchestrator.leaderboard.links import OPEN
 from orchestrator.leaderboard.moves import job_of
 from orchestrator.records import ChunkState, Job, JobState, RunState
 

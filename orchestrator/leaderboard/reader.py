@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import Row, func, select, update
 
 from orchestrator.errors import StaleClaimError
-from orchestrator.leaderboard.chains import OPEN
 from orchestrator.leaderboard.engine import Database
-from orchestrator.leaderboard.moves import HELD, REAPED, job_of, log_event
+from orchestrator.leaderboard.links import OPEN
+from orchestrator.leaderboard.moves import IS_HELD, ON_BOARD, REAPED, job_of, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, event, job, run
 from orchestrator.records import ChunkState, Job, JobState, Mode
 
@@ -43,11 +43,7 @@ class Reader:
         """The board, best first; equals in the order they came."""
         with self._database.transaction() as tx:
             order = checkpoint.c.score.desc() if mode == "max" else checkpoint.c.score.asc()
-            held = (
-                select(func.count())
-                .where(chunk.c.entry_id == entry.c.entry_id, chunk.c.state.in_(HELD))
-                .scalar_subquery()
-            )
+            held = select(func.count()).where(chunk.c.entry_id == entry.c.entry_id, IS_HELD).scalar_subquery()
             rows = tx.execute(
                 select(
                     checkpoint,
@@ -59,7 +55,7 @@ class Reader:
                     held.label("in_progress"),
                 )
                 .join(checkpoint, checkpoint.c.checkpoint_id == entry.c.checkpoint_id)
-                .where(entry.c.on_board.is_(True))
+                .where(ON_BOARD)
                 .order_by(order, entry.c.entry_id)
             ).all()
             return [_entry_row(rank, row) for rank, row in enumerate(rows, start=1)]
@@ -163,11 +159,11 @@ class Reader:
         """The files that must stay, and the generations of claims that may be writing one now."""
         with self._database.transaction() as tx:
             on_board = select(checkpoint.c.file).join(entry, entry.c.checkpoint_id == checkpoint.c.checkpoint_id)
-            files = set(tx.execute(on_board.where(entry.c.on_board.is_(True))).scalars())
+            files = set(tx.execute(on_board.where(ON_BOARD)).scalars())
             held = tx.execute(
                 select(chunk.c.state, chunk.c.generation, chunk.c.suspended_file, checkpoint.c.file)
                 .outerjoin(checkpoint, checkpoint.c.checkpoint_id == chunk.c.parent_id)
-                .where(chunk.c.state.in_(HELD))
+                .where(IS_HELD)
             ).all()
         files |= {name for row in held for name in (row.suspended_file, row.file) if name}
         return files, {row.generation for row in held if row.state == ChunkState.LIVE}

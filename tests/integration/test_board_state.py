@@ -685,6 +685,22 @@ def test_what_a_zombie_writes_is_refused_and_changes_nothing(scene, dies, write)
     assert scene.record(heir, 0.6)
 
 
+def test_a_result_and_the_next_claim_in_one_are_what_they_are_one_after_the_other(scene):
+    first = scene.claim()
+    job = scene.running[0]
+    at = (job.job_id, job.starts, scene.now, scene.now + LEASE_S)
+    outcome, second = scene.board.board.record_and_claim(first, candidate(first, 0.5), *at)
+    assert outcome.promoted
+    assert (second.position, second.parent_file, second.generation) == (1, file_of(first), first.generation + 1)
+    outcome, third = scene.board.board.record_and_claim(second, candidate(second, 0.4), *at)
+    assert not outcome.promoted
+    assert (third.position, third.parent_file) == (2, file_of(first))
+    before = scene.storage.contents(scene.board)
+    with pytest.raises(StaleClaimError):  # neither half of it
+        scene.board.board.record_and_claim(second, candidate(second, 0.9), *at)
+    assert scene.storage.contents(scene.board) == before
+
+
 def test_a_position_that_fails_too_often_is_consumed_and_the_next_one_comes(scene):
     scene.record(scene.claim(), 0.5)
     for _ in range(MAX_CHUNK_ATTEMPTS):
