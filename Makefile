@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-long lint cluster-up cluster-down chaos crashes three-days bench clean
+.PHONY: help install demo test test-long lint cluster-up cluster-down chaos crashes fuzz three-days bench clean
 
 help:
 	@echo "make demo          train the digits population with 2 local workers, and test its models"
@@ -13,6 +13,7 @@ help:
 	@echo "make cluster-up    a real Slurm cluster on this machine (cluster-down ends it)"
 	@echo "make chaos         minutes of faults against a run on such a cluster"
 	@echo "make crashes       every fault at every call of a job that changes a file (minutes)"
+	@echo "make fuzz          odd input of every kind, other each time (minutes)"
 	@echo "make three-days    864 jobs in 8 chains on such a cluster"
 	@echo "make bench         the benchmarks; each writes JSON"
 
@@ -58,6 +59,9 @@ chaos: install
 
 crashes: install
 	ORCH_CRASHES=every $(BIN)/python -m pytest tests/integration/test_crashes.py -n 2 -rP
+
+fuzz: install
+	ORCH_FUZZ_EXAMPLES=$${TIMES:-20} $(BIN)/python -m pytest tests/unit/test_fuzz_*.py -n 2 --timeout 1800
 
 three-days: install
 	ORCH_LINKS=108 $(BIN)/python -m pytest tests/slurm/test_three_days.py -s

@@ -115,8 +115,8 @@ class Run:
         except FileNotFoundError as error:
             if not (folder / DATABASE_NAME).exists():  # which has the settings too
                 raise RunError(f"{folder} is not a run: it has neither {path.name} nor {DATABASE_NAME}") from error
-        except OSError as error:
-            raise RunError(f"{folder} is not a run: {path.name}: {error.strerror or error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"{folder} is not a run: {path.name}: {getattr(error, 'strerror', '') or error}") from error
         except SettingsError as error:
             advice = f"`orch repair {folder.absolute().name}` writes {path.name} again from the database"
             raise RunError(f"{path}: {error}. {advice}") from error

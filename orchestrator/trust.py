@@ -150,7 +150,7 @@ def _declared_group(folder: Path) -> int | None:
         found = folder.stat()
         name = json.loads((folder / SETTINGS_NAME).read_bytes()).get("group")
         gid = grp.getgrnam(name).gr_gid if isinstance(name, str) else None
-    except (OSError, ValueError, AttributeError, KeyError):
+    except (OSError, ValueError, AttributeError, KeyError, RecursionError):
         return None
     mine = os.geteuid() == 0 or gid in (os.getegid(), *os.getgroups())
     return gid if gid == found.st_gid and mine and _is_shared(folder) else None

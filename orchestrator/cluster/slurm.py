@@ -44,7 +44,7 @@ WAITING = {
 
 # The user's own filters and formats: with SQUEUE_PARTITION set, jobs that are alive would not be listed.
 TASTE = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMAT")
-_LISTED = re.compile(r"([0-9]+(?:_[0-9]+|_\[[^|]*\])?(?:\+[0-9]+)?)\|([A-Z_]+)\|([^|]*)\|(.*)")
+_LISTED = re.compile(r"([0-9]+(?:_[0-9]+|_\[[^|]*\])?(?:\+[0-9]+)?)\|([A-Z_0-9]+)\|([^|]*)\|(.*)")
 
 
 class SlurmCluster:

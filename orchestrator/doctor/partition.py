@@ -64,7 +64,8 @@ def read_nodes(text: str | None) -> tuple[Node, ...]:
 
 def read_pairs(line: str) -> dict[str, str]:
     """Of one line of `scontrol -o show ...`: KEY=VALUE KEY=VALUE."""
-    return dict(re.findall(r"(\S+?)=(\S*)", line))
+    found = (word.partition("=") for word in line.split())
+    return {key: value for key, equals, value in found if key and equals}
 
 
 def read_config(text: str | None) -> dict[str, str]:
