@@ -177,6 +177,8 @@ class Explorer:
             met[kind] += 1
             if kind in CALLS[self.fault] and (self.every or met[kind] % ONE_IN.get(kind, 1) == 0):
                 wanted.append(point)
+        if self.fault == "truncated" and not self.every:
+            wanted = wanted[::3]
         wanted.append(len(kinds) + 1)
         # Not one after the other: what is wrong is mostly wrong over a stretch of calls, and so is met soon.
         return [wanted[i * STRIDE % len(wanted)] for i in range(len(wanted))] if len(wanted) % STRIDE else wanted

@@ -125,7 +125,14 @@ def profiles_follow_the_cycle(run: Run) -> bool:
     return all(c["profile"] == cycle[c["position"] % len(cycle)] for c in chunks)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "signum",
+    [
+        pytest.param(signal.SIGUSR2, id="SIGUSR2"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_suspends_the_chunk_and_the_successor_goes_on_with_it(runs_dir: Path, signum: signal.Signals) -> None:
     options = ["--workers", "1", "--set", "epochs_per_chunk=20", "--set", "stop_after_epochs=20"]
     options += ["--set", "eon_lifetime=200", "--set", "total_lifetime=300"]
