@@ -125,6 +125,12 @@ def test_a_record_that_no_run_writes_is_refused(change: dict[str, Any]) -> None:
         parse(raw(2, parent=1, position=1) | change, name(2))
 
 
+def test_a_record_beside_another_file_is_refused() -> None:
+    """The file that it tells of may be missing or damaged."""
+    with pytest.raises(CheckpointError, match="its file is named"):
+        parse(raw(1), name(2))
+
+
 def test_records_of_the_same_chunk_are_named() -> None:
     twin = raw(3, parent=1, position=2, chunk=2, file="g00000003-c00000002.pt")
     records = [parse(raw(1)), parse(raw(2, parent=1, position=1)), parse(twin)]

@@ -235,3 +235,18 @@ def test_more_mistakes_than_a_screen_has_lines_are_counted(place: Path) -> None:
         load(path)
     assert str(caught.value).count("\n") == 40
     assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize(
+    "option", ["job-name", "job_name", "job-na", "dependency", "dep", "array", "open-m", "time", "signal"]
+)
+def test_what_orch_decides_itself_is_no_additional_parameter(option: str) -> None:
+    """A job of another name would look gone, and one without its dependency would not wait for its turn."""
+    with pytest.raises(SettingsError, match="leave it out"):
+        load(FOLDER / "digits.json", [f'slurm={{"additional_parameters": {{"{option}": "x"}}}}'])
+
+
+@pytest.mark.parametrize("line", ['#SBATCH --"a b"=c', "#SBATCH --comment=a\x1bb", "echo \x1b"])
+def test_a_script_with_what_no_line_may_hold_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"no long option|holds the character"):
+        request(load(FOLDER / "digits.json")[0], f"#!/bin/sh\n{line}\n")
