@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orchestrator.explain import shown
+
 # orch decides these itself: by its name a job is known, by its dependency a chain holds together.
 OWNED = {
     "job-name", "output", "error", "dependency", "array", "open-mode", "nodes", "ntasks", "ntasks-per-node", "parsable",
@@ -41,7 +43,7 @@ def checked_additional(options: Mapping[str, Any]) -> None:
     for key, value in options.items():
         name = option_name(key)
         if is_owned(name):
-            raise ValueError(f"{key[:60]!r} is decided by orch itself; leave it out")
+            raise ValueError(f"{shown(key, 60)!r} is decided by orch itself; leave it out")
         if name in INSTEAD:
             raise ValueError(f"{key!r} is asked for by {INSTEAD[name]}, which orch reckons with; leave it out here")
         check_option(name, value)
@@ -50,7 +52,7 @@ def checked_additional(options: Mapping[str, Any]) -> None:
 def check_option(name: str, value: Any) -> None:
     """Raises ValueError."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name[:60]!r} is no long option of sbatch; allowed are names such as 'reservation'")
+        raise ValueError(f"{shown(name, 60)!r} is no long option of sbatch; allowed are names such as 'reservation'")
     if isinstance(value, str):
         try:
             one_line(value)
@@ -75,5 +77,5 @@ def checked_setup(lines: Sequence[str]) -> None:
         one_line(line, allowed="\t")
         if line.startswith("#SBATCH"):
             raise ValueError(
-                f"{line[:60]!r} is no command: sbatch would read it; slurm.additional_parameters takes its options"
+                f"{shown(line, 60)!r} is no command: sbatch would read it. Options go to slurm.additional_parameters"
             )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.explain import shown
 from orchestrator.settings import Settings
 from orchestrator.slurm_values import check_option, checked_setup, is_owned, option_name
 
@@ -60,7 +61,7 @@ def _read_options(line: str) -> dict[str, Any]:
     try:
         words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
     except ValueError as error:  # a quotation mark that is not closed
-        raise ValueError(f"{line.strip()[:100]!r}: {error}") from error
+        raise ValueError(f"{shown(line.strip(), 100)!r}: {error}") from error
     found: dict[str, Any] = {}
     while words:
         word = words.pop(0)
@@ -69,7 +70,7 @@ def _read_options(line: str) -> dict[str, Any]:
         elif len(word) >= 2 and word[0] == "-" and word[1] in SHORT:
             name, equals, value = SHORT[word[1]], word[2:], word[2:].removeprefix("=")
         else:
-            raise ValueError(f"{line.strip()[:100]!r}: {word[:100]!r} is no option of sbatch")
+            raise ValueError(f"{shown(line.strip(), 100)!r}: {shown(word, 100)!r} is no option of sbatch")
         if not equals and words and not words[0].startswith("-"):
             value = words.pop(0)
         found[name] = value or True
@@ -83,7 +84,7 @@ def minutes(time: str) -> int:
     """
     match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", time.strip())
     if not match:
-        raise ValueError(f"time {time[:100]!r}: allowed are MIN, MIN:SEC, H:MIN:SEC and DAYS-H:MIN:SEC")
+        raise ValueError(f"time {shown(time, 100)!r}: allowed are MIN, MIN:SEC, H:MIN:SEC and DAYS-H:MIN:SEC")
     days, first, second, third = (int(g) if g else None for g in match.groups())
     assert first is not None
     if days is not None:

@@ -250,3 +250,10 @@ def test_what_orch_decides_itself_is_no_additional_parameter(option: str) -> Non
 def test_a_script_with_what_no_line_may_hold_is_refused(line: str) -> None:
     with pytest.raises(ValueError, match=r"no long option|holds the character"):
         request(load(FOLDER / "digits.json")[0], f"#!/bin/sh\n{line}\n")
+
+
+@pytest.mark.parametrize("before", ["#SBATCH --time=", "#SBATCH ", "#SBATCH '"])
+def test_a_password_in_a_script_is_not_repeated(before: str) -> None:
+    with pytest.raises(ValueError, match=r"me:[*]") as caught:
+        request(load(FOLDER / "digits.json")[0], f"{before}postgresql+psycopg://me:{SECRET}@host/db")
+    assert SECRET not in str(caught.value)
