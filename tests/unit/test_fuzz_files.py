@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,12 @@ def test_any_bytes_beside_a_checkpoint_are_a_record_or_refused(place: Path, cont
 
 
 odd_names = st.sampled_from([name(1), name(2), name(9), ".tmp-" + name(1), name(1) + "-7", *OUTSIDE]) | odd_scalars
-odd_values = json_values | odd_names | st.lists(st.sampled_from(family()), max_size=2) | st.integers(-(2**70), 2**70)
+odd_values = (
+    json_values
+    | odd_names
+    | st.lists(st.sampled_from(family()).map(deepcopy), max_size=2)
+    | st.integers(-(2**70), 2**70)
+)
 
 
 @examples(200)
