@@ -28,8 +28,13 @@ def reconcile(
     todo = rules.mend(snapshot.workers, snapshot.open_jobs, evidence, found, now, grace_s)
     done = []
     if todo.lost or todo.adopt:
-        leaderboard.chains.apply_mend(todo.lost, todo.adopt, now)
-        done += [f"job {j.cluster_id or j.token} of worker {j.worker_id} is gone; its claim is free" for j in todo.lost]
+        endings = cluster.endings(todo.lost)
+        reasons = {job.job_id: _gone(job, endings.get(job.job_id)) for job in todo.lost}
+        leaderboard.chains.apply_mend(todo.lost, todo.adopt, now, reasons)
+        done += [
+            f"job {j.cluster_id or j.token} of worker {j.worker_id}: {reasons[j.job_id]}; its claim is free"
+            for j in todo.lost
+        ]
     if todo.resubmit and cluster.chains:
         wanted = leaderboard.chains.relink(todo.resubmit, now, settings.max_failures)
         done += submit_links(leaderboard, cluster, wanted, now)
@@ -51,3 +56,9 @@ def submit_links(leaderboard: Leaderboard, cluster: Cluster, links: list[Job], n
         return [f"the chains of workers {', '.join(str(j.worker_id) for j in links)} can't be mended now: {error}"]
     cluster.cancel(leaderboard.chains.submitted(taken), now=True)
     return [f"worker {j.worker_id} got a new job" for j in links]
+
+
+def _gone(job: Job, how: str | None) -> str:
+    """For a job that died before it could say anything itself, its output is all there is to go by."""
+    said = f"its job is gone ({how})" if how else "its job is gone"
+    return said if job.started_at is not None else f"{said}; what it printed is in jobs/{job.token.rpartition('-')[0]}"

@@ -34,6 +34,7 @@ from orchestrator.records import (
     Finished,
     Interrupted,
     Job,
+    JobState,
     Over,
     Started,
     Work,
@@ -100,6 +101,8 @@ class Worker:
         self._durations_s: list[float] = []  # of chunks, latest last
         self._origin: dict[str, object] | None = None
         self._no_room = False  # a submit limit is why
+        self._refusal: str | None = None  # why the cluster did not take the successor, for good
+        self._stepped = False  # in the chunk at hand
         self._began = 0.0  # when the model and the data were loaded
         self._job_end = 0.0
         self._lease_until = 0.0
@@ -150,6 +153,8 @@ class Worker:
                 log.info("a submit limit leaves no room for a successor: this job goes back to the queue itself")
                 if self.cluster.back_to_queue(job):
                     return
+            if self._unsubmitted and self._refusal:  # so that whoever looks next tries anew, and is told
+                chains.close([self._unsubmitted], JobState.LOST, self._refusal, self.clock())
         successor, why_not = chains.end(job, ending.outcome, ending.error, self.clock(), max_failures)
         if why_not is not None and successor is not None:
             log.info("no successor: %s", why_not)
@@ -173,7 +178,8 @@ class Worker:
         except SubmissionError as error:
             log.warning("the successor is not queued yet: %s", error)
             self._no_room = isinstance(error, NoRoomError)
-            return not isinstance(error, ClusterUnreachableError)
+            self._refusal = None if isinstance(error, ClusterUnreachableError) else str(error)
+            return self._refusal is not None
         self.cluster.cancel(self.leaderboard.chains.submitted(taken), now=True)
         log.info("successor queued: %s", taken[0].cluster_id)
         self._unsubmitted = None
@@ -243,6 +249,7 @@ class Worker:
         assert self._trainer is not None, "opened before anything was claimed"
         started = self.clock()
         self.leaderboard.database.rest()
+        self._stepped = False
         try:
             result = self._trainer.train(work, self._should_stop, self._on_epoch)
         except Exception as error:  # the user's model, data or device
@@ -269,7 +276,10 @@ class Worker:
         return True
 
     def _should_stop(self) -> bool:
-        return self.stop.reason is not None or self.clock() >= self._job_end
+        """Asked before each step. Time alone does not stop a job before its first: else, where a step takes longer
+        than a job is given, nothing would ever be trained."""
+        first, self._stepped = not self._stepped, True
+        return self.stop.reason is not None or (not first and self.clock() >= self._job_end)
 
     def _on_epoch(self, result: EpochResult) -> None:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunArgument, RunsDir, open_run, print_json
+from orchestrator.errors import LeaderboardError
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +54,11 @@ def status(run: RunArgument = None, runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: 
     from orchestrator.cli import tables
 
     opened = open_run(run, runs_dir)
-    done = opened.reconcile(time.time())
+    try:
+        done = opened.reconcile(time.time())
+    except LeaderboardError as error:  # a full disk: what is there can be looked at all the same
+        print(f"orch: nothing could be mended: {error}", file=sys.stderr)
+        done = []
     state = opened.status()
     if json:
         print_json(state | {"mended": done})

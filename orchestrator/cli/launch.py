@@ -199,6 +199,7 @@ def _wait(run: Run, quiet: bool) -> None:
                 time.sleep(0.5)
     except KeyboardInterrupt:
         console.print(f"{run.name} goes on without you; `orch status {run.name}`, `orch cancel {run.name}`")
+        raise typer.Exit(130) from None  # as a shell says it of a program that Ctrl-C ended
 
 
 def _line(state: dict[str, Any]) -> str:

@@ -96,6 +96,21 @@ def minutes(time: str) -> int:
     return max(1, math.ceil(seconds / 60))
 
 
+LOADING_S, LEAST_WORK_S = 10.0, 10.0  # of the model and the data, and what is worth a job: the least of each
+
+
+def too_short(asked: Request, eon_lifetime_s: float) -> str | None:
+    """Why a job with this time limit would be told to stop before it has trained anything; None: it would not."""
+    needed_s = asked.signal_delay_s + LOADING_S + min(eon_lifetime_s, LEAST_WORK_S)
+    if 60 * asked.time_min >= needed_s:
+        return None
+    return (
+        f"slurm.time_min: {asked.time_min} is too short: Slurm warns {asked.signal_delay_s} s before the limit "
+        f"(slurm.signal_delay_s), and loading takes some {LOADING_S:.0f} s; allowed is at least {math.ceil(needed_s / 60)}, and "
+        "left out it is what eon_lifetime needs"
+    )
+
+
 def request(settings: Settings, script: str | None) -> Request:
     """Settings win over the script, additional_parameters over both. Raises ValueError."""
     wanted = settings.slurm

@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator import trust
 from orchestrator.cluster import Entry
-from orchestrator.cluster.sbatch import Request, advice, is_no_room, is_unreachable, refusal_of, request
+from orchestrator.cluster.sbatch import Request, advice, is_no_room, is_unreachable, refusal_of, request, too_short
 from orchestrator.errors import ClusterUnreachableError, NoRoomError, SettingsError, SubmissionError
 from orchestrator.records import Evidence, Job, Submitted
 from orchestrator.settings import Settings
@@ -72,6 +72,8 @@ class SlurmCluster:
                 raise SettingsError(f"slurm_file: {file}: {error.strerror or error}") from error
             except ValueError as error:
                 raise SettingsError(f"slurm_file: {file}: {error}") from error
+            if problem := too_short(self._asked, self._settings.eon_lifetime):
+                raise SettingsError(problem)
         return self._asked
 
     def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
@@ -172,15 +174,15 @@ class SlurmCluster:
         return {job.token: found[job.token] for job in jobs if job.token in found}
 
     def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
-        """How jobs ended, in Slurm's words, as far as its accounting knows."""
+        """How jobs ended, in Slurm's words, as far as its accounting knows; that lags, so else as squeue has it."""
         ids = [job.cluster_id for job in jobs if job.cluster_id]
-        if not ids or not shutil.which("sacct"):
+        if not ids:
             return {}
-        answer = run_slurm(["sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode,JobName", "-j", ",".join(ids)])
-        said = {}
-        for line in lines_of(answer) or ():
+        said = {i: (j.name, j.state) for i, j in (queue() or {}).items() if i in ids and j.state in GONE}
+        asked = ["sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode,JobName", "-j", ",".join(ids)]
+        for line in lines_of(run_slurm(asked) if shutil.which("sacct") else None) or ():
             cluster_id, state, code, name = [*line.split("|", 3), "", "", ""][:4]  # a name may hold anything
-            if state.strip():
+            if state.split()[:1] and state.split()[0] in GONE:
                 said[cluster_id] = (name, f"{state.split()[0]} ({code})")
         return {
             job.job_id: said[job.cluster_id][1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -230,11 +230,19 @@ class Chains:
 
     # --- mending
 
-    def apply_mend(self, lost: Sequence[Job], adopt: Sequence[tuple[Job, str]], now: float) -> None:
-        """Write down what the cluster proved: these jobs are gone, those have an id after all."""
+    def apply_mend(
+        self,
+        lost: Sequence[Job],
+        adopt: Sequence[tuple[Job, str]],
+        now: float,
+        reasons: Mapping[int, str] | None = None,
+    ) -> None:
+        """Write down what the cluster proved: these jobs are gone, those have an id after all. reasons: what is known
+        of how they ended, by job_id."""
         with self._database.transaction() as tx:
             for gone in lost:
-                if close_link(tx, gone.job_id, JobState.LOST, "its job is gone", now, gone.starts):
+                outcome = (reasons or {}).get(gone.job_id, JOB_GONE)
+                if close_link(tx, gone.job_id, JobState.LOST, outcome, now, gone.starts):
                     expire_claims(tx, gone.job_id, JOB_GONE, now)
                     what = {"job": gone.job_id, "cluster_id": gone.cluster_id}
                     log_event(tx, now, "lost", gone.worker_id, None, None, **what)
@@ -261,7 +269,9 @@ class Chains:
                 if unwanted is None:
                     links.append(add_link(tx, worker_id, None, f"{base}-{len(links)}", now))
                 elif me.failures >= max_failures and me.stopped is None:
-                    stop_worker(tx, worker_id, unwanted, now)
+                    last = select(job.c.outcome).where(job.c.worker_id == worker_id, job.c.outcome.is_not(None))
+                    outcome = tx.execute(last.order_by(job.c.link.desc()).limit(1)).scalar_one_or_none()
+                    stop_worker(tx, worker_id, f"{unwanted}; the last: {outcome}" if outcome else unwanted, now)
         return links
 
     # --- the run

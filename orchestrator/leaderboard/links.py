@@ -39,7 +39,9 @@ def close_link(
     if was is None:
         return False
     tx.execute(update(job).where(job.c.job_id == job_id).values(state=state, outcome=outcome, ended_at=now))
-    if state is JobState.LOST and was.state == JobState.RUNNING:
+    # In the queue no more, and never begun: it died before Python did, in its set-up lines, say.
+    died = was.state == JobState.RUNNING or (was.state == JobState.QUEUED and was.cluster_id is not None)
+    if state is JobState.LOST and died:
         finished = select(func.count()).where(chunk.c.job_id == job_id, chunk.c.finished_at.is_not(None))
         if not tx.execute(finished).scalar_one():
             count_failure(tx, was.worker_id)

@@ -183,6 +183,7 @@ def take_off(
     """An entry whose file is damaged leaves the board, and its slot is free."""
     on_board = update(entry).where(entry.c.entry_id == entry_id, entry.c.on_board.is_(True))
     tx.execute(on_board.values(on_board=False, evicted_at=now))
+    tx.execute(update(run).values(chunks_since_promotion=0))  # a run that had converged has a slot to fill
     log_event(tx, now, "condemned", worker_id, chunk_id, entry_id, reason=reason)
     release(tx)
 

@@ -348,6 +348,9 @@ class Explorer:
         def finish() -> None:
             if self.fault == "truncated":  # what comes after the fault is under test here
                 self.take_away()
+                run = world.mend()  # and goes on long enough for every entry to be worked on, and looked at, again
+                run.amend(["stop_after_epochs=20"], world.now())
+                run.resume(world.now())
             world.finish()
 
         def look() -> list[str]:

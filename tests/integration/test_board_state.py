@@ -227,7 +227,7 @@ class BoardMachine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 2), in_a_chunk=st.booleans())
     def a_job_ends_by_itself(self, pick: int, in_a_chunk: bool) -> None:
-        """After an error inside orch itself its claim is left behind."""
+        """What it could not give back, after an error inside orch itself, is taken from it at once."""
         if in_a_chunk:
             self.claim(pick)
         worker = self.workers[pick % len(self.workers)]
@@ -235,6 +235,7 @@ class BoardMachine(RuleBasedStateMachine):
             successor, why_not = self.board.chains.end(worker.running, "done", in_a_chunk, self.now, max_failures=NEVER)
             assert why_not is None
             assert (successor and successor.job_id) == (worker.waiting and worker.waiting.job_id)
+            self._take([c for c in self._live() if c.job_id == worker.running.job_id])
             worker.past.append(worker.running)
             worker.running = None
             self.seen["job ended"] += 1
@@ -708,6 +709,15 @@ def test_a_position_that_fails_too_often_is_consumed_and_the_next_one_comes(scen
         assert claim.position == 1
         scene.board.board.fail(claim, "an exception", scene.now)
     assert scene.claim().position == 2
+
+
+def test_an_entry_that_is_dropped_gives_a_run_that_had_converged_work_again(scene):
+    scene.record(scene.claim(), 0.5)
+    for _ in range(3):
+        scene.record(scene.claim(), 0.1)
+    assert scene.board.reader.run_row()["chunks_since_promotion"] == 3
+    scene.board.board.condemn(scene.claim(), "damaged", scene.now)
+    assert scene.board.reader.run_row()["chunks_since_promotion"] == 0
 
 
 def test_the_files_of_a_parent_stay_while_its_child_is_trained_though_it_lost_its_place(scene):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import datetime
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 from devcluster import DevCluster, wait_for
 
 from orchestrator.cluster.slurm import SlurmCluster
-from orchestrator.errors import ClusterUnreachableError, OrchError, SubmissionError
+from orchestrator.errors import ClusterUnreachableError, OrchError, SettingsError, SubmissionError
 from orchestrator.run import Run
 from tests.invariants import violations
-from tests.slurm.helpers import ROOT, epochs, jobs, launch, over, settings, until, worked
+from tests.slurm.helpers import QUICK, ROOT, epochs, jobs, launch, over, settings, until, worked
 
 DIGITS: dict[str, Any] = {
     "job": "jobs.digits:Digits",
@@ -220,3 +221,25 @@ def test_ids_that_are_used_again_confuse_nothing(cluster: DevCluster, tmp_path: 
 def test_status_without_a_run_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(OrchError, match="is not a run"):
         Run.open(tmp_path)
+
+
+def test_jobs_that_die_before_python_begins_count_as_failures_and_the_run_says_how_they_died(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    """A module that is not there, a virtual environment that was moved: every job of the run would die so."""
+    broken = {**QUICK["slurm"], "setup": ["exit 3"]}
+    run = launch(settings("broken", workers=1, max_failures=3, slurm=broken), tmp_path)
+    until("the end", lambda: over(run), 120, every_s=1)
+    summary = run.summary()
+    assert summary["state"] == "failed"
+    assert re.search(
+        r"3 failures in a row, 3 allowed; the last: its job is gone.*printed is in jobs/\w+", summary["reason"]
+    )
+    assert len(jobs(run)) == 3
+
+
+def test_a_time_limit_that_leaves_no_time_to_work_is_refused(cluster: DevCluster, tmp_path: Path) -> None:
+    short = {**QUICK["slurm"], "time_min": 1, "signal_delay_s": 60}
+    with pytest.raises(SettingsError, match=r"slurm.time_min: 1 is too short: .* allowed is at least 2"):
+        launch(settings("short", slurm=short), tmp_path)
+    assert not (tmp_path / "runs/short").exists()
