@@ -203,10 +203,15 @@ def launch(runs_dir: Path, *options: str) -> Run:
     return Run.open(runs_dir / "digits")
 
 
+def seen_by(runs_dir: Path, rank: int) -> list[dict[str, Any]]:
+    """What processes of this rank have noted. (The launch looks at the model too, for its size; it has no GPUs set.)"""
+    lines = [json.loads(line) for line in (runs_dir.parent / f"rank-{rank}").read_text().splitlines()]
+    return [line for line in lines if line["CUDA_VISIBLE_DEVICES"] is not None]
+
+
 def pids(runs_dir: Path) -> list[int]:
     """Of the first job's processes, rank 0 first."""
-    files = [runs_dir.parent / f"rank-{rank}" for rank in (0, 1)]
-    return [json.loads(file.read_text().splitlines()[0])["pid"] for file in files]
+    return [seen_by(runs_dir, rank)[0]["pid"] for rank in (0, 1)]
 
 
 def outputs(run: Run, rank: int) -> list[str]:
@@ -229,15 +234,13 @@ def test_a_run_of_two_processes_a_worker_has_one_writer_and_leaves_nothing_behin
     assert links[0]["outcome"] == "stopped by SIGUSR2"
     worked = [job for job in links if job["started_at"]]
     assert len(worked) == 2
-    assert {json.loads(line)["pid"] for line in (runs_dir.parent / "rank-0").read_text().splitlines()} == {
-        job["pid"] for job in worked
-    }, "rank 0 is the worker"
+    assert {line["pid"] for line in seen_by(runs_dir, 0)} == {job["pid"] for job in worked}, "rank 0 is the worker"
     followed = outputs(run, 1)
     assert len(followed) == len(links)
     assert all("rank 1 ends: " in output for output in followed)
     assert not any("chunk" in output for output in followed), "followers know of no claim"
-    seen = "".join((runs_dir.parent / f"rank-{rank}").read_text() for rank in (0, 1)).splitlines()
-    assert {json.loads(line)["cores"] for line in seen} == {1}, "the worker's cores are shared"
+    seen = seen_by(runs_dir, 0) + seen_by(runs_dir, 1)
+    assert {line["cores"] for line in seen} == {1}, "the worker's cores are shared"
     assert not list(run.folder.glob("jobs/*/*.meeting"))
 
 

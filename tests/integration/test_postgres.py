@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -68,8 +69,14 @@ def test_a_run_outlives_kill_9_and_a_restart_of_the_server(tmp_path: Path, serve
     done = orch(tmp_path, "launch", str(settings_file(tmp_path, server)))
     assert done.returncode == 0, done.stderr
     run = Run.open(tmp_path / "runs/quick")
-    until("a worker at work", lambda: working(run) and run.leaderboard.reader.counts()["chunks"]["live"])
-    psutil.Process(working(run)[0]["pid"]).kill()
+
+    def kill_one() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # it ended just now
+            psutil.Process(working(run)[0]["pid"]).kill()
+            return True
+        return False
+
+    until("a worker to kill", lambda: run.leaderboard.reader.counts()["chunks"]["live"] and kill_one())
     until("more epochs", lambda: run.leaderboard.reader.counts()["epochs"] >= 10)
     run.leaderboard.database.rest()
     server.stop("immediate")  # no farewell to anybody, as in a crash
