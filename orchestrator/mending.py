@@ -39,8 +39,9 @@ def reconcile(
         wanted = leaderboard.chains.relink(todo.resubmit, now, settings.max_failures)
         done += submit_links(leaderboard, cluster, wanted, now)
     strays = leaderboard.reader.never_begun() + leaderboard.reader.awaited(now - rules.EXIT_GRACE_S)
-    strays += rules.unwanted(snapshot.state, snapshot.open_jobs, evidence)
-    cluster.cancel(strays, now=True)  # asks first which of them are there at all
+    unwanted = rules.unwanted(snapshot.state, snapshot.open_jobs, evidence)
+    leaderboard.chains.close(unwanted, JobState.CANCELLED, f"the run is {snapshot.state}", now)
+    cluster.cancel(strays + unwanted, now=True)  # asks first which of them are there at all
     leaderboard.chains.settle(now)
     return done
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
+from orchestrator import trust
 from tests import postgres
 from tests.storage import Storage
+
+
+@pytest.fixture(autouse=True)
+def _own_umask() -> Iterator[None]:
+    """Commands that a test calls in this very process change it for good, as they may in one of their own."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
+    trust._users.clear()
 
 
 @pytest.fixture(scope="session")

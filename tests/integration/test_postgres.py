@@ -66,7 +66,7 @@ def orch(folder: Path, *arguments: str, environment: dict[str, str] | None = Non
 @pytest.mark.slow
 def test_a_run_outlives_kill_9_and_a_restart_of_the_server(tmp_path: Path, server: postgres.Postgres) -> None:
     """And the password, which every process has in its environment, is in none of the run's files."""
-    done = orch(tmp_path, "launch", str(settings_file(tmp_path, server)))
+    done = orch(tmp_path, "launch", str(settings_file(tmp_path, server, stop_after_epochs=100)))
     assert done.returncode == 0, done.stderr
     run = Run.open(tmp_path / "runs/quick")
 
@@ -82,11 +82,11 @@ def test_a_run_outlives_kill_9_and_a_restart_of_the_server(tmp_path: Path, serve
     server.stop("immediate")  # no farewell to anybody, as in a crash
     time.sleep(2)
     server.start()
-    done = orch(tmp_path, "launch", str(settings_file(tmp_path, server)), "--wait")
+    done = orch(tmp_path, "launch", str(settings_file(tmp_path, server, stop_after_epochs=100)), "--wait")
 
     assert done.returncode == 0, done.stderr
     assert violations(run) == []
-    assert run.leaderboard.reader.counts()["epochs"] >= 40
+    assert run.leaderboard.reader.counts()["epochs"] >= 100
     assert len(run.board()["entries"]) == 3
     assert not (run.folder / "orch.db").exists()
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
