@@ -204,9 +204,10 @@ def launch(runs_dir: Path, *options: str) -> Run:
 
 
 def seen_by(runs_dir: Path, rank: int) -> list[dict[str, Any]]:
-    """What processes of this rank have noted. (The launch looks at the model too, for its size; it has no GPUs set.)"""
+    """What processes of this rank have noted, but for the launch, which is the first to look at the model, for its
+    size."""
     lines = [json.loads(line) for line in (runs_dir.parent / f"rank-{rank}").read_text().splitlines()]
-    return [line for line in lines if line["CUDA_VISIBLE_DEVICES"] is not None]
+    return [line for line in lines if rank > 0 or line["pid"] != lines[0]["pid"]]
 
 
 def pids(runs_dir: Path) -> list[int]:

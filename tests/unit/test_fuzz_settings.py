@@ -212,7 +212,7 @@ def test_any_script_is_read_or_refused(place: Path, lines: list[str]) -> None:
     try:
         asked = cluster.request
     except SettingsError as error:
-        check_refusal(error, "slurm_file: ")
+        check_refusal(error, "slurm_file: ", "slurm.time_min: ")
         return
     need_of(asked, 1)
     check_script(cluster.script(2), settings.name, set(asked.options))
