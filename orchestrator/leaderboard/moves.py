@@ -181,7 +181,7 @@ def take_off(
     tx: Connection, entry_id: int, reason: str, now: float, worker_id: int | None, chunk_id: int | None
 ) -> None:
     """An entry whose file is damaged leaves the board, and its slot is free."""
-    on_board = update(entry).where(entry.c.entry_id == entry_id, entry.c.on_board.is_(True))
+    on_board = update(entry).where(entry.c.entry_id == entry_id, ON_BOARD)
     tx.execute(on_board.values(on_board=False, evicted_at=now))
     tx.execute(update(run).values(chunks_since_promotion=0))  # a run that had converged has a slot to fill
     log_event(tx, now, "condemned", worker_id, chunk_id, entry_id, reason=reason)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -202,19 +203,21 @@ class Explorer:
             self.crash(scene, jobs, point)
             self.truncate(World(self.place / "now", jobs + 1), point, where)
 
-    def crash(self, scene: Path, jobs: int, point: int, shadow: Path | None = None) -> World:
-        world = self.world(scene, jobs)
+    def inject(self, world: World, how: int, point: int, code: int = 0, shadow: Path | None = None) -> tuple[int, Any]:
+        """The job, in a process of its own, with this fault at this call; see `forked`."""
 
         def work() -> Any:
             self.take_away()
             journal = bytes(shadow) if shadow else None
-            self.library.fault_arm(bytes(world.run_folder.parent), KILL, point, 0, None, journal)
+            self.library.fault_arm(bytes(world.run_folder.parent), how, point, code, None, journal)
             return world.work()
 
-        status, problem = self.forked(work)
+        return self.forked(work)
+
+    def crash(self, scene: Path, jobs: int, point: int) -> None:
+        status, problem = self.inject(self.world(scene, jobs), KILL, point)
         if not (os.WIFSIGNALED(status) or isinstance(problem, Ending)):
             self.found.violations.append(f"the job neither died nor ended: {problem}")
-        return world
 
     def power_cuts(self, scene: Path, jobs: int, point: int, where: str) -> None:
         shadow = self.place / "shadow"
@@ -222,13 +225,7 @@ class Explorer:
         shadow.mkdir()
         world = self.world(scene, jobs)
         disk = Disk.of(world.run_folder)
-
-        def work() -> Any:
-            self.take_away()
-            self.library.fault_arm(bytes(world.run_folder.parent), KILL, point, 0, None, bytes(shadow))
-            return world.work()
-
-        self.forked(work)
+        self.inject(world, KILL, point, shadow=shadow)
         disk.replay(shadow)
         disk.look(world.run_folder)
         aside = {p.name: p.read_bytes() for p in world.folder.iterdir() if p.is_file()}
@@ -246,13 +243,7 @@ class Explorer:
 
     def error(self, scene: Path, jobs: int, point: int, how: int, code: int, where: str) -> None:
         world = self.world(scene, jobs)
-
-        def work() -> Any:
-            self.take_away()
-            self.library.fault_arm(bytes(world.run_folder.parent), how, point, code, None, None)
-            return world.work()
-
-        status, outcome = self.forked(work)
+        status, outcome = self.inject(world, how, point, code)
         if os.WIFSIGNALED(status) or isinstance(outcome, str) or outcome is None:
             self.found.violations.append(f"{where}: no clear error but {outcome or status}")
         elif isinstance(outcome, Ending) and outcome.error and "Error: " not in outcome.outcome:
@@ -297,8 +288,6 @@ class Explorer:
         self.check(World(world.folder, jobs + 2), where)
 
     def holds_no_lock(self, world: World) -> bool:
-        import fcntl
-
         for name in ("orch.db.lock.queue", "orch.db.lock"):
             path = world.run_folder / name
             if path.exists():
