@@ -6,30 +6,33 @@ weights and which are trained.
 
 from __future__ import annotations
 
-import pickle
-import urllib.error
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 from jobs import data
+from jobs.augment import CenterCrop, Flip, Normalize, RandomCrop, Step
+from jobs.decode_cache import Decoded, decoded
+from jobs.decoded import DecodedImages
 from jobs.job import Job, JobContext, JobError, Split, local_path
+from jobs.pretrained import IMAGENET, read_weights, weights_file
+from orchestrator.records import counted
 from orchestrator.settings import Strict
 
 LAYERS = {"features": 13, "classifier": 7}
-# Of ImageNet's training set, as torchvision's pretrained weights expect their input.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Params(Strict):
     image_size: int = Field(default=224, ge=63)  # pixels; AlexNet's convolutions need 63
+    augment: Literal["random", "none"] = "random"  # crops and flips of the training images
+    memory_gb: float | None = Field(default=None, ge=0)  # for images on the device; see docs/data.md
 
 
 class AlexNet(Job):
@@ -43,6 +46,11 @@ class AlexNet(Job):
         self.trainable = {part: self._flags("trainable", part) for part in LAYERS}
         if not any(flag for flags in self.trainable.values() for flag in flags):
             raise JobError("trainable_features and trainable_classifier: nothing is trainable")
+        self._decoded: dict[str, Decoded] = {}  # by folder
+
+    @property
+    def _wants_weights(self) -> bool:
+        return any(flag for flags in self.pretrained.values() for flag in flags)
 
     def _flags(self, kind: str, part: str) -> list[bool]:
         key = f"{kind}_{part}"
@@ -54,12 +62,35 @@ class AlexNet(Job):
 
     # --- data
 
-    def data(self, split: Split) -> ImageFolder:
-        size, margin = self.params.image_size, self.params.image_size * 8 // 7  # 256 for 224
-        steps: list[Any] = [v2.Resize(margin)]
-        steps += [v2.RandomCrop(size), v2.RandomHorizontalFlip()] if split == "train" else [v2.CenterCrop(size)]
-        steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        return ImageFolder(str(self._folder(split)), v2.Compose(steps))
+    def data(self, split: Split) -> DecodedImages:
+        folder, size = self._listed(split), self.params.image_size
+        random = split == "train" and self.params.augment == "random"
+        steps: list[Step] = [RandomCrop(size), Flip()] if random else [CenterCrop(size)]
+        steps.append(Normalize(*self._normalisation))
+        memory_bytes = None if self.params.memory_gb is None else self.params.memory_gb * 1e9
+        return DecodedImages(self._pictures(folder), folder.targets, steps, memory_bytes)
+
+    @cached_property
+    def _normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation of each channel: those that the pretrained weights were trained with, else the
+        training set's own."""
+        if self._wants_weights:
+            return IMAGENET
+        return self._pictures(self._listed("train")).statistics()
+
+    def _pictures(self, folder: ImageFolder) -> Decoded:
+        if folder.root not in self._decoded:
+            paths = [Path(path) for path, _ in folder.samples]
+            margin = self.params.image_size * 8 // 7  # 256 for 224
+            self._decoded[folder.root] = decoded(paths, margin, self.context.cores)
+        return self._decoded[folder.root]
+
+    def _listed(self, split: Split) -> ImageFolder:
+        """Which files there are, of which classes. Raises JobError if a class has none."""
+        try:
+            return ImageFolder(str(self._folder(split)))
+        except OSError as error:
+            raise JobError(f"{self._folder(split)}: {error}") from error
 
     def _folder(self, split: Split) -> Path:
         key = "testing_source_dir" if split == "test" else "training_source_dir"
@@ -70,7 +101,7 @@ class AlexNet(Job):
     def model(self) -> nn.Module:
         classes = sum(1 for path in self._folder("train").iterdir() if path.is_dir())
         net: nn.Module = models.alexnet(weights=None, num_classes=classes)
-        if any(flag for flags in self.pretrained.values() for flag in flags):
+        if self._wants_weights:
             self._load_pretrained(net, self._pretrained_state())
         for part in LAYERS:
             for layer, trainable in zip(getattr(net, part), self.trainable[part], strict=True):
@@ -92,40 +123,19 @@ class AlexNet(Job):
                         value.copy_(state[key])
 
     def _pretrained_state(self) -> dict[str, Tensor]:
-        file = self._weights_file(download=False)
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
-            raise JobError(f"pretrained_weights: {file} can't be read: {reason}; fetch it again") from error
-        if not isinstance(state, dict):
-            raise JobError(f"pretrained_weights: {self.context.settings['pretrained_weights']} holds no weights")
-        return state
+        return read_weights(self._weights_file(download=False), "pretrained_weights")
 
     def _weights_file(self, download: bool) -> Path:
         """The file that pretrained_weights means. Raises JobError if it is not here."""
         wanted: str = self.context.settings["pretrained_weights"]
-        if Path(wanted).expanduser().is_file():
-            return Path(wanted).expanduser()
-        if wanted not in models.AlexNet_Weights.__members__:
-            known = ", ".join(models.AlexNet_Weights.__members__)
-            raise JobError(f"pretrained_weights: {wanted!r} is neither a file nor one of torchvision's: {known}")
-        url = models.AlexNet_Weights[wanted].url
-        cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-        if not cached.is_file() and download:
-            try:
-                torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
-            except (OSError, urllib.error.URLError, RuntimeError) as error:
-                raise JobError(
-                    f"pretrained_weights: {wanted} can't be downloaded: {error}. On a machine with internet, run "
-                    f"`orch prepare` and copy {cached.name} to {cached.parent}, or name a file in pretrained_weights"
-                ) from error
-        if not cached.is_file():
-            raise JobError(
-                f"pretrained_weights: {wanted} is not on this machine ({cached}). Run `orch prepare SETTINGS` where "
-                "there is internet, or name a file in pretrained_weights"
-            )
-        return cached
+        return weights_file(wanted, models.AlexNet_Weights, "pretrained_weights", download)
+
+    def frozen_part(self, model: nn.Module) -> nn.Module | None:
+        """The features where none is trained and none is shown twice in different ways."""
+        features = model.get_submodule("features")
+        if self.params.augment != "none" or any(p.requires_grad for p in features.parameters()):
+            return None
+        return features
 
     # --- before anything is queued
 
@@ -134,17 +144,16 @@ class AlexNet(Job):
         if train != test:
             only = sorted(set(train) ^ set(test))
             raise JobError(f"training_source_dir and testing_source_dir have different classes: {', '.join(only[:5])}")
-        lines = [f"{len(train)} classes in {self._folder('train')}"]
-        if any(flag for flags in self.pretrained.values() for flag in flags):
+        lines = [f"{counted(len(train), 'class', 'classes')} in {self._folder('train')}"]
+        if self._wants_weights:
             lines.append(f"pretrained weights: {self._weights_file(download)}")
         self.model()
         if self.context.settings["select_on"] == "validation":
-            data.split(self.data("train"), self.context.settings["validation_fraction"], self.context.settings["seed"])
+            data.split(
+                self._listed("train"), self.context.settings["validation_fraction"], self.context.settings["seed"]
+            )
         return lines
 
     def _classes(self, split: Split) -> Sequence[str]:
-        try:
-            classes: Sequence[str] = ImageFolder(str(self._folder(split))).classes
-            return classes
-        except (FileNotFoundError, OSError) as error:
-            raise JobError(f"{self._folder(split)}: {error}") from error
+        classes: Sequence[str] = self._listed(split).classes
+        return classes

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from jobs.opening import open_session
+from jobs.own_loop import OwnLoop
 from jobs.ranks import RankLostError, Ranks
-from jobs.training import Session, open_session
+from jobs.training import Session
+from orchestrator.imports import look_first_in
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 
 log = logging.getLogger("orch")
@@ -26,7 +28,7 @@ log = logging.getLogger("orch")
 class DistributedSession:
     """The Trainer of rank 0."""
 
-    def __init__(self, session: Session, ranks: Ranks, on_failure: Callable[[], None]) -> None:
+    def __init__(self, session: Session | OwnLoop, ranks: Ranks, on_failure: Callable[[], None]) -> None:
         self._session = session
         self._ranks = ranks
         self._on_failure = on_failure
@@ -41,6 +43,12 @@ class DistributedSession:
     def save(self, target: IO[bytes]) -> None:
         self._session.save(target)
 
+    def judged(self, promoted: bool) -> None:
+        self._session.judged(promoted)
+
+    def close(self) -> None:
+        self._session.close()
+
 
 def lead(
     ranks: Ranks,
@@ -49,13 +57,15 @@ def lead(
     import_paths: Sequence[str] = (),
     gpus: str | None = None,
     on_failure: Callable[[], None] = lambda: None,
+    run_folder: Path | None = None,
 ) -> DistributedSession:
     """Rank 0: let all open the job. cores: of each rank. gpus: what this worker may use, as a value for
-    CUDA_VISIBLE_DEVICES; None: each rank has its own already. on_failure: the ranks can't be used any more."""
+    CUDA_VISIBLE_DEVICES; None: each rank has its own already. on_failure: the ranks can't be used any more.
+    run_folder: where loggers write."""
     with _fatal_to_all(ranks, on_failure):
         opening = {"settings": dict(settings), "cores": cores, "import_paths": list(import_paths), "gpus": gpus}
         ranks.tell(do="open", opening=opening)
-        return DistributedSession(_open(ranks, opening), ranks, on_failure)
+        return DistributedSession(_open(ranks, opening, run_folder), ranks, on_failure)
 
 
 def follow(ranks: Ranks) -> str:
@@ -64,7 +74,7 @@ def follow(ranks: Ranks) -> str:
 
     Returns how it ended.
     """
-    session: Session | None = None
+    session: Session | OwnLoop | None = None
     failed = True
     try:
         while True:
@@ -110,12 +120,12 @@ def _fatal_to_all(ranks: Ranks, on_failure: Callable[[], None]) -> Iterator[None
         raise
 
 
-def _open(ranks: Ranks, opening: Mapping[str, Any]) -> Session:
+def _open(ranks: Ranks, opening: Mapping[str, Any], run_folder: Path | None = None) -> Session | OwnLoop:
     if opening["gpus"] is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(opening["gpus"].split(","), ranks.rank, ranks.count)
-    sys.path[:0] = [p for p in opening["import_paths"] if p not in sys.path]
-    session = open_session(opening["settings"], opening["cores"], ranks)
-    ranks.use(session.device)
+    look_first_in(opening["import_paths"])
+    session = open_session(opening["settings"], opening["cores"], ranks, run_folder)
+    ranks.use(session.job.context.device)
     return session
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.job import Job, JobError
-from jobs.training import find_class, load_job
+from jobs.opening import load_job
 from orchestrator.records import Profile
 
 # Python's, numpy's and torch's random states, and the archive around it all; measured.
@@ -18,18 +18,15 @@ STATE_BYTES = 22_000
 TENSOR_BYTES = 250  # of the archive, for each tensor in it
 
 
-def checkpoint_bytes(settings: Mapping[str, Any]) -> int | None:
-    """About the bytes of one checkpoint; None for a job with a trainer of its own. settings: a run's, in full.
+def checkpoint_bytes(settings: Mapping[str, Any]) -> int:
+    """About the bytes of one checkpoint. settings: a run's, in full.
 
     The model is made without memory for its tensors (on torch's meta device), or, if the job's code needs their
     values, on the CPU. Raises JobError, and whatever the job's own code raises.
     """
-    if hasattr(find_class(settings["job"]), "open_trainer"):
-        return None
-    keys = ("name", "learning_rate", "momentum", "weight_decay")
     # What the first profile keeps no state for, another one may.
     chosen = max(settings["training_profiles"], key=lambda profile: profile["momentum"])
-    profile = Profile(**{key: chosen[key] for key in keys})
+    profile = Profile(**chosen)
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as that weights which are loaded there go nowhere

@@ -21,14 +21,28 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from jobs import optimizers
+from jobs.batches import tensors
+from jobs.chunk import ChunkContext, ChunkInterrupted, ChunkResult
+from jobs.errors import JobError as JobError  # users take it from here
 from orchestrator.explain import explain
 from orchestrator.records import Profile
 
 Split = Literal["train", "validation", "test"]
 
 
-class JobError(Exception):
-    """The job lacks something that it needs; the message says what and where to get it."""
+@dataclass(frozen=True)
+class Averaging:
+    """An exponential moving average of the weights, floating-point buffers included:
+    average = decay * average + (1 - decay) * weights, after every so many steps."""
+
+    decay: float
+    every_steps: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises JobError for what is no average."""
+        if not 0 <= self.decay < 1 or self.every_steps < 1:
+            raise JobError(f"{self}: decay must be from 0 to below 1, every_steps 1 or more")
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class Job:
     """Derive from it. One object serves a whole job of the chain: keep what is dear to load in it."""
 
     Params: ClassVar[type[BaseModel] | None] = None  # the shape of job_params; None: any, as a plain dict
+    default_optimizer: ClassVar[str] = "SGD"  # of profiles that name none: a class of torch.optim's, or "module:Class"
 
     def __init__(self, context: JobContext) -> None:
         """Raises JobError if job_params are not what Params allows."""
@@ -72,14 +87,13 @@ class Job:
         raise JobError(f"{type(self).__name__} has no data(split); it must return a torch Dataset")
 
     def optimizer(self, model: nn.Module, profile: Profile) -> torch.optim.Optimizer:
-        """Called once for each model, with the profile it starts under. Later profiles set the learning rate,
-        momentum and weight decay of every parameter group; its state is kept in the checkpoint."""
-        return torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=profile.learning_rate,
-            momentum=profile.momentum,
-            weight_decay=profile.weight_decay,
-        )
+        """A new optimizer with the profile's numbers; called at the start of each chunk.
+
+        Under the parent's profile the optimizer's whole state is then restored. Under another, what it has gathered
+        (momentum and the like) is kept if its class is the same, and the numbers of its parameter groups are those
+        that this method gave. A profile that names no optimizer leaves the class to the job.
+        """
+        return optimizers.make(profile, model.parameters(), self.default_optimizer)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         """The mean loss of a batch, a scalar."""
@@ -91,6 +105,41 @@ class Job:
             "accuracy": (outputs.argmax(dim=1) == targets).float().mean(),
             "loss": self.loss(outputs, targets),
         }
+
+    def predict(self, model: nn.Module, inputs: Any) -> Any:
+        """The outputs for a batch of evaluation; test-time augmentation goes here. The model is in eval mode."""
+        return model(inputs)
+
+    def training_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss of a batch of training, a scalar. To be overridden where a batch is no (inputs, targets)."""
+        inputs, targets = batch
+        return self.loss(model(inputs), targets)
+
+    def evaluation_metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """`metrics` of a batch of evaluation. To be overridden where a batch is no (inputs, targets)."""
+        inputs, targets = batch
+        return self.metrics(self.predict(model, inputs), targets)
+
+    def batch_size(self, batch: Any) -> int:
+        """How many examples there are in a batch: the length of the first tensor in it, in the order of its keys."""
+        size = next((len(tensor) for tensor in tensors(batch) if tensor.ndim), None)
+        if size is None:
+            raise JobError(f"{type(self).__name__}: no tensor is in a batch; override batch_size(batch)")
+        return size
+
+    def averaging(self) -> Averaging | None:
+        """The average of the weights that is evaluated and exported instead of the weights; None: there is none."""
+        return None
+
+    def frozen_part(self, model: nn.Module) -> nn.Module | None:
+        """A first part of the model whose output for an example is always the same: it draws nothing at random, has
+        no parameter that is trained, and its input is not augmented. None: there is none."""
+        return None
+
+    def train_chunk(self, context: ChunkContext) -> ChunkResult | ChunkInterrupted:
+        """The long form: a loop of the job's own. Overriding it replaces all of the above but `model` and `data`,
+        which `orch evaluate` and `orch export` use; see docs/your-own-job.md."""
+        raise JobError(f"{type(self).__name__} has no loop of its own")
 
     def prepare(self, download: bool) -> list[str]:
         """Check that everything is there that needs no GPU to check, before anything is queued; fetch it

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
 
+from jobs.batches import part
 from jobs.data import hash_seed, seed_all
 from jobs.job import JobError
 from orchestrator import checkpoints
@@ -62,9 +63,9 @@ class Alone:
     def reseed(self, seed: int, step: int) -> None:
         """Give every rank but 0 random numbers of its own for this step of the epoch with this seed."""
 
-    def share(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
-        """This rank's part of a batch. All parts together are the batch, in order."""
-        return inputs, targets
+    def share(self, batch: Any, whole: int) -> Any:
+        """This rank's part of a batch of so many examples. All parts together are the batch, in order."""
+        return batch
 
     def merge(self, loss: Tensor, model: nn.Module) -> Tensor:
         """The mean loss of the whole batch, and in the model's parameters the gradients of that."""
@@ -200,13 +201,12 @@ class Ranks(Alone):
         if self.rank > 0:  # rank 0's random state is in the checkpoint; this one can be had again without it
             seed_all(hash_seed(seed, step, self.rank))
 
-    def share(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
-        whole = len(targets)
+    def share(self, batch: Any, whole: int) -> Any:
         first, end = whole * self.rank // self.count, whole * (self.rank + 1) // self.count
         self._weight = (end - first) / whole
         if first == end:  # fewer examples than ranks: do the same as the others, with what counts for nothing
             first, end = 0, 1
-        return _part(inputs, whole, first, end), _part(targets, whole, first, end)
+        return part(batch, whole, first, end)
 
     def merge(self, loss: Tensor, model: nn.Module) -> Tensor:
         """One sum for all gradients, always laid out the same: a resumed chunk adds in the same order."""
@@ -282,15 +282,3 @@ def _in_contact() -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch has no class of its own for gloo's errors
         raise RankLostError(str(error).partition("\n")[0]) from error
-
-
-def _part(batch: Any, whole: int, first: int, end: int) -> Any:
-    """Some examples of a nested batch; what is not a value for each example stays."""
-    if isinstance(batch, dict):
-        return {key: _part(value, whole, first, end) for key, value in batch.items()}
-    strings = isinstance(batch, list | tuple) and all(isinstance(value, str | bytes) for value in batch)
-    if isinstance(batch, list | tuple) and not strings:
-        return tuple(_part(value, whole, first, end) for value in batch)
-    if strings or (isinstance(batch, Tensor) and batch.ndim > 0):
-        return batch[first:end] if len(batch) == whole else batch
-    return batch

@@ -22,7 +22,7 @@ import torch
 from jobs.exactness import Difference, count_tensors, differences
 from jobs.job import JobError
 from jobs.resume_link import NO_STOP, REFERENCE, RESUMED, Plan, write_plan
-from jobs.training import read
+from jobs.states import read
 
 RunLink = Callable[[Plan, Path, str, int, int | None], dict[str, Any]]
 
@@ -225,8 +225,9 @@ OTHER_METRICS = (
 )
 STATE_OUTSIDE = (
     "the batches are the same: something that the training depends on is kept outside the model and the optimizer (a "
-    "counter or a generator in the job, a scheduler, a moving average, a buffer with persistent=False). A checkpoint "
-    "holds what state_dict() gives: make it a buffer of the model, or return it from a module's get_extra_state()"
+    "counter or a generator in the job, a scheduler or an average of its own, a buffer with persistent=False). A "
+    "checkpoint holds what state_dict() gives: make it a buffer of the model, or return it from a module's "
+    "get_extra_state(); profiles have schedules, and averaging() keeps an average"
 )
 
 

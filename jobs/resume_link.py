@@ -22,9 +22,11 @@ from torch.utils.data import Dataset
 from jobs.data import Feed
 from jobs.exactness import digest
 from jobs.job import JobError, Split
-from jobs.training import Session, load_job, set_up
+from jobs.opening import has_own_loop, load_job, set_up
+from jobs.training import Session
 from orchestrator import rules
-from orchestrator.records import EpochResult, Interrupted, Profile, Work
+from orchestrator.imports import look_first_in
+from orchestrator.records import EpochResult, Interrupted, Profile, Work, counted
 from orchestrator.settings import Settings
 
 REFERENCE, RESUMED = "reference", "resumed"  # folders of states, each file named after the steps before it
@@ -54,6 +56,11 @@ class ShortSession(Session):
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         super().__init__(load_job(plan.settings, device, plan.cores))
+        if has_own_loop(self.job):
+            raise JobError(
+                f"job {plan.settings['job']}: it has a loop of its own (train_chunk), whose steps orch can't count; "
+                "verify-resume is for jobs that orch's loop trains"
+            )
         self._steps = plan.steps_per_epoch
         self.batches: list[str] = []  # digests, in the order of training
 
@@ -77,13 +84,20 @@ class _Noted(Feed):
 
     def __init__(self, feed: Feed, notes: list[str]) -> None:
         super().__init__(feed.batch_size, feed.count)
+        self.augmented = feed.augmented
         self._feed = feed
         self._notes = notes
 
-    def shuffled(self, seed: int, first_batch: int = 0) -> Iterator[Any]:
-        for batch in self._feed.shuffled(seed, first_batch):
+    def shuffled(self, seed: int, first_batch: int = 0, epoch: int = 0) -> Iterator[Any]:
+        for batch in self._feed.shuffled(seed, first_batch, epoch):
             self._notes.append(digest(batch))
             yield batch
+
+    def in_order(self, first_batch: int = 0, every: int = 1) -> Iterator[Any]:
+        return self._feed.in_order(first_batch, every)
+
+    def instead(self, other: Feed) -> Feed:
+        return _Noted(other, self._notes)
 
 
 def open_short(plan: Plan) -> ShortSession:
@@ -158,8 +172,9 @@ def train_link(
         if isinstance(result, Interrupted):
             break
         if not math.isfinite(result.results[-1].metrics["train_loss"]):
+            after = counted(done, "step")
             raise JobError(
-                f"the loss is infinite or NaN after {done} steps under the profile {profile.name!r}: there is nothing "
+                f"the loss is infinite or NaN after {after} under the profile {profile.name!r}: there is nothing "
                 "to compare. Give settings that train, for example with --set training_profiles.0.learning_rate=0.001"
             )
         metrics[str(done)] = [dict(epoch.metrics) for epoch in result.results]
@@ -193,7 +208,7 @@ def write_plan(plan: Plan, root: Path) -> None:
 def run(root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
     """One link of the plan in root. Raises whatever the job raises."""
     plan = Plan(**json.loads((root / PLAN).read_text(encoding="utf-8")))
-    sys.path[:0] = [p for p in plan.import_paths if p not in sys.path]
+    look_first_in(plan.import_paths)
     session = open_short(plan)
     batches = session.feed("train").batches
     if not batches:

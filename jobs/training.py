@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import importlib
 import math
-import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,63 +14,31 @@ from torch.utils.data import Dataset
 
 from jobs import data
 from jobs.data import Feed, hash_seed, make_feed, random_state, seed_all, set_random_state
-from jobs.job import Job, JobContext, JobError, Split
+from jobs.frozen import FrozenParts
+from jobs.job import Job, JobError, Split
+from jobs.learner import Learner, Predictor
+from jobs.observer import Observer, Unobserved
 from jobs.ranks import ALONE, Alone
-from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
-
-FORMAT = 1
-
-
-def find_class(spec: str) -> Any:
-    """What "module:Class" names. Raises JobError if the module can't be imported or has no such class."""
-    module_name, _, class_name = spec.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name, None)
-    except (Exception, SystemExit) as error:  # whatever the user's module does on import
-        raise JobError(f"job {spec}: {module_name} can't be imported: {type(error).__name__}: {error}") from error
-    if not isinstance(found, type):
-        raise JobError(f"job {spec}: {module_name} has no class {class_name}")
-    return found
-
-
-def load_job(settings: Mapping[str, Any], device: torch.device | None = None, cores: int = 1) -> Job:
-    """The settings' job as an object. Raises JobError if it can't be imported or is none."""
-    found = find_class(settings["job"])
-    if not issubclass(found, Job):
-        raise JobError(f"job {settings['job']}: its class is not derived from jobs.job.Job")
-    job: Job = found(JobContext(settings, device or torch.device("cpu"), cores))
-    return job
-
-
-def open_session(settings: Mapping[str, Any], cores: int, group: Alone = ALONE) -> Session:
-    """The settings' job, ready to train in this process. group: those that train together."""
-    return Session(load_job(settings, set_up(settings, cores), cores), group)
-
-
-def set_up(settings: Mapping[str, Any], cores: int) -> torch.device:
-    """Set this process up for training: threads and determinism. Returns the device: a GPU where there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(max(1, cores))
-    if settings["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses (torch's docs)
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    else:
-        torch.backends.cudnn.benchmark = True
-    return device
+from jobs.returned import checked_metrics
+from jobs.speed import Speed
+from jobs.states import FORMAT, read, weights
+from orchestrator.records import EpochResult, Finished, Interrupted, Metric, Work
 
 
 class Session:
     """The state of the model that is being trained, and the data, which stays from chunk to chunk."""
 
-    def __init__(self, job: Job, group: Alone = ALONE) -> None:
+    def __init__(self, job: Job, group: Alone = ALONE, observer: Observer | None = None) -> None:
         self.job = job
         self.group = group
         self.settings = job.context.settings
         self.device = job.context.device
+        self.metric = Metric(self.settings["metric"]["name"], self.settings["metric"]["mode"])
         self.epochs = 0  # of the whole lineage
-        self._model: nn.Module | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._speed = Speed(self.settings, self.device)
+        self._frozen = FrozenParts(job, self._speed)
+        self._observer = observer or Unobserved()
+        self._learner: Learner | None = None
         self._cut: dict[str, Any] | None = None  # where an interrupted chunk stopped
         self._feeds: dict[str, Feed] = {}
 
@@ -87,114 +51,114 @@ class Session:
 
         After Finished, `save` writes the checkpoint; after Interrupted, the state to go on from.
         """
-        cut = self._begin(work)
+        learner, cut = self._begin(work)
+        self._observer.chunk(work)
         results = [EpochResult(r["number"], r["seconds"], r["metrics"]) for r in cut["results"]]
         for _ in range(len(results), work.epochs):
-            result = self._train_epoch(cut, should_stop)
+            result = self._train_epoch(learner, cut, should_stop)
             if result is None:
                 self._cut = cut | {"results": [_plain(r) for r in results], "rng": random_state()}
                 return Interrupted(cut["step"])
             results.append(result)
+            self._observer.epoch(result)
             on_epoch(result)
             cut = _fresh_cut()
             if not math.isfinite(result.metrics["train_loss"]):
                 break  # it can't recover, and can't enter the board
-        score = results[-1].metrics[self.settings["metric"]["name"]]
+        score = results[-1].metrics[self.metric.name]
         if not math.isfinite(results[-1].metrics["train_loss"]):
             score = math.nan
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
 
-    def _begin(self, work: Work) -> dict[str, Any]:
+    def _begin(self, work: Work) -> tuple[Learner, dict[str, Any]]:
+        """Where the chunk begins or goes on: the learner, and the place in its epoch."""
         self._cut = None
+        batches = self.feed("train").batches
+        parts = (self.job, work.profile, self._speed, self.group, batches, self.metric)
         source = work.suspended or work.parent
         if source is None:
             seed_all(work.seed)
             self.epochs = 0
-            self._model = self.group.adopt(self.job.model().to(self.device))
-            self._optimizer = self.job.optimizer(self._model, work.profile)
-            return _fresh_cut()
+            self._learner = Learner(*parts)
+            return self._learner, _fresh_cut()
         state = read(self.group.fetch(source))
-        self._restore(state, work.profile)
-        if work.suspended:
-            set_random_state(state["cut"]["rng"])
-            return dict(state["cut"])
-        set_random_state(state["rng"])
-        if work.repeat:
-            seed_all(hash_seed(int(torch.randint(2**62, ()).item()), work.repeat))
-        return _fresh_cut()
-
-    def _restore(self, state: dict[str, Any], profile: Profile) -> None:
         with data.random_state_kept():
-            self._model = self.group.adopt(self.job.model().to(self.device))
-            self._optimizer = self.job.optimizer(self._model, profile)
-        self._model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        apply_profile(self._optimizer, profile)
+            self._learner = Learner(*parts)
+        self._learner.restore(state)
         self.epochs = state["epochs"]
+        return self._learner, resume_random_state(state, work)
 
-    def _train_epoch(self, cut: dict[str, Any], should_stop: Callable[[], bool]) -> EpochResult | None:
+    def _train_epoch(
+        self, learner: Learner, cut: dict[str, Any], should_stop: Callable[[], bool]
+    ) -> EpochResult | None:
         """One epoch, or the rest of one; None if it was interrupted, with `cut` saying where."""
-        assert self._model is not None
-        assert self._optimizer is not None
-        model, optimizer, job, group = self._model, self._optimizer, self.job, self.group
-        feed = self.feed("train")
+        started = time.monotonic()
+        feed, group, job = self._batches(learner, learner.model, "train"), self.group, self.job
         if cut["seed"] is None:
             cut["seed"] = group.same(int(torch.randint(2**62, ()).item()))
-        started = time.monotonic()
         loss_sum = torch.tensor(cut["loss_sum"], dtype=torch.float64, device=self.device)
-        model.train()
-        batches = feed.shuffled(cut["seed"], cut["step"])
+        learner.running.train()
+        batches = feed.shuffled(cut["seed"], cut["step"], self.epochs)
         while cut["step"] < feed.batches:
             if group.agree(should_stop):
                 cut["loss_sum"] = loss_sum.item()
                 cut["seconds"] += time.monotonic() - started
                 return None
-            inputs, targets = next(batches)
-            size = len(targets)
-            inputs, targets = group.share(inputs, targets)
+            batch = next(batches)
+            size = job.batch_size(batch)
             group.reseed(cut["seed"], cut["step"])
-            optimizer.zero_grad(set_to_none=True)
-            loss = job.loss(model(inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss = group.merge(loss.detach(), model)
-            optimizer.step()
-            loss_sum += loss * size
+            rate = learner.learning_rate
+            loss = learner.step(group.share(batch, size))
+            loss_sum.add_(loss, alpha=size)
             cut["step"] += 1
+            self._observer.step(learner.steps, loss, rate)
         next(batches, None)  # lets the loader see the end of the epoch
         metrics = {"train_loss": loss_sum.item() / feed.count}
-        metrics |= self.evaluate("validation" if self.settings["select_on"] == "validation" else "test")
+        metrics |= self._evaluate(learner, "validation" if self.settings["select_on"] == "validation" else "test")
+        learner.after_epoch(metrics)
         self.epochs += 1
         return EpochResult(self.epochs, cut["seconds"] + time.monotonic() - started, metrics)
 
     # --- evaluation
 
     def evaluate(self, split: Split) -> dict[str, float]:
+        """Metrics of the model in training."""
+        assert self._learner is not None
+        return self._evaluate(self._learner, split)
+
+    def _evaluate(self, predictor: Predictor, split: Split) -> dict[str, float]:
         """The job's metrics over a split, means over its examples. Raises JobError if the settings' metric
         is not among them."""
-        assert self._model is not None
-        feed = self.feed(split)
+        model, running = predictor.evaluated
+        feed, job = self._batches(predictor, model, split), self.job
         sums: dict[str, Tensor] = {}
-        self._model.eval()
-        self.group.align(self._model)
+        running.eval()
+        self.group.align(model)
         with torch.inference_mode():
-            for inputs, targets in feed.in_order(self.group.rank, self.group.count):
-                for name, value in self.job.metrics(self._model(inputs), targets).items():
-                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value * len(
-                        targets
-                    )
+            for batch in feed.in_order(self.group.rank, self.group.count):
+                with self._speed.autocast():
+                    metrics = checked_metrics(job, job.evaluation_metrics(running, predictor.arranged(batch)))
+                size = job.batch_size(batch)
+                for name, value in metrics.items():
+                    weighed = torch.as_tensor(value, dtype=torch.float64, device=self.device) * size
+                    sums[name] = sums[name] + weighed if name in sums else weighed
         totals = self.group.total({name: value.item() for name, value in sums.items()})
-        wanted = self.settings["metric"]["name"]
-        if wanted not in totals:
-            raise JobError(f"metric.name: {wanted!r} is not among the metrics of the job: {', '.join(sorted(totals))}")
+        if self.metric.name not in totals:
+            known = ", ".join(sorted(totals))
+            raise JobError(f"metric.name: {self.metric.name!r} is not among the metrics of the job: {known}")
         return {name: value / feed.count for name, value in totals.items()}
 
     def evaluate_file(self, checkpoint: Path, split: Split) -> dict[str, float]:
         """Metrics of a checkpoint's model."""
         state = read(checkpoint)
         with data.random_state_kept():
-            self._model = self.job.model().to(self.device)
-        self._model.load_state_dict(state["model"])
-        return self.evaluate(split)
+            predictor = Predictor(self.job, self._speed, self.group)
+        predictor.model.load_state_dict(weights(state))
+        return self._evaluate(predictor, split)
+
+    def _batches(self, predictor: Predictor, model: nn.Module, split: Split) -> Feed:
+        """Those to call this model with from now on."""
+        return self._frozen.feed(model, split, self.feed(split), predictor.arranged)
 
     def feed(self, split: Split) -> Feed:
         """The batches of a split; made once, the data stays."""
@@ -223,59 +187,33 @@ class Session:
         torch.save(self.state(), target)
 
     def state(self) -> dict[str, Any]:
-        assert self._model is not None
-        assert self._optimizer is not None
+        assert self._learner is not None
         return {
             "format": FORMAT,
             "epochs": self.epochs,
-            "model": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            **self._learner.state(),
             "rng": random_state(),
             "cut": self._cut,
         }
 
+    def judged(self, promoted: bool) -> None:
+        """What became of the chunk that was finished last."""
+        self._observer.judged(promoted)
 
-def read(path: Path | IO[bytes]) -> dict[str, Any]:
-    """A checkpoint's state, its tensors on the CPU: from there each goes where it belongs, and some belong there
-    (random states, the step counts of optimizers). Nothing in the file is executed.
-
-    Raises JobError if it is no checkpoint of this format, OSError if it can't be opened.
-    """
-    name = path if isinstance(path, Path | str) else "what was received as a checkpoint"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # arbitrary bytes can make the unpickler raise almost anything
-        truncated = isinstance(error, OSError) and error.errno == errno.EINVAL  # it seeks to before the start
-        if isinstance(error, OSError | MemoryError) and not truncated:
-            raise
-        raise JobError(f"{name}: not a checkpoint of format {FORMAT}: {_why_unreadable(error)}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        named = isinstance(state, dict) and "format" in state
-        found = f"it says {state['format']!r:.40}" if named else "it names no format"
-        raise JobError(f"{name}: not a checkpoint of format {FORMAT}: {found}")
-    return state
+    def close(self) -> None:
+        """The process ends."""
+        self._observer.close()
 
 
-def _why_unreadable(error: Exception) -> str:
-    code = re.search(r"Unsupported (?:global|class)\S* \S+( \S+)?", str(error))
-    if code:
-        return f"it holds more than tensors and plain values, and nothing of that is executed ({code[0]})"
-    return f"it is damaged, or no file of torch.save's ({type(error).__name__})"
-
-
-def apply_profile(optimizer: torch.optim.Optimizer, profile: Profile) -> None:
-    """Set what the profile says in every parameter group; momentum buffers and the like stay."""
-    for group in optimizer.param_groups:
-        group["lr"] = profile.learning_rate
-        if "momentum" in group:
-            group["momentum"] = profile.momentum
-        if "weight_decay" in group:
-            group["weight_decay"] = profile.weight_decay
-
-
-def export(checkpoint: Path, target: IO[bytes]) -> None:
-    """Only the model's weights, on the CPU, as `model.load_state_dict(torch.load(file))` takes them."""
-    torch.save(read(checkpoint)["model"], target)
+def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
+    """Set the random state that the work goes on with; a repeat has one of its own. Returns the place in its epoch."""
+    if work.suspended:
+        set_random_state(state["cut"]["rng"])
+        return dict(state["cut"])
+    set_random_state(state["rng"])
+    if work.repeat:
+        seed_all(hash_seed(int(torch.randint(2**62, ()).item()), work.repeat))
+    return _fresh_cut()
 
 
 def _fresh_cut() -> dict[str, Any]:

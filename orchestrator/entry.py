@@ -12,11 +12,12 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from orchestrator import trust
 from orchestrator.cluster import Place, this_place
 from orchestrator.cluster.local import gpus, this_process
+from orchestrator.imports import look_first_in
 from orchestrator.leaderboard.engine import JOB_CONNECTS_FOR_S
 from orchestrator.run import Run
 from orchestrator.user_job import import_ahead
@@ -32,15 +33,25 @@ def job_main(run_folder: str, worker_id: int) -> str:
     """What submitit runs: one process of one job of one chain.
 
     On Slurm it does not return: nobody reads the result that submitit would write, and Python's own end with
-    torch loaded takes a tenth of a second and more, for which the successor would wait.
+    torch loaded takes a tenth of a second and more, for which the successor would wait. Neither does it where a job
+    has several processes: see leave.
     """
     outcome = _work(run_folder, worker_id)
-    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" or this_place().count > 1:
+        leave()
     return outcome
+
+
+def leave() -> NoReturn:
+    """End this process with exit code 0, now.
+
+    With its connections to other ranks broken, Python's own end may be an abort instead (a thread of gloo's that
+    wants the interpreter while it ends), for which the cluster would kill rank 0.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _work(run_folder: str, worker_id: int) -> str:
@@ -55,7 +66,7 @@ def _work(run_folder: str, worker_id: int) -> str:
     if team is not None and place.rank > 0:
         return team.follow()
     try:
-        run = Run.open(Path(run_folder))
+        run = Run.open(Path(run_folder), JOB_CONNECTS_FOR_S)
         return be_worker(run, run.cluster.token(), worker_id, stop, team).outcome
     finally:
         if team is not None:
@@ -101,7 +112,7 @@ class Team:
 
         import_paths = run.leaderboard.reader.run_row()["import_paths"]
         settings = run.settings.model_dump(mode="json")
-        return lead(self._ranks, settings, run.cluster.cores(), import_paths, gpus, end_the_job)
+        return lead(self._ranks, settings, run.cluster.cores(), import_paths, gpus, end_the_job, run.folder)
 
     def dismiss(self) -> None:
         if self._ranks is not None:
@@ -118,10 +129,11 @@ def be_worker(run: Run, token: str, worker_id: int, stop: StopFlag, team: Team |
     run.cluster.wait_turn(predecessor, lambda: stop.reason is not None)
     if stop.reason:
         return Ending(f"stopped by {stop.reason} before it began")
-    run = Run.open(run.folder)  # it may have been amended during the wait
-    sys.path[:0] = [p for p in run.leaderboard.reader.run_row()["import_paths"] if p not in sys.path]
+    run = Run.open(run.folder, JOB_CONNECTS_FOR_S)  # it may have been amended during the wait
+    look_first_in(run.leaderboard.reader.run_row()["import_paths"])
+    ahead = None
     if run.leaderboard.chains.wants_successor(worker_id, time.time(), run.settings.max_failures):  # there is work
-        import_ahead(run.settings.job)
+        ahead = import_ahead(run.settings.job)
     cluster_id, host = run.cluster.identity()
     started = run.leaderboard.chains.start(
         token,
@@ -140,16 +152,32 @@ def be_worker(run: Run, token: str, worker_id: int, stop: StopFlag, team: Team |
     if local:
         os.environ["CUDA_VISIBLE_DEVICES"] = started.worker.device or ""
 
+    opened: list[Any] = []
+
     def open_trainer() -> Any:
+        if ahead is not None:
+            ahead.join()
         if team is not None:
-            return team.open_trainer(run, os.environ["CUDA_VISIBLE_DEVICES"] if local else None, stop)
-        from orchestrator.user_job import open_trainer  # imports torch, which takes seconds
+            opened.append(team.open_trainer(run, os.environ["CUDA_VISIBLE_DEVICES"] if local else None, stop))
+        else:
+            from orchestrator.user_job import open_trainer  # imports torch, which takes seconds
 
-        return open_trainer(run.settings, run.cluster.cores())
+            opened.append(open_trainer(run.settings, run.cluster.cores(), run.folder))
+        return opened[0]
 
-    run.leaderboard.database.connect_for_s = JOB_CONNECTS_FOR_S
     worker = Worker(run.folder, run.settings, run.version, run.leaderboard, run.cluster, open_trainer, time.time, stop)
-    return worker.run(started)
+    ending = worker.run(started)
+    for trainer in opened:
+        _close(trainer)
+    return ending
+
+
+def _close(trainer: Any) -> None:
+    """Let its loggers write what is left; a trainer of the user's own need not have any."""
+    try:
+        getattr(trainer, "close", lambda: None)()
+    except Exception:  # the job's work is done and written down
+        log.warning("the trainer could not be closed: %s", traceback.format_exc())
 
 
 def _log_to(path: Path | None) -> None:

@@ -7,15 +7,19 @@ import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError, PydanticSerializationError
+from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic_core import PydanticSerializationError
 
 from orchestrator import rules, trust
+from orchestrator.changes import changes
 from orchestrator.errors import SettingsError
 from orchestrator.explain import explain, shown
+from orchestrator.fields import MOST, Count, FilePath, Lifetime, Line, Size, Word
+from orchestrator.fields import Strict as Strict  # of job_params too: a job imports it from here
+from orchestrator.profile_settings import ProfileSettings, checked_logger, checked_loggers
 from orchestrator.records import Metric, Mode, Policy, Profile, StopRules
 from orchestrator.slurm_values import checked_additional, checked_setup, one_line
 
@@ -24,47 +28,8 @@ OBSOLETE = ("lock_file", "lock_timeout", "state_file", "log_file", "model_name_f
 POSTGRES = "postgresql+psycopg"
 DEFAULT_JOB = "jobs.alexnet:AlexNet"
 
-# Upper bounds are there for mistakes, not for ambition: nothing that is reckoned from them overflows.
-MOST = 10**9
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Size = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
-Lifetime = Annotated[float, Field(ge=0.001, le=100 * 365 * 86400, allow_inf_nan=False)]  # seconds; 100 years
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Line = Annotated[str, AfterValidator(one_line)]
-Word = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(one_line)]  # of an #SBATCH line
-FilePath = Annotated[str, Field(max_length=4096), AfterValidator(one_line)]
 Flags = bool | list[bool]
-
-
-class Strict(BaseModel):
-    """Unknown keys are mistakes, and true is no number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python and pydantic take true for 1."""
-        if isinstance(value, bool) and info.field_name in cls.model_fields:
-            kinds = _kinds(cls.model_fields[info.field_name].annotation)
-            if kinds & {int, float} and bool not in kinds:
-                raise PydanticCustomError("bool_for_number", "input should be a number")
-        return value
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """Every type that is named in it."""
-    inner = get_args(annotation)
-    return {annotation} if not inner else set().union(*(_kinds(part) for part in inner))
-
-
-class ProfileSettings(Strict):
-    """One entry of the cycle."""
-
-    name: Annotated[Line, Field(min_length=1, max_length=100)]
-    learning_rate: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+Logger = Annotated[str, AfterValidator(checked_logger)]
 
 
 class MetricSettings(Strict):
@@ -88,8 +53,8 @@ class SlurmSettings(Strict):
     exclude: Word | None = None
     throttle: Annotated[Count | None, Field(description="jobs of the first array that run at once")] = None
     signal_delay_s: Annotated[Count | None, Field(description="warning before the limit; default 60")] = None
-    setup: list[str] = []
-    additional_parameters: dict[str, Any] = {}
+    setup: list[str] = Field([])
+    additional_parameters: dict[str, Any] = Field({})
 
     @field_validator("setup")
     @classmethod
@@ -109,7 +74,7 @@ class Settings(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     job: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=300)] = DEFAULT_JOB
-    job_params: dict[str, Any] = {}
+    job_params: dict[str, Any] = Field({})
 
     num_models: Count = 5
     training_profiles: Annotated[list[ProfileSettings], Field(min_length=1)]
@@ -120,6 +85,10 @@ class Settings(Strict):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     deterministic: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    channels_last: Literal["auto", True, False] = "auto"
+    compile: bool = False
+    loggers: Annotated[list[Logger], AfterValidator(checked_loggers)] = Field(["tensorboard"])
 
     training_source_dir: FilePath | None = None
     testing_source_dir: FilePath | None = None
@@ -152,6 +121,15 @@ class Settings(Strict):
     @classmethod
     def _a_database_we_know(cls, url: str | None) -> str | None:
         return None if url is None else checked_database(url)
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _a_name_and_which_way_is_up(cls, metric: Any) -> Any:
+        if isinstance(metric, str):
+            name = shown(json.dumps(metric))
+            objects = f'{{"name": {name}, "mode": "min"}} if less of it is better, "max" in its place if more of it is'
+            raise ValueError(f"{name} is a name alone; write {objects}")
+        return metric
 
     @field_validator("training_profiles")
     @classmethod
@@ -278,7 +256,7 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
 AMENDABLE = (
     "training_profiles", "epochs_per_chunk", "workers", "cores_per_worker", "total_lifetime", "eon_lifetime",
     "stop_after_stale_cycles", "stop_at_score", "stop_after_epochs", "max_failures", "max_chunk_attempts",
-    "max_disk_gb", "slurm_file", "slurm",
+    "max_disk_gb", "slurm_file", "slurm", "loggers",
 )  # fmt: skip
 
 
@@ -313,15 +291,13 @@ def _check_round_trip(settings: Settings, source: str) -> None:
     except (PydanticSerializationError, SettingsError, ValueError, RecursionError):
         same = False
     if not same:
-        raise SettingsError(f"{source}: job_params or slurm hold a value that JSON can't keep (NaN, too deep, ...)")
+        where = "job_params, training_profiles or slurm"
+        raise SettingsError(f"{source}: {where} hold a value that JSON can't keep (NaN, too deep, ...)")
 
 
 def difference(old: Settings, new: Settings) -> list[str]:
-    """A line for each key whose value differs: "key: old -> new"."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    return [
-        f"{key}: {json.dumps(before[key])} -> {json.dumps(after[key])}" for key in before if before[key] != after[key]
-    ]
+    """A line for each value that differs, as deep as it lies: "slurm.partition: old -> new"."""
+    return changes(old.model_dump(mode="json"), new.model_dump(mode="json"))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import checkpoints
-from orchestrator.errors import JobSpecError, OrchError, RunError
+from orchestrator.errors import DamagedCheckpointError, JobSpecError, OrchError, RunError
+from orchestrator.imports import look_first_in
+from orchestrator.records import counted
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,22 +28,28 @@ if TYPE_CHECKING:
 
 def check(settings: Settings, import_paths: Sequence[str], download: bool = False) -> list[str]:
     """Import the job and let it check what it needs. Lines for the user. Raises JobSpecError."""
-    sys.path[:0] = [p for p in import_paths if p not in sys.path]
-    from jobs.job import JobError
-    from jobs.training import find_class, load_job
+    look_first_in(import_paths)
+    from jobs.errors import JobError
+    from jobs.named import brings_own_trainer
 
     with _as_job_error(settings.job, JobError):
-        if hasattr(find_class(settings.job), "open_trainer"):
+        if brings_own_trainer(settings.job):
             return []
-        return load_job(settings.model_dump(mode="json")).prepare(download)
+        from jobs import opening  # imports torch
+
+        return opening.check(settings.model_dump(mode="json"), download)
 
 
 def checkpoint_bytes(settings: Settings) -> int | None:
     """About how large a checkpoint of this job is; None where that can't be told without training. After `check`."""
-    from jobs.footprint import checkpoint_bytes
+    from jobs.named import brings_own_trainer
 
     try:
         with apart_from_stdout():
+            if brings_own_trainer(settings.job):
+                return None
+            from jobs.footprint import checkpoint_bytes
+
             return checkpoint_bytes(settings.model_dump(mode="json"))
     except Exception:  # the user's code: what is wrong with it is said where it is needed
         return None
@@ -75,37 +83,40 @@ def _as_job_error(job: str, own: type[Exception]) -> Iterator[None]:
         raise JobSpecError(f"job {job}: {type(error).__name__}: {error}") from error
 
 
-def import_ahead(job: str) -> None:
+def import_ahead(job: str) -> threading.Thread:
     """Import the job's module, and with it torch, in the background: it takes seconds, in which the worker
-    waits for sbatch, squeue and the database. What goes wrong here is raised when the job is opened."""
+    waits for sbatch, squeue and the database. What goes wrong here is raised when the job is opened. To be joined
+    before that: torch's parts must not be imported by two threads at once."""
 
     def quietly() -> None:
         with suppress(BaseException):
             importlib.import_module(job.partition(":")[0])
             if "torch" in sys.modules:
-                importlib.import_module("jobs.training")
+                importlib.import_module("jobs.opening")
 
-    threading.Thread(target=quietly, name="import ahead", daemon=True).start()
+    thread = threading.Thread(target=quietly, name="import ahead", daemon=True)
+    thread.start()
+    return thread
 
 
-def open_trainer(settings: Settings, cores: int) -> Trainer:
-    """The settings' job, ready to train. A job class that is no torch job brings its own trainer: a static
-    method `open_trainer(settings, cores)` that returns a `worker.Trainer`."""
+def open_trainer(settings: Settings, cores: int, run_folder: Path) -> Trainer:
+    """The settings' job, ready to train; its loggers write below run_folder. A job class that is no torch job brings
+    its own trainer: a static method `open_trainer(settings, cores)` that returns a `worker.Trainer`."""
     module, _, name = settings.job.partition(":")
     own = getattr(getattr(importlib.import_module(module), name, None), "open_trainer", None)
     if own is not None:
         trainer: Trainer = own(settings.model_dump(mode="json"), cores)
         return trainer
-    from jobs.training import open_session
+    from jobs.opening import open_session
 
-    return open_session(settings.model_dump(mode="json"), cores)
+    return open_session(settings.model_dump(mode="json"), cores, run_folder=run_folder)
 
 
 def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
     """A function from a checkpoint's file to its metrics on the test set."""
-    sys.path[:0] = [p for p in run.leaderboard.reader.run_row()["import_paths"] if p not in sys.path]
+    look_first_in(run.leaderboard.reader.run_row()["import_paths"])
     from jobs.job import JobError
-    from jobs.training import open_session
+    from jobs.opening import open_session
 
     with _as_job_error(run.settings.job, JobError):
         session = open_session(run.settings.model_dump(mode="json"), len(os.sched_getaffinity(0)))
@@ -118,22 +129,49 @@ def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
     return evaluate
 
 
+@contextmanager
+def logged(run: Run, evaluate: Callable[[Path], dict[str, float]]) -> Iterator[Callable[[Path], dict[str, float]]]:
+    """`evaluator`'s function, whose results go to the run's loggers at the end."""
+    from jobs.loggers.choice import log_tests
+    from jobs.states import last_step
+
+    tests: dict[str, tuple[int, dict[str, float]]] = {}
+
+    def evaluate_and_keep(path: Path) -> dict[str, float]:
+        metrics = evaluate(path)
+        with suppress(FileNotFoundError):  # it left the board meanwhile, and its test is not recorded either
+            tests[path.name] = (last_step(path), metrics)
+        return metrics
+
+    try:
+        yield evaluate_and_keep
+    finally:
+        with apart_from_stdout():
+            log_tests(run.settings.model_dump(mode="json"), run.folder, tests)
+
+
 def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
     """Write the weights of the entry of this rank to out, and what it is beside it. Raises RunError."""
-    from jobs.training import export
+    from jobs.errors import JobError
+    from jobs.states import export
 
     if out.suffix == ".json":
         raise RunError(f"--out {out}: .json is for the description beside it; allowed is another ending, such as .pt")
     entries = run.board()["entries"]
     if rank > len(entries):
-        raise RunError(f"--rank {rank}: the board of {run.name} has {len(entries)} entries")
+        raise RunError(f"--rank {rank}: the board of {run.name} has {counted(len(entries), 'entry', 'entries')}")
     entry: dict[str, Any] = entries[rank - 1]
-    source = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
+    try:
+        source = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
+    except DamagedCheckpointError as error:
+        raise RunError(f"{error}. `orch repair {run.name}` takes it off the board; or choose another --rank") from error
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         checkpoints.publish(out, lambda target: export(source, target))
         text = json.dumps({"run": run.name, "job": run.settings.job, **entry}, indent=2)
         checkpoints.publish(out.with_suffix(".json"), lambda target: target.write(text.encode()))
+    except JobError as error:  # a job with a loop of its own may keep what is no model
+        raise JobSpecError(f"job {run.settings.job}: {error}") from error
     except OSError as error:
         raise RunError(f"--out {out}: {error.strerror or error}") from error
     return entry
@@ -155,10 +193,10 @@ def verify_resume(
         say(line)
     from jobs import resume_check
     from jobs.job import JobError
+    from jobs.named import brings_own_trainer
     from jobs.resume_link import Plan
-    from jobs.training import find_class
 
-    if hasattr(find_class(settings.job), "open_trainer"):
+    if brings_own_trainer(settings.job):
         raise JobSpecError(
             f"job {settings.job}: it brings a trainer of its own (open_trainer), whose files orch can't read; "
             "verify-resume is for classes derived from jobs.job.Job"

@@ -22,11 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from jobs.chunk import ChunkContext, ChunkInterrupted, ChunkResult
 from jobs.digits import Digits
 from jobs.distributed import DistributedSession, dismiss, lead
-from jobs.job import Split
+from jobs.job import Averaging, Split
+from jobs.opening import open_session
 from jobs.ranks import Ranks, meet
-from jobs.training import Session, open_session, read
+from jobs.states import read
+from jobs.training import Session
 from orchestrator.records import Finished, Interrupted, Profile, Work
 from orchestrator.settings import Settings
 
@@ -84,6 +87,52 @@ class Noisy(Plain):
         return Noise(super().data(split))
 
 
+class Named(Dataset[Any]):
+    """Examples are dicts, with a name and a list in them."""
+
+    def __init__(self, source: TensorDataset) -> None:
+        self.source = source
+        self.targets = source.tensors[1].numpy()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pixels, target = self.source[index]
+        return {"name": f"digit {index}", "views": [pixels, -pixels], "target": target}
+
+
+class Dicts(Plain):
+    """Batches of another structure, and an average of the weights."""
+
+    def data(self, split: Split) -> Any:
+        return Named(super().data(split))
+
+    def training_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        assert len(batch["name"]) == len(batch["target"])
+        assert torch.equal(batch["views"][0], -batch["views"][1])
+        return self.loss(model(batch["views"][0]), batch["target"])
+
+    def evaluation_metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return self.metrics(model(batch["views"][0]), batch["target"])
+
+    def averaging(self) -> Averaging:
+        return Averaging(0.9)
+
+
+class Together(Plain):
+    """A loop of its own, in which all processes take part."""
+
+    def train_chunk(self, context: ChunkContext) -> ChunkResult | ChunkInterrupted:
+        for _ in range(context.epochs):
+            if context.should_stop():
+                return ChunkInterrupted({"ranks": context.ranks})
+            total = torch.tensor(context.rank + 1.0)
+            dist.all_reduce(total)
+            context.report({"accuracy": total.item() / 10})
+        return ChunkResult({"ranks": context.ranks})
+
+
 class Net(nn.Module):
     """A layer that nobody uses, one that only some batches use, and a batch normalisation."""
 
@@ -138,7 +187,7 @@ class Watched(Digits):
 def settings(job: type[Digits] = Plain, **changes: Any) -> dict[str, Any]:
     profile = {"name": "fast", "learning_rate": 0.05}
     given = {"name": "run", "job": f"{__name__}:{job.__name__}", "training_profiles": [profile], "seed": 3}
-    given |= {"validation_fraction": 0.2, "max_batch_size": 200, "deterministic": True}
+    given |= {"validation_fraction": 0.2, "max_batch_size": 200, "deterministic": True, "precision": "fp32"}
     return Settings.model_validate(given | changes).model_dump(mode="json")
 
 
@@ -150,8 +199,10 @@ import sys
 from pathlib import Path
 from jobs.distributed import follow
 from jobs.ranks import meet
+from orchestrator.entry import leave
 rank, count, place, step_s = sys.argv[1:]
 print(follow(meet(int(rank), int(count), Path(place), step_s=float(step_s))))
+leave()
 """
 
 
@@ -205,20 +256,6 @@ def team_of(count: int, folder: Path, step_s: float = 60.0) -> Iterator[Team]:
         team.end()
 
 
-@contextmanager
-def as_it_was() -> Iterator[None]:
-    """Opening a job sets the process up for it."""
-    had = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    with pytest.MonkeyPatch.context() as environment:
-        for name in ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME"):
-            environment.setenv(name, "")  # so that it is undone afterwards
-            environment.delenv(name)
-        yield
-    torch.set_num_threads(had[0])
-    torch.use_deterministic_algorithms(had[1])
-    torch.backends.cudnn.benchmark = had[2]
-
-
 # --- training
 
 
@@ -268,6 +305,8 @@ def close(left: dict[str, Any], right: dict[str, Any]) -> None:
     """Weights and momentum are the same but for the order in which gradients were added."""
     torch.testing.assert_close(left["model"], right["model"], rtol=0, atol=CLOSE)
     torch.testing.assert_close(left["optimizer"]["state"], right["optimizer"]["state"], rtol=0, atol=CLOSE)
+    if right["average"]:
+        torch.testing.assert_close(left["average"]["model"], right["average"]["model"], rtol=0, atol=CLOSE)
     assert left["epochs"] == right["epochs"]
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from jobs.digits import Digits
 from jobs.digits import Params as DigitsParams
-from jobs.job import Split
+from jobs.job import Averaging, Split
 
 print("resume_jobs says hello")  # a user's module may print what it likes
 
@@ -164,6 +164,13 @@ class WithAdam(Noisy):
 
     def optimizer(self, model: nn.Module, profile: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=profile.learning_rate, weight_decay=profile.weight_decay)
+
+
+class Averaged(Noisy):
+    """What is evaluated is an average of the weights."""
+
+    def averaging(self) -> Averaging:
+        return Averaging(0.9, every_steps=2)
 
 
 class CountingPictures(NoisyPictures):

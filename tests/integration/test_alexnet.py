@@ -21,8 +21,11 @@ from torchvision import models
 
 from jobs import data
 from jobs.alexnet import LAYERS, AlexNet
+from jobs.augment import Normalize
 from jobs.job import Job, JobError
-from jobs.training import Session, load_job
+from jobs.opening import load_job
+from jobs.pretrained import IMAGENET
+from jobs.training import Session
 from orchestrator.records import Finished, Profile, Work
 from orchestrator.settings import OBSOLETE, load
 
@@ -33,12 +36,15 @@ SEED = 5  # of the founder in these tests
 ALEX = Profile("alex", learning_rate=0.01, momentum=0.9, weight_decay=0.0005)
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    had = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(had)
+def _node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A disk of its own for decoded pictures."""
+    with pytest.MonkeyPatch.context() as there:
+        there.setenv("SLURM_TMPDIR", str(tmp_path_factory.mktemp("node")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +327,64 @@ def test_training_pictures_are_augmented_and_the_others_are_not(sketches: Path) 
         shown = [source[0][0] for _ in range(6)]
         assert all(picture.shape == (3, 63, 63) for picture in shown)
         assert any(not torch.equal(shown[0], picture) for picture in shown) is varies
+
+
+@pytest.mark.parametrize("augment", ["none", "random"])
+def test_training_pictures_are_augmented_only_if_the_settings_say_so(augment: str, sketches: Path) -> None:
+    job = job_of("part1", sketches, job_params={"image_size": 63, "augment": augment})
+    data.seed_all(SEED)
+    source = job.data("train")
+    shown = [source[0][0] for _ in range(6)]
+    assert any(not torch.equal(shown[0], picture) for picture in shown) is (augment == "random")
+
+
+@pytest.mark.parametrize(("part", "own"), [("part1", True), ("part2", False)])
+def test_pictures_are_normalised_as_the_weights_expect_or_by_the_training_sets_statistics(
+    part: str, own: bool, sketches: Path, weights: Path
+) -> None:
+    """With statistics of its own the training set has mean 0 and variance 1, and the test set is not asked."""
+    job = job_of(part, sketches, pretrained_weights=str(weights))
+    pictures = torch.stack([job.data("validation")[index][0] for index in range(80)])
+    mean, std = pictures.mean(dim=(0, 2, 3)), pictures.std(dim=(0, 2, 3))
+    assert (bool((mean.abs() < 0.02).all()), bool(((std - 1).abs() < 0.05).all())) == (own, own)
+    steps = [step for split in ("train", "validation", "test") for step in job.data(split).steps]
+    constants = {(step.mean, step.std) for step in steps if isinstance(step, Normalize)}
+    assert len(constants) == 1
+    assert (constants == {IMAGENET}) is not own
+
+
+@pytest.mark.parametrize("augment", ["none", "random"])
+def test_frozen_features_are_computed_once_where_no_picture_changes(
+    augment: str, sketches: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = {"image_size": 63, "augment": augment}
+    changes = {"pretrained_weights": str(weights), "job_params": params, "precision": "fp32"}
+    seen: list[int] = []
+
+    def watch(session: Session) -> Any:
+        made = session.job.model
+
+        def model() -> Any:
+            net = made()
+            net.features[0].register_forward_hook(lambda layer, given, outputs: seen.append(given[0].shape[1]))
+            return net
+
+        monkeypatch.setattr(session.job, "model", model)
+        result = session.train(Work(ALEX, 2, SEED, 0, None, None), lambda: False, lambda epoch: None)
+        assert isinstance(result, Finished)
+        return [epoch.metrics for epoch in result.results], seen.count(3)
+
+    session = Session(job_of("part2", sketches, **changes))
+    kept, passes = watch(session)
+    seen.clear()
+    plain = Session(job_of("part2", sketches, **changes))
+    monkeypatch.setattr(plain.job, "frozen_part", lambda model: None)
+    expected, all_passes = watch(plain)
+    assert kept == expected
+    if augment == "none":
+        assert passes < all_passes
+    else:
+        assert passes == all_passes
 
 
 # --- the command line

@@ -25,7 +25,6 @@ from tests.integration.distributed import (
     ROOT,
     Unlucky,
     Watched,
-    as_it_was,
     check_equal,
     found,
     settings,
@@ -35,12 +34,6 @@ from tests.integration.distributed import (
 from tests.invariants import violations
 
 ORCH = Path(sys.executable).with_name("orch")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _as_it_was() -> Iterator[None]:
-    with as_it_was():
-        yield
 
 
 def test_three_processes_train_what_one_trains(tmp_path: Path) -> None:
@@ -159,7 +152,7 @@ def test_the_part_of_a_nested_batch_is_the_part_of_all_in_it(rank: int) -> None:
     ranks.rank, ranks.count = rank, 2
     part = slice(0, 2) if rank == 0 else slice(2, 5)
     names, numbers, scale = ["a", "b", "c", "d", "e"], torch.arange(5), torch.tensor(2.0)
-    inputs, targets = ranks.share({"names": names, "pair": [numbers, scale], "what": 7}, numbers)
+    inputs, targets = ranks.share(({"names": names, "pair": [numbers, scale], "what": 7}, numbers), 5)
     assert inputs["names"] == names[part]
     assert (inputs["pair"][0].tolist(), inputs["pair"][1], inputs["what"]) == (numbers[part].tolist(), scale, 7)
     assert targets.tolist() == numbers[part].tolist()
@@ -246,7 +239,9 @@ def test_a_run_of_two_processes_a_worker_has_one_writer_and_leaves_nothing_behin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1], ids=["rank 0", "rank 1"])
+@pytest.mark.parametrize(  # a real cluster's are in tests/slurm/test_distributed.py
+    "victim", [pytest.param(0, id="rank 0", marks=pytest.mark.long), pytest.param(1, id="rank 1")]
+)
 def test_a_process_that_is_killed_takes_the_others_along_and_the_chain_goes_on(runs_dir: Path, victim: int) -> None:
     run = launch(runs_dir, "--set", "stop_after_epochs=15")
     until("some work", lambda: run.leaderboard.reader.counts()["epochs"] >= 3)

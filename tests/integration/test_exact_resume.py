@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -28,7 +27,7 @@ from jobs.exactness import count_tensors, differences
 from jobs.job import JobError
 from jobs.resume_check import Verdict, as_json, in_fresh_process, verify
 from jobs.resume_link import NO_STOP, Plan, ShortSession, break_points, train_link, write_plan
-from jobs.training import read
+from jobs.states import read
 from orchestrator.cli import main
 from orchestrator.settings import Settings
 
@@ -67,16 +66,9 @@ def plan_for(job: str = "Noisy", chunks: int = CHUNKS, interruptions: int = 4, *
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _process_as_it_was() -> Iterator[None]:
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    benchmark, cublas = torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = benchmark
-    if cublas is None:
-        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+ONE_CYCLE = [
+    {"name": "one", "learning_rate": 0.01, "optimizer": "AdamW", "schedule": {"name": "OneCycleLR", "epochs": 4}}
+]
 
 
 def scramble(seed: int) -> None:
@@ -216,6 +208,9 @@ def verdict_on(job: str, chunks: int = 2, **changes: Any) -> Verdict:
         pytest.param(plan_for("jobs.digits:Digits", max_batch_size=1, chunks=1), id="batches of one"),
         pytest.param(plan_for(select_on="test"), id="selection on the test set"),
         pytest.param(plan_for("RandomSubset"), id="data that are drawn when they are loaded"),
+        pytest.param(plan_for("Averaged"), id="an average of the weights"),
+        pytest.param(plan_for(precision="bf16"), id="bf16"),
+        pytest.param(plan_for("Averaged", precision="fp16", training_profiles=ONE_CYCLE), id="fp16, AdamW, one cycle"),
     ],
 )
 def test_a_job_whose_checkpoint_is_complete_is_exact(plan: Plan) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import BaseModel
@@ -27,7 +28,9 @@ from torchvision.transforms import v2
 from jobs import data
 from jobs.digits import Digits
 from jobs.job import Job, JobContext, JobError, Split
-from jobs.training import Session, export, load_job, open_session, read
+from jobs.opening import load_job, open_session
+from jobs.states import export, read
+from jobs.training import Session
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from orchestrator.settings import Settings
 
@@ -39,13 +42,7 @@ EPOCHS = 2
 STEPS = 6  # of an epoch of either job below, with the settings below
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """How a sum is spread over threads is part of its result."""
-    had = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(had)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- jobs
@@ -460,22 +457,12 @@ def test_a_metric_of_which_less_is_better_is_the_score_as_it_is() -> None:
 # --- the process
 
 
-@pytest.fixture
-def _as_it_was() -> Iterator[None]:
-    had = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    yield
-    torch.set_num_threads(had[0])
-    torch.use_deterministic_algorithms(had[1])
-    torch.backends.cudnn.benchmark = had[2]
-
-
-@pytest.mark.usefixtures("_as_it_was")
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_process_trains_with_the_cores_and_the_determinism_that_the_settings_ask_for(
-    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+    deterministic: bool,
 ) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is undone afterwards
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    torch.use_deterministic_algorithms(False)  # as it is in a process that begins
     session = open_session(digits_settings(deterministic=deterministic), cores=2)
     assert torch.get_num_threads() == 2
     assert torch.are_deterministic_algorithms_enabled() is deterministic
@@ -599,8 +586,8 @@ def pickle_alone(content: Any, target: IO[bytes]) -> None:
 @pytest.mark.parametrize("write", [torch.save, pickle_alone], ids=["as torch saves", "as pickle alone writes"])
 def test_a_file_that_would_run_code_is_refused_and_runs_none(write: Callable[..., None], tmp_path: Path) -> None:
     with (tmp_path / "bad.pt").open("wb") as target:
-        write({"format": 1, "model": RunsCode(tmp_path / "it ran")}, target)
-    with pytest.raises(JobError, match=r"bad\.pt: not a checkpoint of format 1: .*nothing of that is executed"):
+        write({"format": 2, "model": RunsCode(tmp_path / "it ran")}, target)
+    with pytest.raises(JobError, match=r"bad\.pt: not a checkpoint of format 2: .*nothing of that is executed"):
         read(tmp_path / "bad.pt")
     assert not (tmp_path / "it ran").exists()
     if write is pickle_alone:
@@ -609,11 +596,12 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(write: Callable[...
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of a pickle of another protocol than torch's
+@hypothesis_settings(deadline=None)
 @given(content=st.binary(max_size=200) | st.binary(max_size=100).map(lambda rest: b"\x80\x02" + rest))
 def test_arbitrary_bytes_are_an_error_that_names_the_file(content: bytes, tmp_path_factory: Any) -> None:
     file = tmp_path_factory.getbasetemp() / "noise.pt"
     file.write_bytes(content)
-    with pytest.raises(JobError, match=r"noise\.pt: not a checkpoint of format 1: "):
+    with pytest.raises(JobError, match=r"noise\.pt: not a checkpoint of format 2: "):
         read(file)
 
 
@@ -621,7 +609,7 @@ def test_a_file_that_lacks_its_end_is_an_error_wherever_it_was_cut(tmp_path: Pat
     whole = save_trained(digits_session(), found(), tmp_path / "whole.pt").read_bytes()
     for size in [0, 1, 4, 30, *range(100, len(whole), len(whole) // 50), len(whole) - 1]:
         (tmp_path / "cut.pt").write_bytes(whole[:size])
-        with pytest.raises(JobError, match=r"cut\.pt: not a checkpoint of format 1: it is damaged"):
+        with pytest.raises(JobError, match=r"cut\.pt: not a checkpoint of format 2: it is damaged"):
             read(tmp_path / "cut.pt")
 
 
@@ -634,13 +622,13 @@ def test_a_file_that_is_not_there_is_the_systems_own_error(tmp_path: Path) -> No
     ("content", "found"),
     [
         pytest.param({"model": {}}, "it names no format", id="no format"),
-        pytest.param({"format": 2, "model": {}}, "it says 2", id="a later format"),
+        pytest.param({"format": 3, "model": {}}, "it says 3", id="a later format"),
         pytest.param([1], "it names no format", id="no state"),
     ],
 )
 def test_a_file_of_another_format_is_an_error_that_names_it(content: Any, found: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(JobError, match=rf"other\.pt: not a checkpoint of format 1: {found}$"):
+    with pytest.raises(JobError, match=rf"other\.pt: not a checkpoint of format 2: {found}$"):
         read(tmp_path / "other.pt")
 
 
@@ -654,8 +642,9 @@ def test_tensors_are_read_to_the_cpu_and_each_goes_to_its_place_from_there(tmp_p
 # --- jobs that lack something
 
 
-class Empty(Job):
-    """Derived, and nothing else."""
+class OnlyData(Job):
+    def data(self, split: Split) -> Dataset[Any]:
+        return TensorDataset(torch.zeros(20, 2), torch.arange(20) % 2)
 
 
 class OnlyModel(Job):
@@ -666,7 +655,7 @@ class OnlyModel(Job):
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        pytest.param(Empty, r"Empty has no model\(\); it must return a torch.nn.Module", id="no model"),
+        pytest.param(OnlyData, r"OnlyData has no model\(\); it must return a torch.nn.Module", id="no model"),
         pytest.param(OnlyModel, r"OnlyModel has no data\(split\); it must return a torch Dataset", id="no data"),
     ],
 )

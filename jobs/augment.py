@@ -1,0 +1,342 @@
+"""Augmentation of whole batches of images, where they are: on the GPU, or on the CPU.
+
+Each step does to a batch what torchvision.transforms.v2 does to one image at a time, with the same distribution
+and the same values for the same draw. All random numbers of an epoch are drawn at once, on the CPU and from a
+generator of their own, so that they are the same on any device, and an epoch that goes on at some batch needs
+nothing but its seed. No step waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from jobs.job import JobError
+
+BITS = 31  # of a drawn whole number
+GREY = (0.2989, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601), as torchvision has them
+
+Drawn = dict[str, Tensor]  # by name; the first dimension of each counts the examples
+Size = int | tuple[int, int]  # pixels: of both sides, or (height, width)
+Range = float | tuple[float, float] | None
+
+
+class Step:
+    """What is done to each image of a batch.
+
+    Images are (n, channels, height, width): uint8, or, from `Normalize` on, float32. Their strides are those of
+    torch.channels_last.
+    """
+
+    once = False  # it draws nothing and keeps uint8: at the beginning of a list it is done once to the whole data set
+
+    def parts(self) -> Sequence[Step]:
+        """The steps of which it is made."""
+        return (self,)
+
+    def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
+        """What each of so many examples needs in this epoch of the lineage, which is the first if 0; on the CPU."""
+        return {}
+
+    def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+        """drawn: the rows of what `draw` gave that belong to these images, on their device."""
+        raise JobError(f"{type(self).__name__} does not say what it does to images: it has no apply(images, drawn)")
+
+
+class Pad(Step):
+    """So many pixels more on each side. mode: "constant" (black), "edge", "reflect" or "symmetric", as torchvision's
+    Pad."""
+
+    once = True
+    MODES = ("constant", "edge", "reflect", "symmetric")
+
+    def __init__(self, padding: int, mode: str = "constant") -> None:
+        """Raises JobError for another mode or a negative padding."""
+        if mode not in self.MODES:
+            raise JobError(f"padding mode {mode!r} is not one of {', '.join(self.MODES)}")
+        if padding < 0:
+            raise JobError(f"a padding of {padding} pixels is not possible; it must be 0 or more")
+        self.padding, self.mode = padding, mode
+
+    def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+        from torchvision.transforms.v2 import functional
+
+        shorter = min(images.shape[2:])
+        if self.padding > shorter - (self.mode == "reflect") and self.mode in ("reflect", "symmetric"):
+            raise JobError(f"images of {shorter} pixels can't be padded by {self.padding} in mode {self.mode!r}")
+        padded: Tensor = functional.pad(images, [self.padding], padding_mode=self.mode)
+        return padded
+
+
+class RandomCrop(Step):
+    """A part of the image, all places equally likely."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = _both(size)
+
+    def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
+        return {"y": _bits(count, generator), "x": _bits(count, generator)}
+
+    def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+        (height, width), (count, channels, rows, columns) = self.size, images.shape
+        if height > rows or width > columns:
+            raise JobError(f"a crop of {height}x{width} pixels is larger than the images, {rows}x{columns}")
+        down, right = rows - height + 1, columns - width + 1  # places
+        pixels = images.permute(0, 2, 3, 1).contiguous()
+        image, row, column, channel = pixels.stride()
+        # Each window of each image as a view: one gather then copies only what is wanted, whole rows at a time.
+        windows = pixels.as_strided(
+            (count, down, right, height, width, channels), (image, row, column, row, column, channel)
+        )
+        which = torch.arange(count, device=images.device)
+        return windows[which, place(drawn["y"], down), place(drawn["x"], right)].permute(0, 3, 1, 2)
+
+
+class PadCrop(Step):
+    """Pad, then a random crop, as torchvision's RandomCrop(size, padding, padding_mode=mode). A set is padded once."""
+
+    def __init__(self, size: Size, padding: int, mode: str = "constant") -> None:
+        self._pad, self._crop = Pad(padding, mode), RandomCrop(size)
+
+    def parts(self) -> Sequence[Step]:
+        return (self._pad, self._crop)
+
+    def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
+        return self._crop.draw(count, generator, epoch)
+
+    def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+        return self._crop.apply(self._pad.apply(images, {}), drawn)
+
+
+class CenterCrop(Step):
+    """The middle of the image, as torchvision's CenterCrop (a smaller image gets black sides)."""
+
+    once = True
+
+    def __init__(self, size: Size) -> None:
+        self.size = _both(size)
+
+    def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+        from torchvision.transforms.v2 import functional
+
+        cropped: Tensor = functional.center_crop(images, list(self.size))
+        return cropped
+
+
+class Resize(Step):
+    """Bilinear, antialiased, as torchvision's Resize. A single number is the shorter side."""
+
+    once = True
+
+    def __init__(self, size: Size) -> None:
+        self.size = [size] if isinstance(size, int) else list(_both(size))
+
+    def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+        from torchvision.transforms.v2 import functional
+
+        resized: Tensor = functional.resize(images, self.size, antialias=True)
+        return resized
+
+
+class Flip(Step):
+    """Left to right, every second time on average: torchvision's RandomHorizontalFlip."""
+
+    def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
+        return {"flipped": torch.randint(2, (count,), generator=generator).bool()}
+
+    def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+        return torch.where(drawn["flipped"].view(-1, 1, 1, 1), images.flip(3), images)
+
+
+class AlternatingFlip(Flip):
+    """Left to right in every second epoch; chance decides for each example whether in the odd or in the even ones.
+
+    Any two epochs in a row show each example from both sides (Jordan 2024, arXiv:2404.00498, "94% on CIFAR-10 in
+    3.29 Seconds on a Single GPU").
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        """seed: fixes the choice for the whole lineage."""
+        self._seed = seed
+
+    def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
+        first = torch.randint(2, (count,), generator=torch.Generator().manual_seed(self._seed))
+        return {"flipped": (first + epoch) % 2 == 1}
+
+
+class Cutout(Step):
+    """A square of zeros, wholly inside the image, all places equally likely (DeVries and Taylor 2017, in the form
+    of Page 2018, "How to Train Your ResNet").
+
+    Torchvision's RandomErasing(p=1, ratio=(1, 1), value=0) with the scale of that square. Before `Normalize` zero
+    is black, after it the mean of the data set.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise JobError(f"a cutout of {size} pixels is not possible; it must be 1 or more")
+        self.size = size
+
+    def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
+        return {"y": _bits(count, generator), "x": _bits(count, generator)}
+
+    def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+        if self.size > min(images.shape[2:]):
+            raise JobError(f"a cutout of {self.size} pixels is larger than the images, {_shape(images)}")
+        down, across = (
+            self._covered(side, drawn[name]) for side, name in zip(images.shape[2:], ("y", "x"), strict=True)
+        )
+        return images.masked_fill((down[:, :, None] & across[:, None, :])[:, None], 0)
+
+    def _covered(self, side: int, bits: Tensor) -> Tensor:
+        """(n, side) bool: which rows, or columns, the square covers."""
+        first = place(bits, side - self.size + 1)[:, None]
+        pixels = torch.arange(side, device=bits.device)
+        return (pixels >= first) & (pixels < first + self.size)
+
+
+class Normalize(Step):
+    """(value - mean) / std for each channel, the values taken as in [0, 1]: uint8 becomes float32 on the way."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Raises JobError unless both name as many channels and every std is positive."""
+        if len(mean) != len(std) or not all(s > 0 for s in std):
+            raise JobError(f"mean {list(mean)}, std {list(std)}: one of each for a channel is needed, std above 0")
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self._constants: dict[tuple[torch.device, bool], tuple[Tensor, Tensor]] = {}
+
+    def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+        if images.shape[1] != len(self.mean):
+            raise JobError(f"normalisation of {len(self.mean)} channels; the images have {images.shape[1]}")
+        scale, shift = self._on(images.device, images.is_floating_point())
+        return images.mul(scale).add_(shift)  # with the conversion to float32 two passes over the data, not four
+
+    def _on(self, device: torch.device, floating: bool) -> tuple[Tensor, Tensor]:
+        """Factor and summand, (1, channels, 1, 1). Kept: a copy to a GPU for each batch would wait for it."""
+        if (device, floating) not in self._constants:
+            mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.mean, self.std))
+            scale = 1 / std if floating else 1 / (255 * std)
+            self._constants[device, floating] = (scale.float().to(device), (-mean / std).float().to(device))
+        return self._constants[device, floating]
+
+
+def place(bits: Tensor, places: int | Tensor) -> Tensor:
+    """Drawn whole numbers as places, 0 to places - 1, each as likely (to 1 in 2**31 / places)."""
+    return (bits * places) >> BITS
+
+
+def _bits(count: int, generator: torch.Generator) -> Tensor:
+    """Not yet places: the size of the images, and so their number, is not known where they are drawn."""
+    return torch.randint(2**BITS, (count,), generator=generator)
+
+
+def _both(size: Size) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise JobError(f"a size of {height}x{width} pixels is not possible; both must be 1 or more")
+    return height, width
+
+
+def _shape(images: Tensor) -> str:
+    return f"{images.shape[2]}x{images.shape[3]}"
+
+
+# --- colours
+
+
+class ColorJitter(Step):
+    """Brightness, contrast, saturation and hue, as torchvision's ColorJitter changes a single uint8 image.
+
+    A number b means factors from max(0, 1 - b) to 1 + b (hue: shifts from -b to b of the whole circle), a pair
+    the factors themselves, None no change. Images: uint8 of 1 or 3 channels; grey ones have no saturation and no hue.
+    """
+
+    def __init__(
+        self, brightness: Range = None, contrast: Range = None, saturation: Range = None, hue: Range = None
+    ) -> None:
+        """Raises JobError for a negative number, a factor below 0 or a shift of more than half the circle."""
+        given = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+        self._ranges = {name: _range(name, value) for name, value in given.items() if value is not None}
+
+    def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
+        drawn = {
+            name: low + (high - low) * torch.rand(count, generator=generator)
+            for name, (low, high) in self._ranges.items()
+        }
+        return drawn | {"order": torch.rand(count, len(self._ranges), generator=generator).argsort(dim=1)}
+
+    def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+        if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
+            raise JobError(f"ColorJitter: {images.shape[1]} channels of {images.dtype}; it needs 1 or 3 of torch.uint8")
+        images = images.clone()
+        for turn in drawn["order"].unbind(dim=1):
+            for number, name in enumerate(self._ranges):
+                rows = torch.nonzero(turn == number).flatten()
+                if len(rows):
+                    images[rows] = CHANGES[name](images[rows], drawn[name][rows].view(-1, 1, 1, 1))
+        return images
+
+
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return images.mul(factor).clamp_(0, 255).to(torch.uint8)
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    return _blend(images, _grey(images).mean(dim=(1, 2, 3), keepdim=True), factor)
+
+
+def _saturation(images: Tensor, factor: Tensor) -> Tensor:
+    return images if images.shape[1] == 1 else _blend(images, _grey(images), factor)
+
+
+def _hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Through hue, saturation and value (Smith 1978) and back."""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = scaled = images.float().div_(255).unbind(dim=1)
+    value = torch.stack(scaled).amax(dim=0)
+    chroma = value - torch.stack(scaled).amin(dim=0)
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    sixth = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    sixth = torch.where(value == red, (green - blue) / safe, sixth) + 6 * shift[:, 0]
+    distance = [(number + sixth).remainder(6) for number in (5, 3, 1)]  # of each channel's own colour on the circle
+    shifted = [value - chroma * torch.minimum(d, 4 - d).clamp_(0, 1) for d in distance]
+    # 255.999: torchvision's way from [0, 1] to whole numbers, each of which gets an equal share
+    return torch.stack(shifted, dim=1).mul_(255.999).to(torch.uint8)
+
+
+CHANGES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "brightness": _brightness,
+    "contrast": _contrast,
+    "saturation": _saturation,
+    "hue": _hue,
+}
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Luminance as whole numbers, (n, 1, h, w) float32."""
+    if images.shape[1] == 1:
+        return images.float()
+    red, green, blue = images.unbind(dim=1)
+    return red.mul(GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2]).floor_().unsqueeze(1)
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return images.mul(factor).add_(other * (1 - factor)).clamp_(0, 255).to(torch.uint8)
+
+
+def _range(name: str, value: float | tuple[float, float]) -> tuple[float, float]:
+    middle, lowest, highest = (0.0, -0.5, 0.5) if name == "hue" else (1.0, 0.0, float("inf"))
+    if isinstance(value, tuple):
+        low, high = value
+    else:
+        low, high = middle - value, middle + value
+        low = low if name == "hue" else max(low, lowest) if value >= 0 else low
+    if not lowest <= low <= high <= highest:
+        allowed = (
+            "a number from 0 to 0.5 or a pair within -0.5 to 0.5" if name == "hue" else "0 or more, or such a pair"
+        )
+        raise JobError(f"ColorJitter: {name} {value} is not allowed; it must be {allowed}, the lower first")
+    return low, high

@@ -1,0 +1,60 @@
+"""Batches of any structure: tensors in dicts, lists, tuples, named tuples and dataclasses, nested."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+
+def map_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same structure, each tensor changed; whatever else is in it stays."""
+    return map_leaves(batch, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def map_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """The same structure, each part of it that has no parts itself changed; a list of strings has none."""
+    if isinstance(batch, Mapping):
+        changed = {key: map_leaves(value, change) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return changed
+        same = copy.copy(batch)  # a kind of its own, such as transformers' BatchEncoding
+        same.update(changed)
+        return same
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_leaves(value, change) for value in batch))
+    if isinstance(batch, list | tuple) and not _all_strings(batch):
+        return type(batch)(map_leaves(value, change) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        values = {f.name: map_leaves(getattr(batch, f.name), change) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **values)
+    return change(batch)
+
+
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """Every tensor of a batch, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(batch, note)
+    return iter(found)
+
+
+def part(batch: Any, whole: int, first: int, end: int) -> Any:
+    """The examples from first to end of a batch that has `whole` of them. What is no value for each example stays."""
+
+    def cut(leaf: Any) -> Any:
+        per_example = (isinstance(leaf, Tensor) and leaf.ndim > 0) or isinstance(leaf, list | tuple)
+        return leaf[first:end] if per_example and len(leaf) == whole else leaf
+
+    return map_leaves(batch, cut)
+
+
+def _all_strings(values: list[Any] | tuple[Any, ...]) -> bool:
+    return bool(values) and all(isinstance(value, str | bytes) for value in values)

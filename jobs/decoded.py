@@ -1,0 +1,123 @@
+"""Pictures of any size, decoded and resized once (jobs.decode_cache): on the device where they fit, else fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from jobs.augment import CenterCrop, Drawn, RandomCrop, Step, place
+from jobs.data import Epoch, Feed, OwnFeed, Plan, loader_processes, plan_loader, resident_bytes
+from jobs.decode_cache import Decoded
+from jobs.images import ImageFeed, ImageTensors, as_floats, draw_epoch, draws, one_example, steps_of
+from jobs.job import JobError
+
+
+class DecodedImages(OwnFeed):
+    """Decoded pictures, a target for each, and the steps that make them the model's input.
+
+    Those of one size that fit into memory_bytes on the device are ImageTensors there. All others are fetched by
+    processes, which crop them; the steps after the crop are done to whole batches on the device. Both give the same.
+    """
+
+    def __init__(
+        self, pictures: Decoded, targets: Sequence[int], steps: Sequence[Step] = (), memory_bytes: float | None = None
+    ) -> None:
+        """memory_bytes: None for what `resident_bytes` says. Pictures of different sizes must be cropped by the first
+        step, RandomCrop or CenterCrop. Raises JobError if they are not, or if there are not as many targets."""
+        if len(pictures) != len(targets):
+            raise JobError(f"DecodedImages: {len(pictures)} pictures and {len(targets)} targets")
+        self.pictures = pictures
+        self.targets = list(targets)
+        self.steps = steps_of(steps)
+        self._memory_bytes = memory_bytes
+        if not pictures.equal and not isinstance(next(iter(self.steps), None), RandomCrop | CenterCrop):
+            raise JobError("pictures of different sizes: the first step must be RandomCrop or CenterCrop")
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One example as a feed would give it, by a draw from torch's global random state."""
+        image = torch.from_numpy(np.array(self.pictures[index])).permute(2, 0, 1)
+        return one_example(image, self.steps), self.targets[index]
+
+    def feed(self, indices: Sequence[int], batch_size: int, device: torch.device, cores: int) -> Feed:
+        allowed = resident_bytes(device) if self._memory_bytes is None else self._memory_bytes
+        if self.pictures.equal and self.pictures.file is not None:
+            height, width = self.pictures.shapes[0].tolist()
+            if len(indices) * height * width * 3 <= allowed:
+                pixels = torch.from_numpy(self.pictures.pixels.reshape(-1, height, width, 3)).permute(0, 3, 1, 2)
+                return ImageFeed(
+                    ImageTensors(pixels, torch.tensor(self.targets), self.steps), indices, batch_size, device
+                )
+        return DecodedFeed(self, indices, batch_size, device, loader_processes(device, cores))
+
+
+class DecodedFeed(Feed):
+    """Batches are cropped by processes that stay, in pinned memory, some ahead; the rest is done on the device."""
+
+    def __init__(
+        self, data: DecodedImages, indices: Sequence[int], batch_size: int, device: torch.device, processes: int
+    ) -> None:
+        super().__init__(batch_size, len(indices))
+        self._device = device
+        self._steps = data.steps
+        self.augmented = draws(data.steps)
+        chosen = np.asarray(indices, dtype=np.int64)
+        self._shapes = torch.from_numpy(data.pictures.shapes[chosen])
+        self._targets = torch.tensor(data.targets)[torch.from_numpy(chosen)].to(device)
+        first = next(iter(data.steps), None)
+        self._crop = first if isinstance(first, RandomCrop | CenterCrop) else None
+        self._plan = Plan()
+        height, width = self._crop.size if self._crop is not None else data.pictures.shapes[0].tolist()
+        self._window = (height, width)
+        source = _Windows(data.pictures, chosen, height, width)
+        self._loader = plan_loader(source, self._plan, device, processes)
+
+    def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
+        drawn = draw_epoch(self._steps, self.count, epoch)
+        tops, lefts = self._places(drawn[0] if drawn else {})
+        steps = self._steps[1:] if self._crop is not None else self._steps
+        used = drawn[len(drawn) - len(steps) :]
+        rows = [{name: values.to(self._device) for name, values in one.items()} for one in used]
+        chunks = torch.split(order, self.batch_size)[first_batch::every]
+        self._plan.batches = [(chosen.numpy(), tops[chosen].numpy(), lefts[chosen].numpy()) for chosen in chunks]
+        for pixels, chosen in zip(self._loader, chunks, strict=False):  # the loader first: it has to see its end
+            here = chosen.to(self._device, non_blocking=True)
+            images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            for step, some in zip(steps, rows, strict=True):
+                images = step.apply(images, {name: values[here] for name, values in some.items()})
+            yield as_floats(images), self._targets[here]
+
+    def _places(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """Where each window begins, rows and columns, (n,) int64."""
+        room = self._shapes - torch.tensor(self._window)
+        if self.count and int(room.min()) < 0:
+            smallest = self._shapes[int(room.amin(dim=1).argmin())].tolist()
+            height, width = self._window
+            raise JobError(f"a crop of {height}x{width} pixels is larger than a picture, {smallest[0]}x{smallest[1]}")
+        if isinstance(self._crop, RandomCrop):
+            return place(drawn["y"], room[:, 0] + 1), place(drawn["x"], room[:, 1] + 1)
+        middle = torch.round(room.double() / 2).long()  # as torchvision's center_crop rounds it
+        return middle[:, 0], middle[:, 1]
+
+
+class _Windows(Dataset[Any]):
+    """A batch of windows, (n, height, width, 3) uint8."""
+
+    def __init__(self, pictures: Decoded, indices: NDArray[np.int64], height: int, width: int) -> None:
+        self._pictures, self._indices, self._size = pictures, indices, (height, width)
+
+    def __getitem__(self, batch: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]) -> Tensor:
+        height, width = self._size
+        windows = np.empty((len(batch[0]), height, width, 3), np.uint8)
+        for row, (position, top, left) in enumerate(zip(*batch, strict=True)):
+            picture = self._pictures[self._indices[position]]
+            windows[row] = picture[top : top + height, left : left + width]
+        return torch.from_numpy(windows)

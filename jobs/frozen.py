@@ -1,0 +1,174 @@
+"""Layers at the beginning of a model that are not trained: each example goes through them once, not in every epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from jobs import data
+from jobs.data import Epoch, Feed, resident_bytes
+from jobs.errors import JobError
+from jobs.job import Job, Split
+from jobs.speed import Speed
+
+log = logging.getLogger("orch")
+
+
+class FrozenParts:
+    """What a job's `frozen_part` gives for each example of a split, kept on the device for as long as its weights are
+    the same; another founder with other frozen weights has it computed anew."""
+
+    def __init__(self, job: Job, speed: Speed) -> None:
+        self._job, self._speed = job, speed
+        self._outputs: dict[str, tuple[str, _Outputs]] = {}  # by split, with the hash of the weights
+        self._hashed: tuple[Any, str] = (None, "")  # the last hash, and what it is of
+
+    def feed(self, model: nn.Module, split: Split, feed: Feed, arranged: Callable[[Any], Any]) -> Feed:
+        """The batches to call this model with, until this is asked again: those of the feed, or (outputs of the
+        frozen part, targets); then the frozen part lets through what it gets. arranged: a batch in the model's layout.
+
+        Raises JobError if what the job says is frozen is not: if it is trained, draws at random, gathers statistics,
+        is not what the model does first, or if the training examples are augmented.
+        """
+        part = self._job.frozen_part(model)
+        if part is None:
+            return feed
+        _bypass(part, False)
+        if not self._allows(split):
+            return feed
+        _check(part, model)
+        if split == "train" and feed.augmented:
+            raise JobError("frozen_part: the training images are augmented, so its outputs are not always the same")
+        key = self._hash(part)
+        if split not in self._outputs or self._outputs[split][0] != key:
+            self._outputs.pop(split, None)  # before the new ones need the memory
+            outputs = self._compute(model, part, feed, arranged)
+            if outputs is None:
+                return feed
+            self._outputs[split] = (key, outputs)
+        _bypass(part, True)
+        return feed.instead(self._outputs[split][1])
+
+    def _allows(self, split: Split) -> bool:
+        """Whether nothing that the job overrides could do something to the inputs before the model gets them."""
+        names = ["training_loss"] if split == "train" else ["predict", "evaluation_metrics"]
+        return all(getattr(type(self._job), name) is getattr(Job, name) for name in names)
+
+    def _hash(self, part: nn.Module) -> str:
+        tensors = [*part.parameters(), *part.buffers()]
+        state = (part, [(id(t), t._version) for t in tensors])  # changes with every change of a tensor in its place
+        if self._hashed[0] != state:
+            digest = hashlib.sha256()
+            for tensor in tensors:
+                content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(content.numpy().data)
+            self._hashed = (state, digest.hexdigest())
+        return self._hashed[1]
+
+    @torch.no_grad()
+    def _compute(
+        self, model: nn.Module, part: nn.Module, feed: Feed, arranged: Callable[[Any], Any]
+    ) -> _Outputs | None:
+        """None, and a line in the log, if they would take too much memory."""
+        kept: _Outputs | None = None
+        for batch in feed.in_order():
+            inputs, targets = arranged(_pair(batch))
+            with self._speed.autocast():
+                outputs = part(inputs)
+                if kept is None:
+                    _compare(model, part, inputs, outputs)
+            if kept is None:
+                whole = outputs[0].numel() * outputs.element_size() * feed.count
+                if whole > resident_bytes(self._speed.device):
+                    log.info(
+                        "the frozen layers' outputs would take %.1f GB, which is too much to keep them", whole / 1e9
+                    )
+                    return None
+                kept = _Outputs(outputs, targets, feed, self._speed.device)
+            kept.add(outputs, targets)
+        return kept
+
+
+class _Outputs(Feed):
+    """Outputs and targets on the device, in the memory layout of the frozen part's own outputs: a dropout after it
+    draws in the order in which they lie there."""
+
+    def __init__(self, outputs: Tensor, targets: Tensor, feed: Feed, device: torch.device) -> None:
+        """Room for those of the feed, of which the first are shown."""
+        super().__init__(feed.batch_size, feed.count)
+        self._device = device
+        self._order = [0, *sorted(range(1, outputs.ndim), key=outputs.stride, reverse=True)]
+        self._outputs = self._as_it_lies(outputs).new_empty(feed.count, *self._as_it_lies(outputs).shape[1:])
+        self._targets = targets.new_empty(feed.count, *targets.shape[1:])
+        self._filled = 0
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        end = self._filled + len(targets)
+        self._outputs[self._filled : end] = self._as_it_lies(outputs)
+        self._targets[self._filled : end] = targets
+        self._filled = end
+
+    def _as_it_lies(self, outputs: Tensor) -> Tensor:
+        return outputs.permute(self._order)
+
+    def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
+        back = [self._order.index(dimension) for dimension in range(len(self._order))]
+        order = order.to(self._device)
+        for start in range(first_batch * self.batch_size, self.count, every * self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            yield self._outputs.index_select(0, chosen).permute(back), self._targets[chosen]
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        return batch[0], batch[1]
+    raise JobError("frozen_part: batches must be (inputs, targets), two tensors")
+
+
+def _check(part: nn.Module, model: nn.Module) -> None:
+    """Raises JobError unless the part gives the same for an example each time."""
+    trained = [name for name, parameter in part.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise JobError(f"frozen_part: {', '.join(trained[:5])} are trained; call requires_grad_(False) on the part")
+    was = model.training
+    model.train()
+    for name, layer in part.named_modules():
+        if layer.training and isinstance(layer, _DropoutNd) and layer.p > 0:
+            raise JobError(f"frozen_part: {name} is a dropout, which draws anew each time; leave it out of the part")
+        if layer.training and isinstance(layer, _NormBase):
+            raise JobError(f"frozen_part: {name} normalises by its batch in training; keep it in eval mode")
+    model.train(was)
+
+
+def _compare(model: nn.Module, part: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+    """Raises JobError unless the model gives the same for the outputs as for the inputs, for one batch."""
+    was = model.training
+    model.eval()
+    with data.random_state_kept():
+        expected = model(inputs)
+        _bypass(part, True)
+        found = model(outputs)
+        _bypass(part, False)
+    model.train(was)
+    if not isinstance(expected, Tensor) or not torch.allclose(found, expected, rtol=1e-2, atol=1e-3):
+        raise JobError("frozen_part: the model gives something else without it; it must be what the model does first")
+
+
+def _bypass(part: nn.Module, on: bool) -> None:
+    """Let a part return its input. A Sequential may be a slice of one that the model has: its layers are told."""
+    for layer in part if isinstance(part, nn.Sequential) else [part]:
+        if on:
+            layer.forward = _unchanged  # hides the class's own
+        else:
+            layer.__dict__.pop("forward", None)
+
+
+def _unchanged(inputs: Tensor) -> Tensor:
+    return inputs

@@ -1,0 +1,145 @@
+"""What is trained, and everything that its next step depends on: a model, its optimizer, its schedule, the loss scale
+and the average of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from jobs import optimizers
+from jobs.job import Averaging, Job
+from jobs.ranks import Alone
+from jobs.returned import checked_loss
+from jobs.schedules import Schedule, as_plain
+from jobs.speed import Speed, arrange
+from orchestrator.records import Metric, Profile
+
+
+class Predictor:
+    """A model of a job on its device, laid out and compiled as the settings say, for evaluation alone."""
+
+    def __init__(self, job: Job, speed: Speed, group: Alone) -> None:
+        """With initial weights."""
+        self.job = job
+        self.speed = speed
+        self.model = group.adopt(job.model().to(speed.device))
+        self._channels_last = speed.lay_out(self.model)
+        self.running = speed.compiled(self.model)  # the same weights; to be called
+
+    @property
+    def evaluated(self) -> tuple[nn.Module, nn.Module]:
+        """The model whose metrics count: with its own name for its weights, and the one to call."""
+        return self.model, self.running
+
+    def arranged(self, batch: Any) -> Any:
+        """A batch in the model's memory layout."""
+        return arrange(batch) if self._channels_last else batch
+
+
+class Learner(Predictor):
+    """Trained step by step; `state` is all of it, and `restore` goes on from there."""
+
+    def __init__(
+        self, job: Job, profile: Profile, speed: Speed, group: Alone, steps_per_epoch: int, metric: Metric
+    ) -> None:
+        super().__init__(job, speed, group)
+        self.steps = 0  # of the whole lineage
+        self._group = group
+        self._profile = profile
+        self._optimizer = job.optimizer(self.model, profile)
+        self._schedule = Schedule(profile, self._optimizer, steps_per_epoch, metric)
+        optimizers.complete(self._optimizer)
+        self._scaler = speed.scaler()
+        averaging = job.averaging()
+        self._average = Average(self.model, averaging, speed) if averaging else None
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first parameter group, for the next step."""
+        rate: float = self._optimizer.param_groups[0]["lr"]
+        return rate
+
+    @property
+    def evaluated(self) -> tuple[nn.Module, nn.Module]:
+        if self._average is not None and self._average.begun:
+            return self._average.model, self._average.running
+        return super().evaluated
+
+    def step(self, batch: Any) -> Tensor:
+        """One optimizer step. Returns the mean loss of the whole batch, a scalar on the device."""
+        self._optimizer.zero_grad(set_to_none=True)
+        with self.speed.autocast():
+            loss = checked_loss(self.job, self.job.training_loss(self.running, self.arranged(batch)))
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss = self._group.merge(loss.detach(), self.model)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self.steps += 1
+        self._schedule.after_step()
+        if self._average is not None:
+            self._average.after_step(self.model, self.steps)
+        return loss
+
+    def after_epoch(self, metrics: Mapping[str, float]) -> None:
+        self._schedule.after_epoch(metrics)
+
+    # --- state
+
+    def state(self) -> dict[str, Any]:
+        """Its parts are the live tensors, not copies."""
+        return {
+            "steps": self.steps,
+            "model": self.model.state_dict(),
+            "average": self._average.state() if self._average else None,
+            "optimizer": self._optimizer.state_dict(),
+            "optimizer_class": optimizers.class_name(self._optimizer),
+            "profile": as_plain(self._profile),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Under an equal profile everything goes on; under another the schedule begins, and the optimizer keeps what
+        it has gathered if its class is the same."""
+        self.steps = state["steps"]
+        self.model.load_state_dict(state["model"])
+        if self._average is not None and state["average"] is not None:
+            self._average.restore(state["average"])
+        if state["scaler"] and self._scaler.is_enabled():
+            self._scaler.load_state_dict(state["scaler"])
+        if state["profile"] == as_plain(self._profile):
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._schedule.load_state_dict(state["schedule"])
+        else:
+            optimizers.take_over(self._optimizer, state["optimizer"], state["optimizer_class"])
+        optimizers.complete(self._optimizer)
+
+
+class Average:
+    """The exponential moving average of a model's weights (torch.optim.swa_utils.AveragedModel)."""
+
+    def __init__(self, model: nn.Module, averaging: Averaging, speed: Speed) -> None:
+        self._every = averaging.every_steps
+        # Without a device, the count of updates stays on the CPU, where asking for it does not make a GPU wait.
+        update = get_ema_multi_avg_fn(averaging.decay)  # type: ignore[no-untyped-call]
+        self._average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+        self.model: nn.Module = self._average.module
+        self.running = speed.compiled(self.model)
+
+    @property
+    def begun(self) -> bool:
+        return bool(self._average.n_averaged > 0)
+
+    def after_step(self, model: nn.Module, steps: int) -> None:
+        if steps % self._every == 0:
+            self._average.update_parameters(model)
+
+    def state(self) -> dict[str, Any]:
+        return {"updates": int(self._average.n_averaged), "model": self.model.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._average.n_averaged.fill_(state["updates"])
+        self.model.load_state_dict(state["model"])

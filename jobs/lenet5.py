@@ -1,0 +1,64 @@
+"""LeNet-5 on MNIST (LeCun, Bottou, Bengio and Haffner 1998, "Gradient-Based Learning Applied to Document Recognition").
+
+The sizes are the paper's: 6 feature maps, 16, then 120, 84 and 10 units, on 28x28 pixels padded to 32x32; 61,706
+parameters. Left out are what nobody has kept: the trained coefficients of its pooling, the table of which maps the
+second convolution sees (here it sees all), and the Euclidean distances at its end (here logits, with cross-entropy).
+Its tanh and average pooling are job_params; the default is what is used today, ReLU and max-pooling, with Adam.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import nn
+from torch.utils.data import Dataset
+
+from jobs import augment, images
+from jobs.image_sets import Examples, ImageSetJob, Limits
+from jobs.job import Split
+
+SIDE = 28  # pixels
+
+
+class Params(Limits):
+    activation: Literal["relu", "tanh"] = "relu"
+    pooling: Literal["max", "average"] = "max"
+    shift: Annotated[int, Field(ge=0, le=8)] = 0  # pixels, at most, in each direction, of a training image; 0: none
+
+
+class LeNet5(ImageSetJob):
+    """training_source_dir is the root of torchvision's MNIST."""
+
+    NAME = "MNIST"
+    Params = Params
+    default_optimizer = "Adam"  # the profile's momentum is the first of its betas
+
+    def open(self, root: str | Path, train: bool, download: bool = False) -> Examples:
+        return images.mnist(root, train, download)
+
+    def model(self) -> nn.Module:
+        activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[self.params.activation]
+        pooling = {"max": nn.MaxPool2d, "average": nn.AvgPool2d}[self.params.pooling]
+        return nn.Sequential(
+            nn.Conv2d(1, 6, 5, padding=2),
+            activation(),
+            pooling(2),
+            nn.Conv2d(6, 16, 5),
+            activation(),
+            pooling(2),
+            nn.Flatten(),
+            nn.Linear(16 * 5 * 5, 120),
+            activation(),
+            nn.Linear(120, 84),
+            activation(),
+            nn.Linear(84, 10),
+        )
+
+    def data(self, split: Split) -> Dataset[Any]:
+        normalize = augment.Normalize(*self.statistics)
+        if split != "train" or not self.params.shift:
+            return images.ImageTensors(*(self.test_set if split == "test" else self.training_set), [normalize])
+        # What is shifted in is black, as all around a digit.
+        return images.ImageTensors(*self.training_set, [augment.PadCrop(SIDE, self.params.shift), normalize])

@@ -1,0 +1,115 @@
+"""MLflow: a run for each chunk, in an experiment of the orch run's name. Without MLFLOW_TRACKING_URI all of them are in
+one SQLite file of the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from jobs.loggers.logger import Logger, Place, Points, Series, run_id
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+FILE = "mlflow.db"
+MOST_METRICS = 1000  # that MLflow takes in one call
+SERIES_TAG = "orch.series"
+
+
+class MLflow(Logger):
+    """Several workers write to one SQLite file, and SQLite's own locks are not to be trusted on every shared file
+    system: each group of calls is made under the lock that was proven there at launch, and no connection is kept."""
+
+    _client: MlflowClient
+    _experiment: str
+    _run_id: str
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        self._uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if self._uri is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._uri = f"sqlite:///{(self.folder / FILE).absolute()}"
+            os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+            self._locked: Callable[[], Any] = self._file_locked
+        else:
+            self._locked = _unlocked
+        self._last: dict[str, int] = {}  # step of each metric that is there already
+        self._open()
+
+    def _open(self) -> None:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        with self._locked():
+            self._client = MlflowClient(tracking_uri=self._uri)
+            found = self._client.get_experiment_by_name(self.run)
+            if found is None:
+                artifacts = str(self.folder / "mlflow") if self._locked is not _unlocked else None
+                try:
+                    self._experiment = self._client.create_experiment(self.run, artifacts)
+                    return
+                except MlflowException:  # another worker has just made it, on a server
+                    found = self._client.get_experiment_by_name(self.run)
+                    if found is None:
+                        raise
+            self._experiment = found.experiment_id
+
+    @contextmanager
+    def _file_locked(self) -> Iterator[None]:
+        from orchestrator.lock_choice import Choice, lock_of
+
+        with lock_of(Choice(self.lock, "as the run's own"), self.folder / FILE):
+            yield
+
+    def begin(self, series: Series) -> None:
+        name = f"{run_id(self.folder)}-{series.name}"
+        self._last = {}
+        with self._locked():
+            runs = [] if series.new else self._client.search_runs([self._experiment], f"tags.`{SERIES_TAG}` = '{name}'")
+            tags = {key: str(value) for key, value in series.tags.items()}
+            if not runs:
+                tags[SERIES_TAG] = name
+                self._run_id = self._client.create_run(
+                    self._experiment, tags=tags, run_name=f"{self.run} {series.name}"
+                ).info.run_id
+                return
+            self._run_id = runs[0].info.run_id
+            self._client.update_run(self._run_id, status="RUNNING")
+            for key, value in tags.items():
+                self._client.set_tag(self._run_id, key, value)
+            if series.rewrites:
+                self._last = {key: self._last_step(key) for key in runs[0].data.metrics}
+
+    def _last_step(self, metric: str) -> int:
+        return max(int(point.step) for point in self._client.get_metric_history(self._run_id, metric))
+
+    def log(self, points: Points) -> None:
+        """What a job that died had written stays: the same steps are not written again."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, value, int(1000 * at), step)
+            for name, values in points.values.items()
+            for step, at, value in zip(points.steps, points.times, values, strict=True)
+            if step > self._last.get(name, -1)
+        ]
+        with self._locked():
+            for first in range(0, len(metrics), MOST_METRICS):
+                self._client.log_batch(self._run_id, metrics=metrics[first : first + MOST_METRICS])
+
+    def judge(self, promoted: bool) -> None:
+        with self._locked():
+            self._client.set_tag(self._run_id, "promoted", "yes" if promoted else "no")
+
+    def end(self) -> None:
+        with self._locked():
+            self._client.set_terminated(self._run_id)
+
+
+@contextmanager
+def _unlocked() -> Iterator[None]:
+    yield

@@ -1,0 +1,74 @@
+"""Weights & Biases: a run for each chunk, in a group of the orch run's name. Offline, unless WANDB_MODE says otherwise:
+compute nodes often reach no internet, and `wandb sync` uploads later."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.loggers.logger import Logger, Place, Points, Series, run_id
+
+if TYPE_CHECKING:
+    import wandb
+
+
+class WeightsAndBiases(Logger):
+    """W&B's own step is the lineage's optimizer step. W&B ignores steps that are not beyond the last it has, so what a
+    job that died had written stays, and is not repeated when it is trained anew."""
+
+    _run: wandb.Run
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self._mode = os.environ.setdefault("WANDB_MODE", "offline")
+        if self._mode == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which would look for the internet
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, series: Series) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "orch"),
+            group=self.run,
+            id=f"{run_id(self.folder)}-c{series.chunk:08d}",
+            name=f"{self.run} {series.name}",
+            job_type=str(series.tags["profile"]) if "profile" in series.tags else None,
+            tags=[f"founder {series.tags['founder']}"] if "founder" in series.tags else None,
+            config=dict(series.tags),
+            dir=os.environ.get("WANDB_DIR", str(self.folder)),
+            resume="allow",
+            reinit="create_new",  # a run of the user's own in this process is left alone
+            settings=wandb.Settings(
+                silent=True, console="off", symlink=False, disable_git=True, disable_code=True, x_disable_meta=True,
+                x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+            ),  # files beside the curves, which shared file systems have no room for
+        )  # fmt: skip
+
+    def log(self, points: Points) -> None:
+        names, columns = list(points.values), list(points.values.values())
+        for step, *row in zip(points.steps, *columns, strict=True):
+            self._run.log(dict(zip(names, row, strict=True)), step=step)
+
+    def judge(self, promoted: bool) -> None:
+        config: Any = self._run.config
+        config.update({"promoted": promoted}, allow_val_change=True)
+
+    def test(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Into the run's summary: as points they would come after later ones."""
+        self._run.summary.update({f"test/{name}": value for name, value in metrics.items()})
+
+    def end(self) -> None:
+        folder = Path(self._run.dir).parent
+        self._run.finish()
+        if self._run.offline:  # all that counts is in one file
+            for name in ("files", "logs", "tmp"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+
+    def close(self) -> None:
+        import wandb
+
+        wandb.teardown()

@@ -1,0 +1,65 @@
+"""From settings to a job that is ready to train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs import schedules
+from jobs.job import Job, JobContext, JobError
+from jobs.loggers import choice
+from jobs.named import find_class
+from jobs.own_loop import OwnLoop
+from jobs.ranks import ALONE, Alone
+from jobs.training import Session
+from orchestrator.records import Metric, Profile
+
+
+def load_job(settings: Mapping[str, Any], device: torch.device | None = None, cores: int = 1) -> Job:
+    """The settings' job as an object. Raises JobError if it can't be imported or is none."""
+    found = find_class(settings["job"])
+    if not issubclass(found, Job):
+        raise JobError(f"job {settings['job']}: its class is not derived from jobs.job.Job")
+    job: Job = found(JobContext(settings, device or torch.device("cpu"), cores))
+    return job
+
+
+def open_session(
+    settings: Mapping[str, Any], cores: int, group: Alone = ALONE, run_folder: Path | None = None
+) -> Session | OwnLoop:
+    """The settings' job, ready to train in this process. group: those that train together. run_folder: where loggers
+    write; None: nothing is logged."""
+    job = load_job(settings, set_up(settings, cores), cores)
+    observer = choice.observer(settings, run_folder if group.rank == 0 else None)
+    return (OwnLoop if has_own_loop(job) else Session)(job, group, observer)
+
+
+def has_own_loop(job: Job) -> bool:
+    return type(job).train_chunk is not Job.train_chunk
+
+
+def check(settings: Mapping[str, Any], download: bool = False) -> list[str]:
+    """Everything of the job's that can be checked before a launch. Returns lines to tell the user. Raises JobError."""
+    choice.check(settings["loggers"])
+    job = load_job(settings)
+    metric = Metric(settings["metric"]["name"], settings["metric"]["mode"])
+    for profile in {profile["name"]: Profile(**profile) for profile in settings["training_profiles"]}.values():
+        schedules.check(profile, metric, job.default_optimizer)
+    return job.prepare(download)
+
+
+def set_up(settings: Mapping[str, Any], cores: int) -> torch.device:
+    """Set this process up for training: threads and determinism. Returns the device: a GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(max(1, cores))
+    if settings["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses (torch's docs)
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.backends.cudnn.benchmark = True
+    return device

@@ -1,0 +1,73 @@
+"""Pretrained weights: one of torchvision's names, which `orch prepare` downloads, or a file."""
+
+from __future__ import annotations
+
+import errno
+import urllib.error
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.models import WeightsEnum
+
+from jobs.job import JobError
+from jobs.states import why_unreadable
+
+# Mean and standard deviation of ImageNet's training set, as torchvision's weights expect their input to be normalised.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def weights_file(wanted: str, known: type[WeightsEnum], setting: str, download: bool = False) -> Path:
+    """The file that a setting means by its value, wanted: a path, or a name that is among known.
+
+    A name's file lies in torch's hub folder ($TORCH_HOME); with download it is fetched where it does not. Raises
+    JobError, naming the setting, if the file is not here or can't be fetched.
+    """
+    if Path(wanted).expanduser().is_file():
+        return Path(wanted).expanduser()
+    if wanted not in known.__members__:
+        names = ", ".join(known.__members__)
+        raise JobError(f"{setting}: {wanted!r} is neither a file nor one of torchvision's: {names}")
+    url: str = known[wanted].url
+    cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not cached.is_file() and download:
+        try:
+            torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
+        except (OSError, urllib.error.URLError, RuntimeError) as error:
+            raise JobError(
+                f"{setting}: {wanted} can't be downloaded: {error}. On a machine with internet, run "
+                f"`orch prepare` and copy {cached.name} to {cached.parent}, or name a file in {setting}"
+            ) from error
+    if not cached.is_file():
+        raise JobError(
+            f"{setting}: {wanted} is not on this machine ({cached}). Run `orch prepare SETTINGS` where "
+            f"there is internet, or name a file in {setting}"
+        )
+    return cached
+
+
+def read_weights(file: Path, setting: str) -> dict[str, Tensor]:
+    """The tensors of a file by name, on the CPU; nothing in it is executed. Raises JobError, naming the setting."""
+    again = (
+        "fetch it again (torchvision's: delete it, then `orch prepare SETTINGS`), or name another file that "
+        "torch.save(model.state_dict(), file) wrote"
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of foreign files
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # arbitrary bytes can make the unpickler raise almost anything
+        if isinstance(error, MemoryError):
+            raise
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a cut file: it seeks to before the start
+            raise JobError(f"{setting}: {file} can't be read: {error.strerror or error}") from error
+        raise JobError(f"{setting}: {file} can't be read: {why_unreadable(error)}; {again}") from error
+    if not isinstance(state, dict):
+        raise JobError(f"{setting}: {file} holds no weights, but a {type(state).__name__}; {again}")
+    if "model" in state and "format" in state:
+        raise JobError(f"{setting}: {file} is a checkpoint of orch's own; `orch export` writes the weights of one")
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        there = ", ".join(f"{name!r:.40}" for name in list(state)[:5]) or "nothing"
+        raise JobError(f"{setting}: {file} holds no weights by name, but {there}; {again}")
+    return state

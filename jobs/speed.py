@@ -1,0 +1,90 @@
+"""What makes the same training faster on a device: half precision, memory layout, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from jobs.batches import map_tensors
+from jobs.errors import JobError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Speed:
+    """The settings "precision", "channels_last" and "compile", for one device.
+
+    Weights, gradients and the optimizer's state stay in float32; matrix products and convolutions are done in the
+    chosen precision (torch.autocast). fp16 has a loss scale (torch.amp.GradScaler), whose state is the caller's.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], device: torch.device) -> None:
+        self.device = device
+        self.dtype = choose_precision(settings["precision"], device)
+        self._channels_last: bool | str = settings["channels_last"]
+        self._compile: bool = settings["compile"]
+        # Else torch turns to a kernel for any size at the second size that it sees, so that which kernel a batch
+        # gets depends on which batches came before, perhaps in another process.
+        self._dynamic = False if settings["deterministic"] else None
+
+    def autocast(self) -> torch.autocast:
+        """The context for everything from a batch to its loss or its metrics."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+
+    def scaler(self) -> GradScaler:
+        """The loss scale of fp16; for other precisions one that does nothing."""
+        return GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def lay_out(self, model: nn.Module) -> bool:
+        """Put the model's weights into channels_last, if the settings say so or (auto) it has 2D convolutions.
+        Returns whether: then `arrange` is for its batches."""
+        wanted = self._channels_last
+        if wanted == "auto":
+            wanted = any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in model.modules())
+        if wanted:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return bool(wanted)
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """The model to call: torch.compile's, if the settings say so. Another model of the same class and shapes
+        takes the kernels that are there."""
+        if not self._compile:
+            return model
+        compiled: nn.Module = torch.compile(model, dynamic=self._dynamic)  # type: ignore[assignment]
+        return compiled
+
+
+def arrange(batch: Any) -> Any:
+    """A batch whose images (floating point, 4 dimensions) are in channels_last."""
+    return map_tensors(batch, _channels_last)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 4 and tensor.is_floating_point():
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype that "auto", "fp32", "bf16" or "fp16" means on a device. auto: bf16 where the hardware computes it;
+    else fp16 on a GPU, fp32 on a CPU. Raises JobError for bf16 on a GPU that can't."""
+    if wanted != "auto":
+        if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            name = torch.cuda.get_device_name(device)
+            raise JobError(f'precision: {name} has no "bf16"; allowed here are "auto", "fp16" and "fp32"')
+        return PRECISIONS[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and _cpu_computes_bf16() else torch.float32
+
+
+def _cpu_computes_bf16() -> bool:
+    """Has this CPU instructions for products of bfloat16? Without them torch converts, which is slower than fp32."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,131 @@
+"""davidnet in the training loop: it learns real pictures, and every trick resumes exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jobs import images
+from jobs.opening import load_job
+from jobs.states import read
+from jobs.training import Session
+from orchestrator.records import Finished, Interrupted, Profile, Work
+from orchestrator.settings import load
+from tests import real_data
+
+ROOT = Path(__file__).parents[2]
+SEED = 5  # of the founder
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def settings_of(name: str, **changes: Any) -> dict[str, Any]:
+    """The settings file, with a narrow network and changes to its parameters."""
+    params = changes.pop("job_params")
+    options = [f"job_params.{key}={value}".replace("'", '"') for key, value in params.items()]
+    settings, _ = load(ROOT / "settings" / f"{name}.json", options, **changes)
+    return settings.model_dump(mode="json")
+
+
+def test_a_narrow_network_learns_real_pictures_within_two_epochs() -> None:
+    settings = settings_of(
+        "davidnet",
+        job_params={"channels": [16, 32, 64, 64], "train_images": 2000, "test_images": 10},
+        training_source_dir=str(real_data.cifar10_root()),
+        max_batch_size=50,
+        validation_fraction=0.2,
+    )
+    steady = Profile("steady", learning_rate=0.05, momentum=0.9, weight_decay=5e-4)
+    session = Session(load_job(settings))
+    result = session.train(Work(steady, 2, SEED, 0, None, None), lambda: False, lambda epoch: None)
+    assert isinstance(result, Finished)
+    first, second = (epoch.metrics for epoch in result.results)
+    assert second["train_loss"] < first["train_loss"] < 2.3
+    assert result.score > 0.25  # one in ten is chance
+
+
+# --- every trick is in the checkpoint
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise instead of CIFAR-10: what is learned does not matter here."""
+
+    def load_noise(root: Path, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(int(train))
+        return torch.randint(256, (120, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(120) % 10
+
+    monkeypatch.setattr(images, "cifar10", load_noise)
+
+
+def tricky(tmp_path: Path, **changes: Any) -> Session:
+    params = {"channels": [4, 6, 8, 8], "ghost_batch": 4, "ema_every": 2, "flip": "'alternating'"}
+    small = {"training_source_dir": str(tmp_path), "max_batch_size": 18, "validation_fraction": 0.1}
+    return Session(load_job(settings_of("davidnet_tricks", job_params=params, deterministic=True, **(small | changes))))
+
+
+def page(settings: Any) -> Profile:
+    return Profile(**settings["training_profiles"][0])
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal values of equal kinds, tensors bit for bit."""
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_tricks_together_resume_bit_for_bit(precision: str, tmp_path: Path) -> None:
+    """Two epochs in one chunk; and a chunk of one epoch, another that is interrupted, and the rest of that one, each in
+    a process of its own."""
+    whole = tricky(tmp_path, precision=precision)
+    profile = page(whole.settings)
+    whole.train(Work(profile, 2, SEED, 0, None, None), lambda: False, lambda epoch: None)
+
+    saved, cut = tmp_path / "parent.pt", tmp_path / "cut.pt"
+    first = tricky(tmp_path, precision=precision)
+    first.train(Work(profile, 1, SEED, 0, None, None), lambda: False, lambda epoch: None)
+    with saved.open("wb") as file:
+        first.save(file)
+    second = tricky(tmp_path, precision=precision)
+    stops = iter([False, False, False, True])
+    outcome = second.train(Work(profile, 1, SEED, 0, saved, None), lambda: next(stops), lambda epoch: None)
+    assert isinstance(outcome, Interrupted)
+    with cut.open("wb") as file:
+        second.save(file)
+    third = tricky(tmp_path, precision=precision)
+    third.train(Work(profile, 1, SEED, 0, saved, cut), lambda: False, lambda epoch: None)
+
+    ended, wanted = third.state(), whole.state()
+    for part in wanted:
+        assert same(ended[part], wanted[part]), part
+    assert wanted["average"]["updates"] > 0
+    assert not same(wanted["average"]["model"], wanted["model"])
+
+
+@pytest.mark.usefixtures("pictures")
+def test_what_is_whitened_goes_on_as_the_founder_began_it(tmp_path: Path) -> None:
+    """The filters are in the checkpoint; those of other pictures do not take their place."""
+    session = tricky(tmp_path)
+    session.train(Work(page(session.settings), 1, SEED, 0, None, None), lambda: False, lambda epoch: None)
+    with (tmp_path / "parent.pt").open("wb") as file:
+        session.save(file)
+    key = "prep.whitening.weight"
+    began = read(tmp_path / "parent.pt")["model"][key]
+    fewer = tricky(tmp_path, validation_fraction=0.2)
+    fewer.job.params = fewer.job.params.model_copy(update={"train_images": 60})
+    fewer.train(Work(page(fewer.settings), 1, SEED, 0, tmp_path / "parent.pt", None), lambda: False, lambda epoch: None)
+    assert torch.equal(fewer.state()["model"][key], began)
+    assert torch.equal(fewer.state()["average"]["model"][key], began)
+    assert not torch.allclose(fewer.job.model().state_dict()[key], began)

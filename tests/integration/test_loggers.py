@@ -1,0 +1,275 @@
+"""Real chunks and real runs, read back by each logger's own means: the curves are what was trained."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.opening import open_session
+from jobs.states import read
+from orchestrator import user_job
+from orchestrator.errors import JobSpecError
+from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
+from orchestrator.run import Run
+from orchestrator.settings import Settings
+from tests.curves import READERS, Curves, needed
+from tests.integration.test_local_chains import processes_of
+
+ROOT = Path(__file__).parents[2]
+ORCH = Path(sys.executable).with_name("orch")
+FAST = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.0005)
+STEPS = 6  # of an epoch of the digits, with the settings below
+FILE = "g00000001-c00000007.pt"
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.xdist_group("loggers"),  # one run for all tests
+    # What the libraries of the loggers warn of is theirs.
+    *(pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Deprecation", "PendingDeprecation", "Future")),
+]
+each_logger = pytest.mark.parametrize("logger", READERS)
+close_to = pytest.approx  # TensorBoard keeps values as float32
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loggers set some variables unless the user has: not for the tests after this one."""
+    for name in ("WANDB_MODE", "WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def settings(*loggers: str, **changes: Any) -> dict[str, Any]:
+    values = {
+        "name": "mine", "job": "jobs.digits:Digits", "max_batch_size": 250, "loggers": loggers,
+        "training_profiles": [{"name": "fast", "learning_rate": 0.05}],
+    }  # fmt: skip
+    return Settings.model_validate(values | changes).model_dump(mode="json")
+
+
+def work(folder: Path, epochs: int = 2, **changes: Any) -> Work:
+    (folder / "checkpoints").mkdir(exist_ok=True, parents=True)
+    given = {"parent": None, "suspended": None, "chunk_id": 7, "generation": 1, "worker_id": 3} | changes
+    return Work(profile=FAST, epochs=epochs, seed=0, repeat=0, **given)
+
+
+class Job:
+    """One job of the chain: a session, and what came out of it."""
+
+    def __init__(self, folder: Path, *loggers: str, **changes: Any) -> None:
+        self.folder = folder
+        self.session = open_session(settings(*loggers, **changes), 1, run_folder=folder)
+        self.results: list[EpochResult] = []
+
+    def train(self, work: Work, steps: int | None = None) -> Finished | Interrupted:
+        """steps: stop after so many."""
+        asked = itertools.count()
+        return self.session.train(work, lambda: next(asked) == steps, self.results.append)
+
+    def save(self) -> Path:
+        path = self.folder / "checkpoints" / FILE
+        with open(path, "wb") as target:
+            self.session.save(target)
+        return path
+
+
+def at_each_epoch(curves: Curves, name: str) -> list[float]:
+    return [value for _, value in curves[name]]
+
+
+@each_logger
+def test_a_chunk_that_is_suspended_and_dies_once_more_is_one_series_without_repeated_steps(
+    logger: str, tmp_path: Path
+) -> None:
+    needed(logger)
+    first = Job(tmp_path, logger)
+    assert isinstance(first.train(work(tmp_path), steps=4), Interrupted)
+    suspended = first.save()
+    first.session.close()
+
+    killed = Job(tmp_path, logger)  # after what it has told its logger, and before it could save
+    assert isinstance(killed.train(work(tmp_path, suspended=suspended), steps=4), Interrupted)
+    killed.session.close()
+
+    last = Job(tmp_path, logger)
+    finished = last.train(work(tmp_path, suspended=suspended))
+    last.session.close()
+
+    assert isinstance(finished, Finished)
+    curves, tags = READERS[logger](tmp_path / "logs", 7)
+    assert [step for step, _ in curves["train/loss"]] == list(range(1, 2 * STEPS + 1))
+    assert curves["train/learning_rate"] == [(step, close_to(0.05)) for step in range(1, 2 * STEPS + 1)]
+    assert [step for step, _ in curves["validation/accuracy"]] == [STEPS, 2 * STEPS]
+    accuracies = [result.metrics["accuracy"] for result in finished.results]
+    assert at_each_epoch(curves, "validation/accuracy") == close_to(accuracies)
+    losses = [result.metrics["train_loss"] for result in finished.results]
+    assert at_each_epoch(curves, "train/epoch_loss") == close_to(losses)
+    assert (tags["run"], tags["founder"], tags["worker"], tags["profile"]) == ("mine", "7", "3", "fast")
+
+
+@each_logger
+def test_the_loss_of_every_step_is_the_one_that_was_trained_with(logger: str, tmp_path: Path) -> None:
+    needed(logger)
+    job = Job(tmp_path, logger, max_batch_size=100, select_on="test")
+    job.train(work(tmp_path, epochs=1))
+    job.session.close()
+    curves, _ = READERS[logger](tmp_path / "logs", 7)
+    whole, rest = divmod(job.session.feed("train").count, 100)
+    sizes = [100] * whole + [rest]
+    mean = sum(loss * size for (_, loss), size in zip(curves["train/loss"], sizes, strict=True)) / sum(sizes)
+    assert mean == close_to(job.results[0].metrics["train_loss"], rel=1e-5)
+    assert at_each_epoch(curves, "test/accuracy") == close_to([job.results[0].metrics["accuracy"]])
+
+
+def test_logging_changes_nothing_of_the_training(tmp_path: Path) -> None:
+    def trained(*loggers: str) -> dict[str, Any]:
+        folder = tmp_path / (loggers or ("none",))[0]
+        job = Job(folder, *loggers, deterministic=True)
+        job.train(work(folder))
+        job.session.close()
+        return read(job.save())
+
+    with_logger, without = trained("tensorboard"), trained()
+    for name, tensor in without["model"].items():
+        assert torch.equal(with_logger["model"][name], tensor), name
+    assert torch.equal(with_logger["rng"]["torch"], without["rng"]["torch"])
+
+
+# --- trouble
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KB, or skip."""
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# TensorBoard's own thread fails too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@each_logger
+def test_a_full_disk_turns_a_logger_off_and_the_chunk_is_trained(
+    logger: str, tmp_path: Path, small_disk: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed(logger)
+    monkeypatch.setattr(logging.getLogger("orch"), "propagate", True)
+    (small_disk / "other").write_bytes(b"x" * 60_000)
+    job = Job(tmp_path, logger, max_batch_size=2)
+    assert isinstance(job.train(work(tmp_path, epochs=1)), Finished)
+    job.session.close()
+    if logger != "wandb":  # whose own process writes, and says nothing
+        assert len(warnings(caplog)) == 1
+        assert warnings(caplog)[0].startswith(f"logger {logger} is off for the rest of this job: ")
+
+
+def test_what_is_no_logger_is_refused_at_launch() -> None:
+    with pytest.raises(JobSpecError, match="loggers: 'not_there:Mine': not_there can't be imported"):
+        user_job.check(Settings.model_validate(settings("not_there:Mine")), [])
+
+
+# --- a user's own
+
+
+def test_the_example_of_the_docs_is_a_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "logging.md").read_text()
+    (code,) = re.findall(r"```python\n# my_module\.py\n(.*?)```", page, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    (tmp_path / "my_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    user_job.check(Settings.model_validate(settings("my_module:MyLogger")), [str(tmp_path)])
+    job = Job(tmp_path, "my_module:MyLogger")
+    (tmp_path / "logs").mkdir()
+    job.train(work(tmp_path))
+    job.session.close()
+    rows = [line.split(",") for line in (tmp_path / "logs" / "chunk-00000007.csv").read_text().splitlines()]
+    accuracies = [(int(step), float(value)) for name, step, value in rows if name == "validation/accuracy"]
+    assert accuracies == [((i + 1) * STEPS, result.metrics["accuracy"]) for i, result in enumerate(job.results)]
+    assert sum(name == "train/loss" for name, _, _ in rows) == 2 * STEPS
+
+
+# --- a run
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, list[str]]]:
+    """A run of two workers that was tested, and the loggers that it had."""
+    from importlib.util import find_spec
+
+    loggers = [name for name in READERS if find_spec(name)]
+    runs_dir = tmp_path_factory.mktemp("launched")
+    command = [str(ORCH), "launch", str(ROOT / "settings/digits.json"), "--executor", "local", "--wait"]
+    options = {
+        "loggers": json.dumps(loggers), "stop_after_epochs": "24", "num_models": "3", "epochs_per_chunk": "2",
+        "eon_lifetime": "60", "total_lifetime": "200", "max_batch_size": "250",
+    }  # fmt: skip
+    changes = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "MLFLOW"))}
+    where = {"env": environment, "check": True, "capture_output": True, "timeout": 240}
+    subprocess.run([*command, "--runs-dir", str(runs_dir), *changes], **where)  # type: ignore[call-overload]
+    subprocess.run([str(ORCH), "evaluate", "digits", "--runs-dir", str(runs_dir)], **where)  # type: ignore[call-overload]
+    yield Run.open(runs_dir / "digits"), loggers
+    for process in processes_of(runs_dir):
+        process.kill()
+
+
+@each_logger
+def test_the_curves_of_a_run_are_its_leaderboard(logger: str, launched: tuple[Run, list[str]]) -> None:
+    needed(logger)
+    run, loggers = launched
+    assert logger in loggers
+    reader = run.leaderboard.reader
+    epochs, tests = reader.rows("epoch"), {c["chunk_id"]: c["test_metrics"] for c in reader.rows("checkpoint")}
+    chunks = {c["chunk_id"]: c for c in reader.rows("chunk") if c["state"] in ("promoted", "discarded")}
+    told = [line for log in (run.folder / "logs").glob("worker-*.log") for line in log.read_text().splitlines()]
+    assert [line for line in told if "is off" in line] == []
+    made_by = {c["checkpoint_id"]: c["chunk_id"] for c in reader.rows("checkpoint")}
+    curves = {}
+    for chunk, row in chunks.items():
+        curves[chunk], tags = READERS[logger](run.folder / "logs", chunk)
+        mine = [epoch for epoch in epochs if epoch["chunk_id"] == chunk]
+        for shown, name in (("validation/accuracy", "accuracy"), ("train/epoch_loss", "train_loss")):
+            assert at_each_epoch(curves[chunk], shown) == close_to([epoch["metrics"][name] for epoch in mine])
+        assert at_each_epoch(curves[chunk], "epoch") == [epoch["number"] for epoch in mine]
+        assert (tags["profile"], tags["position"]) == (row["profile"], str(row["position"]))
+        if tests.get(chunk) is None:
+            assert "test/accuracy" not in curves[chunk]
+        else:
+            assert at_each_epoch(curves[chunk], "test/accuracy") == close_to([tests[chunk]["accuracy"]])
+        yes, no = ("true", "false") if logger == "wandb" else ("yes", "no")
+        assert tags["promoted"] == (yes if row["state"] == "promoted" else no)
+        if row["parent_id"] is not None and made_by[row["parent_id"]] in curves:
+            parent = curves[made_by[row["parent_id"]]]["train/loss"]
+            assert curves[chunk]["train/loss"][0][0] == parent[-1][0] + 1
+    assert sum(metrics is not None for metrics in tests.values()) == 3
+    assert any(row["parent_id"] for row in chunks.values())
+
+
+def test_a_run_leaves_two_entries_of_the_file_system_for_each_chunk_and_job_and_no_process(
+    launched: tuple[Run, list[str]],
+) -> None:
+    run, loggers = launched
+    begun = len(run.leaderboard.reader.rows("chunk"))
+    for part in set(loggers) & {"tensorboard", "wandb"}:
+        assert len(list((run.folder / "logs" / part).rglob("*"))) <= 2 * (begun + 3 + 4), "each test and suspension too"
+    assert processes_of(run.folder.parent) == []

@@ -1,0 +1,401 @@
+"""What docs/your-own-job.md shows is taken from it as it stands there, and run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import data
+from jobs.chunk import ChunkContext, ChunkInterrupted, ChunkResult
+from jobs.exactness import first_difference
+from jobs.job import Job, JobContext, JobError
+from jobs.opening import check, has_own_loop, load_job, open_session
+from jobs.own_loop import OwnLoop
+from jobs.resume_link import Plan, open_short
+from jobs.states import export, read
+from jobs.training import Session
+from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
+from orchestrator.run import Run
+from orchestrator.settings import Settings
+from tests.invariants import violations
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "your-own-job.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
+MOONS, MOONS_JSON, COMMANDS = (body for _, body in BLOCKS[:3])
+
+
+def block_with(word: str) -> str:
+    (found,) = [body for language, body in BLOCKS if language == "python" and word in body]
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the user's modules are; they are forgotten afterwards."""
+    (tmp_path / "moons.py").write_text(MOONS)
+    (tmp_path / "moons.json").write_text(MOONS_JSON)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    known = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - known:
+        del sys.modules[name]
+
+
+def settings(job: str, **changes: Any) -> dict[str, Any]:
+    profile = {"name": "one", "learning_rate": 0.1}
+    given = {"name": "run", "job": job, "training_profiles": [profile], "max_batch_size": 8, "precision": "fp32"}
+    return Settings.model_validate(given | changes).model_dump(mode="json")
+
+
+def orch(folder: Path, command: str) -> str:
+    program, *arguments = command.split()
+    assert program == "orch"
+    environment = os.environ | {"PYTHONPATH": "", "NO_COLOR": "1"}
+    run = [str(Path(sys.executable).with_name("orch")), *arguments]
+    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- the example
+
+
+def test_the_complete_example_has_at_most_30_lines() -> None:
+    assert len(f"{MOONS}{MOONS_JSON}{COMMANDS}".splitlines()) <= 30
+
+
+def test_the_complete_example_runs_as_it_stands(folder: Path) -> None:
+    for command in COMMANDS.splitlines():
+        orch(folder, command)
+    run = Run.open(folder / "runs" / "moons")
+    board = run.board()
+    assert len(board["entries"]) == 2
+    assert board["entries"][0]["score"] > 0.95
+    assert board["entries"][0]["test_metrics"]["accuracy"] > 0.95
+    assert violations(run) == []
+    model = load_job(settings("moons:Moons")).model()
+    model.load_state_dict(torch.load(folder / "best.pt", weights_only=True))
+
+
+def test_every_settings_block_is_valid() -> None:
+    for body in [body for language, body in BLOCKS if language == "json"]:
+        given = json.loads(body)
+        profile = given if "learning_rate" in given else given["training_profiles"][0]
+        check(settings("jobs.digits:Digits", training_profiles=[profile]))
+
+
+# --- other libraries: modules that are called as theirs are stand in for them, for they need not be installed
+
+TRANSFORMERS = """
+import torch
+from types import SimpleNamespace
+
+class AutoTokenizer:
+    @classmethod
+    def from_pretrained(cls, name):
+        return cls()
+
+    def __call__(self, texts, padding, truncation):
+        assert padding == "max_length" and truncation
+        ids = [[ord(letter) for letter in text[:4].ljust(4)] for text in texts]
+        return {"input_ids": ids, "attention_mask": [[1] * 4 for _ in texts]}
+
+class AutoModelForSequenceClassification(torch.nn.Module):
+    @classmethod
+    def from_pretrained(cls, name, num_labels):
+        return cls(num_labels)
+
+    def __init__(self, num_labels):
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(128, 8), torch.nn.Linear(8, num_labels)
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        logits = self.head((self.embedding(input_ids) * attention_mask.unsqueeze(-1)).mean(dim=1))
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return SimpleNamespace(loss=loss, logits=logits)
+"""
+DATASETS = """
+import torch
+
+def load_dataset(name, split):
+    return Rows([{"text": "good" if i % 2 else "bad", "label": i % 2} for i in range(64)])
+
+class Rows:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def rename_column(self, old, new):
+        return Rows([{new if key == old else key: value for key, value in row.items()} for row in self.rows])
+
+    def map(self, function, batched, remove_columns):
+        found = function({key: [row[key] for row in self.rows] for key in self.rows[0]})
+        new = [{key: values[i] for key, values in found.items()} for i in range(len(self.rows))]
+        kept = [{key: v for key, v in row.items() if key not in remove_columns} for row in self.rows]
+        return Rows([old | added for old, added in zip(kept, new, strict=True)])
+
+    def with_format(self, kind):
+        assert kind == "torch"
+        return Rows([{key: torch.tensor(value) for key, value in row.items()} for row in self.rows])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+"""
+MY_PROJECT = '''
+import torch
+from torch.utils.data import TensorDataset
+
+class LitClassifier(torch.nn.Module):
+    """Has what a LightningModule has that orch needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(3, 2)
+
+    def forward(self, inputs):
+        return self.net(inputs)
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        return torch.nn.functional.cross_entropy(self(inputs), targets)
+
+def training_set():
+    targets = torch.arange(80) % 2
+    noise = torch.randn(80, 3, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(noise + 3 * targets.unsqueeze(1), targets)
+
+test_set = training_set
+'''
+
+
+@pytest.mark.parametrize(
+    ("word", "job", "modules", "optimizer"),
+    [
+        ("transformers", "Reviews", {"transformers": TRANSFORMERS, "datasets": DATASETS}, "AdamW"),
+        ("my_project", "Lit", {"my_project": MY_PROJECT}, None),
+    ],
+    ids=["Hugging Face", "Lightning"],
+)
+def test_jobs_of_other_libraries_train_as_the_page_shows_them(
+    word: str, job: str, modules: Mapping[str, str], optimizer: str | None, folder: Path
+) -> None:
+    for name, text in (modules | {"theirs": block_with(word)}).items():
+        (folder / f"{name}.py").write_text(text)
+    rate = {"name": "one", "learning_rate": 0.05, "optimizer": optimizer}
+    given = settings(f"theirs:{job}", training_profiles=[rate])
+    assert check(given) == []
+    one = open_session(given, cores=1)
+    work = Work(Profile(**given["training_profiles"][0]), 8, seed=1, repeat=0, parent=None, suspended=None)
+    result = one.train(work, lambda: False, lambda _epoch: None)
+    assert isinstance(result, Finished)
+    assert result.score > 0.9
+    assert one.state()["optimizer_class"] == f"torch.optim.{'adamw:AdamW' if optimizer else 'adam:Adam'}"
+    with (folder / "one.pt").open("wb") as target:
+        one.save(target)
+    assert one.evaluate_file(folder / "one.pt", "test")["accuracy"] > 0.9
+
+
+# --- the long form
+
+
+def test_the_loop_of_one_s_own_goes_through_orch_launch(folder: Path) -> None:
+    (folder / "closure.py").write_text(block_with("LBFGS"))
+    given = {"job": "closure:Closure", "num_models": 2, "max_batch_size": 900, "stop_after_epochs": 5}
+    given["training_profiles"] = [{"name": "one", "learning_rate": 0.5}]
+    (folder / "closure.json").write_text(json.dumps(given))
+    orch(folder, "orch launch closure.json --executor local --wait")
+    orch(folder, "orch evaluate closure")
+    orch(folder, "orch export closure")
+    run = Run.open(folder / "runs" / "closure")
+    board = run.board()
+    assert board["entries"][0]["score"] > 0.9
+    assert board["entries"][0]["test_metrics"]["accuracy"] > 0.9
+    assert violations(run) == []
+    assert set(torch.load(folder / "best.pt", weights_only=True)) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+ONE = Profile("one", 0.1, 0.9, 0.0)
+
+
+class Walk(Job):
+    """Its state is where a random walk stands."""
+
+    STEPS = 4  # of an epoch
+
+    def train_chunk(self, context: ChunkContext) -> ChunkResult | ChunkInterrupted:
+        state = dict(context.state or {"at": torch.randn(3), "step": 0})
+        for _ in range(context.epochs):
+            while state["step"] < self.STEPS:
+                if context.should_stop():
+                    return ChunkInterrupted(state, state["step"])
+                state = {"at": state["at"] + torch.randn(3), "step": state["step"] + 1}
+            state["step"] = 0
+            context.report({"accuracy": float(state["at"].sum())})
+        return ChunkResult(state)
+
+
+def walk(job: type[Job] = Walk) -> OwnLoop:
+    return OwnLoop(job(JobContext(settings("any:Job"))))
+
+
+def founder(epochs: int = 3) -> Work:
+    return Work(ONE, epochs, seed=5, repeat=0, parent=None, suspended=None)
+
+
+def child(parent: Path, repeat: int = 0) -> Work:
+    return Work(ONE, 3, seed=0, repeat=repeat, parent=parent, suspended=None)
+
+
+_processes = itertools.count(9000)
+
+
+def train(one: OwnLoop, work: Work, file: Path, steps: int | None = None) -> Finished | Interrupted:
+    data.seed_all(next(_processes))
+    asked = itertools.count()
+    result = one.train(work, lambda: steps is not None and next(asked) >= steps, lambda _epoch: None)
+    with file.open("wb") as target:
+        one.save(target)
+    return result
+
+
+@pytest.mark.parametrize("start", ["a founder", "a child"])
+@pytest.mark.parametrize("steps", range(3 * Walk.STEPS))
+def test_a_loop_of_its_own_that_was_cut_is_the_uninterrupted_one(steps: int, start: str, tmp_path: Path) -> None:
+    train(walk(), founder(), tmp_path / "parent.pt")
+    work = founder() if start == "a founder" else child(tmp_path / "parent.pt")
+    whole = train(walk(), work, tmp_path / "whole.pt")
+    cut = train(walk(), work, tmp_path / "cut.pt", steps)
+    assert cut == Interrupted(steps % Walk.STEPS)
+    again = train(walk(), Work(ONE, 3, 0, 0, work.parent, tmp_path / "cut.pt"), tmp_path / "again.pt")
+    assert first_difference(read(tmp_path / "whole.pt"), read(tmp_path / "again.pt")) is None
+    assert isinstance(whole, Finished)
+    assert isinstance(again, Finished)
+    assert [(r.number, r.metrics) for r in again.results] == [(r.number, r.metrics) for r in whole.results]
+    assert (again.score, again.epochs) == (whole.score, whole.epochs)
+
+
+def test_children_of_one_parent_go_their_own_ways(tmp_path: Path) -> None:
+    train(walk(), founder(), tmp_path / "parent.pt")
+    ends = [train(walk(), child(tmp_path / "parent.pt", repeat), tmp_path / "x.pt") for repeat in (0, 0, 1)]
+    scores = [end.score for end in ends if isinstance(end, Finished)]
+    assert scores[0] == scores[1] != scores[2]
+
+
+class Lazy(Walk):
+    def train_chunk(self, context: ChunkContext) -> Any:
+        context.report({"accuracy": 0.5})
+        return ChunkResult({})
+
+
+class Silent(Walk):
+    def train_chunk(self, context: ChunkContext) -> Any:
+        context.report({"loss": 0.5})
+
+
+class Forgetful(Walk):
+    def train_chunk(self, context: ChunkContext) -> Any:
+        return {"at": 1}
+
+
+class Hasty(Walk):
+    def train_chunk(self, context: ChunkContext) -> Any:
+        return ChunkInterrupted({"at": 1})
+
+
+class Whole(Walk):
+    def train_chunk(self, context: ChunkContext) -> Any:
+        return ChunkResult({"at": 1, "model": torch.nn.Linear(1, 1)})
+
+
+class Bare(Walk):
+    def train_chunk(self, context: ChunkContext) -> Any:
+        return ChunkResult("at 1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (Hasty, r"returned ChunkInterrupted, but context.should_stop\(\) had not said so"),
+        (Whole, r"a state that can't be kept: .*Linear.*; allowed are dicts, lists, tensors"),
+        (Bare, r"a state that is a str; allowed is a dict"),
+        (Lazy, r"reported 1 of 3 epochs; call context.report"),
+        (Silent, r"metric.name: 'accuracy' is not among the metrics that were reported: loss"),
+        (Forgetful, r"train_chunk returned dict; allowed are ChunkResult and ChunkInterrupted"),
+    ],
+)
+def test_a_loop_that_does_not_keep_to_the_rules_is_told_how(job: type[Job], message: str, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=message):
+        train(walk(job), founder(), tmp_path / "x.pt")
+
+
+def test_a_loss_that_is_lost_may_be_given_up_early(tmp_path: Path) -> None:
+    class GivesUp(Walk):
+        def train_chunk(self, context: ChunkContext) -> ChunkResult:
+            context.report({"accuracy": float("nan")})
+            return ChunkResult({})
+
+    result = train(walk(GivesUp), founder(), tmp_path / "x.pt")
+    assert isinstance(result, Finished)
+    assert result.score != result.score
+    assert result.epochs == 1
+
+
+def test_a_state_without_a_model_can_t_be_exported(tmp_path: Path) -> None:
+    train(walk(), founder(), tmp_path / "x.pt")
+    with (tmp_path / "out.pt").open("wb") as target, pytest.raises(JobError, match=r'returned has no "model"'):
+        export(tmp_path / "x.pt", target)
+
+
+def test_a_checkpoint_of_orch_s_loop_is_none_of_an_own_one(tmp_path: Path) -> None:
+    torch.save({"format": 2, "epochs": 1, "model": {}}, tmp_path / "x.pt")
+    with pytest.raises(JobError, match=r"x\.pt: it was not made by the job's own loop"):
+        train(walk(), child(tmp_path / "x.pt"), tmp_path / "y.pt")
+
+
+def test_an_observer_is_told_of_epochs(tmp_path: Path) -> None:
+    class Noting:
+        said: list[Any] = []  # noqa: RUF012
+
+        def chunk(self, work: Work) -> None:
+            self.said.append("chunk")
+
+        def epoch(self, result: EpochResult) -> None:
+            self.said.append(result.number)
+
+        def step(self, *_: Any) -> None: ...
+
+        def close(self) -> None:
+            self.said.append("close")
+
+    one = OwnLoop(Walk(JobContext(settings("any:Job"))), observer=Noting())
+    train(one, founder(), tmp_path / "x.pt")
+    one.close()
+    assert Noting.said == ["chunk", 1, 2, 3, "close"]
+
+
+def test_steps_of_an_own_loop_can_t_be_counted_by_verify_resume() -> None:
+    plan = Plan(
+        settings(f"{__name__}:Walk"), [], 1, "cpu", chunks=1, epochs_per_chunk=1, steps_per_epoch=2, interruptions=1
+    )
+    with pytest.raises(JobError, match="it has a loop of its own"):
+        open_short(plan)
+
+
+def test_a_job_has_a_loop_of_its_own_if_it_overrides_it() -> None:
+    context = JobContext(settings("any:Job"))
+    assert has_own_loop(Walk(context))
+    assert not has_own_loop(Job(context))
+    assert isinstance(open_session(settings("jobs.digits:Digits"), cores=1), Session)

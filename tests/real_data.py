@@ -1,0 +1,43 @@
+"""Real data sets for tests, in torchvision's layout, unpacked from beside this repository; without it a test skips."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"
+CACHE = Path(tempfile.gettempdir()) / f"orch-test-data-{os.getuid()}"
+
+
+def cifar10_root() -> Path:
+    """The folder that torchvision's CIFAR10(root) takes."""
+    return _root("cifar10")
+
+
+def mnist_root() -> Path:
+    """The folder that torchvision's MNIST(root) takes."""
+    return _root("mnist")
+
+
+def pets_root() -> Path:
+    """The folder that torchvision's OxfordIIITPet(root) takes: 370 of its pictures, 10 a breed."""
+    return _root("pets")
+
+
+def _root(name: str) -> Path:
+    """Unpacked once on this machine, whichever of several test processes comes first."""
+    if not (UNPACK.is_file() and (UNPACK.parent / name).is_dir()):
+        pytest.skip(f"no real data: {name} is not in {UNPACK.parent}")
+    CACHE.mkdir(mode=0o700, exist_ok=True)
+    done = CACHE / f"{name}.done"
+    with FileLock(CACHE / "lock"):
+        if not done.exists():
+            subprocess.run([sys.executable, str(UNPACK), str(CACHE), name], check=True, capture_output=True)
+            done.touch()
+    return CACHE

@@ -1,0 +1,437 @@
+"""Pictures are decoded once on a node, are found again, and make the same batches wherever they lie."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder, OxfordIIITPet
+from torchvision.transforms import v2
+
+from jobs import data, decode_cache
+from jobs.augment import CenterCrop, Cutout, Flip, Normalize, PadCrop, RandomCrop, Resize, Step
+from jobs.decode_cache import Decoded, decoded
+from jobs.decoded import DecodedFeed, DecodedImages
+from jobs.images import ImageFeed
+from jobs.job import JobError
+from tests.real_data import pets_root
+
+CPU = torch.device("cpu")
+SIZE = 20  # the shorter side
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Two loader processes on a machine with one core, and beside torch's threads, are what these tests are about.
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A disk of this node, empty at first."""
+    place = tmp_path / "node"
+    place.mkdir()
+    monkeypatch.setenv("SLURM_TMPDIR", str(place))
+    return place
+
+
+def draw(folder: Path, sizes: list[tuple[int, int]]) -> list[Path]:
+    """PNG files of noise of these heights and widths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0)
+    paths = [folder / f"{number:03}.png" for number in range(len(sizes))]
+    for path, (height, width) in zip(paths, sizes, strict=True):
+        Image.fromarray(pixels.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+@pytest.fixture
+def squares(tmp_path: Path) -> list[Path]:
+    return draw(tmp_path / "squares", [(30, 30)] * 40)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> list[Path]:
+    return draw(tmp_path / "mixed", [(30 + 3 * (n % 5), 30 + 7 * (n % 3)) for n in range(40)])
+
+
+def kept(node: Path) -> list[Path]:
+    (folder,) = node.iterdir()
+    return sorted(path for path in folder.iterdir() if path.suffix != ".lock")
+
+
+# --- what is kept
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_each_picture_is_what_torchvision_makes_of_its_file(cores: int, mixed: list[Path]) -> None:
+    found = decoded(mixed, SIZE, cores)
+    for picture, path in zip(found, mixed, strict=True):
+        expected = v2.functional.pil_to_tensor(v2.Resize(SIZE)(Image.open(path).convert("RGB")))
+        assert torch.equal(torch.from_numpy(picture).permute(2, 0, 1), expected)
+    assert not found.equal
+
+
+def test_grey_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
+    for mode in ("L", "RGBA", "P", "1"):
+        Image.new(mode, (25, 25)).save(tmp_path / f"{mode}.png")
+    found = decoded(sorted(tmp_path.glob("*.png")), SIZE)
+    assert [picture.shape for picture in found] == [(SIZE, SIZE, 3)] * 4
+
+
+def test_statistics_are_those_of_all_pixels(mixed: list[Path]) -> None:
+    found = decoded(mixed, SIZE)
+    values = np.concatenate([picture.reshape(-1, 3) for picture in found]) / 255
+    mean, std = found.statistics()
+    assert mean == pytest.approx(values.mean(axis=0))
+    assert std == pytest.approx(values.std(axis=0))
+
+
+def test_what_was_decoded_is_found_again(squares: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = decoded(squares, SIZE)
+    monkeypatch.setattr(decode_cache, "decode", None)  # nothing more is decoded
+    again = decoded(squares, SIZE)
+    assert again.file == first.file
+    assert np.array_equal(again[7], first[7])
+    assert again.statistics() == first.statistics()
+
+
+def test_nothing_of_it_is_for_others(squares: list[Path], node: Path) -> None:
+    umask = os.umask(0)
+    try:
+        decoded(squares, SIZE)
+    finally:
+        os.umask(umask)
+    (folder,) = node.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert folder.name == f"orch-pictures-{os.getuid()}"
+
+
+@pytest.mark.parametrize("change", ["content", "time", "another file", "a file less", "another size"])
+def test_other_files_or_another_size_are_decoded_anew(change: str, squares: list[Path], node: Path) -> None:
+    decoded(squares, SIZE)
+    size = SIZE
+    match change:
+        case "content":
+            known = squares[3].stat()
+            Image.new("RGB", (30, 31)).save(squares[3])
+            os.utime(squares[3], ns=(known.st_atime_ns, known.st_mtime_ns))
+        case "time":
+            os.utime(squares[3], (0, 0))
+        case "another file":
+            squares = [*squares[:-1], squares[0]]
+        case "a file less":
+            squares = squares[1:]
+        case "another size":
+            size += 1
+    found = decoded(squares, size)
+    assert len(kept(node)) == 2
+    assert np.array_equal(found[3], decode_cache.decode(squares[3], size))
+
+
+@pytest.mark.parametrize("damage", ["pixels cut off", "no pixels", "index cut off", "no index"])
+def test_what_is_damaged_is_decoded_anew(damage: str, squares: list[Path]) -> None:
+    found = decoded(squares, SIZE)
+    expected = np.array(found[39])
+    assert found.file is not None
+    broken = found.file if "pixels" in damage else found.file.with_name(decode_cache.INDEX)
+    if damage.startswith("no"):
+        broken.unlink()
+    else:
+        os.truncate(broken, 100)
+    assert np.array_equal(decoded(squares, SIZE)[39], expected)
+
+
+def test_jobs_of_a_node_that_start_together_decode_once(squares: list[Path], node: Path) -> None:
+    script = (
+        "import sys, logging; from pathlib import Path; logging.basicConfig(level=logging.INFO)\n"
+        "from jobs.decode_cache import decoded\n"
+        f"found = decoded(sorted(Path({str(squares[0].parent)!r}).iterdir()), {SIZE})\n"
+        "print(int(found[39].sum()))"
+    )
+    root = Path(__file__).parents[2]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=120) for process in started]
+    assert len({out for out, _ in said}) == 1
+    assert sum("decoded 40 pictures" in err for _, err in said) == 1
+    assert len(kept(node)) == 1
+
+
+def test_what_is_kept_goes_to_another_process_as_a_path(squares: list[Path]) -> None:
+    found = decoded(squares, SIZE)
+    assert found[3].any()  # it is mapped into memory now
+    sent = pickle.dumps(found)
+    assert len(sent) < 20_000
+    assert np.array_equal(pickle.loads(sent)[3], found[3])
+
+
+def test_a_picture_that_is_changed_in_memory_stays_as_it_is_on_the_disk(squares: list[Path]) -> None:
+    found = decoded(squares, SIZE)
+    before = int(found[3].sum())
+    found[3][:] = 0
+    assert int(decoded(squares, SIZE)[3].sum()) == before
+
+
+def test_nothing_is_kept_of_no_picture() -> None:
+    assert len(decoded([], SIZE)) == 0
+
+
+# --- what is no longer used
+
+
+def age(entry: Path, days: float) -> None:
+    for path in (entry, entry / decode_cache.USED):
+        if path.exists():
+            os.utime(path, (time.time() - days * 86400,) * 2)
+
+
+def test_what_nobody_has_opened_for_a_week_is_removed(squares: list[Path], mixed: list[Path], node: Path) -> None:
+    first = decoded(squares, SIZE)
+    before = int(first[3].sum())
+    (entry,) = kept(node)
+    age(entry, 6.5)
+    decoded(mixed, SIZE)
+    assert entry.exists()
+    age(entry, 7.5)
+    decoded(mixed, SIZE)
+    assert not entry.exists()
+    assert int(first[3].sum()) == before, "who has it open keeps it"
+
+
+def test_what_is_used_stays(squares: list[Path], mixed: list[Path], node: Path) -> None:
+    decoded(squares, SIZE)
+    (entry,) = kept(node)
+    age(entry, 8)
+    os.utime(entry / decode_cache.USED)
+    decoded(mixed, SIZE)
+    assert entry.exists()
+
+
+def test_what_a_dead_builder_left_is_removed_and_what_a_living_one_makes_is_not(
+    squares: list[Path], node: Path
+) -> None:
+    decoded(squares, SIZE)
+    (folder,) = node.iterdir()
+    dead, alive = folder / "dead.part", folder / "alive.part"
+    for part in (dead, alive):
+        part.mkdir()
+        age(part, 8)
+    with decode_cache.FileLock(folder / "alive.lock"):
+        decoded(squares, SIZE)
+    assert (dead.exists(), alive.exists()) == (False, True)
+
+
+# --- where nothing can be kept
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file that is to hold pixels is the device that is always full."""
+    opened = Path.open
+
+    def open_full(path: Path, *arguments: Any, **options: Any) -> Any:
+        return opened(Path("/dev/full") if path.name == decode_cache.PIXELS else path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_full)
+
+
+def no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mkdir(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+
+
+@pytest.mark.parametrize("fill", [full_disk, no_folder])
+def test_a_full_disk_is_a_warning_and_the_same_batches(
+    fill: Any, mixed: list[Path], node: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as there:
+        fill(there)
+        found = decoded(mixed, SIZE)
+    assert found.file is None
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("40 pictures can't be kept decoded (0.0 GB): ")
+    assert "No space left on device" in line
+    assert "TMPDIR" in line
+    assert kept(node) == [] if list(node.iterdir()) else True
+    good = decoded(mixed, SIZE)
+    assert good.file is not None
+    assert found.statistics() == good.statistics()
+    steps: list[Step] = [RandomCrop(16), Flip()]
+    batches = [whole(feed(DecodedImages(one, [0] * 40, steps)).shuffled(5))[0] for one in (found, good)]
+    assert torch.equal(*batches)
+
+
+def test_a_folder_that_others_can_open_is_refused(squares: list[Path], node: Path) -> None:
+    folder = node / f"orch-pictures-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o755)
+    with pytest.raises(JobError, match=r"must be a folder of your own that nobody else can open"):
+        decoded(squares, SIZE)
+    folder.rmdir()
+    folder.symlink_to(squares[0].parent)
+    with pytest.raises(JobError, match=r"must be a folder of your own"):
+        decoded(squares, SIZE)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html>", None], ids=["empty", "no picture", "cut off"])
+def test_a_file_that_is_no_picture_is_named(content: bytes | None, cores: int, squares: list[Path], node: Path) -> None:
+    squares[21].write_bytes(squares[21].read_bytes()[:300] if content is None else content)
+    with pytest.raises(JobError, match=rf"^{squares[21]} is no picture that can be read: .*; mend it or take it away$"):
+        decoded(squares, SIZE, cores)
+    assert kept(node) == []
+
+
+def test_a_file_that_is_not_there_is_named(squares: list[Path]) -> None:
+    squares[3].unlink()
+    with pytest.raises(JobError, match=rf"^{squares[3]} can't be read: No such file"):
+        decoded(squares, SIZE)
+
+
+# --- batches
+
+
+INDICES = [*range(1, 20), *range(25, 40)]
+
+
+def feed(source: DecodedImages, cores: int = 1, batch_size: int = 8) -> Any:
+    return data.make_feed(source, INDICES, batch_size, CPU, cores)
+
+
+def whole(batches: Iterator[Any]) -> tuple[Tensor, Tensor]:
+    images, targets = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(targets)
+
+
+STEPS = {
+    "random crop": [RandomCrop(16), Flip(), Normalize(MEAN, STD), Cutout(4)],
+    "middle": [CenterCrop(15), Normalize(MEAN, STD)],
+    "crop alone": [RandomCrop((12, 16))],
+    "padded": [PadCrop(20, 3, "reflect"), Normalize(MEAN, STD)],
+    "resized": [Resize(18), Flip()],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_pictures_of_one_size_make_the_same_batches_on_the_device_as_fetched(name: str, squares: list[Path]) -> None:
+    pictures, targets = decoded(squares, SIZE), list(range(40))
+    here = feed(DecodedImages(pictures, targets, STEPS[name]))
+    fetched = feed(DecodedImages(pictures, targets, STEPS[name], memory_bytes=0))
+    assert (type(here), type(fetched)) == (ImageFeed, DecodedFeed)
+    assert here.augmented == fetched.augmented == (name not in ("middle", "nothing"))
+    for batches in (lambda f: f.shuffled(5), lambda f: f.shuffled(5, 2, 1), lambda f: f.in_order(1, 2)):
+        one, other = whole(batches(here)), whole(batches(fetched))
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+        assert one[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_batches_do_not_depend_on_the_processes_nor_on_where_the_epoch_begins(first: int, mixed: list[Path]) -> None:
+    source = DecodedImages(decoded(mixed, SIZE), list(range(40)), STEPS["random crop"])
+    one = list(feed(source, cores=1).shuffled(5))
+    processes = feed(source, cores=4)
+    for _ in range(2):  # the processes stay
+        rest = list(processes.shuffled(5, first))
+        assert len(rest) == len(one) - first
+        for (images, targets), (same_images, same_targets) in zip(rest, one[first:], strict=True):
+            assert torch.equal(images, same_images)
+            assert torch.equal(targets, same_targets)
+
+
+def test_pictures_of_many_sizes_are_cropped_as_torchvision_would(mixed: list[Path]) -> None:
+    pictures = decoded(mixed, SIZE)
+    made, targets = whole(feed(DecodedImages(pictures, list(range(40)), [CenterCrop(16)])).in_order())
+    for image, target in zip(made, targets.tolist(), strict=True):
+        picture = torch.from_numpy(np.array(pictures[target])).permute(2, 0, 1)
+        expected = v2.functional.to_dtype(v2.CenterCrop(16)(picture), torch.float32, scale=True)
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-7)
+    cropped, targets = whole(feed(DecodedImages(pictures, list(range(40)), [RandomCrop(16)])).shuffled(5))
+    places = set()
+    for image, target in zip(cropped, targets.tolist(), strict=True):
+        picture = torch.from_numpy(np.array(pictures[target])).permute(2, 0, 1) / 255
+        windows = picture.unfold(1, 16, 1).unfold(2, 16, 1)
+        found = torch.nonzero((windows.permute(1, 2, 0, 3, 4) - image).abs().amax(dim=(2, 3, 4)) < 1e-6)
+        assert len(found) == 1
+        places.add(tuple(found[0].tolist()))
+    assert len(places) > 10
+
+
+def test_a_part_of_the_pictures_is_a_data_set_too(mixed: list[Path]) -> None:
+    source = DecodedImages(decoded(mixed, SIZE), list(range(40)), STEPS["random crop"])
+    images, targets = whole(data.make_feed(Subset(source, range(10)), range(10), 4, CPU, 1).shuffled(5))
+    assert images.shape == (10, 3, 16, 16)
+    assert sorted(targets.tolist()) == list(range(10))
+
+
+def test_reading_leaves_the_random_state_as_it_was(mixed: list[Path]) -> None:
+    source = DecodedImages(decoded(mixed, SIZE, cores=2), [0] * 40, STEPS["random crop"])
+    before = torch.get_rng_state()
+    whole(feed(source).shuffled(5))
+    decoded(mixed, SIZE + 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        pytest.param([], "the first step must be RandomCrop or CenterCrop", id="no crop"),
+        pytest.param([Flip(), RandomCrop(16)], "the first step must be RandomCrop or CenterCrop", id="crop too late"),
+        pytest.param([RandomCrop(21)], "crop of 21x21 pixels is larger than a picture, 20x2", id="crop too large"),
+    ],
+)
+def test_pictures_of_many_sizes_that_make_no_batch_are_an_error(
+    steps: list[Step], message: str, mixed: list[Path]
+) -> None:
+    with pytest.raises(JobError, match=message):
+        next(feed(DecodedImages(decoded(mixed, SIZE), [0] * 40, steps)).shuffled(5))
+
+
+def test_as_many_targets_as_pictures_are_needed(squares: list[Path]) -> None:
+    with pytest.raises(JobError, match="40 pictures and 39 targets"):
+        DecodedImages(decoded(squares, SIZE), [0] * 39)
+
+
+def test_photographs_of_pets_are_fed(node: Path) -> None:
+    source = OxfordIIITPet(str(pets_root()), split="test")
+    pictures = decoded([Path(path) for path in source._images][:48], 64, cores=2)
+    assert isinstance(pictures, Decoded)
+    assert len({tuple(shape) for shape in pictures.shapes.tolist()}) > 5
+    steps: list[Step] = [RandomCrop(56), Flip(), Normalize(*pictures.statistics())]
+    images, _ = whole(feed(DecodedImages(pictures, source._labels[:48], steps), cores=2).shuffled(5))
+    assert images.shape == (len(INDICES), 3, 56, 56)
+    assert abs(images.mean().item()) < 0.3
+    assert abs(images.std().item() - 1) < 0.2
+
+
+def test_an_image_folder_gives_its_targets(tmp_path: Path) -> None:
+    for label in range(3):
+        draw(tmp_path / "folder" / f"class{label}", [(30, 30)] * 6)
+    folder = ImageFolder(str(tmp_path / "folder"))
+    source = DecodedImages(decoded([Path(path) for path, _ in folder.samples], SIZE), folder.targets)
+    train, validation = data.split(source, 0.34, seed=0)
+    assert np.bincount(np.array(source.targets)[validation]).tolist() == [2, 2, 2]
+    assert len(train) == 12
