@@ -11,6 +11,7 @@ from typing import IO
 
 from orchestrator import checkpoints, rules
 from orchestrator.errors import NoSpaceError, SettingsError
+from orchestrator.records import counted
 from orchestrator.settings import Settings
 
 GB = 1e9
@@ -98,12 +99,13 @@ def demand(settings: Settings, checkpoint_bytes: int | None, folder: Path) -> tu
         return None, ["disk: unknown, since the job brings a trainer of its own or its model can't be made here"]
     count = rules.checkpoints_at_most(settings.num_models, settings.workers)
     wanted = count * checkpoint_bytes
-    lines = [f"disk: about {gb(wanted)} GB at most, for {count} checkpoints of about {gb(checkpoint_bytes)} GB each"]
+    each = f"about {gb(checkpoint_bytes)} GB each"
+    lines = [f"disk: about {gb(wanted)} GB at most, for {counted(count, 'checkpoint')} of {each}"]
     if settings.max_disk_gb is not None and settings.max_disk_gb * GB < wanted:
         raise SettingsError(
             f"max_disk_gb: {settings.max_disk_gb:g} is less than what the run needs, about {gb(wanted)}: {count} "
-            f"checkpoints ({settings.num_models} on the board, 2 for each of {settings.workers} workers) of about "
-            f"{gb(checkpoint_bytes)} GB each. Allow more, or choose fewer models or workers"
+            f"checkpoints ({settings.num_models} on the board, 2 for each of {counted(settings.workers, 'worker')}) of "
+            f"{each}. Allow more, or choose fewer models or workers"
         )
     free = shutil.disk_usage(_existing(folder)).free
     if free < wanted:

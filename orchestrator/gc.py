@@ -14,11 +14,15 @@ from pathlib import Path
 import psutil
 
 from orchestrator import checkpoints, disk, rules, trust
+from orchestrator.errors import CheckpointError
 from orchestrator.run import Run
 
-KINDS = ("checkpoints", "temporary files", "job folders", "dead launches")
+KINDS = ("checkpoints", "temporary files", "job folders", "curves", "dead launches")
 # What nobody has touched for so long, nobody is about to give its final name.
 ORPHANED_S = 3600.0
+# Curves of chunks that led to nothing stay for a day, for somebody who wants to know why.
+CURVES_KEPT_S = 86400.0
+SERIES_FOLDERS = ("tensorboard", "wandb")  # of run/logs: the loggers that have a folder for each chunk
 _TEMPORARY = re.compile(r"\.tmp-.+-\d+|\.repair-.+")
 
 
@@ -61,9 +65,44 @@ def collect(run: Run, dry_run: bool, now: float) -> Report:
     tokens = run.leaderboard.reader.tokens()
     for name in rules.old_job_folders({p.name: now - _touched(p) for p in folders}, tokens, ORPHANED_S):
         report.take("job folders", run.folder / "jobs" / name)
+    _collect_curves(run, report, now)
     for path in _dead_launches(run.folder, now):
         report.take("dead launches", path)
     return report
+
+
+def _collect_curves(run: Run, report: Report, now: float) -> None:
+    folders = [path for part in SERIES_FOLDERS for path in _listed(run.folder / "logs" / part) if path.is_dir()]
+    ages_s = {path.name: now - _touched(path) for path in folders}
+    old = set(rules.old_series(ages_s, (), CURVES_KEPT_S))
+    if not old:  # spares the reading of records
+        return
+    try:
+        lines = _lines(run)
+    except CheckpointError as error:
+        report.trouble.append(f"curves are not judged: {error}")
+        return
+    old = set(rules.old_series(ages_s, lines, CURVES_KEPT_S))
+    for path in sorted(path for path in folders if path.name in old):
+        report.take("curves", path)
+
+
+def _lines(run: Run) -> set[int]:
+    """The chunks of every checkpoint that stays, and of all that it comes from; what is made later comes from these.
+
+    Raises CheckpointError for a record that can't be read."""
+    files = run.leaderboard.reader.references()[0]
+    while True:
+        try:
+            records = [checkpoints.read_record(run.folder / "checkpoints", file) for file in files]
+        except CheckpointError:
+            before, files = files, run.leaderboard.reader.references()[0]
+            if files == before:
+                raise
+            continue  # the board has moved on, and perhaps what is missing left it
+        ancestors = [record.get("ancestors") for record in records]
+        lines = [*records, *(one for line in ancestors if isinstance(line, list) for one in line)]
+        return {one["chunk"] for one in lines if isinstance(one, dict) and isinstance(one.get("chunk"), int)}
 
 
 def _listed(folder: Path) -> list[Path]:

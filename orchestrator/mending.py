@@ -40,7 +40,8 @@ def reconcile(
         done += submit_links(leaderboard, cluster, wanted, now)
     strays = leaderboard.reader.never_begun() + leaderboard.reader.awaited(now - rules.EXIT_GRACE_S)
     unwanted = rules.unwanted(snapshot.state, snapshot.open_jobs, evidence)
-    leaderboard.chains.close(unwanted, JobState.CANCELLED, f"the run is {snapshot.state}", now)
+    if unwanted:  # hardly ever: no transaction more at each start of a job
+        leaderboard.chains.close(unwanted, JobState.CANCELLED, f"the run is {snapshot.state}", now)
     cluster.cancel(strays + unwanted, now=True)  # asks first which of them are there at all
     leaderboard.chains.settle(now)
     return done
@@ -62,4 +63,4 @@ def submit_links(leaderboard: Leaderboard, cluster: Cluster, links: list[Job], n
 def _gone(job: Job, how: str | None) -> str:
     """For a job that died before it could say anything itself, its output is all there is to go by."""
     said = f"its job is gone ({how})" if how else "its job is gone"
-    return said if job.started_at is not None else f"{said}; what it printed is in jobs/{job.token.rpartition('-')[0]}"
+    return said if job.started_at is not None else f"{said}; what it printed is in jobs/{job.base}*"

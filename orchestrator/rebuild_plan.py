@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from orchestrator import rules
 from orchestrator.checkpoints import SUFFIX
 from orchestrator.errors import CheckpointError
-from orchestrator.records import Entry, Metric, Profile, Promote
+from orchestrator.records import Entry, Metric, Profile, Promote, counted
 
 # No claim after the repair has a generation that one before it may have had, though it left no file: a worker that
 # was taken for dead must find its writes refused. More than a run claims between two checkpoints.
@@ -345,5 +345,5 @@ def _notes(
     if len(board) < num_models:
         notes.append(f"{len(board)} of {num_models} models are left; free slots are filled again")
     if len(going_on) < len(suspended):
-        notes.append(f"{len(suspended) - len(going_on)} suspended chunks can't go on and are begun anew")
+        notes.append(f"{counted(len(suspended) - len(going_on), 'suspended chunk')} can't go on: begun anew")
     return notes

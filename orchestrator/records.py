@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Mode = Literal["max", "min"]
 
@@ -60,12 +60,15 @@ class Evidence(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One entry of the cycle: what a chunk trains with."""
+    """One entry of the cycle: what a chunk trains with. Its values are plain, as JSON has them."""
 
     name: str
     learning_rate: float
     momentum: float
     weight_decay: float
+    optimizer: str | None = None  # None: the job's own
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    schedule: Mapping[str, Any] | None = field(default=None, hash=False)  # None: a constant learning rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +226,21 @@ class Job:
     def open(self) -> bool:
         return self.state in (JobState.SUBMITTING, JobState.QUEUED, JobState.RUNNING)
 
+    @property
+    def base(self) -> str:
+        """The submission that it came with; names its folder on Slurm, and the beginning of it on this machine."""
+        return base_of(self.token)
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """As people say it: 1 epoch, 2 epochs."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
+def base_of(token: str) -> str:
+    """The part of a token that all jobs of one submission share; the rest is the index in the array."""
+    return token.rpartition("-")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
@@ -301,6 +319,13 @@ class Work:
     repeat: int
     parent: Path | None
     suspended: Path | None
+    # Where it stands, for those who write about it; nothing of the training depends on it.
+    chunk_id: int = 0
+    generation: int = 0
+    worker_id: int = 0
+    position: int = 0
+    parent_file: str | None = None  # None: a founder
+    parent_epochs: int = 0
 
 
 @dataclass(frozen=True, slots=True)

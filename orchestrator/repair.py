@@ -20,11 +20,11 @@ from orchestrator.cluster import open_cluster
 from orchestrator.cluster.local import gpus_of
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, RunError, SettingsError
 from orchestrator.leaderboard import DATABASE_NAME, Leaderboard
-from orchestrator.leaderboard.engine import Database
+from orchestrator.leaderboard.engine import Database, journal_of
 from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, open_jobs, run_row
 from orchestrator.leaderboard.rebuild import Origin, rebuild
 from orchestrator.rebuild_plan import Plan, Record
-from orchestrator.records import Evidence
+from orchestrator.records import Evidence, counted
 from orchestrator.run import SETTINGS_NAME
 from orchestrator.settings import Settings
 
@@ -120,7 +120,7 @@ def _entries_that_differ(folder: Path, board: Leaderboard) -> list[str]:
     settings = settings_module.thaw(board.reader.settings()[0])
     entries = board.reader.entries(settings.metric.mode)
     if len(entries) > settings.num_models:
-        lines.append(f"{len(entries)} entries are on the board, of {settings.num_models} slots")
+        lines.append(f"{len(entries)} entries are on the board, of {counted(settings.num_models, 'slot')}")
     for entry in entries:
         try:
             record = checkpoints.read_record(folder / "checkpoints", entry["file"])
@@ -222,7 +222,8 @@ def _rebuild(
     report.entries = [_entry(rebuilt.record) for rebuilt in plan.board]
     origin, more = _origin(folder, settings, salvaged, found.records, now)
     report.unknown += [*plan.notes, *more]
-    report.done.append(f"{len(plan.board)} entries and {len(plan.suspended)} suspended chunks are written anew")
+    entries = counted(len(plan.board), "entry", "entries")
+    report.done.append(f"{entries} and {counted(len(plan.suspended), 'suspended chunk')} are written anew")
     if report.dry_run:
         return
     damaged = checkpoints_set_aside(folder, found.unusable, stamp)
@@ -308,7 +309,7 @@ def _rebuild_file(database: Database, origin: Origin, plan: Plan, stamp: str, re
         several = settings_module.thaw(origin.settings).executor == "slurm"
         lock_choice.write_record(file, lock_choice.choose(file.parent, several, _wanted(origin)))
     kept = file.with_name(f"{file.name}.damaged-{stamp}")
-    journal = file.with_name(file.name + "-journal")
+    journal = journal_of(file)
     before = _identity(file)
     building = Path(tempfile.mkdtemp(prefix=".repair-", dir=file.parent))
     try:
@@ -317,14 +318,29 @@ def _rebuild_file(database: Database, origin: Origin, plan: Plan, stamp: str, re
         with lock_choice.lock_of(lock_choice.read_record(file), file):
             if _identity(file) != before:
                 raise RunError(f"{file} was changed meanwhile; look again (`orch status`)")
-            for source, target in ((journal, kept.with_name(kept.name + "-journal")), (file, kept)):
-                if source.exists():
-                    source.rename(target)
-                    report.kept.append(str(target))
+            if _is_hot(journal):
+                _keep(journal, journal_of(kept), report)
+            if before:
+                _keep(file, kept, report)
             new.rename(file)
             checkpoints.sync_folder(file.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _keep(source: Path, target: Path, report: Report) -> None:
+    source.rename(target)
+    report.kept.append(str(target))
+
+
+def _is_hot(journal: Path) -> bool:
+    """Is there something in it to be played back? Not if its first byte is 0 (SQLite's documentation of its file
+    format); such a one means nothing to the new file."""
+    try:
+        with journal.open("rb") as file:
+            return file.read(1) not in (b"", b"\0")
+    except FileNotFoundError:
+        return False
 
 
 def _wanted(origin: Origin) -> lock_choice.Wanted:

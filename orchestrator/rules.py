@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from orchestrator.records import (
+    ChunkState,
     Discard,
     Entry,
     Evidence,
@@ -26,6 +27,8 @@ from orchestrator.records import (
     StopRules,
     Worker,
     WorkOn,
+    base_of,
+    counted,
 )
 
 # A chunk is expected to take at most so much longer than the mean of those before it.
@@ -165,12 +168,26 @@ def converged(progress: Progress, stop: StopRules, metric: Metric) -> tuple[RunS
             f"the best {metric.name} {progress.best_score:.6g} has reached {stop.score:.6g}",
         )
     if stop.epochs is not None and progress.epochs >= stop.epochs:
-        return RunState.FINISHED, f"{progress.epochs} epochs were trained, of {stop.epochs} allowed"
+        trained = counted(progress.epochs, "epoch was", "epochs were")
+        return RunState.FINISHED, f"{trained} trained, of {stop.epochs} allowed"
     if stop.stale_chunks is not None and progress.chunks_since_promotion >= stop.stale_chunks:
         if progress.best_score is None:
-            return RunState.FAILED, f"{progress.chunks_since_promotion} chunks and no finite {metric.name}"
-        return RunState.CONVERGED, f"no promotion in the last {progress.chunks_since_promotion} chunks"
+            return RunState.FAILED, f"{counted(progress.chunks_since_promotion, 'chunk')} and no finite {metric.name}"
+        return RunState.CONVERGED, f"no promotion in the last {counted(progress.chunks_since_promotion, 'chunk')}"
     return None
+
+
+def warnings(chunks: Mapping[str, int], metric: str) -> list[str]:
+    """What the user should be told of a run; a line each. chunks: how many have ended as what; metric: its name."""
+    discarded = chunks[ChunkState.DISCARDED]
+    if chunks[ChunkState.PROMOTED] or not discarded:
+        return []
+    # While a slot is free, only a score that is no number is discarded.
+    which = "the only chunk so far" if discarded == 1 else f"all {discarded} chunks so far"
+    return [
+        f"{which} ended with a score ({metric}) that is no finite number, and nothing has entered the board; look at "
+        'the learning rate (too high?), the precision ("precision": "fp32") and the loss'
+    ]
 
 
 def lifetime_over(now: float, deadline: float) -> bool:
@@ -191,7 +208,7 @@ def should_resubmit(state: RunState, now: float, deadline: float, worker: Worker
     if worker.stopped is not None:
         return worker.stopped
     if worker.failures >= max_failures:
-        return f"{worker.failures} failures in a row, {max_failures} allowed"
+        return f"{counted(worker.failures, 'failure')} in a row, {max_failures} allowed"
     return None
 
 
@@ -308,11 +325,27 @@ def old_job_folders(ages_s: Mapping[str, float], jobs: Sequence[tuple[int, str, 
             kept.add(token)
     kept |= {token for chain in chains.values() for token in chain[-KEPT_LINKS:]}
     known = {token for chain in chains.values() for token in chain}
-    kept, known = ({name for token in tokens for name in (token, token.rpartition("-")[0])} for tokens in (kept, known))
+    kept, known = ({name for token in tokens for name in (token, base_of(token))} for tokens in (kept, known))
     return sorted(
         name
         for name, age_s in ages_s.items()
         if _JOB_FOLDER.fullmatch(name) and name not in kept and (name in known or age_s > orphaned_s)
+    )
+
+
+_SERIES = re.compile(r"chunk-([0-9]{8,})|(?:offline-)?run-[0-9]{8}_[0-9]{6}-[0-9a-f]{8}-c([0-9]{8,})(?:-[0-9]+)?")
+
+
+def old_series(ages_s: Mapping[str, float], lines: Collection[int], kept_s: float) -> list[str]:
+    """Of these folders of loggers, those of chunks that led to nothing, when nothing was written to them for kept_s.
+
+    ages_s: since something in a folder was written last, by its name. lines: the chunks that a checkpoint which stays
+    comes from. A folder of which its name does not tell the chunk is not ours.
+    """
+    return sorted(
+        name
+        for name, age_s in ages_s.items()
+        if (match := _SERIES.fullmatch(name)) and int(match[1] or match[2]) not in lines and age_s > kept_s
     )
 
 

@@ -17,7 +17,7 @@ from orchestrator import settings as settings_module
 from orchestrator.cluster import Cluster, open_cluster
 from orchestrator.cluster.bystander import Bystander
 from orchestrator.errors import RunError, SettingsError, StaleClaimError, SubmissionError
-from orchestrator.leaderboard import DATABASE_NAME, Leaderboard
+from orchestrator.leaderboard import CONNECT_FOR_S, DATABASE_NAME, Leaderboard
 from orchestrator.leaderboard.engine import Database
 from orchestrator.mending import reconcile
 from orchestrator.records import Evidence, JobState, RunState
@@ -103,9 +103,9 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, folder: Path) -> Run:
-        """Raises RunError if there is no run in folder or strangers may write to it, LeaderboardError if its
-        database can't be used."""
+    def open(cls, folder: Path, connect_for_s: float = CONNECT_FOR_S) -> Run:
+        """connect_for_s: see Database. Raises RunError if there is no run in folder or strangers may write to it,
+        LeaderboardError if its database can't be used."""
         trust.check(folder)
         path = folder / SETTINGS_NAME
         place: tuple[str | None, str | None] = (None, None)
@@ -120,7 +120,7 @@ class Run:
         except SettingsError as error:
             advice = f"`orch repair {folder.absolute().name}` writes {path.name} again from the database"
             raise RunError(f"{path}: {error}. {advice}") from error
-        leaderboard = Leaderboard.open(folder, *place, settings_module.load_policy)
+        leaderboard = Leaderboard.open(folder, *place, settings_module.load_policy, connect_for_s)
         if leaderboard.database.file:
             trust.check(folder, leaderboard.database.file)
         text, version = leaderboard.reader.settings()
@@ -290,12 +290,10 @@ class Run:
             "executor": self.cluster.name,
             "lock": str(self.leaderboard.database.lock_choice or "the database server's"),
             "best": snapshot.progress.best_score,
-            "workers": [
-                _worker_status(worker_id, row, evidence)
-                for worker_id, row in self.leaderboard.reader.last_jobs().items()
-            ],
+            "workers": [_worker_status(i, row, evidence) for i, row in self.leaderboard.reader.last_jobs().items()],
             "last_error": self.leaderboard.reader.last_error(),
             "logs": str(self.folder / "logs"),
+            "warnings": rules.warnings(counts["chunks"], self.settings.metric.name),
             **counts,
         }
 

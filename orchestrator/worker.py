@@ -38,6 +38,7 @@ from orchestrator.records import (
     Over,
     Started,
     Work,
+    counted,
 )
 from orchestrator.settings import Settings, thaw
 
@@ -161,7 +162,7 @@ class Worker:
             self.cluster.cancel([successor], now=False)
         worker = next(w for w in chains.workers() if w.worker_id == job.worker_id)
         if worker.failures >= max_failures and worker.stopped is None:
-            reason = f"{worker.failures} failures in a row; the last: {ending.outcome}"
+            reason = f"{counted(worker.failures, 'failure')} in a row; the last: {ending.outcome}"
             chains.stop_worker(job.worker_id, reason, self.clock())
         log.info("job ends: %s", ending.outcome)
 
@@ -308,6 +309,12 @@ class Worker:
             repeat=claim.repeat,
             parent=parent,
             suspended=suspended,
+            chunk_id=claim.chunk_id,
+            generation=claim.generation,
+            worker_id=claim.worker_id,
+            position=claim.position,
+            parent_file=claim.parent_file,
+            parent_epochs=claim.parent_epochs,
         )
 
     # --- results
@@ -356,14 +363,11 @@ class Worker:
             outcome = board.record(claim, candidate, now)
         garbage = outcome.collectable if outcome.promoted or not written else (*outcome.collectable, written.file)
         self._remove(claim, garbage)
-        log.info(
-            "chunk %d: %s %.6g, %s (%s)",
-            claim.chunk_id,
-            metric.name,
-            result.score,
-            "promoted" if outcome.promoted else "discarded",
-            outcome.reason,
-        )
+        what = "promoted" if outcome.promoted else "discarded"
+        log.info("chunk %d: %s %.6g, %s (%s)", claim.chunk_id, metric.name, result.score, what, outcome.reason)
+        judged = getattr(self._trainer, "judged", None)  # a trainer of the user's own need not want to know
+        if judged is not None:
+            judged(outcome.promoted)
 
     def _write(self, claim: Claim, record: dict[str, object]) -> Written:
         assert self._trainer is not None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -20,6 +22,38 @@ def _own_umask() -> Iterator[None]:
     yield
     os.umask(before)
     trust._users.clear()
+
+
+@contextmanager
+def _process_set_up_as_it_was() -> Iterator[None]:
+    """Opening a job sets its process up: threads, determinism, variables. The next test is to find nothing of it."""
+    names = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME")
+    variables = {name: os.environ.get(name) for name in names}
+    had = None
+    if torch := sys.modules.get("torch"):  # else nothing was set up yet, and it is slow to import
+        had = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    yield
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    if torch := sys.modules.get("torch"):
+        threads, deterministic, benchmark = had or (os.cpu_count() or 1, False, False)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _module_as_it_was() -> Iterator[None]:
+    with _process_set_up_as_it_was():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
+    with _process_set_up_as_it_was():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +75,11 @@ def storage(request: pytest.FixtureRequest) -> Storage:
     if request.param == "sqlite":
         return Storage(None)
     return Storage(request.getfixturevalue("postgres_server").url)
+
+
+@pytest.fixture(scope="module")
+def one_thread(_module_as_it_was: None) -> None:
+    """How a sum is spread over threads is part of its result; and tests run beside each other."""
+    import torch
+
+    torch.set_num_threads(1)

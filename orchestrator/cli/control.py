@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, RunsDir, open_run
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, RunsDir, has_jobs, open_run
+from orchestrator.errors import RunError
 
 if TYPE_CHECKING:
     from orchestrator.run import Run
@@ -34,6 +35,13 @@ def resume(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
     opened = open_run(run, runs_dir)
     for line in opened.resume(time.time()):
         print(line)
+    status = opened.status()
+    if opened.cluster.chains and not has_jobs(status):
+        reasons = {worker["outcome"] for worker in status["workers"] if worker["outcome"]}
+        raise RunError(
+            f"{opened.name} is active, but none of its workers has a job: {'; '.join(reasons) or 'none was taken'}. "
+            f"`orch resume {opened.name}` tries again"
+        )
     print(f"{opened.name} is active")
 
 
@@ -61,9 +69,28 @@ def amend(
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Change settings of a run while it runs: lifetimes, workers, profiles, stop rules, slurm."""
+    from orchestrator import rules
+    from orchestrator.records import RunState
+
     opened = open_run(run, runs_dir)
+    _check_job(opened, set_)
     for line in opened.amend(set_, time.time()) or ["nothing changes"]:
         print(line)
+    is_now = opened.leaderboard.chains.snapshot(opened.settings.metric.mode)
+    if is_now.state is not RunState.ACTIVE:
+        print(f"{opened.name} is {is_now.state}; `orch resume {opened.name}` goes on with it")
+    elif rules.lifetime_over(time.time(), is_now.deadline):
+        print(f"{opened.name} has lasted longer than its total_lifetime already: it ends with the chunks under way")
+
+
+def _check_job(run: Run, changes: Sequence[str]) -> None:
+    """What the job says to other profiles and loggers, as at launch. Takes the seconds that torch's import takes."""
+    from orchestrator import settings, user_job
+
+    amended = settings.amend(run.settings, changes)
+    kept = {"training_profiles": run.settings.training_profiles, "loggers": run.settings.loggers}
+    if amended.model_copy(update=kept) != amended:
+        user_job.check(amended, run.leaderboard.reader.run_row()["import_paths"])
 
 
 def keep(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, print_json
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, has_jobs, print_json
+from orchestrator.records import counted
 
 if TYPE_CHECKING:
     from orchestrator.run import Run
@@ -63,7 +64,7 @@ def launch(
     trust.use_umask(run.folder)
     for line in run.resume(time.time()) if existing else []:
         print(line, file=sys.stderr)
-    workers_ = f"{run.settings.workers} worker{'' if run.settings.workers == 1 else 's'}"
+    workers_ = counted(run.settings.workers, "worker")
     print(f"{run.name}: {workers_}, {run.cluster.name} executor, in {run.folder}", file=sys.stderr)
     if loaded.executor == "inline":
         print(f"worker 0 ended: {run.work_inline().outcome}", file=sys.stderr)
@@ -190,8 +191,7 @@ def _wait(run: Run, quiet: bool) -> None:
                 elif (line := _line(state)) != shown:
                     console.print(line, highlight=False)
                     shown = line
-                busy = [w for w in state["workers"] if w["state"] in ("running", "queued")]
-                if not busy:
+                if not has_jobs(state):
                     if state["state"] in ENDED:
                         return
                     if not run.reconcile(time.time()):
@@ -207,5 +207,5 @@ def _line(state: dict[str, Any]) -> str:
     chunks = state["chunks"]
     return (
         f"{state['state']}: best {best}, {chunks['promoted']} promoted, {chunks['discarded']} discarded, "
-        f"{state['epochs']} epochs"
+        f"{counted(state['epochs'], 'epoch')}"
     )

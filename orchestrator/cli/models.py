@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunArgument, RunsDir, open_run, print_json
+from orchestrator.records import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -42,10 +43,11 @@ def evaluate(
     from rich.console import Console
 
     from orchestrator.cli import tables
-    from orchestrator.user_job import evaluator
+    from orchestrator.user_job import evaluator, logged
 
     opened = open_run(run, runs_dir)
-    opened.test(evaluator(opened), again, time.time())
+    with logged(opened, evaluator(opened)) as evaluate_:
+        opened.test(evaluate_, again, time.time())
     board = opened.board()
     if json:
         print_json(board)
@@ -68,5 +70,5 @@ def export(
     opened = open_run(run, runs_dir)
     with trust.users_umask():
         entry = export_entry(opened, rank, out)
-    print(f"{out}: rank {rank}, score {entry['score']:.6g}, {entry['epochs']} epochs")
+    print(f"{out}: rank {rank}, score {entry['score']:.6g}, {counted(entry['epochs'], 'epoch')}")
     print(f"{out.with_suffix('.json')}: what it is and where it comes from")

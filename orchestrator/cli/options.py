@@ -33,3 +33,8 @@ def open_run(run: str | None, runs_dir: Path) -> Run:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
+
+
+def has_jobs(status: dict[str, Any]) -> bool:
+    """Does any worker of a run have a job, by what `Run.status` says?"""
+    return any(worker["state"] in ("running", "queued") for worker in status["workers"])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, open_run, print_json
+from orchestrator.records import counted
 
 if TYPE_CHECKING:
     from orchestrator.repair import Report
@@ -58,7 +59,7 @@ def _print_repair(report: Report) -> None:
     for line in report.done:
         print(f"{'would be done' if report.dry_run else 'done'}: {line}")
     for entry in report.entries:
-        print(f"  {entry['file']}: score {entry['score']:.6g}, {entry['epochs']} epochs")
+        print(f"  {entry['file']}: score {entry['score']:.6g}, {counted(entry['epochs'], 'epoch')}")
     for line in report.kept:
         print(f"kept: {line}")
     for line in report.unknown:
@@ -68,8 +69,8 @@ def _print_repair(report: Report) -> None:
 def gc(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False, json: Json = False) -> None:
     """Delete files of a run that nothing refers to any more. Safe while it goes on.
 
-    Checkpoints of no entry and no claim, temporary files, folders of old jobs (each chain's last three stay), and
-    folders of launches that were killed. logs/ stays.
+    Checkpoints of no entry and no claim, temporary files, folders of old jobs (each chain's last three stay), curves of
+    chunks that no model on the board comes from (after a day), and folders of launches that were killed.
     """
     from orchestrator.disk import gb
     from orchestrator.gc import collect

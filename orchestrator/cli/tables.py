@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -9,46 +10,58 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.records import counted
+
 
 def _table(title: str | None = None) -> Table:
     """Narrow, for 80 characters."""
     return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
 
 
+def _add_whole(table: Table, heading: str, cells: Sequence[str]) -> None:
+    """A column that no terminal is too narrow for: the others give way, and its heading is wrapped."""
+    width = max([min(len(heading), 10), *map(len, cells)])
+    folded = Text(heading, no_wrap=False, overflow="fold")
+    table.add_column(folded, justify="right", no_wrap=True, min_width=width, max_width=width)
+
+
+def _score(score: float | None) -> str:
+    return "-" if score is None else f"{score:.4f}"
+
+
 def board(board: dict[str, Any]) -> Table:
-    metric = board["metric"]["name"]
-    tested = any(e["test_metrics"] for e in board["entries"])
-    lineages = f"{board['founders']} lineage{'' if board['founders'] == 1 else 's'}"
-    held = f"{len(board['entries'])} of {board['num_models']} models, {lineages}"
+    metric, entries = board["metric"]["name"], board["entries"]
+    held = f"{len(entries)} of {counted(board['num_models'], 'model')}, {counted(board['founders'], 'lineage')}"
     table = _table(title=f"{board['run']}: {held}; {metric} on the {board['select_on']} set")
-    for heading in ("rank", metric, *(["on test"] if tested else []), "epochs", "worked on"):
+    whole = {"rank": [str(entry["rank"]) for entry in entries], metric: [_score(entry["score"]) for entry in entries]}
+    if any(entry["test_metrics"] for entry in entries):
+        whole["on test"] = [_score((entry["test_metrics"] or {}).get(metric)) for entry in entries]
+    for heading, cells in whole.items():
+        _add_whole(table, heading, cells)
+    for heading in ("epochs", "worked on"):
         table.add_column(heading, justify="right")
     for heading in ("profile", "founder", "parent", "promoted"):
         table.add_column(heading)
-    for entry in board["entries"]:
-        cells = [entry["rank"], f"{entry['score']:.4f}"]
-        if tested:
-            score = (entry["test_metrics"] or {}).get(metric)
-            cells.append("-" if score is None else f"{score:.4f}")
-        cells += [entry[key] for key in ("epochs", "worked_on", "profile", "founder", "parent")]
-        cells.append(entry["promoted_at"][11:16])
-        table.add_row(*("-" if cell is None else str(cell) for cell in cells))
+    for entry, *cells in zip(entries, *whole.values(), strict=True):
+        more = [entry[key] for key in ("epochs", "worked_on", "profile", "founder", "parent")]
+        more.append(entry["promoted_at"][11:16])
+        table.add_row(*cells, *("-" if cell is None else str(cell) for cell in more))
     return table
 
 
 def status(state: dict[str, Any]) -> Group:
     why = f" ({state['reason']})" if state["reason"] else ""
-    best = "-" if state["best"] is None else f"{state['best']:.4f}"
     chunks = ", ".join(f"{count} {name}" for name, count in state["chunks"].items())
     lines = [
         Text(f"{state['run']}: {state['state']}{why}", style="bold"),
-        Text(f"best {best}   epochs {state['epochs']}   training {state['train_seconds']:.0f} s"),
+        Text(f"best {_score(state['best'])}   epochs {state['epochs']}   training {state['train_seconds']:.0f} s"),
         Text(f"chunks: {chunks}"),
         Text(f"ends at the latest {state['deadline']}"),
         Text(f"lock: {state['lock']}"),
     ]
     if state["last_error"]:
         lines.append(Text(f"last error: {state['last_error']} (more in {state['logs']})", style="red"))
+    lines += [Text(f"warning: {line}", style="yellow") for line in state["warnings"]]
     table = _table()
     for heading in ("worker", "state", "job", "node", "link", "last word"):
         table.add_column(heading)
@@ -61,16 +74,13 @@ def status(state: dict[str, Any]) -> Group:
 
 def runs(rows: list[dict[str, Any]]) -> Table:
     table = _table()
-    for heading in ("run", "state", "best", "epochs", "launched", "reason"):
+    best = [_score(row.get("best")) for row in rows]
+    for heading in ("run", "state"):
         table.add_column(heading)
-    for row in rows:
-        best = row.get("best")
-        table.add_row(
-            row["run"],
-            row["state"],
-            "-" if best is None else f"{best:.4f}",
-            str(row.get("epochs", "-")),
-            row.get("created_at") or "-",
-            row.get("reason") or "",
-        )
+    _add_whole(table, "best", best)
+    for heading in ("epochs", "launched", "reason"):
+        table.add_column(heading)
+    for row, score in zip(rows, best, strict=True):
+        epochs, launched = str(row.get("epochs", "-")), row.get("created_at") or "-"
+        table.add_row(row["run"], row["state"], score, epochs, launched, row.get("reason") or "")
     return table

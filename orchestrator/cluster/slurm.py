@@ -79,7 +79,7 @@ class SlurmCluster:
     def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
         import submitit
 
-        base = base_of(jobs[0].token)
+        base = jobs[0].base
         assert all(job.token == f"{base}-{index}" for index, job in enumerate(jobs)), "one submission, one base"
         if not shutil.which("sbatch") or not shutil.which("srun"):
             raise SubmissionError(
@@ -187,7 +187,7 @@ class SlurmCluster:
         return {
             job.job_id: said[job.cluster_id][1]
             for job in jobs
-            if job.cluster_id in said and said[job.cluster_id][0].endswith(base_of(job.token))
+            if job.cluster_id in said and said[job.cluster_id][0].endswith(job.base)
         }
 
     # --- control
@@ -241,11 +241,6 @@ class SlurmCluster:
         return cluster_id, os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def base_of(token: str) -> str:
-    """The part of a token that all jobs of one submission share; the rest is the index in the array."""
-    return token.rpartition("-")[0]
-
-
 @dataclass(frozen=True, slots=True)
 class Listed:
     """A job as squeue shows it."""
@@ -258,7 +253,7 @@ class Listed:
 def judge(job: Job, listed: Listed | None, now: float) -> Evidence:
     """What squeue's answer proves of a job. Its id alone proves nothing: ids are used again after a crash of
     the controller, so the name must be the one that it was given."""
-    if listed is None or not listed.name.endswith(base_of(job.token)) or listed.state in GONE:
+    if listed is None or not listed.name.endswith(job.base) or listed.state in GONE:
         return Evidence.GONE
     if listed.state == "COMPLETING":
         hangs = listed.end is not None and now > listed.end + COMPLETING_S

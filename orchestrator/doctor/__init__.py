@@ -26,7 +26,9 @@ from orchestrator.doctor.slurm_rules import judge_slurm
 from orchestrator.doctor.two_node import Proof
 from orchestrator.errors import SettingsError
 from orchestrator.lock_proof import LockKind
-from orchestrator.settings import ProfileSettings, Settings, SlurmSettings, load
+from orchestrator.profile_settings import ProfileSettings
+from orchestrator.records import counted
+from orchestrator.settings import Settings, SlurmSettings, load
 
 __all__ = ["Finding", "examine", "exit_code"]
 
@@ -74,7 +76,7 @@ def _settings(file: Path | None) -> tuple[Settings, list[Finding]]:
             do = "mend the file; what follows is for a worker that asks for nothing"
             return _plain(), [Finding("error", "settings", str(error), do)]
         told = [Finding("note", "settings", line, "see docs/settings.md") for line in notes]
-        return settings, [Finding("ok", "settings", f"{file} is valid: {settings.workers} workers"), *told]
+        return settings, [Finding("ok", "settings", f"{file} is valid: {counted(settings.workers, 'worker')}"), *told]
     what = "no settings file is given: what follows is for a worker that asks for nothing"
     return _plain(), [Finding("note", "settings", what, "orch doctor settings/YOURS.json looks at what they ask for")]
 

@@ -170,7 +170,7 @@ def database_error(url: str, folder: Path) -> str | None:
     """Why the database server does not answer; None: it does. Changes nothing there."""
     os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; a firewall that drops packets takes minutes
     try:
-        with Database(url, folder).transaction(row_lock=False) as connection:
+        with Database(url, folder).transaction(own_lock=False) as connection:
             connection.exec_driver_sql("SELECT 1")
     except OrchError as error:
         password = urlsplit(url).password

@@ -23,13 +23,13 @@ from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.board import Board
 from orchestrator.leaderboard.chains import Chains
-from orchestrator.leaderboard.engine import DATABASE_NAME, Database
+from orchestrator.leaderboard.engine import CONNECT_FOR_S, DATABASE_NAME, Database
 from orchestrator.leaderboard.health import check_version
 from orchestrator.leaderboard.moves import log_event
 from orchestrator.leaderboard.reader import Reader
 from orchestrator.records import Policy, RunState
 
-__all__ = ["DATABASE_NAME", "Leaderboard"]
+__all__ = ["CONNECT_FOR_S", "DATABASE_NAME", "Leaderboard"]
 
 
 class Leaderboard:
@@ -86,11 +86,12 @@ class Leaderboard:
         url: str | None,
         schema_name: str | None,
         load_policy: Callable[[str, int], Policy],
+        connect_for_s: float = CONNECT_FOR_S,
     ) -> Leaderboard:
         """Raises LeaderboardError if there is none, or if another version of the schema wrote it."""
-        database = Database(url, run_folder, schema_name)
+        database = Database(url, run_folder, schema_name, connect_for_s)
         database.refuse_empty()
-        with database.transaction(row_lock=False) as tx:
+        with database.transaction(own_lock=False) as tx:
             try:
                 row = tx.execute(select(schema.run.c.schema_version, schema.run.c.orch_version)).one_or_none()
             except DatabaseError as error:

@@ -54,7 +54,7 @@ def examine(database: Database) -> Health:
     if database.file and not database.file.stat().st_size:
         return Health(Condition.DAMAGED, (f"{database.name} is empty",))
     try:
-        with database.transaction(row_lock=False) as tx:
+        with database.transaction(own_lock=False) as tx:
             return _examine(tx, database)
     except LeaderboardError as error:
         if not is_damage(_original(error)):
@@ -119,7 +119,7 @@ def run_row(database: Database) -> RunRow | None:
     run = schema.run
     try:
         database.refuse_empty()
-        with database.transaction(row_lock=False) as tx:
+        with database.transaction(own_lock=False) as tx:
             row = tx.execute(select(run.c.settings, run.c.import_paths, run.c.created_at)).one_or_none()
     except (LeaderboardError, ValueError, TypeError, LookupError):
         return None
@@ -135,7 +135,7 @@ def open_jobs(database: Database) -> list[Job]:
     job = schema.job
     try:
         database.refuse_empty()
-        with database.transaction(row_lock=False) as tx:
+        with database.transaction(own_lock=False) as tx:
             return [job_of(row) for row in tx.execute(select(job).where(job.c.state.in_(OPEN))).all()]
     except (LeaderboardError, ValueError, TypeError, LookupError):
         return []

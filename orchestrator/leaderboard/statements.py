@@ -1,7 +1,7 @@
 """Statements that every chunk executes: written in SQLAlchemy Core, turned into SQL once a process.
 
-All that happens between taking the lock around SQLite and giving it back is waited for by every other worker. Core's
-own way from a statement to the driver costs about as much there as SQLite's work, at some fifteen statements a chunk.
+All that happens between taking a run's lock and giving it back is waited for by every other worker. Core's own way
+from a statement to the driver costs about as much there as the database's work, at some fifteen statements a chunk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import Connection, CursorResult, Delete, Insert, Select, Update
+from sqlalchemy import Connection, Delete, Insert, Select, Update
 from sqlalchemy.sql.compiler import SQLCompiler
 
 Values = Mapping[str, Any]
@@ -20,15 +20,18 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """For SQLite's driver."""
+    """For a driver."""
 
     sql: str
-    names: tuple[str, ...]  # of its parameters, in their order
+    names: tuple[str, ...]  # of its parameters; for SQLite, which wants them by place, in their order
     constants: Mapping[str, Any]
     processors: Mapping[str, Callable[[Any], Any]]  # such as a dict to JSON
 
-    def parameters(self, values: Values) -> list[Any]:
+    def by_place(self, values: Values) -> list[Any]:
         return [self._parameter(name, values) for name in self.names]
+
+    def by_name(self, values: Values) -> dict[str, Any]:
+        return {name: self._parameter(name, values) for name in self.names}
 
     def _parameter(self, name: str, values: Values) -> Any:
         value = values[name] if name in values else self.constants[name]
@@ -36,75 +39,80 @@ class _Compiled:
 
 
 class Statement:
-    """One statement with named parameters. On SQLite the driver gets it as it is, elsewhere SQLAlchemy executes it.
+    """One statement with named parameters, which the driver gets as it is.
 
-    Rows have their columns as attributes. Values of SQLite's rows are as it stores them: no JSON, and 0 or 1 for a
+    Rows have their columns as attributes. Values are as the driver gives them: of SQLite's no JSON, and 0 or 1 for a
     Boolean, so these two are not for reading here.
     """
 
     def __init__(self, core: Select[Any] | Insert | Update | Delete) -> None:
         self._core = core
-        self._compiled: dict[tuple[str, ...], _Compiled] = {}  # by the names of the values
-        self._make_row = _row_maker(core.selected_columns.keys()) if isinstance(core, Select) else None
+        self._compiled: dict[tuple[str, str | None, tuple[str, ...]], _Compiled] = {}
+        self._make_row = _row_maker(core.selected_columns.keys()) if isinstance(core, Select) else tuple
 
     def all(self, tx: Connection, **values: Any) -> Sequence[Any]:
-        return self._execute(tx, values).fetchall()
+        return [self._make_row(row) for row in self._execute(tx, values).fetchall()]
 
     def first(self, tx: Connection, **values: Any) -> Any:
         """The first row, or None."""
-        return self._execute(tx, values).fetchone()
+        row = self._execute(tx, values).fetchone()
+        return None if row is None else self._make_row(row)
 
     def write(self, tx: Connection, **values: Any) -> int:
         """How many rows it has changed."""
-        return self._execute(tx, values).rowcount
+        count: int = self._execute(tx, values).rowcount
+        return count
 
     def insert(self, tx: Connection, **values: Any) -> int:
         """The new row's key."""
         done = self._execute(tx, values)
-        key = done.lastrowid if isinstance(done, sqlite3.Cursor) else done.inserted_primary_key[0]  # type: ignore[index]
+        key = done.lastrowid if isinstance(done, sqlite3.Cursor) else done.fetchone()[0]
         assert isinstance(key, int)
         return key
 
     def insert_all(self, tx: Connection, rows: Sequence[Values]) -> None:
         """Rows of the same columns, at least one."""
-        if tx.dialect.name != "sqlite":
-            tx.execute(self._core, rows)
-            return
         compiled = self._for_driver(tx, tuple(rows[0]))
-        _driver(tx).executemany(compiled.sql, [compiled.parameters(row) for row in rows])
+        driver = tx.connection.driver_connection
+        if isinstance(driver, sqlite3.Connection):
+            driver.executemany(compiled.sql, [compiled.by_place(row) for row in rows])
+        elif len(rows) == 1:
+            driver.execute(compiled.sql, compiled.by_name(rows[0]))  # type: ignore[union-attr]
+        else:
+            driver.cursor().executemany(compiled.sql, [compiled.by_name(row) for row in rows])  # type: ignore[union-attr]
 
-    def _execute(self, tx: Connection, values: Values) -> sqlite3.Cursor | CursorResult[Any]:
-        if tx.dialect.name != "sqlite":
-            return tx.execute(self._core, values)
+    def _execute(self, tx: Connection, values: Values) -> Any:
         compiled = self._for_driver(tx, tuple(values))
-        cursor = _driver(tx).execute(compiled.sql, compiled.parameters(values))
-        cursor.row_factory = self._make_row
-        return cursor
+        driver = tx.connection.driver_connection
+        if isinstance(driver, sqlite3.Connection):
+            return driver.execute(compiled.sql, compiled.by_place(values))
+        return driver.execute(compiled.sql, compiled.by_name(values))  # type: ignore[union-attr]
 
     def _for_driver(self, tx: Connection, names: tuple[str, ...]) -> _Compiled:
-        if names in self._compiled:
-            return self._compiled[names]
-        # Of an insert or update, the names that are columns say what is written.
-        core = self._core.compile(dialect=tx.dialect, column_keys=list(names))
+        dialect = tx.dialect
+        tables = tx.get_execution_options().get("schema_translate_map")  # which schema this run's tables are in
+        key = (dialect.name, tables[None] if tables else None, names)
+        if key in self._compiled:
+            return self._compiled[key]
+        # Of an insert or update, the names that are columns say what is written. render_schema_translate: now, not by
+        # Core at each execution.
+        core = self._core.compile(
+            dialect=dialect,
+            column_keys=list(names),
+            schema_translate_map=tables,
+            render_schema_translate=bool(tables),
+        )
         assert isinstance(core, SQLCompiler)
-        assert core.positiontup is not None, "SQLite's parameters have places"
         binds = core.binds.items()
-        found = {name: bind.type.dialect_impl(tx.dialect).bind_processor(tx.dialect) for name, bind in binds}
-        compiled = self._compiled[names] = _Compiled(
+        found = {name: bind.type.dialect_impl(dialect).bind_processor(dialect) for name, bind in binds}
+        compiled = self._compiled[key] = _Compiled(
             core.string,
-            tuple(core.positiontup),
+            tuple(core.positiontup or core.bind_names.values()),
             {name: bind.value for name, bind in binds},
             {name: processor for name, processor in found.items() if processor is not None},
         )
         return compiled
 
 
-def _row_maker(columns: Sequence[str]) -> Callable[[sqlite3.Cursor, tuple[Any, ...]], Any]:
-    make = cast(Any, namedtuple)("Row", columns)._make
-    return lambda _cursor, values: make(values)
-
-
-def _driver(tx: Connection) -> sqlite3.Connection:
-    connection = tx.connection.driver_connection
-    assert isinstance(connection, sqlite3.Connection)
-    return connection
+def _row_maker(columns: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
+    return cast(Callable[[Sequence[Any]], Any], cast(Any, namedtuple)("Row", columns)._make)

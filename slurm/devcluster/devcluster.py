@@ -231,7 +231,7 @@ class DevCluster(SlurmClient):
         if self.shape.accounting:
             if not (database / "installed").exists():
                 shutil.rmtree(database, ignore_errors=True)  # half of one
-                self.run(install_database_command(self.folder, self.user))
+                self.run(install_database_command(self.folder, self.user), timeout_s=240)
                 (database / "installed").touch()
             server, socket = mariadbd_command(self.folder, self.user), run / "mysql.sock"
             self._spawn("mariadbd", server, lambda: listens(socket))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,20 +44,19 @@ def _no_rename() -> None:
     checkpoints.publish = publish
 
 
+def _no_sync_under(ending: bytes) -> Callable[[], None]:
+    return lambda: ctypes.CDLL(None).fault_ignore_sync(ending)  # of faults.c, which is preloaded
+
+
 def _pragma(wanted: str) -> Callable[[], None]:
     def change() -> None:
-        preparation = engine._sqlite_preparation
+        prepare = engine._prepare_sqlite
 
-        def changed() -> Callable[..., None]:
-            prepare = preparation()
+        def also(connection: Any, record: object) -> None:
+            prepare(connection, record)
+            connection.execute(f"PRAGMA {wanted}")
 
-            def also(connection: Any, record: object) -> None:
-                prepare(connection, record)
-                connection.execute(f"PRAGMA {wanted}")
-
-            return also
-
-        engine._sqlite_preparation = changed
+        engine._prepare_sqlite = also
 
     return change
 
@@ -138,8 +138,9 @@ MUTATIONS: dict[str, tuple[str, Callable[[], None]]] = {
     "no fsync of a checkpoint": ("power cut", _no_sync_of_the_file),
     "no fsync of the checkpoints' folder": ("power cut", _no_sync_of_the_folder),
     "no fsync by SQLite": ("power cut", _pragma("synchronous=OFF")),
-    "no fsync by SQLite before its pages are written": ("power cut", _pragma("synchronous=NORMAL")),
-    "no fsync of the folder after SQLite's commit": ("power cut", _pragma("synchronous=FULL")),
+    "no fsync of SQLite's journal": ("power cut", _no_sync_under(b"/orch.db-journal")),
+    "no fsync of SQLite's pages": ("power cut", _no_sync_under(b"/orch.db")),
+    "a journal that is deleted, and no fsync of the folder": ("power cut", _pragma("journal_mode=DELETE")),
     "no rename": ("kill", _no_rename),
     "no journal": ("kill", _pragma("journal_mode=OFF")),
     "a journal in memory": ("kill", _pragma("journal_mode=MEMORY")),

@@ -5,6 +5,7 @@ Where nothing depends on the process, it is called in this one: importing torch 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -19,14 +20,20 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
-from jobs.training import Session, load_job, read
-from orchestrator.cli import main
+from jobs.opening import load_job
+from jobs.states import read
+from jobs.training import Session
+from orchestrator.cli import main, tables
+from orchestrator.cli.launch import _line
 from orchestrator.errors import JobSpecError
 from orchestrator.run import Run
 from orchestrator.settings import load
 from orchestrator.user_job import check
 from tests.invariants import violations
+from tests.small_runs import make_run
+from tests.storage import Storage
 
 ORCH = Path(sys.executable).with_name("orch")
 
@@ -81,14 +88,11 @@ def orch_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
             main()
         return (int(end.value.code or 0), *capfd.readouterr())
 
-    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     monkeypatch.delenv("ORCH_RUNS_DIR", raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path])
     sys.modules.pop("mine", None)
     yield run
     sys.modules.pop("mine", None)
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = benchmark
 
 
 def output(done: subprocess.CompletedProcess[str], code: int = 0) -> str:
@@ -295,6 +299,47 @@ def test_people_see_a_table(launched: tuple[Path, Any], command: str, shown: lis
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("width", [80, 60, 40, 30])
+def test_no_terminal_is_too_narrow_for_a_score(width: int) -> None:
+    entry = {"score": 0.987654, "epochs": 1234, "worked_on": 56, "profile": "a long name of a profile", "founder": 12}
+    entry |= {"parent": 345, "promoted_at": "2026-01-02T03:04:05+00:00"}
+    entries = [entry | {"rank": rank, "test_metrics": {"validation_f1": 0.87654}} for rank in (1, 10)]
+    board = {"run": "quick", "metric": {"name": "validation_f1"}, "num_models": 5, "founders": 1}
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(tables.board(board | {"entries": entries, "select_on": "validation"}))
+    console.print(tables.runs([{"run": "a_long_name_of_a_run", "state": "finished", "best": 0.12345, "epochs": 6}]))
+    text = console.export_text()
+    assert [text.count(score) for score in ("0.9877", "0.8765", "0.1235")] == [2, 2, 1], text
+
+
+def test_one_of_something_is_said_as_one() -> None:
+    """In what is printed while a launch waits, and above the board."""
+    state = {"state": "active", "best": 0.5, "chunks": {"promoted": 1, "discarded": 0}, "epochs": 1}
+    assert _line(state) == "active: best 0.5000, 1 promoted, 0 discarded, 1 epoch"
+    board = {"run": "quick", "metric": {"name": "loss"}, "num_models": 1, "founders": 1, "entries": []}
+    assert (
+        str(tables.board(board | {"select_on": "test"}).title) == "quick: 0 of 1 model, 1 lineage; loss on the test set"
+    )
+
+
+def test_a_run_whose_every_score_is_no_number_says_so_where_it_is_looked_at(tmp_path: Path, orch_here: Here) -> None:
+    profiles = [{"name": "wild", "learning_rate": 1e30, "weight_decay": 0.0005}]
+    file = write_settings(tmp_path, stop_after_epochs=2, training_profiles=profiles)
+    for command, expected in (["launch", file, "--wait"], 1), (["status"], 0):
+        code, out, _ = orch_here(tmp_path, *command)
+        assert code == expected
+        said = " ".join(out.split())
+        assert "finished (2 epochs were trained, of 2 allowed) best - epochs 2" in said
+        assert "warning: all 2 chunks so far ended with a score (accuracy) that is no finite number" in said
+        assert "learning rate" in said
+    (warning,) = json.loads(orch_here(tmp_path, "status", "--json")[1])["warnings"]
+    assert warning.startswith("all 2 chunks so far")
+
+
+def test_a_run_with_a_board_is_not_warned_of(launched: tuple[Path, Any]) -> None:
+    assert json.loads(output(launched[1]))["warnings"] == []
+
+
 def test_a_folder_without_runs_has_none(tmp_path: Path) -> None:
     assert output(orch(tmp_path, "runs")) == "no runs in runs\n"
     assert json.loads(output(orch(tmp_path, "runs", "--json"))) == []
@@ -353,6 +398,44 @@ def test_other_settings_under_the_same_name_are_refused_with_what_differs(folder
     assert done.stderr.splitlines()[1:] == ["  num_models: 2 -> 3", "  max_batch_size: 200 -> 100"]
     assert (folder / "runs/quick/settings.json").read_text() == before
     assert events(folder / "runs/quick", "state") == 1  # that it had finished
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training_profiles.0.optimizer=AdamWW", "optimizer AdamWW: torch has none of that name"),
+        ('training_profiles.0.schedule={"name": "StepLR"}', "StepLR"),
+        ('loggers=["nowhere:Mine"]', "nowhere"),
+    ],
+)
+def test_an_amendment_that_the_job_can_t_train_with_is_refused_and_changes_nothing(
+    folder: Path, orch_here: Here, change: str, message: str
+) -> None:
+    before = Run.open(folder / "runs/quick").leaderboard.reader.settings()
+    code, _, said = orch_here(folder, "amend", "quick", "--set", change)
+    assert code != 0
+    assert message in said
+    assert "Traceback" not in said
+    assert Run.open(folder / "runs/quick").leaderboard.reader.settings() == before
+
+
+def test_an_amendment_says_what_it_does_not_do(folder: Path, orch_here: Here) -> None:
+    code, out, _ = orch_here(folder, "amend", "quick", "--set", "total_lifetime=2000")
+    assert code == 0
+    assert out.splitlines() == [
+        "total_lifetime: 200.0 -> 2000.0",
+        "quick is finished; `orch resume quick` goes on with it",
+    ]
+
+
+def test_an_amendment_that_ends_the_run_says_so(
+    tmp_path: Path, orch_here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(Storage(None), tmp_path / "runs/quick")
+    monkeypatch.setattr(Run, "reconcile", lambda *_: [])  # as while its jobs are at work
+    code, out, _ = orch_here(tmp_path, "amend", "quick", "--set", "total_lifetime=0.001")
+    assert code == 0
+    assert "quick has lasted longer than its total_lifetime already: it ends with the chunks under way" in out
 
 
 def test_a_run_that_is_over_is_not_resumed(folder: Path, orch_here: Here) -> None:
@@ -487,6 +570,7 @@ def test_a_damaged_checkpoint_is_never_exported(folder: Path, orch_here: Here) -
     code, _, error = orch_here(folder, "export")
     assert code == 2
     assert entry["file"] in error
+    assert "`orch repair quick` takes it off the board" in error
     assert "best.pt" not in names_in(folder)
 
 

@@ -32,7 +32,7 @@ SHORT = (
     "no checksum",
 )
 SHARDS = {"kill": 1, "power cut": 2, "error": 2, "zombie": 1, "truncated": 1}
-AT_LEAST = {"kill": 80, "power cut": 150, "error": 160, "zombie": 80, "truncated": 25}  # points of the short form
+AT_LEAST = {"kill": 75, "power cut": 150, "error": 160, "zombie": 75, "truncated": 25}  # points of the short form
 
 
 @pytest.fixture(scope="session")

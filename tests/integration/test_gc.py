@@ -93,6 +93,25 @@ def test_a_folder_that_the_database_does_not_know(name: str, age_s: float, goes:
     assert rules.old_job_folders({name: age_s}, tokens("ab"), 100.0) == ([name] if goes else [])
 
 
+@pytest.mark.parametrize(
+    ("name", "age_s", "goes"),
+    [
+        ("chunk-00000001", 101.0, True),
+        ("chunk-00000001", 99.0, False),
+        ("chunk-00000002", 101.0, False),
+        ("chunk-123456789", 101.0, True),
+        ("chunk-00000001-mine", 101.0, False),
+        ("offline-run-20300102_030405-0a1b2c3d-c00000001", 101.0, True),
+        ("offline-run-20300102_030405-0a1b2c3d-c00000001-1", 101.0, True),
+        ("run-20300102_030405-0a1b2c3d-c00000001", 101.0, True),
+        ("offline-run-20300102_030405-0a1b2c3d-c00000002", 101.0, False),
+        ("offline-run-20300102_030405-abcdefgh", 101.0, False),
+    ],
+)
+def test_curves_of_a_chunk_that_led_to_nothing_are_old_after_a_while(name: str, age_s: float, goes: bool) -> None:
+    assert rules.old_series({name: age_s}, {2, 3}, 100.0) == ([name] if goes else [])
+
+
 # --- the command
 
 
@@ -120,6 +139,8 @@ def test_what_nothing_refers_to_goes_and_everything_else_stays(run: Run) -> None
         put(folder / "orch.db.damaged-20300101T000000Z", OLD_S),
         put(folder / "jobs" / f"{7:016x}" / "1_submitted.pkl", YOUNG_S),
         put(folder / "logs" / "worker-9.log", OLD_S),
+        put(folder / "logs" / "tensorboard" / "mine" / "events", gc.CURVES_KEPT_S + 60),
+        put(folder / "logs" / "tensorboard" / "chunk-00000099" / "events", gc.CURVES_KEPT_S - 60),
         put(runs_dir / f".run-{os.getpid()}" / "settings.json", OLD_S),
         put(runs_dir / f".run-{pid}" / "thesis.tex", OLD_S),
         put(runs_dir / f".run-5-{pid}" / "settings.json", OLD_S),
@@ -131,6 +152,7 @@ def test_what_nothing_refers_to_goes_and_everything_else_stays(run: Run) -> None
             put(folder / ".tmp-settings.json-2", OLD_S),
         ],
         "job folders": [put(folder / "jobs" / f"{8:016x}-0" / "1_result.pkl", OLD_S, 3000)],
+        "curves": [put(folder / "logs" / "tensorboard" / "chunk-00000098" / "events", gc.CURVES_KEPT_S + 60, 5000)],
         "dead launches": [put(runs_dir / f".run-{dead_pid()}" / "settings.json", OLD_S, 4000)],
     }
 
@@ -140,7 +162,7 @@ def test_what_nothing_refers_to_goes_and_everything_else_stays(run: Run) -> None
 
     assert report.freed_bytes == dry.freed_bytes
     assert report.freed_bytes == {
-        "checkpoints": 2000, "temporary files": 2010, "job folders": 3000, "dead launches": 4000,
+        "checkpoints": 2000, "temporary files": 2010, "job folders": 3000, "curves": 5000, "dead launches": 4000,
     }  # fmt: skip
     assert {kind: len(names) for kind, names in report.files.items()} == {k: len(v) for k, v in garbage.items()}
     assert not any(path.exists() for paths in garbage.values() for path in paths)
@@ -154,6 +176,40 @@ def violations_but_for_files_put_there(run: Run) -> list[str]:
     for name in ("mine.pt", ".tmp-other-1"):
         (run.folder / "checkpoints" / name).unlink()
     return violations(run, over=False)
+
+
+def test_curves_stay_of_every_chunk_that_the_board_or_a_chunk_under_way_comes_from(run: Run) -> None:
+    work(run, [0.8, 0.05, CUT])
+    reader = run.leaderboard.reader
+    parents = {c["checkpoint_id"]: (c["chunk_id"], c["parent_id"]) for c in reader.rows("checkpoint")}
+    tips = [e["checkpoint_id"] for e in reader.rows("entry") if e["on_board"]]
+    under_way = [c for c in reader.rows("chunk") if c["state"] == "suspended"]
+    lines = {c["chunk_id"] for c in under_way}
+    for tip in (*tips, *(c["parent_id"] for c in under_way)):
+        while tip is not None:
+            chunk, tip = parents[tip]
+            lines.add(chunk)
+    chunks = {c["chunk_id"] for c in reader.rows("chunk")}
+    assert len(lines) < len(chunks)
+    assert len(lines) > len(tips) + len(under_way), "of some line an ancestor has left the board"
+    for chunk in chunks:
+        put(run.folder / "logs" / "tensorboard" / f"chunk-{chunk:08d}" / "events", gc.CURVES_KEPT_S + 60)
+
+    report = collect(run)
+
+    assert report.trouble == []
+    assert set(report.files["curves"]) == {f"chunk-{chunk:08d}" for chunk in chunks - lines}
+
+
+def test_without_a_record_of_the_board_no_curves_are_deleted(tmp_path: Path) -> None:
+    run = make_run(Storage(None), tmp_path / "run")
+    work(run, SCRIPT)
+    curves = put(run.folder / "logs" / "tensorboard" / "chunk-00000099" / "events", gc.CURVES_KEPT_S + 60)
+    next((run.folder / "checkpoints").glob("*.json")).unlink()
+    report = collect(run)
+    assert curves.exists()
+    assert len(report.trouble) == 1
+    assert "curves are not judged" in report.trouble[0]
 
 
 def test_without_its_database_nothing_is_deleted(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
-"""Real workers on this machine: submitit's local executor, real training, real signals."""
+"""Real workers on this machine: submitit's local executor, real signals; real training where it matters, else a job
+that starts five times sooner."""
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -38,11 +40,25 @@ def runs_dir(tmp_path: Path) -> Iterator[Path]:
         process.kill()
 
 
-def launch(runs_dir: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [str(ORCH), "launch", str(ROOT / "settings/digits.json"), "--executor", "local"]
-    return subprocess.run(
-        [*command, "--runs-dir", str(runs_dir), *options], capture_output=True, text=True, check=True, timeout=240
-    )
+DIGITS = ROOT / "settings/digits.json"
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Path:
+    """A settings file like digits.json, of a job that waits where others train."""
+    file = tmp_path / "digits.json"
+    job = {"job": "tests.slurm.quick:Quick", "job_params": {"seconds": 0.1}}
+    file.write_text(json.dumps(json.loads(DIGITS.read_text()) | job))
+    return file
+
+
+def command(runs_dir: Path, file: Path, *options: str) -> list[str]:
+    return [str(ORCH), "launch", str(file), "--executor", "local", "--runs-dir", str(runs_dir), *options]
+
+
+def launch(runs_dir: Path, *options: str, file: Path = DIGITS) -> subprocess.CompletedProcess[str]:
+    line = command(runs_dir, file, *options)
+    return subprocess.run(line, capture_output=True, text=True, check=True, timeout=240, cwd=ROOT)
 
 
 def until(what: str, condition: Any, timeout_s: float = 120) -> None:
@@ -83,17 +99,13 @@ def overlap(run: Run) -> float:
 
 
 @pytest.mark.slow
-def test_workers_killed_with_sigkill_lose_nothing_and_the_run_resumed_keeps_every_invariant(runs_dir: Path) -> None:
-    options = ["--workers", "2", "--set", "total_lifetime=75", "--set", "eon_lifetime=9", "--set", "max_failures=50"]
-    options += [
-        "--set",
-        "stop_after_stale_cycles=null",
-        "--set",
-        "stop_after_epochs=210",
-        "--set",
-        "epochs_per_chunk=2",
-    ]
-    launch(runs_dir, *options)
+def test_workers_killed_with_sigkill_lose_nothing_and_the_run_resumed_keeps_every_invariant(
+    runs_dir: Path, quick: Path
+) -> None:
+    options = ["--workers", "2", "--set", "total_lifetime=150", "--set", "eon_lifetime=5", "--set", "max_failures=50"]
+    options += ["--set", "stop_after_stale_cycles=null", "--set", "stop_after_epochs=210"]
+    options += ["--set", "epochs_per_chunk=2"]
+    launch(runs_dir, *options, file=quick)
     run = Run.open(runs_dir / "digits")
     moments = random.Random(7)
     kills = 0
@@ -109,7 +121,7 @@ def test_workers_killed_with_sigkill_lose_nothing_and_the_run_resumed_keeps_ever
     until("every process to be gone", lambda: not processes_of(runs_dir), 10)
     assert violations(run, over=False) == []
 
-    launch(runs_dir, *options, "--wait")
+    launch(runs_dir, *options, "--wait", file=quick)
 
     expired = [e for e in run.leaderboard.reader.rows("event") if e["kind"] == "expired"]
     assert expired, "the kills left claims behind, which were given back"
@@ -151,8 +163,8 @@ def test_a_signal_suspends_the_chunk_and_the_successor_goes_on_with_it(runs_dir:
     assert violations(run) == []
 
 
-def test_cancel_ends_every_job_and_launching_again_goes_on(runs_dir: Path) -> None:
-    launch(runs_dir, "--set", "stop_after_stale_cycles=null", "--set", "epochs_per_chunk=5")
+def test_cancel_ends_every_job_and_launching_again_goes_on(runs_dir: Path, quick: Path) -> None:
+    launch(runs_dir, "--set", "stop_after_stale_cycles=null", "--set", "epochs_per_chunk=5", file=quick)
     run = Run.open(runs_dir / "digits")
     until("some work", lambda: run.leaderboard.reader.counts()["epochs"] >= 5)
 
@@ -168,18 +180,17 @@ def test_cancel_ends_every_job_and_launching_again_goes_on(runs_dir: Path) -> No
     until("every process to be gone", lambda: not processes_of(runs_dir), 20)
 
 
-def test_launch_in_a_pipe_returns_at_once(runs_dir: Path) -> None:
-    launch(runs_dir)
+def test_launch_in_a_pipe_returns_at_once(runs_dir: Path, quick: Path) -> None:
+    launch(runs_dir, file=quick)
     run = Run.open(runs_dir / "digits")
     assert {w["state"] for w in run.status()["workers"]} <= {"running", "queued"}
     run.cancel(at_once=True, now=time.time())
     until("every process to be gone", lambda: not processes_of(runs_dir), 20)
 
 
-def test_a_second_launch_at_the_same_moment_makes_one_run(runs_dir: Path) -> None:
-    command = [str(ORCH), "launch", str(ROOT / "settings/digits.json"), "--executor", "local", "--workers", "2"]
-    command += ["--runs-dir", str(runs_dir)]
-    twins = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+def test_a_second_launch_at_the_same_moment_makes_one_run(runs_dir: Path, quick: Path) -> None:
+    line = command(runs_dir, quick, "--workers", "2")
+    twins = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
     errors = [twin.communicate(timeout=60)[1] for twin in twins]
 
     run = Run.open(runs_dir / "digits")
@@ -195,7 +206,7 @@ def test_a_machine_that_takes_no_process_leaves_no_run_behind(runs_dir: Path, mo
     def no_process(*_args: Any, **_kwargs: Any) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
-    settings, _ = load(ROOT / "settings/digits.json", executor="local")
+    settings, _ = load(DIGITS, executor="local")
     monkeypatch.setattr("subprocess.Popen", no_process)
     with pytest.raises(OrchError, match="Resource temporarily unavailable"):
         Run.launch(settings, runs_dir)

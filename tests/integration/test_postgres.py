@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +17,20 @@ from typing import Any
 import psutil
 import psycopg
 import pytest
+from sqlalchemy import update
 
+from orchestrator.entry import be_worker
 from orchestrator.errors import LeaderboardError, SubmissionError
-from orchestrator.leaderboard import engine
+from orchestrator.leaderboard import engine, schema
 from orchestrator.leaderboard.engine import Database
 from orchestrator.run import Run
 from orchestrator.settings import load
+from orchestrator.worker import StopFlag
 from tests import postgres
 from tests.integration.test_local_chains import processes_of, until, working
 from tests.invariants import violations
+from tests.small_runs import make_run
+from tests.storage import Storage
 
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
@@ -196,6 +202,57 @@ def test_a_url_that_will_not_do_is_refused_and_its_password_not_repeated(
     assert done.returncode == 2
     assert re.search(f"database: .*{message}", done.stderr), done.stderr
     assert "secret" not in done.stderr.replace("'secret'", "") or url == "secret"
+
+
+def test_a_job_whose_turn_comes_while_the_server_is_away_waits_for_it(
+    tmp_path: Path, server: postgres.Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(Storage(server.url), tmp_path / "run")
+    (job,) = run.leaderboard.chains.relink([0], time.time(), 1)
+    back = threading.Timer(3 * engine.CONNECT_FOR_S, server.start)  # a command has given up by then
+
+    def its_turn(*_: Any) -> None:
+        run.cancel(at_once=False, now=time.time())  # so that the job has nothing to do
+        run.leaderboard.database.rest()
+        server.stop("immediate")
+        back.start()
+
+    monkeypatch.setattr(run.cluster, "wait_turn", its_turn)
+    try:
+        assert be_worker(run, job.token, 0, StopFlag()).outcome == "this job was cancelled: cancelled by the user"
+    finally:
+        back.join()
+
+
+def test_who_asks_again_waits_behind_those_who_wait_already(tmp_path: Path, server: postgres.Postgres) -> None:
+    """Else a few workers would do the work, and others wait for seconds."""
+    run = make_run(Storage(server.url), tmp_path / "run")
+    place = run.settings.database, tmp_path, run.settings.database_schema
+    turns: list[int] = []
+
+    def take_turns(number: int, times: int) -> None:
+        database = Database(*place)
+        for _ in range(times):
+            with database.transaction() as tx:
+                turns.append(number)
+                tx.execute(update(schema.run).values(generation=schema.run.c.generation + 1))  # as each claim does
+                if len(turns) == 1:
+                    for waiting in range(1, 4):
+                        others[waiting - 1].start()
+                        until("the next to wait", lambda waiting=waiting: waiters(server) == waiting)  # type: ignore[misc]
+        database.rest()
+
+    others = [threading.Thread(target=take_turns, args=(number, 1)) for number in range(1, 4)]
+    take_turns(0, 2)
+    for other in others:
+        other.join(30)
+    assert turns == [0, 1, 2, 3, 0]
+
+
+def waiters(server: postgres.Postgres) -> int:
+    with psycopg.connect(server.url.replace("+psycopg", "")) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() or (0,)
+    return int(count)
 
 
 def test_the_server_ends_a_transaction_whose_process_was_stopped(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -16,14 +18,6 @@ from orchestrator.errors import ClusterUnreachableError, OrchError, SettingsErro
 from orchestrator.run import Run
 from tests.invariants import violations
 from tests.slurm.helpers import QUICK, ROOT, epochs, jobs, launch, over, settings, until, worked
-
-DIGITS: dict[str, Any] = {
-    "job": "jobs.digits:Digits",
-    "epochs_per_chunk": 1,
-    "total_lifetime": 120,
-    "eon_lifetime": 4,
-    "stop_after_epochs": 90,
-}
 
 
 def times_of(cluster: DevCluster) -> list[tuple[float, float]]:
@@ -42,14 +36,14 @@ def test_six_workers_run_at_once_each_on_a_gpu_of_its_own_and_end_by_themselves(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
     before = len(times_of(cluster))
-    run = launch(settings("six", workers=6, **DIGITS), tmp_path)
+    run = launch(settings("six", workers=6, eon_lifetime=3, stop_after_epochs=90), tmp_path)
     until("the six to work", lambda: len(jobs(run, "running")) == 6)
     shown = cluster.run(["squeue", "-h", "-t", "R", "-O", "JobArrayID:20,NodeList:20,tres-alloc:80"]).stdout
     assert shown.count("gres/gpu=1") == 6
     nodes = [line.split()[1] for line in shown.splitlines()]
     assert all(nodes.count(node) <= 2 for node in nodes), "a node has two GPUs"
 
-    until("the end", lambda: over(run), 240)
+    until("the end", lambda: over(run), 120)
 
     assert run.leaderboard.chains.snapshot("max").state == "finished"
     assert violations(run) == []
@@ -140,6 +134,24 @@ def test_a_refusal_becomes_one_message_that_says_what_to_change_and_leaves_nothi
     assert cluster.squeue() == []
 
 
+def test_a_resume_of_which_nothing_comes_is_an_error_that_says_why(cluster: DevCluster, tmp_path: Path) -> None:
+    run = launch(settings("stuck", workers=1), tmp_path)
+    run.pause(time.time())
+    until("no job", lambda: over(run) or not cluster.squeue(), 20)
+    run.amend(["slurm.partition=nowhere"], time.time())
+    resume = [Path(sys.executable).with_name("orch"), "resume", run.folder]
+    done = subprocess.run(resume, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "none of its workers has a job: " in done.stderr
+    assert "nowhere" in done.stderr
+    run.amend(["slurm.partition=null"], time.time())
+    done = subprocess.run(resume, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "stuck is active")
+    until("work", lambda: epochs(run) >= 1)
+    run.cancel(at_once=True, now=time.time())
+
+
+@pytest.mark.long
 def test_a_controller_that_is_down_is_said_to_be_unreachable_and_nothing_is_lost(
     cluster: DevCluster, tmp_path: Path
 ) -> None:

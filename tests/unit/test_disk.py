@@ -17,8 +17,8 @@ from torch import nn
 
 from jobs.footprint import checkpoint_bytes
 from jobs.job import Job
-from jobs.training import open_session
-from orchestrator import checkpoints, disk, rules
+from jobs.opening import open_session
+from orchestrator import checkpoints, disk, rules, user_job
 from orchestrator.errors import CheckpointError, NoSpaceError, SettingsError
 from orchestrator.records import Work
 from orchestrator.settings import Settings, load
@@ -206,7 +206,7 @@ def test_a_model_that_needs_its_values_is_made_on_the_cpu() -> None:
 
 
 def test_a_job_with_a_trainer_of_its_own_has_an_unknown_size() -> None:
-    assert checkpoint_bytes(settings(job="tests.slurm.quick:Quick").model_dump(mode="json")) is None
+    assert user_job.checkpoint_bytes(settings(job="tests.slurm.quick:Quick")) is None
 
 
 def test_the_budget_may_change_while_a_run_goes_on() -> None:

@@ -23,8 +23,8 @@ FLOORS = (
     {"worker", "mending", "ledger", "doctor"},
     {"leaderboard", "cluster"},
     {"rules", "checkpoints", "disk", "rebuild_plan", "settings", "locks", "lock_choice", "lock_proof", "soft_lock"}
-    | {"trust", "telemetry"},
-    {"records", "errors", "mounts", "explain", "slurm_values", "__init__"},
+    | {"trust", "telemetry", "profile_settings"},
+    {"records", "errors", "mounts", "explain", "slurm_values", "fields", "imports", "changes", "__init__"},
 )
 
 

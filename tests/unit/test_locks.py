@@ -68,6 +68,8 @@ sys.stdin.read()
 """
 # Is interrupted while it waits, and goes on with something else.
 INTERRUPTED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 try:
     lock.acquire()
 except KeyboardInterrupt:
@@ -118,9 +120,11 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def queued(path: Path) -> int:
-    """How many waits stand in the kernel's queue for the lock, of whatever process."""
+    """How many wait for the lock, in whatever process: one at the head of the queue, the others behind it."""
+    if not os.path.exists(f"{path}.queue"):
+        return 0
     inode = os.stat(f"{path}.queue").st_ino
-    return sum("->" in line and f":{inode} " in line for line in Path("/proc/locks").read_text().splitlines())
+    return sum(f":{inode} " in line for line in Path("/proc/locks").read_text().splitlines())
 
 
 # --- one at a time -----------------------------------------------------------------------------------
@@ -300,14 +304,20 @@ def test_a_process_that_was_forked_under_the_lock_does_not_keep_it(spawn, path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_process_that_is_interrupted_while_it_waits_does_not_get_the_lock_later(spawn, path):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_process_that_is_interrupted_while_it_waits_does_not_get_the_lock_later(spawn, path, ahead):
     holder = held_elsewhere(spawn)
+    others = [spawn(HOLDER) for _ in range(ahead)]
+    wait_until(lambda: queued(path) == ahead)
     waiting = spawn(INTERRUPTED)
-    wait_until(lambda: queued(path) == 1)
+    wait_until(lambda: queued(path) == ahead + 1)
     waiting.send_signal(signal.SIGINT)
     assert waiting.stdout.readline() == "interrupted\n"
     holder.stdin.close()
     assert holder.stdout.readline() == "released\n"
+    for other in others:
+        assert other.stdout.readline() == "held\n"
+        other.stdin.close()
     wait_until(lambda: queued(path) == 0)
     with FairFileLock(path, timeout=5):
         assert waiting.poll() is None, "it lives on without the lock"

@@ -26,6 +26,7 @@ from orchestrator.records import (
     StopRules,
     Worker,
     WorkOn,
+    counted,
 )
 
 ACCURACY = Metric("accuracy", "max")
@@ -445,6 +446,28 @@ def test_stale_chunks_let_every_entry_try_every_profile(stale_cycles, cycle_leng
     assert found is None or (found // num_models >= cycle_length and found % (cycle_length * num_models) == 0)
 
 
+@pytest.mark.parametrize(
+    ("promoted", "discarded", "told"),
+    [
+        (0, 0, None),
+        (0, 1, "the only chunk so far ended with a score (accuracy) that is no finite number"),
+        (0, 7, "all 7 chunks so far ended with a score (accuracy) that is no finite number"),
+        (1, 7, None),
+    ],
+    ids=["none has finished", "one, which is no number", "seven, all no numbers", "one has entered the board"],
+)
+def test_a_run_whose_scores_are_all_no_numbers_is_warned_of(promoted, discarded, told):
+    lines = rules.warnings({"promoted": promoted, "discarded": discarded, "failed": 3}, "accuracy")
+    assert len(lines) == (told is not None)
+    assert all(line.startswith(told) and "learning rate" in line and "precision" in line for line in lines)
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "0 entries"), (1, "1 entry"), (2, "2 entries")])
+def test_one_is_no_plural(count, said):
+    assert counted(count, "entry", "entries") == said
+    assert counted(count, "epoch") == f"{count} epoch" + "s" * (count != 1)
+
+
 NEVER = StopRules(stale_chunks=None, score=None, epochs=None)
 
 
@@ -469,6 +492,8 @@ NEVER = StopRules(stale_chunks=None, score=None, epochs=None)
             "10 epochs were trained",
             id="the epochs",
         ),
+        pytest.param(Progress(0, 0.5, 1), StopRules(10, 0.6, 1), ACCURACY, "finished", "1 epoch was trained", id="one"),
+        pytest.param(Progress(1, None, 1), StopRules(1, 0.6, 9), ACCURACY, "failed", "1 chunk and no", id="one chunk"),
         pytest.param(
             Progress(10, 0.5, 9),
             StopRules(10, 0.6, 10),

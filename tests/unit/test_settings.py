@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from orchestrator import settings as settings_module
+from orchestrator.changes import changes
 from orchestrator.errors import SettingsError
 from orchestrator.records import Metric, Policy, Profile, StopRules
 from orchestrator.settings import Settings, difference, freeze, load, load_policy, thaw
@@ -324,6 +325,12 @@ REPEATED = [ALEX, RON, ALEX | {"momentum": 0.8}]
             id="a choice inside",
         ),
         pytest.param(
+            {"metric": "mse"},
+            'metric: "mse" is a name alone; write {"name": "mse", "mode": "min"} if less of it is better, "max" in its '
+            "place if more of it is",
+            id="a metric's name alone",
+        ),
+        pytest.param(
             {"select_on": "train"},
             "select_on: \"train\" is not allowed; input should be 'validation' or 'test'",
             id="a choice",
@@ -607,6 +614,80 @@ def test_a_value_that_cannot_be_read_from_its_file_is_named_with_the_file(writte
     assert str(caught.value).startswith(f"--set 'job_params=@{path}': {path}:")
 
 
+# --- what a profile may say
+
+SCHEDULE = {"name": "OneCycleLR", "epochs": 5}
+
+
+def test_a_profile_s_optimizer_and_schedule_reach_the_board_s_policy(written):
+    said = {"optimizer": "AdamW", "optimizer_options": {"eps": 1e-6}, "schedule": SCHEDULE}
+    settings, _ = load(written(LEAST | {"training_profiles": [ALEX | said]}))
+    (profile,) = load_policy(freeze(settings), 1).cycle
+    assert (profile.optimizer, profile.optimizer_options, profile.schedule) == ("AdamW", {"eps": 1e-6}, SCHEDULE)
+    assert hash(profile) == hash(Profile("alex", 0.01, 0.9, 0.0005, "AdamW"))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"optimizer": "A dam"}, 'optimizer: \'A dam\' names no class; allowed are "SGD", "Adam"'),
+        ({"optimizer": "a:b:c"}, "optimizer: 'a:b:c' names no class"),
+        (
+            {"optimizer_options": {"lr": 1}},
+            "optimizer_options: 'lr' is the profile's own 'learning_rate'; give it there",
+        ),
+        ({"optimizer_options": {"momentum": 1}}, "optimizer_options: 'momentum' is the profile's own 'momentum'"),
+        ({"schedule": {"step_size": 3}}, 'schedule: "name" is missing; it says which schedule'),
+        ({"schedule": {"name": 3}}, 'schedule: 3 names no class; allowed are "StepLR"'),
+        ({"schedule": {"name": "StepLR", "every": "batch"}}, "schedule: every: 'batch'; allowed are"),
+        ({"schedule": SCHEDULE | {"epochs": 0}}, "schedule: epochs: 0; allowed is a number above 0"),
+        (
+            {"schedule": SCHEDULE | {"epochs": [0, 2, 2]}},
+            "schedule: epochs: [0, 2, 2]; allowed is a number above 0, or",
+        ),
+        ({"schedule": SCHEDULE | {"epochs": True}}, "schedule: epochs: True; allowed is"),
+        ({"schedule": "StepLR"}, 'schedule: "StepLR" is not allowed'),
+        ({"optimiser": "SGD"}, "optimiser: unknown key; did you mean 'optimizer'?"),
+    ],
+    ids=str,
+)
+def test_what_a_profile_can_t_say_is_named(written, said, expected):
+    (line,) = mistakes(written(LEAST | {"training_profiles": [ALEX | said]}))
+    assert line.startswith(f"training_profiles[0].{expected}")
+
+
+def test_a_repeat_with_another_schedule_is_no_repeat(written):
+    (line,) = mistakes(written(LEAST | {"training_profiles": [ALEX, ALEX | {"schedule": SCHEDULE}]}))
+    assert "two profiles are named 'alex' but differ" in line
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"precision": "fp8"}, "precision: \"fp8\" is not allowed; input should be 'auto', 'fp32', 'bf16' or 'fp16'"),
+        ({"channels_last": "yes"}, "channels_last: \"yes\" is not allowed; input should be 'auto', True or False"),
+        ({"compile": "fast"}, 'compile: "fast" is not allowed'),
+        (
+            {"loggers": ["tensorbord"]},
+            "loggers[0]: 'tensorbord' is no logger; allowed are tensorboard, wandb, mlflow and",
+        ),
+        ({"loggers": "wandb"}, 'loggers: "wandb" is not allowed'),
+        (
+            {"loggers": ["wandb", "mlflow", "wandb"]},
+            "loggers: 'wandb' is named 2 times; name each logger once",
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_loop_can_t_do_is_named(written, said, expected):
+    (line,) = mistakes(written(LEAST | said))
+    assert line.startswith(expected)
+
+
+def test_loggers_may_be_a_user_s_own(written):
+    assert load(written(LEAST | {"loggers": ["mlflow", "my.logs:Mine"]}))[0].loggers == ["mlflow", "my.logs:Mine"]
+
+
 # --- what may change in a run ------------------------------------------------------------------------
 
 LAUNCHED = Settings(name="a", training_profiles=[ALEX, RON], workers=2)
@@ -618,14 +699,17 @@ LAUNCHED = Settings(name="a", training_profiles=[ALEX, RON], workers=2)
         pytest.param("workers=4", "workers: 2 -> 4", id="how many workers"),
         pytest.param("total_lifetime=60", "total_lifetime: 259200.0 -> 60.0", id="how long"),
         pytest.param("stop_after_epochs=9", "stop_after_epochs: null -> 9", id="when it ends"),
-        pytest.param("slurm.partition=gpu", None, id="where"),
-        pytest.param("training_profiles.0.learning_rate=0.5", None, id="the cycle"),
+        pytest.param("slurm.partition=gpu", 'slurm.partition: null -> "gpu"', id="where"),
+        pytest.param(
+            "training_profiles.0.learning_rate=0.5",
+            "training_profiles[0].learning_rate: 0.01 -> 0.5",
+            id="the cycle",
+        ),
+        pytest.param("loggers=[]", 'loggers[0]: removed "tensorboard"', id="who is told of it"),
     ],
 )
-def test_a_run_is_amended(override, changed):
-    (line,) = difference(LAUNCHED, settings_module.amend(LAUNCHED, [override]))
-    assert line.split(":")[0] == override.split("=")[0].split(".")[0]
-    assert changed in (None, line)
+def test_a_run_is_amended_and_what_changed_in_it_is_told(override, changed):
+    assert difference(LAUNCHED, settings_module.amend(LAUNCHED, [override])) == [changed]
 
 
 @pytest.mark.parametrize(
@@ -669,6 +753,23 @@ def test_frozen_settings_that_were_damaged_are_named():
         thaw(freeze(Settings(name="a", training_profiles=[ALEX])).replace('"num_models": 5', '"num_models": 0'))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "lines"),
+    [
+        pytest.param({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}, ["a.c: 2 -> 3"], id="deep inside"),
+        pytest.param({"a": {"b": 1}}, {"a": {"c": [2]}}, ["a.b: removed 1", "a.c: added [2]"], id="another key"),
+        pytest.param({"a": None}, {"a": {"b": 1}}, ['a: null -> {"b": 1}'], id="of another kind"),
+        pytest.param({"a": [1, 2, 3]}, {"a": [9, 1, 2, 3]}, ["a[0]: added 9"], id="one more at the beginning"),
+        pytest.param({"a": [1, 2, 1, 3]}, {"a": [1, 2, 3]}, ["a[2]: removed 1"], id="a repeat less"),
+        pytest.param({"a": [1, 2]}, {"a": [3]}, ["a[0]: 1 -> 3", "a[1]: removed 2"], id="fewer and others"),
+        pytest.param({"a": [{"b": 1}, 2]}, {"a": [{"b": 4}, 2]}, ["a[0].b: 1 -> 4"], id="inside a list"),
+        pytest.param({"a": [{"b": 1, "c": 2}]}, {"a": [{"c": 2, "b": 1}]}, [], id="another order of keys"),
+    ],
+)
+def test_a_change_is_told_with_its_place_and_nothing_of_what_stays(old, new, lines):
+    assert changes(old, new) == lines
+
+
 def test_the_difference_of_settings_is_a_line_for_each_key():
     old = Settings(name="a", training_profiles=[ALEX], workers=2, metric={"name": "loss", "mode": "min"})
     new = old.model_copy(update={"workers": 4, "stop_at_score": 0.9})
@@ -685,6 +786,15 @@ values = st.recursive(
     max_leaves=8,
 )
 keys = st.sampled_from(sorted(Settings.model_fields))
+
+
+@PROPERTY
+@given(old=values, new=values)
+def test_only_equal_values_have_no_changes(old, new):
+    assume("NaN" not in json.dumps([old, new]))  # which equals nothing, and is in no settings
+    assert bool(changes(old, new)) == (old != new)
+
+
 profile_like = st.fixed_dictionaries({}, optional={key: values for key in ALEX}) | st.just(ALEX)
 settings_like = st.builds(
     dict.__or__,
