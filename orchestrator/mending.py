@@ -7,7 +7,7 @@ from orchestrator import rules
 from orchestrator.cluster import Cluster
 from orchestrator.errors import SubmissionError
 from orchestrator.leaderboard import Leaderboard
-from orchestrator.records import Job, JobState
+from orchestrator.records import Job, JobState, RunState
 from orchestrator.settings import Settings
 
 
@@ -23,6 +23,8 @@ def reconcile(
     Returns a line for each thing that was done. The cluster is asked outside every transaction.
     """
     snapshot = leaderboard.chains.snapshot(settings.metric.mode)
+    if snapshot.state is not RunState.ACTIVE:
+        grace_s = 0.0  # nobody waits for what is being submitted; should it come, it is cancelled
     evidence = cluster.evidence(snapshot.open_jobs)
     found = cluster.find([j for j in snapshot.open_jobs if j.cluster_id is None])
     todo = rules.mend(snapshot.workers, snapshot.open_jobs, evidence, found, now, grace_s)

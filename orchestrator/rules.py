@@ -234,6 +234,8 @@ class Mend:
 EXIT_GRACE_S = 60.0
 # A job that is being submitted for longer than this is treated as one whose submitter died.
 SUBMITTING_GRACE_S = 120.0
+# Where it did die, only the cluster may still be about to list what it was sent.
+ORPHANED_GRACE_S = 10.0
 
 
 def mend(
@@ -247,24 +249,23 @@ def mend(
     """Compare the chains of the database with what the cluster says.
 
     evidence is by job_id; found_ids are the cluster's ids of the jobs whose row has none, by token. Nothing
-    is done about a job of which the cluster says nothing. A chain with any open job left is whole.
+    is done about a job of which the cluster says nothing. A chain with any open job left is whole. A successor is
+    submitted by the job before it, so that one's end tells that nobody is about to submit it any more.
     """
-    lost: list[Job] = []
-    adopt: list[tuple[Job, str]] = []
-    held: set[int] = set()
-    for job in open_jobs:
-        seen = evidence.get(job.job_id, Evidence.UNKNOWN)
-        if job.state is JobState.SUBMITTING and job.cluster_id is None:
-            if job.token in found_ids:
-                adopt.append((job, found_ids[job.token]))
-            elif seen is Evidence.GONE and now - (job.submitted_at or 0.0) > grace_s:
-                lost.append(job)
+    gone = [job for job in open_jobs if evidence.get(job.job_id, Evidence.UNKNOWN) is Evidence.GONE]
+    on_their_way = [job for job in open_jobs if job.state is JobState.SUBMITTING and job.cluster_id is None]
+    alive = {job.job_id for job in open_jobs if job not in gone and job not in on_their_way}
+    adopt = tuple((job, found_ids[job.token]) for job in on_their_way if job.token in found_ids)
+    lost = []
+    for job in gone:
+        if job in on_their_way:
+            orphaned = job.after_job_id is not None and job.after_job_id not in alive
+            patience_s = min(grace_s, ORPHANED_GRACE_S) if orphaned else grace_s
+            if job.token in found_ids or now - (job.submitted_at or 0.0) <= patience_s:
                 continue
-        elif seen is Evidence.GONE:
-            lost.append(job)
-            continue
-        held.add(job.worker_id)
-    return Mend(tuple(lost), tuple(adopt), tuple(w.worker_id for w in workers if w.worker_id not in held))
+        lost.append(job)
+    held = {job.worker_id for job in open_jobs if job not in lost}
+    return Mend(tuple(lost), adopt, tuple(w.worker_id for w in workers if w.worker_id not in held))
 
 
 def unwanted(state: RunState, open_jobs: Sequence[Job], evidence: Mapping[int, Evidence]) -> list[Job]:

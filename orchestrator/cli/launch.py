@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from orchestrator.run import Run
     from orchestrator.settings import Settings
 
+MEND_EVERY_S = 10.0
 ENDED = ("converged", "finished", "cancelled", "failed", "paused")
 
 
@@ -174,14 +175,15 @@ def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _wait(run: Run, quiet: bool) -> None:
-    """Until no job is left. Ctrl-C ends the waiting, not the run."""
+    """Until no job is left; meanwhile what is broken is mended. Ctrl-C ends the waiting, not the run."""
     from rich.console import Console, Group
     from rich.live import Live
 
     from orchestrator.cli import tables
 
     console = Console(stderr=True, quiet=quiet)
-    shown = ""
+    look_every_s = 0.5 if run.cluster.name == "local" else 5.0  # a controller has other users
+    shown, mended_at = "", time.time()
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while True:
@@ -196,7 +198,11 @@ def _wait(run: Run, quiet: bool) -> None:
                         return
                     if not run.reconcile(time.time()):
                         return  # nothing runs, and the rules want no new job
-                time.sleep(0.5)
+                elif time.time() - mended_at > MEND_EVERY_S:  # a killed job may leave what nobody else looks after
+                    mended_at = time.time()
+                    for line in run.reconcile(mended_at):
+                        console.print(line, highlight=False)
+                time.sleep(look_every_s)
     except KeyboardInterrupt:
         console.print(f"{run.name} goes on without you; `orch status {run.name}`, `orch cancel {run.name}`")
         raise typer.Exit(130) from None  # as a shell says it of a program that Ctrl-C ended

@@ -3,6 +3,7 @@ that starts five times sooner."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
@@ -33,11 +34,19 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def killed(folder: Path) -> list[psutil.Process]:
+    """Those that were there; they may have started others meanwhile."""
+    found = processes_of(folder)
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return found
+
+
 @pytest.fixture
 def runs_dir(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "runs"
-    for process in processes_of(tmp_path):
-        process.kill()
+    until("every process to be gone", lambda: not killed(tmp_path))
 
 
 DIGITS = ROOT / "settings/digits.json"
@@ -116,9 +125,7 @@ def test_workers_killed_with_sigkill_lose_nothing_and_the_run_resumed_keeps_ever
         if victim is not None and psutil.pid_exists(victim["pid"]):
             psutil.Process(victim["pid"]).kill()
             kills += 1
-    for process in processes_of(runs_dir):  # then the whole machine goes
-        process.kill()
-    until("every process to be gone", lambda: not processes_of(runs_dir), 10)
+    until("every process to be gone, as the whole machine goes", lambda: not killed(runs_dir))
     assert violations(run, over=False) == []
 
     launch(runs_dir, *options, "--wait", file=quick)

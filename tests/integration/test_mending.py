@@ -11,10 +11,13 @@ import psutil
 import pytest
 
 from orchestrator import rules
-from orchestrator.cluster.local import LocalCluster, host_name
+from orchestrator.cli import launch
+from orchestrator.cluster.local import InlineCluster, LocalCluster, host_name
 from orchestrator.mending import reconcile
-from orchestrator.records import Started, Submitted
+from orchestrator.records import JobState, RunState, Started, Submitted
+from orchestrator.run import Run
 from orchestrator.settings import ProfileSettings, Settings
+from tests.small_runs import make_run
 from tests.storage import Storage
 
 SETTINGS = Settings(name="run", training_profiles=[ProfileSettings(name="a", learning_rate=0.1)], executor="local")
@@ -51,3 +54,42 @@ def test_a_job_that_does_not_end_after_its_last_word_is_killed_since_its_success
     reconcile(leaderboard, LocalCluster(SETTINGS, tmp_path, print), SETTINGS, now)
     time.sleep(0.2)
     assert alive(hangs) == stays
+
+
+def orphan_a_successor(run: Run, now: float) -> None:
+    """A job is killed between writing its successor down and submitting it."""
+    (job,) = run.leaderboard.chains.relink([0], now, 5)
+    dead = (999_999_999, now)  # no process has such a pid
+    started = run.leaderboard.chains.start(job.token, 0, "1", host_name(), *dead, now, 5)
+    assert isinstance(started, Started)
+    assert started.successor is not None
+
+
+def states(run: Run) -> list[str]:
+    """Of the two jobs, the last."""
+    return [row["state"] for row in run.leaderboard.reader.rows("job")][-2:]
+
+
+def test_a_chain_whose_job_was_killed_before_it_queued_the_next_is_mended_in_seconds_not_in_minutes(
+    tmp_path: Path,
+) -> None:
+    run = make_run(Storage(None), tmp_path, executor="local", workers=1)
+    now = time.time()
+    orphan_a_successor(run, now)
+    reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + 1)
+    assert states(run) == [JobState.LOST, JobState.SUBMITTING], "the cluster may have taken it"
+    reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + rules.ORPHANED_GRACE_S + 1)
+    assert states(run) == [JobState.LOST, JobState.LOST]
+
+
+def test_waiting_for_a_run_ends_though_a_killed_job_left_a_successor_that_nobody_submits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(Storage(None), tmp_path, executor="local", workers=1)
+    orphan_a_successor(run, time.time())
+    reconcile(run.leaderboard, run.cluster, run.settings, time.time())
+    assert states(run) == [JobState.LOST, JobState.SUBMITTING]
+    run.leaderboard.chains.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
+    monkeypatch.setattr(launch, "MEND_EVERY_S", 0.0)
+    launch._wait(run, quiet=True)
+    assert not run.leaderboard.chains.snapshot("max").open_jobs

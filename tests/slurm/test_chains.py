@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from devcluster import DevCluster, wait_for
+from devcluster import DevCluster
 
 from orchestrator.cluster.slurm import SlurmCluster
 from orchestrator.errors import ClusterUnreachableError, OrchError, SettingsError, SubmissionError
@@ -20,22 +20,21 @@ from tests.invariants import violations
 from tests.slurm.helpers import QUICK, ROOT, epochs, jobs, launch, over, settings, until, worked
 
 
-def times_of(cluster: DevCluster) -> list[tuple[float, float]]:
-    """Start and end of every job that sacct knows, in seconds."""
-    rows = cluster.run(["sacct", "-n", "-P", "-X", "-D", "-o", "Start,End"]).stdout.split()
-    spans = [line.split("|") for line in rows]
-    return [
-        (datetime.fromisoformat(a).timestamp(), datetime.fromisoformat(b).timestamp())
-        for a, b in spans
-        if "Unknown" not in (a, b) and a != "None"
-    ]
+def times_of(cluster: DevCluster, run: Run) -> dict[str, tuple[float, float]]:
+    """Start and end in seconds of each of the run's jobs that sacct knows, by their id."""
+    rows = cluster.run(["sacct", "-n", "-P", "-X", "-D", "-o", "JobID,Start,End,JobName"]).stdout.splitlines()
+    jobs = [line.split("|") for line in rows]
+    return {
+        job: (datetime.fromisoformat(start).timestamp(), datetime.fromisoformat(end).timestamp())
+        for job, start, end, name in jobs
+        if name.startswith(f"orch-{run.name}-") and "Unknown" not in (start, end) and start != "None"
+    }
 
 
 @pytest.mark.slow
 def test_six_workers_run_at_once_each_on_a_gpu_of_its_own_and_end_by_themselves(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
-    before = len(times_of(cluster))
     run = launch(settings("six", workers=6, eon_lifetime=3, stop_after_epochs=90), tmp_path)
     until("the six to work", lambda: len(jobs(run, "running")) == 6)
     shown = cluster.run(["squeue", "-h", "-t", "R", "-O", "JobArrayID:20,NodeList:20,tres-alloc:80"]).stdout
@@ -49,9 +48,10 @@ def test_six_workers_run_at_once_each_on_a_gpu_of_its_own_and_end_by_themselves(
     assert violations(run) == []
     assert max(len([j for j in worked(run) if j["worker_id"] == w]) for w in range(6)) >= 3
     until("an empty queue", lambda: not cluster.squeue())
-    # sacct's rows come some seconds late
-    wait_for(lambda: len(times_of(cluster)) - before == len(worked(run)), 30, "sacct and the ledger to agree")
-    spans = times_of(cluster)[before:]
+    # sacct's rows come some seconds late. It may know more: a job that began when all was trained, and was cancelled.
+    ledger = {j["cluster_id"] for j in worked(run)}
+    until("sacct to know every job that worked", lambda: ledger <= times_of(cluster, run).keys())
+    spans = [span for job, span in times_of(cluster, run).items() if job in ledger]
     assert max(sum(start <= moment < end for start, end in spans) for moment, _ in spans) >= 6
 
 

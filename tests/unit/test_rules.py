@@ -619,9 +619,14 @@ def test_the_links_fill_the_lifetime_and_one_less_does_not(total_s, eon_s):
 SUBMITTED_AT, NOW = 1000.0, 2000.0
 
 
-def job(job_id: int, worker_id: int, state: JobState, submitted_at: float | None = SUBMITTED_AT) -> Job:
+def job(
+    job_id: int, worker_id: int, state: JobState, submitted_at: float | None = SUBMITTED_AT, after: int | None = None
+) -> Job:
     cluster_id = None if state is JobState.SUBMITTING else str(100 + job_id)
-    return Job(job_id, worker_id, job_id, f"t{job_id}", state, cluster_id=cluster_id, submitted_at=submitted_at)
+    token = f"t{job_id}"
+    return Job(
+        job_id, worker_id, job_id, token, state, cluster_id=cluster_id, submitted_at=submitted_at, after_job_id=after
+    )
 
 
 SUBMITTING, QUEUED, RUNNING = JobState.SUBMITTING, JobState.QUEUED, JobState.RUNNING
@@ -686,6 +691,51 @@ SUBMITTING, QUEUED, RUNNING = JobState.SUBMITTING, JobState.QUEUED, JobState.RUN
             [],
             id="it is being submitted just now",
         ),
+        pytest.param(
+            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - rules.SUBMITTING_GRACE_S, after=1)],
+            {1: "running", 2: "gone"},
+            {},
+            [],
+            {},
+            [],
+            id="the job before it is submitting it just now",
+        ),
+        pytest.param(
+            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - rules.ORPHANED_GRACE_S - 1, after=1)],
+            {1: "gone", 2: "gone"},
+            {},
+            [1, 2],
+            {},
+            [0],
+            id="the job that was to submit it is gone",
+        ),
+        pytest.param(
+            [job(2, 0, SUBMITTING, NOW - rules.ORPHANED_GRACE_S - 1, after=1)],
+            {2: "gone"},
+            {},
+            [2],
+            {},
+            [0],
+            id="the job that was to submit it has ended before",
+        ),
+        pytest.param(
+            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - rules.ORPHANED_GRACE_S, after=1)],
+            {1: "gone", 2: "gone"},
+            {},
+            [1],
+            {},
+            [],
+            id="its submitter is gone, and the cluster may have it all the same",
+        ),
+        pytest.param(
+            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - rules.ORPHANED_GRACE_S - 1, after=1)],
+            {1: "unknown", 2: "gone"},
+            {},
+            [],
+            {},
+            [],
+            id="the job that was to submit it may be there",
+        ),
     ],
 )
 def test_a_chain_is_mended(jobs, evidence, found, lost, adopted, resubmitted):
@@ -714,7 +764,13 @@ def test_every_chain_is_mended_by_itself():
 @st.composite
 def chains(draw: st.DrawFn) -> dict[str, object]:
     jobs = [
-        job(job_id, draw(st.integers(0, 3)), draw(st.sampled_from([SUBMITTING, QUEUED, RUNNING])), draw(times))
+        job(
+            job_id,
+            draw(st.integers(0, 3)),
+            draw(st.sampled_from([SUBMITTING, QUEUED, RUNNING])),
+            draw(times),
+            draw(st.none() | st.integers(0, job_id)),
+        )
         for job_id in range(draw(st.integers(0, 8)))
     ]
     known = [j for j in jobs if draw(st.booleans())]
