@@ -92,7 +92,7 @@ def test_two_workers_train_at_the_same_time_through_several_jobs_and_leave_nothi
     assert violations(run) == []
     assert max(j["link"] for j in run.leaderboard.reader.rows("job") if j["started_at"]) >= 2
     assert overlap(run) >= 0.7  # 0.85 on an idle machine: between two links lies the import of torch
-    until("every process to be gone", lambda: not processes_of(runs_dir), 10)
+    until("every process to be gone", lambda: not processes_of(runs_dir))
 
 
 def overlap(run: Run) -> float:
@@ -135,7 +135,7 @@ def test_workers_killed_with_sigkill_lose_nothing_and_the_run_resumed_keeps_ever
     assert run.status()["state"] == "finished"
     assert violations(run) == []
     assert profiles_follow_the_cycle(run)
-    until("every process to be gone", lambda: not processes_of(runs_dir), 10)
+    until("every process to be gone", lambda: not processes_of(runs_dir))
 
 
 def profiles_follow_the_cycle(run: Run) -> bool:
@@ -176,7 +176,7 @@ def test_cancel_ends_every_job_and_launching_again_goes_on(runs_dir: Path, quick
     until("some work", lambda: run.leaderboard.reader.counts()["epochs"] >= 5)
 
     assert run.cancel(at_once=False, now=time.time()) == []
-    until("every process to be gone", lambda: not processes_of(runs_dir), 20)
+    until("every process to be gone", lambda: not processes_of(runs_dir))
     assert run.status()["state"] == "cancelled"
     assert violations(run) == []
     before = run.leaderboard.reader.counts()["epochs"]
@@ -184,7 +184,7 @@ def test_cancel_ends_every_job_and_launching_again_goes_on(runs_dir: Path, quick
     run.resume(time.time())
     until("more work", lambda: run.leaderboard.reader.counts()["epochs"] > before)
     run.cancel(at_once=True, now=time.time())
-    until("every process to be gone", lambda: not processes_of(runs_dir), 20)
+    until("every process to be gone", lambda: not processes_of(runs_dir))
 
 
 def test_launch_in_a_pipe_returns_at_once(runs_dir: Path, quick: Path) -> None:
@@ -192,7 +192,7 @@ def test_launch_in_a_pipe_returns_at_once(runs_dir: Path, quick: Path) -> None:
     run = Run.open(runs_dir / "digits")
     assert {w["state"] for w in run.status()["workers"]} <= {"running", "queued"}
     run.cancel(at_once=True, now=time.time())
-    until("every process to be gone", lambda: not processes_of(runs_dir), 20)
+    until("every process to be gone", lambda: not processes_of(runs_dir))
 
 
 def test_a_second_launch_at_the_same_moment_makes_one_run(runs_dir: Path, quick: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_second_launch_at_the_same_moment_makes_one_run(runs_dir: Path, quick:
     assert sorted(twin.returncode for twin in twins) in ([0, 0], [0, 2]), errors
     assert [p.name for p in runs_dir.iterdir()] == ["digits"]
     run.cancel(at_once=True, now=time.time())
-    until("every process to be gone", lambda: not processes_of(runs_dir), 20)
+    until("every process to be gone", lambda: not processes_of(runs_dir))
 
 
 def test_a_machine_that_takes_no_process_leaves_no_run_behind(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -652,7 +652,7 @@ def test_a_run_that_lost_its_database_is_repaired_resumed_and_finished(launched:
     assert remains.processes(launched), "submitit's command lines name their folders"
     for process in processes_of(launched):
         process.kill()
-    until("every process to be gone", lambda: not processes_of(launched), 10)
+    until("every process to be gone", lambda: not processes_of(launched))
     assert remains.processes(launched) == []
     before = board_of(run)
     referred_to, _ = run.leaderboard.reader.references()

@@ -60,7 +60,7 @@ def test_a_paused_run_holds_no_jobs_and_resumed_goes_on_with_its_board(cluster: 
     until("some work", lambda: epochs(run) >= 2)
     assert run.pause(time.time()) == []
     assert run.pause(time.time()) == [], "said twice"
-    until("no job, within a chunk", lambda: not cluster.squeue(), 10)
+    until("no job", lambda: not cluster.squeue())
     board = run.board()["entries"]
     assert epochs(run) == run.leaderboard.reader.run_row()["epochs"]
 
@@ -84,7 +84,7 @@ def test_amended_lifetimes_and_profiles_are_in_force_at_the_next_claim(cluster: 
     assert len(worked(run)) == 1, "in the job that was running already"
 
     run.amend(["total_lifetime=1"], time.time())
-    until("the end, in one chunk", lambda: over(run), 15)
+    until("the end, in one chunk", lambda: over(run), 40)
     assert run.leaderboard.chains.snapshot("max").state == "finished"
     assert violations(run) == []
 
@@ -95,7 +95,7 @@ def test_a_live_run_grows_and_shrinks(cluster: DevCluster, tmp_path: Path) -> No
     run.amend(["workers=4"], time.time())
     until("four at work", lambda: len(jobs(run, "running")) == 4)
     run.amend(["workers=2"], time.time())
-    until("two at work", lambda: {j["worker_id"] for j in jobs(run, "running", "queued")} == {0, 1}, 20)
+    until("two at work", lambda: {j["worker_id"] for j in jobs(run, "running", "queued")} == {0, 1})
     run.drain(time.time())
     until("the end", lambda: over(run))
     assert run.leaderboard.chains.snapshot("max").state == "finished"
@@ -137,7 +137,7 @@ def test_a_refusal_becomes_one_message_that_says_what_to_change_and_leaves_nothi
 def test_a_resume_of_which_nothing_comes_is_an_error_that_says_why(cluster: DevCluster, tmp_path: Path) -> None:
     run = launch(settings("stuck", workers=1), tmp_path)
     run.pause(time.time())
-    until("no job", lambda: over(run) or not cluster.squeue(), 20)
+    until("no job", lambda: over(run) or not cluster.squeue())
     run.amend(["slurm.partition=nowhere"], time.time())
     resume = [Path(sys.executable).with_name("orch"), "resume", run.folder]
     done = subprocess.run(resume, capture_output=True, text=True)

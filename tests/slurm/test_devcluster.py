@@ -30,7 +30,7 @@ def test_a_job_runs_and_is_accounted_for(cluster: DevCluster) -> None:
     def accounted() -> bool:  # a short job's first row is not complete: accounting is later than the queue
         return [(row["JobName"], row["State"]) for row in cluster.sacct("-j", str(job))] == [("hello", "COMPLETED")]
 
-    wait_for(accounted, 30, "sacct to know the job")
+    wait_for(accounted, 90, "sacct to know the job")
 
 
 def test_plain_clients_find_the_cluster_by_the_environment(cluster: DevCluster) -> None:
@@ -47,7 +47,7 @@ def test_jobs_find_the_cluster_by_the_environment(cluster: DevCluster) -> None:
 def test_jobs_on_one_node_get_different_gpus(cluster: DevCluster) -> None:
     script = "echo $CUDA_VISIBLE_DEVICES; sleep 60"
     jobs = [cluster.sbatch(script, "--gpus=1", "--nodelist=node1") for _ in range(2)]
-    wait_for(lambda: all(cluster.output(job) for job in jobs), 30, "two jobs")
+    wait_for(lambda: all(cluster.output(job) for job in jobs), 90, "two jobs")
     waiting = cluster.sbatch(script, "--gpus=1", "--nodelist=node1")
     assert sorted(cluster.output(job).strip() for job in jobs) == ["0", "1"]
     assert cluster.state(waiting) == "PENDING"
@@ -81,10 +81,10 @@ def test_a_preempted_job_is_warned_and_can_go_back_to_the_queue(cluster: DevClus
         "--nodelist=node1",
         "--signal=B:USR2@60",
     )
-    wait_for(lambda: "start" in cluster.output(job), 30, "the job to run")
+    wait_for(lambda: "start" in cluster.output(job), 90, "the job to run")
     better = cluster.sbatch("sleep 1", "--exclusive", "--nodelist=node1")
     cluster.wait_state(better, "COMPLETED")
-    wait_for(lambda: "start 1" in cluster.output(job), 30, "the job to run again")
+    wait_for(lambda: "start 1" in cluster.output(job), 90, "the job to run again")
     assert [line for line in cluster.output(job).splitlines() if "slurmstepd" not in line] == [
         "start",
         "warned",
@@ -96,10 +96,10 @@ def test_a_preempted_job_is_warned_and_can_go_back_to_the_queue(cluster: DevClus
 @pytest.mark.long
 def test_a_preempted_job_that_does_nothing_is_requeued_after_the_grace_time(cluster: DevCluster) -> None:
     job = cluster.sbatch("echo start $SLURM_RESTART_COUNT; sleep 90", "-p", "low", "--exclusive", "-w", "node1")
-    wait_for(lambda: "start" in cluster.output(job), 30, "the job to run")
+    wait_for(lambda: "start" in cluster.output(job), 90, "the job to run")
     better = cluster.sbatch("sleep 1", "--exclusive", "--nodelist=node1")
     cluster.wait_state(better, "COMPLETED", timeout_s=60)
-    wait_for(lambda: "start 1" in cluster.output(job), 30, "the job to run again")
+    wait_for(lambda: "start 1" in cluster.output(job), 90, "the job to run again")
     assert "DUE TO PREEMPTION" in cluster.output(job)
     cluster.cancel_all()
 
@@ -130,14 +130,14 @@ def test_saved_jobs_outlive_a_crash_of_the_controller(cluster: DevCluster) -> No
 
 def test_a_job_is_requeued_when_its_node_dies_but_its_processes_may_live(cluster: DevCluster) -> None:
     job = cluster.sbatch("echo start $SLURM_RESTART_COUNT; sleep 60", "--nodelist=node2")
-    wait_for(lambda: "start" in cluster.output(job), 30, "the job to run")
+    wait_for(lambda: "start" in cluster.output(job), 90, "the job to run")
     cluster.kill_node("node2")
     assert cluster.node_states()["node2"] == "down"
     assert cluster.state(job) == "PENDING"
     assert [process.node for process in cluster.processes() if process.program == "job"] == ["node2", "node2"]
     cluster.start_node("node2")
-    wait_for(lambda: cluster.output(job) == "start\nstart 1\n", 30, "the job to run again")
-    wait_for(lambda: "NODE_FAIL" in [row["State"] for row in cluster.sacct("-j", str(job))], 30, "sacct")
+    wait_for(lambda: cluster.output(job) == "start\nstart 1\n", 90, "the job to run again")
+    wait_for(lambda: "NODE_FAIL" in [row["State"] for row in cluster.sacct("-j", str(job))], 90, "sacct")
     cluster.cancel_all()
 
 
@@ -219,7 +219,7 @@ def test_a_qos_limits_how_many_jobs_a_user_has(cluster: DevCluster, qos: str, li
 
 def test_a_partition_that_is_down_takes_jobs_and_does_not_start_them(cluster: DevCluster) -> None:
     job = cluster.sbatch("true", "--partition=down")
-    wait_for(lambda: [row["reason"] for row in cluster.squeue()] == ["PartitionDown"], 30, "a reason")
+    wait_for(lambda: [row["reason"] for row in cluster.squeue()] == ["PartitionDown"], 90, "a reason")
     assert cluster.state(job) == "PENDING"
     cluster.cancel_all()
 
@@ -248,7 +248,7 @@ def test_a_stopped_cluster_starts_again_where_it_was() -> None:
         assert again.shape == stopped.shape
         again.start()
         assert again.state(job) == "COMPLETED"
-        wait_for(lambda: again.sacct("-j", str(job)), 30, "sacct")
+        wait_for(lambda: again.sacct("-j", str(job)), 90, "sacct")
         assert again.sbatch("true", "--hold") > job
         again.stop()
 

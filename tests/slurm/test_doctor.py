@@ -154,7 +154,7 @@ def test_nodes_that_are_down_are_seen(cluster: DevCluster, look: Look) -> None:
         assert "4 drained" in found.what
     finally:
         cluster.run(["scontrol", "update", "NodeName=node[1-4]", "State=RESUME"])
-        wait_for(lambda: set(cluster.node_states().values()) == {"idle"}, 30, "the nodes")
+        wait_for(lambda: set(cluster.node_states().values()) == {"idle"}, 90, "the nodes")
 
 
 def test_the_nodes_that_sinfo_shows_can_be_read(cluster: DevCluster) -> None:
@@ -217,7 +217,7 @@ def test_a_job_that_would_never_start_is_cancelled(look: Look, cluster: DevClust
 def test_a_job_that_waits_too_long_is_cancelled(look: Look, cluster: DevCluster) -> None:
     for node in cluster.node_names:
         cluster.sbatch("sleep 100", "--exclusive", f"--nodelist={node}")
-    wait_for(lambda: [job["state"] for job in cluster.squeue()] == ["RUNNING"] * 4, 30, "the nodes to be taken")
+    wait_for(lambda: [job["state"] for job in cluster.squeue()] == ["RUNNING"] * 4, 90, "the nodes to be taken")
     (found,) = of(look(two_nodes=True, wait_s=3), "two-node test")
     assert "it did not start within" in found.what
     assert not [job for job in cluster.squeue() if job["name"].startswith("orch-doctor")]
@@ -241,14 +241,14 @@ def test_who_ends_the_doctor_ends_its_job(
     )
     assert doctor.stderr is not None
     try:
-        wait_for(lambda: [job for job in cluster.squeue() if job["state"] == when], 30, f"the job to be {when}")
+        wait_for(lambda: [job for job in cluster.squeue() if job["state"] == when], 90, f"the job to be {when}")
         os.killpg(doctor.pid, number)  # as a terminal does it: to the commands that it runs as well
         assert doctor.wait(60) == code, doctor.stderr.read()
     finally:
         doctor.kill()
         doctor.wait()
         doctor.stderr.close()
-    wait_for(lambda: not cluster.squeue(), 15, "the job to be gone")
+    wait_for(lambda: not cluster.squeue(), 60, "the job to be gone")
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 

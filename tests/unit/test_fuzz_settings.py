@@ -239,7 +239,7 @@ def test_more_mistakes_than_a_screen_has_lines_are_counted(place: Path) -> None:
     with pytest.raises(SettingsError, match="more mistakes") as caught:
         load(path)
     assert str(caught.value).count("\n") == 40
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize(

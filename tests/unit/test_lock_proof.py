@@ -5,7 +5,6 @@ What is broken is the system call, replaced in every Python that the test starts
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -69,10 +68,8 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("kind", ["flock", "soft"])
-def test_a_lock_that_holds_is_proven_quickly_and_leaves_nothing_behind(tmp_path, kind):
-    started = time.monotonic()
+def test_a_lock_that_holds_is_proven_and_leaves_nothing_behind(tmp_path, kind):
     assert lock_proof.prove(tmp_path, kind) == ""
-    assert time.monotonic() - started < 10, "0.2 to 0.5 s on a machine with nothing else to do"
     assert list(tmp_path.iterdir()) == []
 
 

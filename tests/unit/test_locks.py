@@ -200,7 +200,7 @@ def test_a_wait_for_a_lock_that_is_held_ends_at_its_limit(spawn, path, timeout_s
     with pytest.raises(Timeout) as caught:
         FairFileLock(path, timeout=timeout_s).acquire()
     waited_s = time.monotonic() - started
-    assert timeout_s <= waited_s < timeout_s + 10
+    assert timeout_s <= waited_s < timeout_s + 45
     assert caught.value.lock_file == str(path)
 
 

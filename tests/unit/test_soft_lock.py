@@ -131,7 +131,7 @@ def test_a_wait_for_a_living_holder_ends_at_its_limit_and_says_who_it_is(spawn, 
     started = time.monotonic()
     with pytest.raises(HeldError) as caught:
         SoftLock(path, timeout=timeout_s).acquire()
-    assert timeout_s <= time.monotonic() - started < timeout_s + 10
+    assert timeout_s <= time.monotonic() - started < timeout_s + 45
     assert isinstance(caught.value, Timeout)
     assert f"process {holder.pid} on " in str(caught.value)
 
