@@ -12,24 +12,30 @@ from orchestrator import rules
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.moves import (
+    BOARD,
     IS_HELD,
     LEASE_ENDED,
+    TAKEN,
     BoardRows,
     Held,
+    Situation,
+    after_discard,
+    board_of,
     consume,
-    count_held,
     expire,
     finite,
     log_event,
+    look,
+    positions_of,
+    read_again,
     read_board,
     release,
     set_state,
     take_off,
-    taken_positions,
 )
 from orchestrator.leaderboard.results import close, promote
-from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job, run, worker
-from orchestrator.leaderboard.statements import Statement
+from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, run, worker
+from orchestrator.leaderboard.statements import Statement, together
 from orchestrator.records import (
     Candidate,
     ChunkState,
@@ -46,42 +52,8 @@ from orchestrator.records import (
     RunState,
 )
 
-# Built once, so that each execution finds its SQL by one look into a cache. What a method needs of the run, the
-# worker, the job and the chunk comes in one row.
+# Built once, so that each execution finds its SQL by one look into a cache.
 _SETTINGS_VERSION = Statement(select(run.c.settings_version))
-_RUN_OF_CLAIM = Statement(
-    select(
-        run.c.state,
-        run.c.reason,
-        run.c.deadline,
-        run.c.generation,
-        run.c.epochs,
-        run.c.chunks_since_promotion,
-        run.c.settings_version,
-        worker.c.stopped,
-        job.c.state.label("job_state"),
-        job.c.starts,
-    ).select_from(
-        run.join(worker, worker.c.worker_id == bindparam("by_worker")).outerjoin(
-            job, job.c.job_id == bindparam("by_job")
-        )
-    )
-)
-_RUN_OF_RESULT = Statement(
-    select(
-        run.c.settings_version,
-        worker.c.failures,
-        chunk.c.entry_id,
-        chunk.c.parent_id,
-        entry.c.floor,
-        checkpoint.c.founder_id,
-    ).select_from(
-        run.join(worker, worker.c.worker_id == bindparam("by_worker"))
-        .outerjoin(chunk, chunk.c.chunk_id == bindparam("of_chunk"))
-        .outerjoin(entry, entry.c.entry_id == chunk.c.entry_id)
-        .outerjoin(checkpoint, checkpoint.c.checkpoint_id == chunk.c.parent_id)
-    )
-)
 # A worker's own first, then the oldest.
 _SUSPENDED = Statement(
     select(chunk)
@@ -90,12 +62,6 @@ _SUSPENDED = Statement(
     .limit(1)
 )
 _RUN, _LEASE, _EPOCHS = Statement(update(run)), Statement(insert(chunk)), Statement(insert(epoch))
-_PROMOTED = Statement(update(run).values(epochs=run.c.epochs + bindparam("trained"), chunks_since_promotion=0))
-_DISCARDED = Statement(
-    update(run).values(
-        epochs=run.c.epochs + bindparam("trained"), chunks_since_promotion=run.c.chunks_since_promotion + 1
-    )
-)
 _NO_FAILURES = Statement(update(worker).where(worker.c.worker_id == bindparam("by_worker")).values(failures=0))
 
 
@@ -124,21 +90,23 @@ class Board:
     def claim(self, worker_id: int, job_id: int, starts: int, now: float, lease_until: float) -> Claim | Over:
         """Lease the next chunk to a job: one that was suspended, else what the rules choose."""
         with self._database.transaction() as tx:
-            return self._claim(tx, _Asker(worker_id, job_id, starts, now, lease_until))
+            asker = _Asker(worker_id, job_id, starts, now, lease_until)
+            return self._claim(tx, asker, look(tx, worker_id, job_id, None))
 
-    def _claim(self, tx: Connection, asker: _Asker) -> Claim | Over:
-        row = _RUN_OF_CLAIM.first(tx, by_worker=asker.worker_id, by_job=asker.job_id)
-        policy = self._policy_of(tx, row.settings_version)
-        _check_current(row, asker)
-        if row.stopped is not None:
-            return Over(RunState(row.state), row.stopped)
-        board, held = self._read_board(tx, asker.now)
-        over = self._end_if_over(tx, row, board, policy, asker.now)
+    def _claim(self, tx: Connection, asker: _Asker, situation: Situation) -> Claim | Over:
+        standing, board, held = situation.standing, situation.board, situation.held
+        policy = self._policy_of(tx, standing.settings_version)
+        _check_current(standing, asker)
+        if standing.stopped is not None:
+            return Over(RunState(standing.state), standing.stopped)
+        if held.first_lease_end is not None and rules.expired(asker.now, held.first_lease_end, Evidence.UNKNOWN):
+            board, held = self._reap(tx, asker.now)
+        over = self._end_if_over(tx, standing, board, policy, asker.now)
         if over is not None:
             return over
-        generation: int = row.generation + 1
-        _RUN.write(tx, generation=generation)
+        generation: int = standing.generation + 1
         if held.suspended:
+            _RUN.write(tx, generation=generation)
             chosen = _SUSPENDED.first(tx, by_worker=asker.worker_id)
             return self._resume(tx, chosen, board, policy, asker, generation)
         return self._lease(tx, held, board, policy, asker, generation)
@@ -151,26 +119,28 @@ class Board:
             parent, position, repeat = None, 0, 0
         else:
             parent = choice.entry
-            consumed, leased = taken_positions(tx, parent.entry_id, parent.floor)
-            position = rules.next_profile(parent.floor, consumed, leased)
+            consumed, on_lease = positions_of(TAKEN.all(tx, of_entry=parent.entry_id, from_position=parent.floor))
+            position = rules.next_profile(parent.floor, consumed, on_lease)
             repeat = rules.repeat_number(parent, position, policy.cycle)
         profile = rules.profile_at(position, policy.cycle)
         source = board.rows[parent.entry_id] if parent else None
-        chunk_id = _LEASE.insert(
-            tx,
-            entry_id=parent.entry_id if parent else None,
-            parent_id=parent.checkpoint_id if parent else None,
-            position=position,
-            profile=profile.name,
-            worker_id=asker.worker_id,
-            job_id=asker.job_id,
-            generation=generation,
-            state=ChunkState.LIVE,
-            claimed_at=asker.now,
-            lease_until=asker.lease_until,
-        )
+        with together(tx):
+            _RUN.ask(tx, generation=generation)
+            leased = _LEASE.ask(
+                tx,
+                entry_id=parent.entry_id if parent else None,
+                parent_id=parent.checkpoint_id if parent else None,
+                position=position,
+                profile=profile.name,
+                worker_id=asker.worker_id,
+                job_id=asker.job_id,
+                generation=generation,
+                state=ChunkState.LIVE,
+                claimed_at=asker.now,
+                lease_until=asker.lease_until,
+            )
         return Claim(
-            chunk_id=chunk_id,
+            chunk_id=leased.key,
             generation=generation,
             worker_id=asker.worker_id,
             position=position,
@@ -218,7 +188,7 @@ class Board:
         """The score a candidate has to beat just now; None while a slot is free."""
         with self._database.transaction() as tx:
             policy = self._policy_of(tx, _SETTINGS_VERSION.first(tx).settings_version)
-            return rules.bar(read_board(tx).entries, policy.num_models, policy.metric)
+            return rules.bar(board_of(BOARD.all(tx)).entries, policy.num_models, policy.metric)
 
     # --- what became of them
 
@@ -226,7 +196,7 @@ class Board:
         """The ratchet decides. Raises StaleClaimError, having written nothing, if the claim was lost."""
         results = _epoch_rows(claim, candidate)
         with self._database.transaction() as tx:
-            return self._record(tx, claim, candidate, results, now)
+            return self._record(tx, look(tx, claim.worker_id, None, claim.chunk_id), claim, candidate, results, now)[0]
 
     def record_and_claim(
         self, claim: Claim, candidate: Candidate, job_id: int, starts: int, now: float, lease_until: float
@@ -235,14 +205,22 @@ class Board:
         results = _epoch_rows(claim, candidate)
         asker = _Asker(claim.worker_id, job_id, starts, now, lease_until)
         with self._database.transaction() as tx:
-            return self._record(tx, claim, candidate, results, now), self._claim(tx, asker)
+            situation = look(tx, claim.worker_id, job_id, claim.chunk_id)
+            outcome, situation = self._record(tx, situation, claim, candidate, results, now)
+            return outcome, self._claim(tx, asker, situation)
 
     def _record(
-        self, tx: Connection, claim: Claim, candidate: Candidate, results: Sequence[dict[str, Any]], now: float
-    ) -> Outcome:
-        row = _RUN_OF_RESULT.first(tx, of_chunk=claim.chunk_id, by_worker=claim.worker_id)
-        policy = self._policy_of(tx, row.settings_version)
-        board = read_board(tx)
+        self,
+        tx: Connection,
+        situation: Situation,
+        claim: Claim,
+        candidate: Candidate,
+        results: Sequence[dict[str, Any]],
+        now: float,
+    ) -> tuple[Outcome, Situation]:
+        """What came of it, and the situation after it."""
+        standing, board = situation.standing, situation.board
+        policy = self._policy_of(tx, standing.settings_version)
         decision = rules.ratchet(candidate.score, board.entries, policy.num_models, policy.metric)
         if isinstance(decision, Promote) and candidate.file is None:
             decision = Discard("its checkpoint was not written")
@@ -258,20 +236,26 @@ class Board:
             suspended_file=None,
             suspended_sha256=None,
         )
-        if results:
-            _EPOCHS.insert_all(tx, results)
-        consume(tx, row.entry_id, claim.position, row.floor)
-        (_PROMOTED if promoted else _DISCARDED).write(tx, trained=len(results))
-        if row.failures:
-            _NO_FAILURES.write(tx, by_worker=claim.worker_id)
+        progress = {
+            "epochs": standing.epochs + len(results),
+            "chunks_since_promotion": 0 if promoted else standing.chunks_since_promotion + 1,
+        }
+        with together(tx):
+            if results:
+                _EPOCHS.insert_all(tx, results)
+            _RUN.ask(tx, **progress)
+            if standing.failures:
+                _NO_FAILURES.ask(tx, by_worker=claim.worker_id)
+        floor = consume(tx, standing.entry_id, claim.position, standing.floor)
         if isinstance(decision, Promote):
-            promote(tx, claim, candidate, decision.evicted, board, row, policy, now)
+            promote(tx, claim, candidate, decision.evicted, board, standing, policy, now)
             reason = f"evicted entry {decision.evicted.entry_id}" if decision.evicted else "a slot was free"
         else:
             reason = decision.reason
         # While its parent keeps its place, a discarded chunk was the last to refer to nothing.
-        freed = promoted or (row.entry_id is not None and row.entry_id not in board.rows)
-        return Outcome(promoted, reason, release(tx) if freed else ())
+        freed = promoted or (standing.entry_id is not None and standing.entry_id not in board.rows)
+        outcome = Outcome(promoted, reason, release(tx) if freed else ())
+        return outcome, read_again(tx, situation, progress) if promoted else after_discard(situation, progress, floor)
 
     def suspend(self, claim: Claim, file: str, sha256: str, now: float) -> tuple[str, ...]:
         """Interrupted between two steps; `file` holds everything to go on from. Returns collectable files."""
@@ -322,7 +306,7 @@ class Board:
             if given_up:
                 floor = tx.execute(select(entry.c.floor).where(entry.c.entry_id == entry_id)).scalar_one()
                 consume(tx, entry_id, claim.position, floor)
-                _DISCARDED.write(tx, trained=0)
+                tx.execute(update(run).values(chunks_since_promotion=run.c.chunks_since_promotion + 1))
             log_event(tx, now, "failed", claim.worker_id, claim.chunk_id, entry_id, error=error[:2000])
             tx.execute(
                 update(worker).where(worker.c.worker_id == claim.worker_id).values(failures=worker.c.failures + 1)
@@ -336,15 +320,12 @@ class Board:
             self._policy = self._load_policy(tx.execute(select(run.c.settings)).scalar_one(), version)
         return self._policy
 
-    def _read_board(self, tx: Connection, now: float) -> tuple[BoardRows, Held]:
-        """Claims whose lease is over are taken back before."""
-        held = count_held(tx)
-        if held.first_lease_end is not None and rules.expired(now, held.first_lease_end, Evidence.UNKNOWN):
-            live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(IS_HELD)).all()
-            late = [h.chunk_id for h in live if rules.expired(now, h.lease_until, Evidence.UNKNOWN)]
-            expire(tx, late, LEASE_ENDED, now)
-            held = count_held(tx)
-        return read_board(tx, held), held
+    def _reap(self, tx: Connection, now: float) -> tuple[BoardRows, Held]:
+        """Claims whose lease is over are taken back."""
+        live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(IS_HELD)).all()
+        late = [h.chunk_id for h in live if rules.expired(now, h.lease_until, Evidence.UNKNOWN)]
+        expire(tx, late, LEASE_ENDED, now)
+        return read_board(tx)
 
     def _end_if_over(self, tx: Connection, row: Any, board: BoardRows, policy: Policy, now: float) -> Over | None:
         state = RunState(row.state)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
-from sqlalchemy import Connection, create_engine, event, inspect, text
+from sqlalchemy import BigInteger, Connection, bindparam, create_engine, event, func, inspect, select
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool, QueuePool
@@ -22,6 +22,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard import schema
+from orchestrator.leaderboard.statements import Statement, together
 from orchestrator.lock_choice import lock_of, read_record
 from orchestrator.mounts import is_local, mount_here
 from orchestrator.soft_lock import HeldError
@@ -29,7 +30,7 @@ from orchestrator.soft_lock import HeldError
 DATABASE_NAME = "orch.db"
 # Released by the server at the transaction's end, whatever ends it. Its waiters have a queue; those of a row's lock
 # have none: with 64 processes some waited for 3 s, and a third fewer chunks were done.
-_RUN_LOCK = text("SELECT pg_advisory_xact_lock(:key)")
+_RUN_LOCK = Statement(select(func.pg_advisory_xact_lock(bindparam("key", type_=BigInteger))))
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 SHORT_READ = sqlite3.SQLITE_IOERR | (2 << 8)  # a file that ends too early
 # A server that restarts, or has no connection to spare, is asked again for so long: by a command, and by a job,
@@ -145,7 +146,8 @@ class Database:
         """
         with self._open() as connection:
             if own_lock and not self.file:
-                connection.execute(_RUN_LOCK, {"key": self._lock_key})
+                with together(connection):  # with the BEGIN before it
+                    _RUN_LOCK.ask(connection, key=self._lock_key)
             yield connection
 
     @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Integer,
     Row,
     and_,
     bindparam,
@@ -23,8 +24,8 @@ from sqlalchemy import (
 )
 
 from orchestrator import rules
-from orchestrator.leaderboard.schema import checkpoint, chunk, entry, event, run
-from orchestrator.leaderboard.statements import Statement
+from orchestrator.leaderboard.schema import checkpoint, chunk, entry, event, job, run, worker
+from orchestrator.leaderboard.statements import Statement, together
 from orchestrator.records import ChunkState, Entry, Job, JobState, RunState, Worker
 
 CONSUMED = (ChunkState.PROMOTED, ChunkState.DISCARDED)
@@ -47,12 +48,38 @@ def _is_one_of(states: Sequence[ChunkState]) -> ColumnElement[bool]:
 IS_HELD = _is_one_of(HELD)
 ON_BOARD = entry.c.on_board == true()
 
-_HELD_COUNTS = Statement(
+# What a transaction needs of the run, the worker, its job and its chunk, in one row.
+STANDING = Statement(
+    select(
+        run.c.state,
+        run.c.reason,
+        run.c.deadline,
+        run.c.generation,
+        run.c.epochs,
+        run.c.chunks_since_promotion,
+        run.c.settings_version,
+        worker.c.stopped,
+        worker.c.failures,
+        job.c.state.label("job_state"),
+        job.c.starts,
+        chunk.c.entry_id,
+        chunk.c.parent_id,
+        entry.c.floor,
+        checkpoint.c.founder_id,
+    ).select_from(
+        run.join(worker, worker.c.worker_id == bindparam("by_worker"))
+        .outerjoin(job, job.c.job_id == bindparam("by_job", type_=Integer))
+        .outerjoin(chunk, chunk.c.chunk_id == bindparam("of_chunk", type_=Integer))
+        .outerjoin(entry, entry.c.entry_id == chunk.c.entry_id)
+        .outerjoin(checkpoint, checkpoint.c.checkpoint_id == chunk.c.parent_id)
+    )
+)
+HELD_COUNTS = Statement(
     select(chunk.c.entry_id, chunk.c.state, func.count().label("chunks"), func.min(chunk.c.lease_until).label("lease"))
     .where(IS_HELD)
     .group_by(chunk.c.entry_id, chunk.c.state)
 )
-_BOARD = Statement(
+BOARD = Statement(
     select(
         entry.c.entry_id,
         entry.c.checkpoint_id,
@@ -69,14 +96,14 @@ _BOARD = Statement(
     .where(ON_BOARD)
     .order_by(entry.c.entry_id)
 )
-_TAKEN = Statement(
+TAKEN = Statement(
     select(chunk.c.position, chunk.c.state).where(
         chunk.c.entry_id == bindparam("of_entry"),
         chunk.c.position >= bindparam("from_position"),
         _is_one_of((*CONSUMED, *HELD)),
     )
 )
-_WORKED = Statement(
+WORKED = Statement(
     update(entry)
     .where(entry.c.entry_id == bindparam("of_entry"))
     .values(worked_on=entry.c.worked_on + 1, floor=bindparam("new_floor"))
@@ -115,12 +142,12 @@ class BoardRows:
     rows: dict[int, Any]  # by entry_id: with the checkpoint's file, sha256 and epochs
 
 
-def count_held(tx: Connection) -> Held:
-    """As many rows as entries that are worked on, however many the workers are."""
+def held_of(counts: Sequence[Any]) -> Held:
+    """Of the rows of HELD_COUNTS: as many as entries that are worked on, however many the workers are."""
     by_entry: dict[int | None, int] = {}
     suspended = 0
     leases = []
-    for entry_id, state, chunks, lease_until in _HELD_COUNTS.all(tx):
+    for entry_id, state, chunks, lease_until in counts:
         by_entry[entry_id] = by_entry.get(entry_id, 0) + chunks
         if state == ChunkState.SUSPENDED:
             suspended += chunks
@@ -129,9 +156,8 @@ def count_held(tx: Connection) -> Held:
     return Held(by_entry, suspended, min(leases, default=None))
 
 
-def read_board(tx: Connection, held: Held | None = None) -> BoardRows:
-    """held: left out where work in progress does not matter."""
-    rows = _BOARD.all(tx)
+def board_of(rows: Sequence[Any], held: Held | None = None) -> BoardRows:
+    """Of the rows of BOARD. held: left out where work in progress does not matter."""
     busy = held.by_entry if held else {}
     entries = [
         Entry(
@@ -149,23 +175,69 @@ def read_board(tx: Connection, held: Held | None = None) -> BoardRows:
     return BoardRows(entries, {r.entry_id: r for r in rows})
 
 
-def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int], set[int]]:
-    """From the floor on: those that are consumed, and those that are leased."""
+def read_board(tx: Connection) -> tuple[BoardRows, Held]:
+    with together(tx):
+        counts, rows = HELD_COUNTS.ask(tx), BOARD.ask(tx)
+    held = held_of(counts.all())
+    return board_of(rows.all(), held), held
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a claim or a result begins from."""
+
+    standing: Any  # a row of STANDING
+    board: BoardRows
+    held: Held
+
+
+def look(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> Situation:
+    with together(tx):
+        standing = STANDING.ask(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id)
+        counts, rows = HELD_COUNTS.ask(tx), BOARD.ask(tx)
+    held = held_of(counts.all())
+    return Situation(standing.first(), board_of(rows.all(), held), held)
+
+
+def read_again(tx: Connection, before: Situation, progress: Mapping[str, int]) -> Situation:
+    """progress: what was written of the run's row."""
+    return Situation(before.standing._replace(**progress), *read_board(tx))
+
+
+def after_discard(before: Situation, progress: Mapping[str, int], floor: int) -> Situation:
+    """What `read_again` would give after a live chunk was discarded, whose entry (if it has one) has this floor now.
+    Only the end of the first lease may be too early: it may have been this chunk's."""
+    standing, board, held = before.standing, before.board, before.held
+    entry_id = standing.entry_id
+    by_entry = {**held.by_entry, entry_id: held.by_entry[entry_id] - 1}
+    entries = [
+        replace(e, worked_on=e.worked_on + 1, floor=floor, in_progress=by_entry[entry_id])
+        if e.entry_id == entry_id
+        else e
+        for e in board.entries
+    ]
+    return Situation(standing._replace(**progress), replace(board, entries=entries), replace(held, by_entry=by_entry))
+
+
+def positions_of(rows: Sequence[Any]) -> tuple[set[int], set[int]]:
+    """Of the rows of TAKEN: the positions that are consumed, and those that are leased."""
     consumed: set[int] = set()
     leased: set[int] = set()
-    for position, state in _TAKEN.all(tx, of_entry=entry_id, from_position=floor):
+    for position, state in rows:
         (consumed if state in CONSUMED else leased).add(position)
     return consumed, leased
 
 
-def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> None:
-    """Count the finished chunk, and move the floor over what is consumed without a gap."""
+def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> int:
+    """Count the finished chunk, and move the floor over what is consumed without a gap. Returns the floor. A founder's
+    chunk (None) counts for nothing."""
     if entry_id is None:
-        return
+        return floor
     if position == floor:
-        consumed, _ = taken_positions(tx, entry_id, floor)
+        consumed, _ = positions_of(TAKEN.all(tx, of_entry=entry_id, from_position=floor))
         floor = rules.advance_floor(floor, consumed)
-    _WORKED.write(tx, of_entry=entry_id, new_floor=floor)
+    WORKED.write(tx, of_entry=entry_id, new_floor=floor)
+    return floor
 
 
 def release(tx: Connection) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def _evict_before_the_commit() -> None:
     record = board.Board._record
 
     def too_soon(self: board.Board, tx: Any, claim: Claim, candidate: Any, *others: Any) -> Any:
-        on_board = moves.read_board(tx)
+        on_board, _ = moves.read_board(tx)
         policy = self._policy
         assert policy is not None
         decision = rules.ratchet(candidate.score, on_board.entries, policy.num_models, policy.metric)

@@ -30,7 +30,9 @@ from hypothesis.stateful import (
 
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard import Leaderboard
-from orchestrator.records import Candidate, Claim, EpochResult, Job, Metric, Started
+from orchestrator.leaderboard.board import Board
+from orchestrator.leaderboard.moves import look
+from orchestrator.records import Candidate, Claim, EpochResult, Job, Metric, Over, Started
 from orchestrator.settings import Settings
 from tests.storage import Storage
 
@@ -127,6 +129,23 @@ class ModelWorker:
     waiting: Job | None
     running: Job | None = None
     past: list[Job] = field(default_factory=list)
+
+
+@pytest.fixture(autouse=True)
+def _a_claim_begins_from_what_the_database_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a result before it in the same transaction, it works with what that has changed, unread."""
+    claim = Board._claim
+
+    def checked(self: Board, tx: Any, asker: Any, situation: Any) -> Any:
+        there = look(tx, asker.worker_id, asker.job_id, None)
+        shared = slice(0, there.standing._fields.index("entry_id"))
+        assert situation.standing[shared] == there.standing[shared]
+        assert situation.board.entries == there.board.entries
+        assert {entry: n for entry, n in situation.held.by_entry.items() if n} == there.held.by_entry
+        assert situation.held.suspended == there.held.suspended
+        return claim(self, tx, asker, situation)
+
+    monkeypatch.setattr(Board, "_claim", checked)
 
 
 # Few, so that ties are common.
@@ -291,6 +310,9 @@ class BoardMachine(RuleBasedStateMachine):
         if job is None or any(chunk.job_id == job.job_id for chunk in self._live()):
             return
         claim = self.board.board.claim(job.worker_id, job.job_id, job.starts, self.now, self.now + LEASE_S)
+        self._claimed(job, claim)
+
+    def _claimed(self, job: Job, claim: Claim | Over) -> None:
         assert isinstance(claim, Claim)
         self._take([chunk for chunk in self._live() if self.now > chunk.lease_until])
         assert claim.generation > self.generation, "generations are never used twice"
@@ -360,17 +382,28 @@ class BoardMachine(RuleBasedStateMachine):
             self.deleted.add(chunk.suspended_file)  # as the worker does
             chunk.suspended_file = None
 
-    @rule(pick=st.integers(0, 5), results=st.lists(st.tuples(scores, mostly), min_size=1, max_size=3))
-    def record(self, pick: int, results: list[tuple[float, bool]]) -> None:
+    @rule(
+        pick=st.integers(0, 5),
+        results=st.lists(st.tuples(scores, mostly), min_size=1, max_size=3),
+        claims_again=st.booleans(),
+    )
+    def record(self, pick: int, results: list[tuple[float, bool]], claims_again: bool = False) -> None:
         for score, written in results:
             chunk = self._at_work(pick)
             if chunk is not None:
-                self._record(chunk, score, written)
+                self._record(chunk, score, written, claims_again)
 
-    def _record(self, chunk: ModelChunk, score: float, written: bool) -> None:
+    def _record(self, chunk: ModelChunk, score: float, written: bool, claims_again: bool) -> None:
         free = len(self._on_board()) < self.num_models
         admitted = written and math.isfinite(score) and (free or self.metric.better(score, than=self._bar()))
-        outcome = self.board.board.record(chunk.claim, candidate(chunk.claim, score, written), self.now)
+        result = (chunk.claim, candidate(chunk.claim, score, written))
+        job = next((w.running for w in self.workers if w.running and w.running.job_id == chunk.job_id), None)
+        claim = None
+        if claims_again and job is not None:
+            at = (job.job_id, job.starts, self.now, self.now + LEASE_S)
+            outcome, claim = self.board.board.record_and_claim(*result, *at)
+        else:
+            outcome = self.board.board.record(*result, self.now)
         assert outcome.promoted == admitted
         self._settle(chunk, "promoted" if admitted else "discarded")
         if chunk.entry is not None:
@@ -381,6 +414,9 @@ class BoardMachine(RuleBasedStateMachine):
             self.deleted.add(file_of(chunk.claim))
         self.deleted |= set(outcome.collectable)
         self.seen["child promoted" if admitted and chunk.claim.parent_file else chunk.state] += 1
+        if claim is not None and job is not None:
+            self.seen["claimed again"] += 1
+            self._claimed(job, claim)
 
     def _admit(self, chunk: ModelChunk, score: float) -> None:
         bar = self._bar()
@@ -566,7 +602,7 @@ def test_the_invariants_hold_whatever_happens_in_whatever_order(storage):
         *("resumed by another worker", "founder claimed", "child claimed", "position taken again"),
         *("position past the cycle", "child promoted", "promoted", "discarded", "entry evicted", "suspended"),
         *("given back", "failed", "position given up", "entry condemned", "zombie refused", "second result refused"),
-        *("work on an entry that lost its place", "job back in the queue"),
+        *("work on an entry that lost its place", "job back in the queue", "claimed again"),
     }
     missing = happened - {what for what, times in BoardMachine.seen.items() if times}
     assert runs == 1 or not missing, "it happened in no example, so nothing was proved of it"
