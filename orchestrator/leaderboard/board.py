@@ -27,6 +27,7 @@ from orchestrator.leaderboard.moves import (
     log_event,
     look,
     positions_of,
+    progress_of,
     read_again,
     read_board,
     release,
@@ -106,14 +107,13 @@ class Board:
             return over
         generation: int = standing.generation + 1
         if held.suspended:
-            _RUN.write(tx, generation=generation)
+            _RUN.write(tx, generation=generation, **progress_of(standing))
             chosen = _SUSPENDED.first(tx, by_worker=asker.worker_id)
             return self._resume(tx, chosen, board, policy, asker, generation)
-        return self._lease(tx, held, board, policy, asker, generation)
+        return self._lease(tx, Situation(standing, board, held), policy, asker, generation)
 
-    def _lease(
-        self, tx: Connection, held: Held, board: BoardRows, policy: Policy, asker: _Asker, generation: int
-    ) -> Claim:
+    def _lease(self, tx: Connection, situation: Situation, policy: Policy, asker: _Asker, generation: int) -> Claim:
+        board, held = situation.board, situation.held
         choice = rules.choose_claim(board.entries, held.founders, policy.num_models, policy.metric)
         if isinstance(choice, FoundAnew):
             parent, position, repeat = None, 0, 0
@@ -125,7 +125,7 @@ class Board:
         profile = rules.profile_at(position, policy.cycle)
         source = board.rows[parent.entry_id] if parent else None
         with together(tx):
-            _RUN.ask(tx, generation=generation)
+            _RUN.ask(tx, generation=generation, **progress_of(situation.standing))
             leased = _LEASE.ask(
                 tx,
                 entry_id=parent.entry_id if parent else None,
@@ -196,7 +196,10 @@ class Board:
         """The ratchet decides. Raises StaleClaimError, having written nothing, if the claim was lost."""
         results = _epoch_rows(claim, candidate)
         with self._database.transaction() as tx:
-            return self._record(tx, look(tx, claim.worker_id, None, claim.chunk_id), claim, candidate, results, now)[0]
+            situation = look(tx, claim.worker_id, None, claim.chunk_id)
+            outcome, situation = self._record(tx, situation, claim, candidate, results, now)
+            _RUN.write(tx, **progress_of(situation.standing))
+            return outcome
 
     def record_and_claim(
         self, claim: Claim, candidate: Candidate, job_id: int, starts: int, now: float, lease_until: float
@@ -207,7 +210,10 @@ class Board:
         with self._database.transaction() as tx:
             situation = look(tx, claim.worker_id, job_id, claim.chunk_id)
             outcome, situation = self._record(tx, situation, claim, candidate, results, now)
-            return outcome, self._claim(tx, asker, situation)
+            following = self._claim(tx, asker, situation)
+            if isinstance(following, Over):
+                _RUN.write(tx, **progress_of(situation.standing))
+            return outcome, following
 
     def _record(
         self,
@@ -218,7 +224,7 @@ class Board:
         results: Sequence[dict[str, Any]],
         now: float,
     ) -> tuple[Outcome, Situation]:
-        """What came of it, and the situation after it."""
+        """What came of it, and the situation after it, of which the run's row is still to be written."""
         standing, board = situation.standing, situation.board
         policy = self._policy_of(tx, standing.settings_version)
         decision = rules.ratchet(candidate.score, board.entries, policy.num_models, policy.metric)
@@ -243,7 +249,6 @@ class Board:
         with together(tx):
             if results:
                 _EPOCHS.insert_all(tx, results)
-            _RUN.ask(tx, **progress)
             if standing.failures:
                 _NO_FAILURES.ask(tx, by_worker=claim.worker_id)
         floor = consume(tx, standing.entry_id, claim.position, standing.floor)

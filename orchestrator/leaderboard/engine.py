@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
-from sqlalchemy import BigInteger, Connection, bindparam, create_engine, event, func, inspect, select
+from sqlalchemy import BigInteger, Connection, bindparam, create_engine, event, func, inspect, literal_column, select
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool, QueuePool
@@ -31,6 +31,7 @@ DATABASE_NAME = "orch.db"
 # Released by the server at the transaction's end, whatever ends it. Its waiters have a queue; those of a row's lock
 # have none: with 64 processes some waited for 3 s, and a third fewer chunks were done.
 _RUN_LOCK = Statement(select(func.pg_advisory_xact_lock(bindparam("key", type_=BigInteger))))
+_ANYTHING = Statement(select(literal_column("1").label("one")))
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 SHORT_READ = sqlite3.SQLITE_IOERR | (2 << 8)  # a file that ends too early
 # A server that restarts, or has no connection to spare, is asked again for so long: by a command, and by a job,
@@ -83,7 +84,6 @@ class Database:
             poolclass=QueuePool,
             pool_size=1,
             max_overflow=0,
-            pool_pre_ping=True,
             isolation_level="READ COMMITTED",  # with the run's lock taken first, each statement sees all of it
             connect_args={"options": SERVER_LIMITS, "connect_timeout": 30},
         )
@@ -144,18 +144,15 @@ class Database:
 
         Raises LeaderboardError where the database does not answer or is damaged.
         """
-        with self._open() as connection:
-            if own_lock and not self.file:
-                with together(connection):  # with the BEGIN before it
-                    _RUN_LOCK.ask(connection, key=self._lock_key)
+        with self._open(own_lock) as connection:
             yield connection
 
     @contextmanager
-    def _open(self) -> Iterator[Connection]:
+    def _open(self, own_lock: bool = False) -> Iterator[Connection]:
         if not self.exists():
             raise LeaderboardError(f"{self.file} is missing. {self.advice}")
         try:
-            with self._lock or nullcontext(), self._begin() as connection:
+            with self._lock or nullcontext(), self._begin(own_lock) as connection:
                 yield connection
         except Timeout as error:
             held_for_s = self._lock.timeout if self._lock else 0
@@ -173,8 +170,9 @@ class Database:
             raise LeaderboardError(f"{self.name}: {error}{self._if_damaged(error)}") from error
 
     @contextmanager
-    def _begin(self) -> Iterator[Connection]:
-        """Connecting to a server is tried again, since nothing was asked yet; what was begun never is."""
+    def _begin(self, own_lock: bool) -> Iterator[Connection]:
+        """Connecting to a server and waiting for its lock are tried again, since nothing was asked yet; what was begun
+        never is."""
         if self.file:
             self._forget_if_replaced(self.file)
             try:
@@ -191,9 +189,26 @@ class Database:
             reraise=True,
         ):
             with attempt:
-                connection = self._engine.connect()
-        with connection, connection.begin():
+                connection = self._on_server(own_lock)
+        with connection:
             yield connection
+            connection.commit()
+
+    def _on_server(self, own_lock: bool) -> Connection:
+        """A connection in a transaction. A kept one may be lost: the first statement finds out."""
+        connection = self._engine.connect()
+        try:
+            connection.begin()
+            with together(connection):  # with the driver's BEGIN
+                if own_lock:
+                    _RUN_LOCK.ask(connection, key=self._lock_key)
+                else:
+                    _ANYTHING.ask(connection)
+        except BaseException:
+            connection.invalidate()
+            connection.close()
+            raise
+        return connection
 
     def _forget_if_replaced(self, file: Path) -> None:
         """`orch repair` puts another file in the place of a damaged one."""
@@ -206,10 +221,11 @@ class Database:
     def _is_worth_another_try(self, error: BaseException) -> bool:
         """A server that starts or ends, that can't be reached just now or has too many clients: SQLSTATE classes
         53 (insufficient resources), 57 (operator intervention) and 08 (connection), or none at all."""
-        if not isinstance(error, OperationalError):
+        cause = error.orig if isinstance(error, OperationalError) else error
+        if not isinstance(cause, self._engine.dialect.loaded_dbapi.OperationalError):
             return False
-        state = getattr(error.orig, "sqlstate", None)
-        refused = "password" in str(error.orig) or "does not exist" in str(error.orig)
+        state = getattr(cause, "sqlstate", None)
+        refused = "password" in str(cause) or "does not exist" in str(cause)
         return not refused and (state is None or state[:2] in ("53", "57", "08"))
 
     @contextmanager

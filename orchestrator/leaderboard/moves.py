@@ -199,6 +199,11 @@ def look(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | Non
     return Situation(standing.first(), board_of(rows.all(), held), held)
 
 
+def progress_of(standing: Any) -> dict[str, int]:
+    """What a result changes of the run's row."""
+    return {"epochs": standing.epochs, "chunks_since_promotion": standing.chunks_since_promotion}
+
+
 def read_again(tx: Connection, before: Situation, progress: Mapping[str, int]) -> Situation:
     """progress: what was written of the run's row."""
     return Situation(before.standing._replace(**progress), *read_board(tx))

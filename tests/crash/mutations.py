@@ -12,7 +12,7 @@ from typing import IO, Any
 import sqlalchemy
 
 from orchestrator import checkpoints, rules
-from orchestrator.leaderboard import board, engine, moves, results
+from orchestrator.leaderboard import board, engine, results
 from orchestrator.leaderboard.schema import chunk
 from orchestrator.records import ChunkState, Claim
 from orchestrator.worker import Worker
@@ -64,8 +64,8 @@ def _pragma(wanted: str) -> Callable[[], None]:
 def _evict_before_the_commit() -> None:
     record = board.Board._record
 
-    def too_soon(self: board.Board, tx: Any, claim: Claim, candidate: Any, *others: Any) -> Any:
-        on_board, _ = moves.read_board(tx)
+    def too_soon(self: board.Board, tx: Any, situation: Any, claim: Claim, candidate: Any, *others: Any) -> Any:
+        on_board = situation.board
         policy = self._policy
         assert policy is not None
         decision = rules.ratchet(candidate.score, on_board.entries, policy.num_models, policy.metric)
@@ -73,7 +73,7 @@ def _evict_before_the_commit() -> None:
         if evicted is not None:
             folder = Path(str(self._database.file)).parent / "checkpoints"
             checkpoints.remove(folder, [on_board.rows[evicted.entry_id].file])
-        return record(self, tx, claim, candidate, *others)
+        return record(self, tx, situation, claim, candidate, *others)
 
     board.Board._record = too_soon
 

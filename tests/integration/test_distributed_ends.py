@@ -77,12 +77,12 @@ def test_an_error_of_the_job_is_what_rank_0_reports(tmp_path: Path) -> None:
 
 
 def test_a_follower_that_hangs_is_given_up(tmp_path: Path) -> None:
-    with team_of(2, tmp_path, step_s=3.0) as team:
+    with team_of(2, tmp_path, step_s=8.0) as team:
         session = team.open(settings(Unlucky, job_params={"what": "hangs"}))
         started = time.monotonic()
-        with pytest.raises(RankLostError, match=r"died or hangs .*Timed out waiting 3000ms"):
+        with pytest.raises(RankLostError, match=r"died or hangs .*Timed out waiting 8000ms"):
             train(session, found())
-        assert time.monotonic() - started < 3.0 + AT_ONCE_S
+        assert time.monotonic() - started < 8.0 + AT_ONCE_S
         team.followers[0].kill()
 
 
