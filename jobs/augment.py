@@ -16,6 +16,8 @@ from torch import Tensor
 from jobs.job import JobError
 
 BITS = 31  # of a drawn whole number
+BYTE = torch.tensor(255, dtype=torch.uint8)
+COPIED_ONE_BY_ONE = 96 * 96  # pixels: from here on a copy for each image is faster on a CPU than one gather for all
 GREY = (0.2989, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601), as torchvision has them
 
 Drawn = dict[str, Tensor]  # by name; the first dimension of each counts the examples
@@ -84,14 +86,20 @@ class RandomCrop(Step):
         if height > rows or width > columns:
             raise JobError(f"a crop of {height}x{width} pixels is larger than the images, {rows}x{columns}")
         down, right = rows - height + 1, columns - width + 1  # places
+        top, left = place(drawn["y"], down), place(drawn["x"], right)
         pixels = images.permute(0, 2, 3, 1).contiguous()
+        if images.device.type == "cpu" and height * width >= COPIED_ONE_BY_ONE:
+            cropped = pixels.new_empty(count, height, width, channels)
+            for to, of, y, x in zip(cropped, pixels, top.tolist(), left.tolist(), strict=True):
+                to.copy_(of[y : y + height, x : x + width])
+            return cropped.permute(0, 3, 1, 2)
         image, row, column, channel = pixels.stride()
         # Each window of each image as a view: one gather then copies only what is wanted, whole rows at a time.
         windows = pixels.as_strided(
             (count, down, right, height, width, channels), (image, row, column, row, column, channel)
         )
         which = torch.arange(count, device=images.device)
-        return windows[which, place(drawn["y"], down), place(drawn["x"], right)].permute(0, 3, 1, 2)
+        return windows[which, top, left].permute(0, 3, 1, 2)
 
 
 class PadCrop(Step):
@@ -147,7 +155,11 @@ class Flip(Step):
         return {"flipped": torch.randint(2, (count,), generator=generator).bool()}
 
     def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
-        return torch.where(drawn["flipped"].view(-1, 1, 1, 1), images.flip(3), images)
+        flipped = drawn["flipped"].view(-1, 1, 1, 1)
+        if images.dtype != torch.uint8:
+            return torch.where(flipped, images.flip(3), images)
+        # a ^ ((a ^ b) & all bits or none): a fifth of the time of `where`, which takes bytes one by one
+        return images.flip(3).bitwise_xor_(images).bitwise_and_(flipped * BYTE).bitwise_xor_(images)
 
 
 class AlternatingFlip(Flip):
@@ -211,6 +223,13 @@ class Normalize(Step):
         if images.shape[1] != len(self.mean):
             raise JobError(f"normalisation of {len(self.mean)} channels; the images have {images.shape[1]}")
         scale, shift = self._on(images.device, images.is_floating_point())
+        if images.device.type == "cpu" and images.dtype in (torch.uint8, torch.float32) and _is_pixel_by_pixel(images):
+            # Whole rows of pixels at a time: a CPU is slow at a factor for each of three neighbouring numbers.
+            normalized = images.float() if images.dtype == torch.uint8 else images.clone()
+            width = images.shape[3]
+            rows = normalized.permute(0, 2, 3, 1).view(-1, width * len(self.mean))
+            rows.mul_(scale.flatten().repeat(width)).add_(shift.flatten().repeat(width))
+            return normalized
         return images.mul(scale).add_(shift)  # with the conversion to float32 two passes over the data, not four
 
     def _on(self, device: torch.device, floating: bool) -> tuple[Tensor, Tensor]:
@@ -237,6 +256,11 @@ def _both(size: Size) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise JobError(f"a size of {height}x{width} pixels is not possible; both must be 1 or more")
     return height, width
+
+
+def _is_pixel_by_pixel(images: Tensor) -> bool:
+    """Are the channels of a pixel beside each other in memory, and the pixels of a row?"""
+    return images.permute(0, 2, 3, 1).is_contiguous()
 
 
 def _shape(images: Tensor) -> str:

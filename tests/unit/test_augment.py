@@ -76,13 +76,30 @@ def test_a_padded_crop_is_torchvisions_for_the_same_place(
     assert torch.equal(step.apply(photographs, drawn), torch.stack(expected))
 
 
-def test_a_flip_is_torchvisions(photographs: Tensor) -> None:
-    drawn = Flip().draw(len(photographs), seeded())
+@pytest.mark.parametrize("size", [(95, 97), (96, 96), (120, 110)], ids=str)
+def test_a_large_crop_is_torchvisions_too(size: tuple[int, int], photographs: Tensor) -> None:
+    large = functional.resize(photographs[:8], [130, 120])
+    step = RandomCrop(size)
+    drawn = step.draw(8, seeded())
+    tops, lefts = (
+        place(drawn[name], side - s + 1).tolist() for name, side, s in zip("yx", (130, 120), size, strict=True)
+    )
+    expected = [functional.crop(*where, *size) for where in zip(large, tops, lefts, strict=True)]
+    cropped = step.apply(large, drawn)
+    assert torch.equal(cropped, torch.stack(expected))
+    assert cropped.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_a_flip_is_torchvisions(dtype: torch.dtype, photographs: Tensor) -> None:
+    images = photographs.to(dtype)
+    drawn = Flip().draw(len(images), seeded())
     expected = [
         functional.horizontal_flip(image) if flipped else image
-        for image, flipped in zip(photographs, drawn["flipped"], strict=True)
+        for image, flipped in zip(images, drawn["flipped"], strict=True)
     ]
-    assert torch.equal(Flip().apply(photographs, drawn), torch.stack(expected))
+    assert torch.equal(Flip().apply(images, drawn), torch.stack(expected))
+    assert torch.equal(images, photographs.to(dtype)), "the data set stays as it is"
 
 
 @pytest.mark.parametrize("size", [1, 8, 31, 32])
@@ -104,7 +121,14 @@ def test_normalisation_is_torchvisions(photographs: Tensor) -> None:
     expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])(photographs)
     step = Normalize(mean, std)
     torch.testing.assert_close(step.apply(photographs, {}), expected, rtol=0, atol=2e-6)
-    torch.testing.assert_close(step.apply(photographs.float().div(255), {}), expected, rtol=0, atol=2e-6)
+    floating = photographs.float().div(255)
+    torch.testing.assert_close(step.apply(floating, {}), expected, rtol=0, atol=2e-6)
+    for images in (photographs, floating, floating.double()):
+        before = images.clone()
+        normalized = step.apply(images, {})
+        assert torch.equal(normalized, step.apply(images.contiguous(), {})), "however they lie in memory"
+        assert normalized.stride() == images.stride()
+        assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize(
