@@ -251,7 +251,7 @@ class Board:
                 _EPOCHS.insert_all(tx, results)
             if standing.failures:
                 _NO_FAILURES.ask(tx, by_worker=claim.worker_id)
-        floor = consume(tx, standing.entry_id, claim.position, standing.floor)
+            floor = consume(tx, standing.entry_id, claim.position, standing.floor)
         if isinstance(decision, Promote):
             promote(tx, claim, candidate, decision.evicted, board, standing, policy, now)
             reason = f"evicted entry {decision.evicted.entry_id}" if decision.evicted else "a slot was free"

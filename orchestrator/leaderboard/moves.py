@@ -241,7 +241,7 @@ def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> 
     if position == floor:
         consumed, _ = positions_of(TAKEN.all(tx, of_entry=entry_id, from_position=floor))
         floor = rules.advance_floor(floor, consumed)
-    WORKED.write(tx, of_entry=entry_id, new_floor=floor)
+    WORKED.ask(tx, of_entry=entry_id, new_floor=floor)
     return floor
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import devcluster
+import devcluster_commands
 import devcluster_processes
 import pytest
 from devcluster import DevCluster, DevClusterError, Shape, wait_for
@@ -294,7 +295,7 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(devcluster_processes, "DAEMON_PATH", str(tmp_path))
-    assert devcluster.main(["up", "--folder", "/tmp/orch-devcluster-never"]) == 2
+    assert devcluster_commands.main(["up", "--folder", "/tmp/orch-devcluster-never"]) == 2
     message = capsys.readouterr().err
     assert "apt-get install -y mariadb-server munge slurm-client slurmctld slurmd slurmdbd" in message
     assert message.count("\n") == 1
@@ -302,7 +303,7 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(
 
 @pytest.mark.parametrize("folder", ["/tmp/" + "x" * 60, "/tmp/a folder"])
 def test_a_folder_that_sockets_cannot_have_is_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert devcluster.main(["up", "--folder", folder]) == 1
+    assert devcluster_commands.main(["up", "--folder", folder]) == 1
     assert "at most 60 letters" in capsys.readouterr().err
 
 
