@@ -125,8 +125,11 @@ class Database:
         """For a database that is lost."""
         return f"`orch repair {self._run_name}` rebuilds it from the checkpoints' records"
 
-    def _if_damaged(self, error: BaseException | None) -> str:
-        return f". {self.advice}" if is_damage(error) else ""
+    def _hint(self, error: BaseException | None) -> str:
+        if is_damage(error):
+            return f". {self.advice}"
+        unreached = not self.file and isinstance(error, self._engine.dialect.loaded_dbapi.OperationalError)
+        return ". docs/postgresql.md says what a server needs" if unreached else ""
 
     def exists(self) -> bool:
         return self.file is None or self.file.exists()
@@ -163,11 +166,11 @@ class Database:
                 "is a process of this run stopped (SIGSTOP)?"
             ) from error
         except DatabaseError as error:
-            raise LeaderboardError(f"{self.name}: {error.orig or error}{self._if_damaged(error.orig)}") from error
+            raise LeaderboardError(f"{self.name}: {_in_a_line(error.orig or error)}{self._hint(error.orig)}") from error
         except OSError as error:  # of the lock's files
             raise LeaderboardError(f"{self.name}: its lock: {error.filename}: {error.strerror or error}") from error
         except self._engine.dialect.loaded_dbapi.DatabaseError as error:  # of a Statement: from the driver directly
-            raise LeaderboardError(f"{self.name}: {error}{self._if_damaged(error)}") from error
+            raise LeaderboardError(f"{self.name}: {_in_a_line(error)}{self._hint(error)}") from error
 
     @contextmanager
     def _begin(self, own_lock: bool) -> Iterator[Connection]:
@@ -278,6 +281,11 @@ def is_damage(error: BaseException | None) -> bool:
     if code is None:
         return "decode" in str(error)  # of text that is none
     return code & 0xFF in DAMAGE or code == SHORT_READ
+
+
+def _in_a_line(error: BaseException) -> str:
+    """Servers explain themselves in several."""
+    return " ".join(str(error).split())
 
 
 def _without_password(url: str | None) -> str:
