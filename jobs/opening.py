@@ -47,8 +47,14 @@ def check(settings: Mapping[str, Any], download: bool = False) -> list[str]:
     choice.check(settings["loggers"])
     job = load_job(settings)
     metric = Metric(settings["metric"]["name"], settings["metric"]["mode"])
+    mistakes = []
     for profile in {profile["name"]: Profile(**profile) for profile in settings["training_profiles"]}.values():
-        schedules.check(profile, metric, job.default_optimizer)
+        try:
+            schedules.check(profile, metric, job.default_optimizer)
+        except JobError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise JobError("\n".join(mistakes))
     return job.prepare(download)
 
 

@@ -154,6 +154,21 @@ def test_three_mistakes_are_three_lines_and_nothing_is_made(tmp_path: Path) -> N
     assert names_in(tmp_path) == {"settings.json"}
 
 
+@pytest.mark.usefixtures("orch_here")
+def test_what_is_wrong_with_each_profile_is_said_at_once(tmp_path: Path) -> None:
+    profiles = [
+        {"name": "one", "learning_rate": 0.1, "optimizer": "Adamm"},
+        {"name": "two", "learning_rate": 0.1},
+        {"name": "three", "learning_rate": 0.1, "schedule": {"name": "StepLR", "stepsize": 2}},
+    ]
+    settings, _ = load(tmp_path / write_settings(tmp_path, training_profiles=profiles))
+    with pytest.raises(JobSpecError) as caught:
+        check(settings, [str(tmp_path)])
+    first, second = str(caught.value).splitlines()
+    assert "Adamm" in first
+    assert "stepsize" in second
+
+
 def job_with(method: str) -> str:
     return f"from jobs.digits import Digits\nclass Mine(Digits):\n    {method}\n"
 
