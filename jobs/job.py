@@ -57,6 +57,7 @@ class JobContext:
 class Job:
     """Derive from it. One object serves a whole job of the chain: keep what is dear to load in it."""
 
+    METRICS: ClassVar[tuple[str, ...]] = ("accuracy", "loss")  # of `metrics`, where a class does not override it
     Params: ClassVar[type[BaseModel] | None] = None  # the shape of job_params; None: any, as a plain dict
     default_optimizer: ClassVar[str] = "SGD"  # of profiles that name none: a class of torch.optim's, or "module:Class"
 

@@ -48,6 +48,9 @@ def check(settings: Mapping[str, Any], download: bool = False) -> list[str]:
     job = load_job(settings)
     metric = Metric(settings["metric"]["name"], settings["metric"]["mode"])
     mistakes = []
+    if metric.name not in Job.METRICS and not _has_own_metrics(job):
+        known = ", ".join(Job.METRICS)
+        mistakes.append(f"metric.name: {metric.name!r} is not among the metrics of {type(job).__name__}: {known}")
     for profile in {profile["name"]: Profile(**profile) for profile in settings["training_profiles"]}.values():
         try:
             schedules.check(profile, metric, job.default_optimizer)
@@ -56,6 +59,12 @@ def check(settings: Mapping[str, Any], download: bool = False) -> list[str]:
     if mistakes:
         raise JobError("\n".join(mistakes))
     return job.prepare(download)
+
+
+def _has_own_metrics(job: Job) -> bool:
+    """What they are called shows when they are measured."""
+    own = type(job)
+    return has_own_loop(job) or (own.metrics, own.evaluation_metrics) != (Job.metrics, Job.evaluation_metrics)
 
 
 def set_up(settings: Mapping[str, Any], cores: int) -> torch.device:

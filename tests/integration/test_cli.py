@@ -155,16 +155,18 @@ def test_three_mistakes_are_three_lines_and_nothing_is_made(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("orch_here")
-def test_what_is_wrong_with_each_profile_is_said_at_once(tmp_path: Path) -> None:
+def test_what_is_wrong_with_the_metric_and_each_profile_is_said_at_once(tmp_path: Path) -> None:
     profiles = [
         {"name": "one", "learning_rate": 0.1, "optimizer": "Adamm"},
         {"name": "two", "learning_rate": 0.1},
         {"name": "three", "learning_rate": 0.1, "schedule": {"name": "StepLR", "stepsize": 2}},
     ]
-    settings, _ = load(tmp_path / write_settings(tmp_path, training_profiles=profiles))
+    metric = {"name": "acuracy", "mode": "max"}
+    settings, _ = load(tmp_path / write_settings(tmp_path, training_profiles=profiles, metric=metric))
     with pytest.raises(JobSpecError) as caught:
         check(settings, [str(tmp_path)])
-    first, second = str(caught.value).splitlines()
+    about_the_metric, first, second = str(caught.value).splitlines()
+    assert about_the_metric == "metric.name: 'acuracy' is not among the metrics of Digits: accuracy, loss"
     assert "Adamm" in first
     assert "stepsize" in second
 
