@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jobs.job import Job, JobError
 from jobs.opening import load_job
+from jobs.returned import checked_model
 from orchestrator.records import Profile
 
 # Python's, numpy's and torch's random states, and the archive around it all; measured.
@@ -36,7 +37,7 @@ def checkpoint_bytes(settings: Mapping[str, Any]) -> int:
 
 
 def _bytes_of(job: Job, profile: Profile) -> int:
-    model = job.model()
+    model = checked_model(job, job.model())
     tensors = list(model.state_dict().values())
     tensors += _tensors(_state_after_a_step(model, job.optimizer(model, profile)))
     sizes = [value.numel() * value.element_size() for value in tensors if isinstance(value, Tensor)]

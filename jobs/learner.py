@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from jobs import optimizers
 from jobs.job import Averaging, Job
 from jobs.ranks import Alone
-from jobs.returned import checked_loss
+from jobs.returned import checked_loss, checked_model
 from jobs.schedules import Schedule, as_plain
 from jobs.speed import Speed, arrange
 from orchestrator.records import Metric, Profile
@@ -25,7 +25,7 @@ class Predictor:
         """With initial weights."""
         self.job = job
         self.speed = speed
-        self.model = group.adopt(job.model().to(speed.device))
+        self.model = group.adopt(checked_model(job, job.model()).to(speed.device))
         self._channels_last = speed.lay_out(self.model)
         self.running = speed.compiled(self.model)  # the same weights; to be called
 

@@ -48,6 +48,10 @@ def check(settings: Mapping[str, Any], download: bool = False) -> list[str]:
     job = load_job(settings)
     metric = Metric(settings["metric"]["name"], settings["metric"]["mode"])
     mistakes = []
+    if not has_own_loop(job):
+        for method in ("model", "data"):
+            if getattr(type(job), method) is getattr(Job, method):
+                mistakes.append(f"{type(job).__name__} has no {method}; see docs/your-own-job.md for what it returns")
     if metric.name not in Job.METRICS and not _has_own_metrics(job):
         known = ", ".join(Job.METRICS)
         mistakes.append(f"metric.name: {metric.name!r} is not among the metrics of {type(job).__name__}: {known}")

@@ -8,10 +8,26 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from jobs.errors import JobError
 from jobs.job import Job
+
+
+def checked_data(job: Job, data: Any, split: str) -> Dataset[Any]:
+    """What `data` gave for a split. Raises JobError for what examples can't be chosen from by their index."""
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        allowed = "a torch Dataset with a length, whose examples have an index"
+        raise JobError(f"{type(job).__name__}.data({split!r}) returned {_said(data)}; allowed is {allowed}")
+    return data  # type: ignore[no-any-return]
+
+
+def checked_model(job: Job, model: Any) -> nn.Module:
+    """What `model` gave. Raises JobError."""
+    if not isinstance(model, nn.Module):
+        raise JobError(f"{type(job).__name__}.model() returned {_said(model)}; allowed is a torch.nn.Module")
+    return model
 
 
 def checked_loss(job: Job, loss: Any) -> Tensor:

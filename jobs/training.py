@@ -19,7 +19,7 @@ from jobs.job import Job, JobError, Split
 from jobs.learner import Learner, Predictor
 from jobs.observer import Observer, Unobserved
 from jobs.ranks import ALONE, Alone
-from jobs.returned import checked_metrics
+from jobs.returned import checked_data, checked_metrics
 from jobs.speed import Speed
 from jobs.states import FORMAT, read, weights
 from orchestrator.records import EpochResult, Finished, Interrupted, Metric, Work
@@ -167,7 +167,7 @@ class Session:
             # so that one drawn for "train" is the one drawn for "validation".
             with data.random_state_kept():
                 data.seed_cpu(self.settings["seed"])
-                source: Dataset[Any] = self.job.data(split)
+                source = checked_data(self.job, self.job.data(split), split)
             size = self.settings["max_batch_size"]
             indices = self._indices(split, source)
             self._feeds[split] = make_feed(source, indices, size, self.device, self.job.context.cores)

@@ -89,14 +89,14 @@ def gb(size_bytes: float) -> str:
 # --- before a launch
 
 
-def demand(settings: Settings, checkpoint_bytes: int | None, folder: Path) -> tuple[float | None, list[str]]:
-    """About how many GB the run's checkpoints will take, None where a checkpoint's size is unknown; and lines to tell
-    the user. folder: of the run, which need not be there.
+def demand(settings: Settings, checkpoint_bytes: int | str, folder: Path) -> tuple[float | None, list[str]]:
+    """About how many GB the run's checkpoints will take, None where a checkpoint's size is unknown (checkpoint_bytes
+    says why); and lines to tell the user. folder: of the run, which need not be there.
 
     Raises SettingsError where max_disk_gb is less than that.
     """
-    if checkpoint_bytes is None:
-        return None, ["disk: unknown, since the job brings a trainer of its own or its model can't be made here"]
+    if isinstance(checkpoint_bytes, str):
+        return None, [f"disk: unknown, since {checkpoint_bytes}"]
     count = rules.checkpoints_at_most(settings.num_models, settings.workers)
     wanted = count * checkpoint_bytes
     each = f"about {gb(checkpoint_bytes)} GB each"

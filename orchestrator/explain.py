@@ -35,6 +35,8 @@ def explain(source: str, error: ValidationError, model: type[BaseModel]) -> str:
 
 def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
     place = _place(detail["loc"])
+    if detail["type"] == "json_invalid":
+        return f"not JSON: {detail['ctx']['error']}"
     if detail["type"] == "extra_forbidden":
         known = _keys_at(detail["loc"][:-1], model)
         near = get_close_matches(str(detail["loc"][-1])[:100], known, n=1, cutoff=0.5)

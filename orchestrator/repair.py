@@ -25,8 +25,8 @@ from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, 
 from orchestrator.leaderboard.rebuild import Origin, rebuild
 from orchestrator.rebuild_plan import Plan, Record
 from orchestrator.records import Evidence, counted
-from orchestrator.run import SETTINGS_NAME
 from orchestrator.settings import Settings
+from orchestrator.trust import SETTINGS_NAME
 
 PARTS = ("checkpoints", "jobs", "logs")
 

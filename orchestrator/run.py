@@ -20,11 +20,12 @@ from orchestrator.errors import RunError, SettingsError, StaleClaimError, Submis
 from orchestrator.leaderboard import CONNECT_FOR_S, DATABASE_NAME, Leaderboard
 from orchestrator.leaderboard.engine import Database
 from orchestrator.mending import reconcile
-from orchestrator.records import Evidence, JobState, RunState
+from orchestrator.records import Evidence, JobState, RunState, Snapshot
+from orchestrator.run_folders import is_run, without_its_files
 from orchestrator.settings import Settings
+from orchestrator.trust import SETTINGS_NAME
 from orchestrator.worker import Ending, StopFlag
 
-SETTINGS_NAME = "settings.json"
 HOLDABLE = (RunState.ACTIVE, RunState.PAUSED, RunState.DRAINING, RunState.CANCELLED, RunState.FAILED)
 
 log = logging.getLogger("orch")
@@ -69,7 +70,11 @@ class Run:
         """
         folder = (runs_dir / settings.name).absolute()
         if folder.exists():
-            raise RunError(f"{folder} exists already; launch again to go on with it")
+            raise RunError(
+                f"{folder} exists already; launch again to go on with it"
+                if is_run(folder)
+                else without_its_files(folder)
+            )
         own_schema = settings_module.is_server(settings.database) and settings.database_schema is None
         if own_schema:
             settings = settings.model_copy(update={"database_schema": settings_module.new_schema(settings.name)})
@@ -114,7 +119,7 @@ class Run:
             place = (written.database, written.database_schema)
         except FileNotFoundError as error:
             if not (folder / DATABASE_NAME).exists():  # which has the settings too
-                raise RunError(f"{folder} is not a run: it has neither {path.name} nor {DATABASE_NAME}") from error
+                raise RunError(without_its_files(folder)) from error
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"{folder} is not a run: {path.name}: {getattr(error, 'strerror', '') or error}") from error
         except SettingsError as error:
@@ -154,8 +159,17 @@ class Run:
 
         Raises RunError if the run is over: its lifetime, or a stop rule that still holds.
         """
+        snapshot = self.refuse_if_over(now)
+        # What was being submitted when the run stopped is given up now; afterwards, another `resume` may be submitting.
+        closed = [] if snapshot.state is RunState.ACTIVE else self.reconcile(now)
         chains = self.leaderboard.chains
-        snapshot = chains.snapshot(self.settings.metric.mode)
+        chains.revive(self.settings.workers)
+        chains.change_state(RunState.ACTIVE, list(RunState), None, now)
+        return closed + self._grow(now) + self.reconcile(now)
+
+    def refuse_if_over(self, now: float) -> Snapshot:
+        """Raises RunError if the run's lifetime is over, or a stop rule still holds."""
+        snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
         policy = self.settings.policy(self.version)
         over = rules.converged(snapshot.progress, policy.stop, policy.metric)
         if rules.lifetime_over(now, snapshot.deadline):
@@ -165,13 +179,10 @@ class Run:
                 f"{self.name} is over: {over[1]}. `orch amend {self.name} --set ...` changes what ends it "
                 "(total_lifetime, stop_after_stale_cycles, stop_at_score, stop_after_epochs)"
             )
-        chains.revive(self.settings.workers)
-        chains.change_state(RunState.ACTIVE, list(RunState), None, now)
-        return self._grow(now) + self.reconcile(now, grace_s=0.0 if snapshot.state is not RunState.ACTIVE else None)
+        return snapshot
 
-    def reconcile(self, now: float, grace_s: float | None = None) -> list[str]:
-        """See `mending.reconcile`; grace_s: how long a submission may be under way, None for the usual time."""
-        grace_s = rules.SUBMITTING_GRACE_S if grace_s is None else grace_s
+    def reconcile(self, now: float, grace_s: float = rules.SUBMITTING_GRACE_S) -> list[str]:
+        """See `mending.reconcile`."""
         return reconcile(self.leaderboard, self.cluster, self.settings, now, grace_s)
 
     def pause(self, now: float) -> list[str]:
@@ -280,6 +291,7 @@ class Run:
         snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
         evidence = self.cluster.evidence(snapshot.open_jobs)
         counts = self.leaderboard.reader.counts()
+        error, failed_at = self.leaderboard.reader.last_error() or (None, None)
         return {
             "run": self.name,
             "folder": str(self.folder),
@@ -291,7 +303,8 @@ class Run:
             "lock": str(self.leaderboard.database.lock_choice or "the database server's"),
             "best": snapshot.progress.best_score,
             "workers": [_worker_status(i, row, evidence) for i, row in self.leaderboard.reader.last_jobs().items()],
-            "last_error": self.leaderboard.reader.last_error(),
+            "last_error": error,
+            "last_error_at": iso(failed_at),
             "logs": str(self.folder / "logs"),
             "warnings": rules.warnings(counts["chunks"], self.settings.metric.name),
             **counts,
@@ -356,41 +369,6 @@ def _refuse_two_locks(settings: Settings, leaderboard: Leaderboard) -> None:
             "two kinds at once are none. End all processes of the run, then put "
             f'"kind": "{settings.lock}" into {record}'
         )
-
-
-# --- finding runs
-
-
-def all_runs(runs_dir: Path) -> list[Path]:
-    """The folders of runs, newest first."""
-    try:
-        found = [p for p in runs_dir.iterdir() if not p.name.startswith(".") and is_run(p)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:  # a name that is too long, a folder that we may not list
-        raise RunError(f"--runs-dir {str(runs_dir)[:100]}: {error.strerror or error}") from error
-    return sorted(found, key=lambda p: (p / "logs").stat().st_ctime_ns if (p / "logs").exists() else 0, reverse=True)
-
-
-def is_run(folder: Path) -> bool:
-    try:
-        return any((folder / name).is_file() for name in (SETTINGS_NAME, DATABASE_NAME))
-    except (OSError, ValueError):  # too long for a name, or not ours to look at
-        return False
-
-
-def find_run(run: str | None, runs_dir: Path) -> Path:
-    """A run by name or path; None: the newest. Raises RunError naming those there are."""
-    known = all_runs(runs_dir)
-    if run is None:
-        if not known:
-            raise RunError(f"there is no run in {runs_dir}; `orch launch settings/digits.json` makes one")
-        return known[0]
-    for folder in (runs_dir / run, Path(run)):
-        if is_run(folder):
-            return folder
-    names = ", ".join(p.name for p in known[:10]) or "none"
-    raise RunError(f"there is no run {run[:100]!r} in {runs_dir}; there are: {names}")
 
 
 def iso(at: float | None) -> str | None:

@@ -310,7 +310,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> Any:
     source = shown(str(path), 160)
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_twins)
     except OSError as error:
         raise SettingsError(f"{source}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:

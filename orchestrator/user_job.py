@@ -40,19 +40,21 @@ def check(settings: Settings, import_paths: Sequence[str], download: bool = Fals
         return opening.check(settings.model_dump(mode="json"), download)
 
 
-def checkpoint_bytes(settings: Settings) -> int | None:
-    """About how large a checkpoint of this job is; None where that can't be told without training. After `check`."""
+def checkpoint_bytes(settings: Settings) -> int | str:
+    """About how large a checkpoint of this job is; or why that can't be told without training. After `check`."""
+    from jobs.errors import JobError
     from jobs.named import brings_own_trainer
 
     try:
         with apart_from_stdout():
             if brings_own_trainer(settings.job):
-                return None
+                return "the job brings a trainer of its own"
             from jobs.footprint import checkpoint_bytes
 
             return checkpoint_bytes(settings.model_dump(mode="json"))
-    except Exception:  # the user's code: what is wrong with it is said where it is needed
-        return None
+    except Exception as error:  # the user's code; a node with a GPU may be what it needs, so it is tried there
+        said = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+        return f"the model can't be made here: {' '.join(said.split())}"
 
 
 @contextmanager

@@ -76,7 +76,8 @@ def runs(runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
     from orchestrator import trust
     from orchestrator.cli import tables
     from orchestrator.errors import OrchError
-    from orchestrator.run import Run, all_runs
+    from orchestrator.run import Run
+    from orchestrator.run_folders import all_runs
 
     rows = []
     for folder in all_runs(runs_dir):

@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, has_jobs, print_json
+from orchestrator.errors import LeaderboardError
 from orchestrator.records import counted
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+
     from orchestrator.run import Run
     from orchestrator.settings import Settings
 
 MEND_EVERY_S = 10.0
+PATIENCE_S = 300.0  # for a database that can't be used, as a job has
 ENDED = ("converged", "finished", "cancelled", "failed", "paused")
 
 
@@ -46,7 +51,8 @@ def launch(
     First it proves on the runs' own file system that a lock holds there; if none does, nothing is started.
     """
     from orchestrator import trust
-    from orchestrator.run import Run, is_run
+    from orchestrator.run import Run
+    from orchestrator.run_folders import is_run
     from orchestrator.user_job import check
 
     loaded, notes = _load(settings, set_ or [], workers, executor)
@@ -59,6 +65,8 @@ def launch(
         print(line, file=sys.stderr)
     needed_gb = _disk(loaded, folder) if existing is None or dry_run else None
     if dry_run:
+        if existing:
+            existing.refuse_if_over(time.time())
         _print_plan(loaded, folder, existing is not None, needed_gb, json)
         return
     run = existing or Run.launch(loaded, runs_dir, import_paths)
@@ -142,7 +150,7 @@ def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float
         "worker_hours_at_most": round(settings.workers * settings.total_lifetime / 3600, 2),
         "disk_gb_at_most_about": None if needed_gb is None else round(needed_gb, 6),
         "stale_chunks_to_converge": policy.stop.stale_chunks,
-        "first_claims": first,
+        **({} if exists else {"first_claims": first}),
         "cycle": [p.name for p in policy.cycle],
     }
     if settings.executor == "slurm":
@@ -175,37 +183,73 @@ def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _wait(run: Run, quiet: bool) -> None:
-    """Until no job is left; meanwhile what is broken is mended. Ctrl-C ends the waiting, not the run."""
-    from rich.console import Console, Group
+    """Until no job is left; meanwhile what is broken is mended. Ctrl-C ends the waiting, not the run.
+
+    Raises LeaderboardError where the database can't be used for minutes (a full disk, a server that is away).
+    """
+    from rich.console import Console
     from rich.live import Live
 
-    from orchestrator.cli import tables
-
     console = Console(stderr=True, quiet=quiet)
+    waiting = _Waiting(run, console)
     look_every_s = 0.5 if run.cluster.name == "local" else 5.0  # a controller has other users
-    shown, mended_at = "", time.time()
+    answered_at = time.monotonic()
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while True:
-                state = run.status()
-                if console.is_terminal:
-                    live.update(Group(tables.status(state), tables.board(run.board())), refresh=True)
-                elif (line := _line(state)) != shown:
-                    console.print(line, highlight=False)
-                    shown = line
-                if not has_jobs(state):
-                    if state["state"] in ENDED:
+                try:
+                    if waiting.is_over(live):
                         return
-                    if not run.reconcile(time.time()):
-                        return  # nothing runs, and the rules want no new job
-                elif time.time() - mended_at > MEND_EVERY_S:  # a killed job may leave what nobody else looks after
-                    mended_at = time.time()
-                    for line in run.reconcile(mended_at):
-                        console.print(line, highlight=False)
+                    answered_at = time.monotonic()
+                except LeaderboardError as error:
+                    if time.monotonic() - answered_at > PATIENCE_S:
+                        advice = f"The run goes on where it can; `orch status {run.name}` mends what it can't"
+                        raise LeaderboardError(f"{error}. {advice}") from error
+                    waiting.say(f"{error}; trying again")
                 time.sleep(look_every_s)
     except KeyboardInterrupt:
         console.print(f"{run.name} goes on without you; `orch status {run.name}`, `orch cancel {run.name}`")
         raise typer.Exit(130) from None  # as a shell says it of a program that Ctrl-C ended
+
+
+class _Waiting:
+    """For a run's end."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self._run = run
+        self._console = console
+        self._said = ""
+        self._mended_at = time.time()
+
+    def say(self, line: str) -> None:
+        """Once, not at each look."""
+        if line != self._said:
+            self._console.print(line, highlight=False)
+            self._said = line
+
+    def is_over(self, live: Live) -> bool:
+        from rich.console import Group
+
+        from orchestrator.cli import tables
+
+        state = self._run.status()
+        if self._console.is_terminal:
+            live.update(Group(tables.status(state), tables.board(self._run.board())), refresh=True)
+        else:
+            self.say(_line(state))
+        if not has_jobs(state):
+            return state["state"] in ENDED or not self._mend()  # nothing runs, and the rules want no new job
+        if time.time() - self._mended_at > MEND_EVERY_S:  # a killed job may leave what nobody else looks after
+            self._mend()
+        return False
+
+    def _mend(self) -> bool:
+        """Was there anything to do?"""
+        self._mended_at = time.time()
+        done = self._run.reconcile(self._mended_at)
+        for line in done:
+            self._console.print(line, highlight=False)
+        return bool(done)
 
 
 def _line(state: dict[str, Any]) -> str:

@@ -24,7 +24,8 @@ DEFAULT_RUNS_DIR = Path("runs")
 
 def open_run(run: str | None, runs_dir: Path) -> Run:
     from orchestrator import trust
-    from orchestrator.run import Run, find_run
+    from orchestrator.run import Run
+    from orchestrator.run_folders import find_run
 
     opened = Run.open(find_run(run, runs_dir))
     trust.use_umask(opened.folder)

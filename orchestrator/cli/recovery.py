@@ -41,7 +41,7 @@ def repair(
     """
     from orchestrator import trust
     from orchestrator.repair import repair as repaired
-    from orchestrator.run import find_run
+    from orchestrator.run_folders import find_run
 
     folder = find_run(run, runs_dir)
     trust.use_umask(folder)

@@ -60,7 +60,8 @@ def status(state: dict[str, Any]) -> Group:
         Text(f"lock: {state['lock']}"),
     ]
     if state["last_error"]:
-        lines.append(Text(f"last error: {state['last_error']} (more in {state['logs']})", style="red"))
+        error = f"last error ({state['last_error_at']}): {state['last_error']} (more in {state['logs']})"
+        lines.append(Text(error, style="red"))
     lines += [Text(f"warning: {line}", style="yellow") for line in state["warnings"]]
     table = _table()
     for heading in ("worker", "state", "job", "node", "link", "last word"):

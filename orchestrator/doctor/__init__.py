@@ -11,6 +11,7 @@ two_node     a short job that tries it       hammer      a lock under fire      
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ def examine(
         findings += _database_elsewhere(settings, runs_dir)
         if server is not None and isinstance(scratch, Path):
             findings.append(_database(server, scratch))
+    findings += [_data(path) for path in _data_folders(settings)]
     findings += machine.judge_disk(folder)
     findings.append(machine.judge_home(machine.look_at_home()))
     say("importing torch")
@@ -122,6 +124,21 @@ def _database_elsewhere(settings: Settings, runs_dir: Path) -> list[Finding]:
     return [Finding("note", "database", what, "give the folder of that file as --runs-dir to look at its locks")]
 
 
+def _data_folders(settings: Settings) -> tuple[str, ...]:
+    """Those that the settings name."""
+    given = (settings.training_source_dir, settings.testing_source_dir)
+    return tuple(dict.fromkeys(path for path in given if path))
+
+
+def _data(path: str) -> Finding:
+    try:
+        os.listdir(path)
+    except OSError as error:
+        do = "correct it in the settings; `orch prepare SETTINGS` fetches the data of ready jobs"
+        return Finding("error", "data", f"{path}: can't be read here: {error.strerror or error}", do)
+    return Finding("ok", "data", f"{path} can be read here")
+
+
 # --- Slurm
 
 
@@ -166,7 +183,7 @@ def _slurm(
     needs = two_node.Needs(
         settings=settings,
         script=cluster.script(1),
-        paths=tuple(path for path in (settings.training_source_dir, settings.testing_source_dir) if path),
+        paths=_data_folders(settings),
         database=_server(settings),
         gpu=need.gpus > 0,
         refused_here=facts.answer is not None and not facts.answer.taken,

@@ -127,16 +127,17 @@ class Reader:
             )
             return [job_of(row) for row in rows.all()]
 
-    def last_error(self) -> str | None:
-        """What went wrong last in a chunk. That its job died is no error of the chunk."""
+    def last_error(self) -> tuple[str, float] | None:
+        """What went wrong last in a chunk, and when. That its job died is no error of the chunk."""
         with self._database.transaction() as tx:
             query = (
-                select(chunk.c.error)
+                select(chunk.c.error, chunk.c.finished_at)
                 .where(chunk.c.error.is_not(None), chunk.c.error.not_in(REAPED))
                 .order_by(chunk.c.finished_at.desc())
                 .limit(1)
             )
-            return tx.execute(query).scalar_one_or_none()
+            row = tx.execute(query).one_or_none()
+            return None if row is None else (row.error, row.finished_at)
 
     def recent_chunk_seconds(self, count: int = 5) -> list[float]:
         """How long the last finished chunks of this run took, latest last."""

@@ -171,6 +171,42 @@ def test_what_is_wrong_with_the_metric_and_each_profile_is_said_at_once(tmp_path
     assert "stepsize" in second
 
 
+@pytest.mark.usefixtures("orch_here")
+def test_a_class_without_a_model_or_data_is_refused(tmp_path: Path) -> None:
+    write_job(tmp_path, "from jobs.job import Job\nclass Mine(Job):\n    pass\n")
+    settings, _ = load(tmp_path / write_settings(tmp_path, job="mine:Mine", job_params={}))
+    with pytest.raises(JobSpecError, match=r"^Mine has no model; .*\nMine has no data; "):
+        check(settings, [str(tmp_path)])
+
+
+def test_a_model_that_can_not_be_made_here_is_told_with_its_error(tmp_path: Path, orch_here: Here) -> None:
+    write_job(tmp_path, job_with("def model(self): raise ValueError('no such backbone')"))
+    file = write_settings(tmp_path, job="mine:Mine", job_params={})
+    code, _, said = orch_here(tmp_path, "launch", file, "--dry-run")
+    assert code == 0, "it may be there on a node with a GPU"
+    assert "disk: unknown, since the model can't be made here: ValueError: no such backbone" in said
+
+
+def test_the_plan_of_a_run_that_is_over_is_that_it_is_over(tmp_path: Path, orch_here: Here) -> None:
+    make_run(Storage(None), tmp_path / "runs" / "quick", total_lifetime=0.001, job="jobs.digits:Digits")
+    code, out, said = orch_here(tmp_path, "launch", "runs/quick/settings.json", "--dry-run")
+    assert (code, out) == (2, "")
+    assert "quick is over: its total_lifetime ended at " in said
+
+
+def test_a_run_folder_that_lost_both_its_files_says_how_to_get_it_back(tmp_path: Path, orch_here: Here) -> None:
+    run = make_run(Storage(None), tmp_path / "runs" / "quick")
+    (run.folder / "checkpoints" / "g00000001-c00000001.pt").write_bytes(b"weights")
+    for name in ("orch.db", "settings.json"):
+        (run.folder / name).unlink()
+    file = write_settings(tmp_path)
+    for command in (("launch", file), ("status", "quick"), ("repair", "quick")):
+        code, _, said = orch_here(tmp_path, *command)
+        assert code == 2
+        assert "runs/quick is not a run: it has neither settings.json nor orch.db, but checkpoints." in said
+        assert "`orch repair quick`" in said
+
+
 def job_with(method: str) -> str:
     return f"from jobs.digits import Digits\nclass Mine(Digits):\n    {method}\n"
 

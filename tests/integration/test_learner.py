@@ -439,6 +439,12 @@ class Returning(Small):
     def metrics(self, outputs: Any, targets: Any) -> Any:
         return self.returned("metrics", super().metrics(outputs, targets))
 
+    def model(self) -> Any:
+        return self.returned("model", super().model())
+
+    def data(self, split: Any) -> Any:
+        return self.returned("data", super().data(split))
+
     def returned(self, method: str, value: Any) -> Any:
         return self.wrong[1](value) if self.wrong[0] == method else value
 
@@ -456,6 +462,7 @@ class ReturningWhole(Returning):
 @pytest.mark.parametrize(
     ("kind", "method", "change", "message"),
     [
+        (Returning, "model", lambda model: None, r"None; allowed is a torch\.nn\.Module"),
         (Returning, "loss", lambda loss: None, r"None; allowed is a tensor of one number, the mean over the batch"),
         (
             Returning,
@@ -499,6 +506,12 @@ def test_what_a_method_may_not_return_is_one_error_that_names_it(
 ) -> None:
     job = type("Mine", (kind,), {"wrong": (method, change)})
     with pytest.raises(JobError, match=rf"^Mine\.{method}\(\) returned {message}"):
+        session(job).train(founder(), lambda: False, lambda _epoch: None)
+
+
+def test_data_that_has_no_length_is_one_error_that_names_its_method() -> None:
+    job = type("Mine", (Returning,), {"wrong": ("data", lambda data: iter(()))})
+    with pytest.raises(JobError, match=r"^Mine\.data\('train'\) returned a value of type tuple_iterator; allowed is a"):
         session(job).train(founder(), lambda: False, lambda _epoch: None)
 
 

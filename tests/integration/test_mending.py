@@ -13,6 +13,7 @@ import pytest
 from orchestrator import rules
 from orchestrator.cli import launch
 from orchestrator.cluster.local import InlineCluster, LocalCluster, host_name
+from orchestrator.errors import LeaderboardError
 from orchestrator.mending import reconcile
 from orchestrator.records import JobState, RunState, Started, Submitted
 from orchestrator.run import Run
@@ -93,3 +94,57 @@ def test_waiting_for_a_run_ends_though_a_killed_job_left_a_successor_that_nobody
     monkeypatch.setattr(launch, "MEND_EVERY_S", 0.0)
     launch._wait(run, quiet=True)
     assert not run.leaderboard.chains.snapshot("max").open_jobs
+
+
+def test_a_resume_gives_up_nothing_that_another_one_is_submitting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(Storage(None), tmp_path, executor="local", workers=1)
+    run.pause(time.time())
+    revive = run.leaderboard.chains.revive
+
+    def another_is_faster(workers: int) -> None:
+        run.leaderboard.chains.change_state(RunState.ACTIVE, list(RunState), None, time.time())
+        assert run.leaderboard.chains.relink([0], time.time(), 5), "and has not called sbatch yet"
+        revive(workers)
+
+    monkeypatch.setattr(run.leaderboard.chains, "revive", another_is_faster)
+    assert run.resume(time.time()) == []
+    assert states(run)[-1] == JobState.SUBMITTING
+
+
+def test_what_was_being_submitted_when_a_run_was_paused_does_not_hold_up_its_resume(tmp_path: Path) -> None:
+    run = make_run(Storage(None), tmp_path, executor="local", workers=1)
+    run.leaderboard.chains.relink([0], time.time(), 5)  # by somebody who died
+    run.leaderboard.chains.change_state(RunState.PAUSED, list(RunState), None, time.time())
+    run._cluster = InlineCluster(run.settings)
+    run.resume(time.time())
+    assert states(run)[-2:] != [JobState.SUBMITTING], "it was given up"
+    assert JobState.LOST in states(run)
+
+
+def test_waiting_outlasts_a_database_that_can_not_be_used_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(Storage(None), tmp_path, executor="local", workers=1)
+    run.leaderboard.chains.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
+    status, answers = run.status, iter([False, False, True])
+
+    def sometimes() -> dict[str, object]:
+        if not next(answers):
+            raise LeaderboardError("database or disk is full")
+        return status()
+
+    monkeypatch.setattr(run, "status", sometimes)
+    launch._wait(run, quiet=False)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "database or disk is full; trying again"
+    assert len(said) == 2, "said once; then how the run ended"
+
+
+def test_waiting_ends_where_the_database_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(Storage(None), tmp_path, executor="local", workers=1)
+    (tmp_path / "orch.db").rename(tmp_path / "away")
+    monkeypatch.setattr(launch, "PATIENCE_S", 0.0)
+    with pytest.raises(LeaderboardError, match=r"orch\.db is missing.*The run goes on where it can; `orch status "):
+        launch._wait(run, quiet=True)

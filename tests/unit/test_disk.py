@@ -136,9 +136,8 @@ def test_less_free_space_than_the_demand_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_where_a_checkpoint_s_size_is_unknown_it_says_so(tmp_path: Path) -> None:
-    assert disk.demand(settings(max_disk_gb=1e-9), None, tmp_path) == (
-        None, ["disk: unknown, since the job brings a trainer of its own or its model can't be made here"]
-    )  # fmt: skip
+    said = None, ["disk: unknown, since the job brings a trainer of its own"]
+    assert disk.demand(settings(max_disk_gb=1e-9), "the job brings a trainer of its own", tmp_path) == said
 
 
 # --- how large a checkpoint is
@@ -206,7 +205,8 @@ def test_a_model_that_needs_its_values_is_made_on_the_cpu() -> None:
 
 
 def test_a_job_with_a_trainer_of_its_own_has_an_unknown_size() -> None:
-    assert user_job.checkpoint_bytes(settings(job="tests.slurm.quick:Quick")) is None
+    unknown = user_job.checkpoint_bytes(settings(job="tests.slurm.quick:Quick"))
+    assert unknown == "the job brings a trainer of its own"
 
 
 def test_the_budget_may_change_while_a_run_goes_on() -> None:

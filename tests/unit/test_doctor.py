@@ -845,6 +845,16 @@ def test_the_two_node_test_without_slurm_is_an_error(no_slurm, tmp_path):
     assert exit_code(findings) == 1
 
 
+def test_data_that_can_not_be_read_here_is_an_error_without_slurm_too(no_slurm, tmp_path):
+    file = tmp_path / "settings.json"
+    profiles = [{"name": "one", "learning_rate": 0.1}]
+    where = {"training_source_dir": str(tmp_path), "testing_source_dir": str(tmp_path / "nowhere")}
+    file.write_text(json.dumps({"training_profiles": profiles, "executor": "local"} | where))
+    found = [f for f in examine(file, tmp_path, two_nodes=False, say=lambda _line: None) if f.topic == "data"]
+    assert levels(found) == ["ok", "error"]
+    assert found[1].what == f"{tmp_path / 'nowhere'}: can't be read here: No such file or directory"
+
+
 def test_settings_that_are_wrong_are_a_finding_and_the_rest_is_looked_at(no_slurm, tmp_path):
     file = tmp_path / "wrong.json"
     file.write_text('{"workerz": 3}')

@@ -19,7 +19,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 FLOORS = (
     {"cli"},
     {"experiments"},
-    {"report", "run", "repair", "gc", "entry", "user_job"},
+    {"report", "run", "run_folders", "repair", "gc", "entry", "user_job"},
     {"worker", "mending", "ledger", "doctor"},
     {"leaderboard", "cluster"},
     {"rules", "checkpoints", "disk", "rebuild_plan", "settings", "locks", "lock_choice", "lock_proof", "soft_lock"}

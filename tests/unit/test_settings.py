@@ -893,3 +893,13 @@ def test_a_hostile_override_is_refused_or_taken_without_loss(written, override):
     except SettingsError:
         return
     assert thaw(freeze(settings)) == settings
+
+
+def test_a_file_as_windows_editors_write_it_is_read(written) -> None:
+    assert load(written("\ufeff" + json.dumps(LEAST)))[0].training_profiles[0].name == "alex"
+
+
+def test_a_runs_settings_that_end_too_early_are_said_to_be_no_json() -> None:
+    frozen = freeze(Settings.model_validate({"name": "run"} | LEAST))
+    with pytest.raises(SettingsError, match=r"^the run's settings: not JSON: EOF while parsing [^{]*$"):
+        thaw(frozen[: len(frozen) // 2])
