@@ -21,8 +21,12 @@ def all_runs(runs_dir: Path) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
+    return _is_there(folder / SETTINGS_NAME) or _is_there(folder / DATABASE_NAME)
+
+
+def _is_there(path: Path) -> bool:
     try:
-        return any((folder / name).is_file() for name in (SETTINGS_NAME, DATABASE_NAME))
+        return path.exists()
     except (OSError, ValueError):  # too long for a name, or not ours to look at
         return False
 
@@ -37,7 +41,7 @@ def find_run(run: str | None, runs_dir: Path) -> Path:
     for folder in (runs_dir / run, Path(run)):
         if is_run(folder):
             return folder
-    if (runs_dir / run / "checkpoints").is_dir():
+    if _is_there(runs_dir / run / "checkpoints"):
         raise RunError(without_its_files(runs_dir / run))
     names = ", ".join(p.name for p in known[:10]) or "none"
     raise RunError(f"there is no run {run[:100]!r} in {runs_dir}; there are: {names}")

@@ -259,8 +259,10 @@ def test_one_node_no_accounting_and_data_that_is_not_there(
         monkeypatch.setenv("SLURM_CONF", str(small.conf))
         findings = look(two_nodes=True, training_source_dir="/nowhere/train", testing_source_dir=str(tmp_path))
         assert small.squeue() == []
-    (data,) = errors(findings)
-    assert (data.topic, data.what) == ("data", "/nowhere/train: can't be read on node1")
+    assert [(found.topic, found.what) for found in errors(findings)] == [
+        ("data", "/nowhere/train: can't be read on node1"),
+        ("data", "/nowhere/train: can't be read here: No such file or directory"),
+    ]
     assert of(findings, "accounting")[0].level == "note"
     assert "no two nodes are up" in of(findings, "two-node test")[0].what
     lock, database = of(findings, "lock test")
