@@ -36,7 +36,7 @@ from orchestrator.leaderboard.moves import (
 )
 from orchestrator.leaderboard.results import close, promote
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, run, worker
-from orchestrator.leaderboard.statements import Statement, together
+from orchestrator.leaderboard.statements import Statement
 from orchestrator.records import (
     Candidate,
     ChunkState,
@@ -119,28 +119,27 @@ class Board:
             parent, position, repeat = None, 0, 0
         else:
             parent = choice.entry
-            consumed, on_lease = positions_of(TAKEN.all(tx, of_entry=parent.entry_id, from_position=parent.floor))
-            position = rules.next_profile(parent.floor, consumed, on_lease)
+            consumed, leased = positions_of(TAKEN.all(tx, of_entry=parent.entry_id, from_position=parent.floor))
+            position = rules.next_profile(parent.floor, consumed, leased)
             repeat = rules.repeat_number(parent, position, policy.cycle)
         profile = rules.profile_at(position, policy.cycle)
         source = board.rows[parent.entry_id] if parent else None
-        with together(tx):
-            _RUN.ask(tx, generation=generation, **progress_of(situation.standing))
-            leased = _LEASE.ask(
-                tx,
-                entry_id=parent.entry_id if parent else None,
-                parent_id=parent.checkpoint_id if parent else None,
-                position=position,
-                profile=profile.name,
-                worker_id=asker.worker_id,
-                job_id=asker.job_id,
-                generation=generation,
-                state=ChunkState.LIVE,
-                claimed_at=asker.now,
-                lease_until=asker.lease_until,
-            )
+        _RUN.write(tx, generation=generation, **progress_of(situation.standing))
+        chunk_id = _LEASE.insert(
+            tx,
+            entry_id=parent.entry_id if parent else None,
+            parent_id=parent.checkpoint_id if parent else None,
+            position=position,
+            profile=profile.name,
+            worker_id=asker.worker_id,
+            job_id=asker.job_id,
+            generation=generation,
+            state=ChunkState.LIVE,
+            claimed_at=asker.now,
+            lease_until=asker.lease_until,
+        )
         return Claim(
-            chunk_id=leased.key,
+            chunk_id=chunk_id,
             generation=generation,
             worker_id=asker.worker_id,
             position=position,
@@ -246,12 +245,11 @@ class Board:
             "epochs": standing.epochs + len(results),
             "chunks_since_promotion": 0 if promoted else standing.chunks_since_promotion + 1,
         }
-        with together(tx):
-            if results:
-                _EPOCHS.insert_all(tx, results)
-            if standing.failures:
-                _NO_FAILURES.ask(tx, by_worker=claim.worker_id)
-            floor = consume(tx, standing.entry_id, claim.position, standing.floor)
+        if results:
+            _EPOCHS.insert_all(tx, results)
+        if standing.failures:
+            _NO_FAILURES.write(tx, by_worker=claim.worker_id)
+        floor = consume(tx, standing.entry_id, claim.position, standing.floor)
         if isinstance(decision, Promote):
             promote(tx, claim, candidate, decision.evicted, board, standing, policy, now)
             reason = f"evicted entry {decision.evicted.entry_id}" if decision.evicted else "a slot was free"

@@ -22,7 +22,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard import schema
-from orchestrator.leaderboard.statements import Statement, together
+from orchestrator.leaderboard.statements import Statement
 from orchestrator.lock_choice import lock_of, read_record
 from orchestrator.mounts import is_local, mount_here
 from orchestrator.soft_lock import HeldError
@@ -38,7 +38,8 @@ SHORT_READ = sqlite3.SQLITE_IOERR | (2 << 8)  # a file that ends too early
 # which has work to lose.
 CONNECT_FOR_S, JOB_CONNECTS_FOR_S = 3.0, 300.0
 # What the server does by itself about a client that was stopped or lost in the middle of a transaction, so that
-# the others go on; and how long these wait for the run's lock before they say so.
+# the others go on; and how long these wait for the run's lock before they say so. (No pipeline of psycopg's: it ends
+# with a Flush after its Sync, which stops the server's clock for idle transactions.)
 SERVER_LIMITS = "-c idle_in_transaction_session_timeout=60s -c lock_timeout=300s -c tcp_keepalives_idle=60"
 
 
@@ -202,11 +203,10 @@ class Database:
         connection = self._engine.connect()
         try:
             connection.begin()
-            with together(connection):  # with the driver's BEGIN
-                if own_lock:
-                    _RUN_LOCK.ask(connection, key=self._lock_key)
-                else:
-                    _ANYTHING.ask(connection)
+            if own_lock:
+                _RUN_LOCK.first(connection, key=self._lock_key)
+            else:
+                _ANYTHING.first(connection)
         except BaseException:
             connection.invalidate()
             connection.close()

@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 from orchestrator import rules
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, event, job, run, worker
-from orchestrator.leaderboard.statements import Statement, together
+from orchestrator.leaderboard.statements import Statement
 from orchestrator.records import ChunkState, Entry, Job, JobState, RunState, Worker
 
 CONSUMED = (ChunkState.PROMOTED, ChunkState.DISCARDED)
@@ -176,10 +176,8 @@ def board_of(rows: Sequence[Any], held: Held | None = None) -> BoardRows:
 
 
 def read_board(tx: Connection) -> tuple[BoardRows, Held]:
-    with together(tx):
-        counts, rows = HELD_COUNTS.ask(tx), BOARD.ask(tx)
-    held = held_of(counts.all())
-    return board_of(rows.all(), held), held
+    held = held_of(HELD_COUNTS.all(tx))
+    return board_of(BOARD.all(tx), held), held
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +190,8 @@ class Situation:
 
 
 def look(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> Situation:
-    with together(tx):
-        standing = STANDING.ask(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id)
-        counts, rows = HELD_COUNTS.ask(tx), BOARD.ask(tx)
-    held = held_of(counts.all())
-    return Situation(standing.first(), board_of(rows.all(), held), held)
+    standing = STANDING.first(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id)
+    return Situation(standing, *read_board(tx))
 
 
 def progress_of(standing: Any) -> dict[str, int]:
@@ -241,7 +236,7 @@ def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> 
     if position == floor:
         consumed, _ = positions_of(TAKEN.all(tx, of_entry=entry_id, from_position=floor))
         floor = rules.advance_floor(floor, consumed)
-    WORKED.ask(tx, of_entry=entry_id, new_floor=floor)
+    WORKED.write(tx, of_entry=entry_id, new_floor=floor)
     return floor
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,53 +38,6 @@ class _Compiled:
         return self.processors[name](value) if name in self.processors else value
 
 
-@contextmanager
-def together(tx: Connection) -> Iterator[None]:
-    """What is asked inside is sent to a server without waiting for its answers, which may be read afterwards. (SQLite
-    answers at once.) Statements of this module only; Core looks for its answers at once."""
-    driver = tx.connection.driver_connection
-    if isinstance(driver, sqlite3.Connection):
-        yield
-        return
-    import psycopg
-
-    if not psycopg.Pipeline.is_supported():  # libpq of before 14, where psycopg was installed without its own
-        yield
-        return
-    assert isinstance(driver, psycopg.Connection)
-    with driver.pipeline():
-        yield
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """To a statement; to be read once."""
-
-    _cursor: Any
-    _make_row: Callable[[Sequence[Any]], Any]
-
-    def all(self) -> Sequence[Any]:
-        return [self._make_row(row) for row in self._cursor.fetchall()]
-
-    def first(self) -> Any:
-        """The first row, or None."""
-        row = self._cursor.fetchone()
-        return None if row is None else self._make_row(row)
-
-    @property
-    def changed(self) -> int:
-        """How many rows were written."""
-        count: int = self._cursor.rowcount
-        return count
-
-    @property
-    def key(self) -> int:
-        """Of the row that was inserted."""
-        key = self._cursor.lastrowid if isinstance(self._cursor, sqlite3.Cursor) else self._cursor.fetchone()[0]
-        assert isinstance(key, int)
-        return key
-
-
 class Statement:
     """One statement with named parameters, which the driver gets as it is.
 
@@ -98,27 +50,25 @@ class Statement:
         self._compiled: dict[tuple[str, str | None, tuple[str, ...]], _Compiled] = {}
         self._make_row = _row_maker(core.selected_columns.keys()) if isinstance(core, Select) else tuple
 
-    def ask(self, tx: Connection, **values: Any) -> Answer:
-        compiled = self._for_driver(tx, tuple(values))
-        driver = tx.connection.driver_connection
-        if isinstance(driver, sqlite3.Connection):
-            return Answer(driver.execute(compiled.sql, compiled.by_place(values)), self._make_row)
-        return Answer(driver.execute(compiled.sql, compiled.by_name(values)), self._make_row)  # type: ignore[union-attr]
-
     def all(self, tx: Connection, **values: Any) -> Sequence[Any]:
-        return self.ask(tx, **values).all()
+        return [self._make_row(row) for row in self._execute(tx, values).fetchall()]
 
     def first(self, tx: Connection, **values: Any) -> Any:
         """The first row, or None."""
-        return self.ask(tx, **values).first()
+        row = self._execute(tx, values).fetchone()
+        return None if row is None else self._make_row(row)
 
     def write(self, tx: Connection, **values: Any) -> int:
         """How many rows it has changed."""
-        return self.ask(tx, **values).changed
+        count: int = self._execute(tx, values).rowcount
+        return count
 
     def insert(self, tx: Connection, **values: Any) -> int:
         """The new row's key."""
-        return self.ask(tx, **values).key
+        done = self._execute(tx, values)
+        key = done.lastrowid if isinstance(done, sqlite3.Cursor) else done.fetchone()[0]
+        assert isinstance(key, int)
+        return key
 
     def insert_all(self, tx: Connection, rows: Sequence[Values]) -> None:
         """Rows of the same columns, at least one."""
@@ -130,6 +80,13 @@ class Statement:
             driver.execute(compiled.sql, compiled.by_name(rows[0]))  # type: ignore[union-attr]
         else:
             driver.cursor().executemany(compiled.sql, [compiled.by_name(row) for row in rows])  # type: ignore[union-attr]
+
+    def _execute(self, tx: Connection, values: Values) -> Any:
+        compiled = self._for_driver(tx, tuple(values))
+        driver = tx.connection.driver_connection
+        if isinstance(driver, sqlite3.Connection):
+            return driver.execute(compiled.sql, compiled.by_place(values))
+        return driver.execute(compiled.sql, compiled.by_name(values))  # type: ignore[union-attr]
 
     def _for_driver(self, tx: Connection, names: tuple[str, ...]) -> _Compiled:
         dialect = tx.dialect
