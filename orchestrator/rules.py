@@ -253,19 +253,19 @@ def mend(
     submitted by the job before it, so that one's end tells that nobody is about to submit it any more.
     """
     gone = [job for job in open_jobs if evidence.get(job.job_id, Evidence.UNKNOWN) is Evidence.GONE]
-    on_their_way = [job for job in open_jobs if job.state is JobState.SUBMITTING and job.cluster_id is None]
-    alive = {job.job_id for job in open_jobs if job not in gone and job not in on_their_way}
-    adopt = tuple((job, found_ids[job.token]) for job in on_their_way if job.token in found_ids)
-    lost = []
+    on_their_way = {job.job_id: job for job in open_jobs if job.state is JobState.SUBMITTING and job.cluster_id is None}
+    alive = {job.job_id for job in open_jobs} - {job.job_id for job in gone} - on_their_way.keys()
+    adopt = tuple((job, found_ids[job.token]) for job in on_their_way.values() if job.token in found_ids)
+    lost: dict[int, Job] = {}
     for job in gone:
-        if job in on_their_way:
+        if job.job_id in on_their_way:
             orphaned = job.after_job_id is not None and job.after_job_id not in alive
             patience_s = min(grace_s, ORPHANED_GRACE_S) if orphaned else grace_s
             if job.token in found_ids or now - (job.submitted_at or 0.0) <= patience_s:
                 continue
-        lost.append(job)
-    held = {job.worker_id for job in open_jobs if job not in lost}
-    return Mend(tuple(lost), adopt, tuple(w.worker_id for w in workers if w.worker_id not in held))
+        lost[job.job_id] = job
+    held = {job.worker_id for job in open_jobs if job.job_id not in lost}
+    return Mend(tuple(lost.values()), adopt, tuple(w.worker_id for w in workers if w.worker_id not in held))
 
 
 def unwanted(state: RunState, open_jobs: Sequence[Job], evidence: Mapping[int, Evidence]) -> list[Job]:

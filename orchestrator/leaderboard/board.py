@@ -12,27 +12,23 @@ from orchestrator import rules
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.moves import (
-    BOARD,
     IS_HELD,
     LEASE_ENDED,
-    TAKEN,
     BoardRows,
-    Held,
     Situation,
     after_discard,
-    board_of,
     consume,
     expire,
     finite,
     log_event,
     look,
-    positions_of,
+    look_again,
     progress_of,
-    read_again,
     read_board,
     release,
     set_state,
     take_off,
+    taken_positions,
 )
 from orchestrator.leaderboard.results import close, promote
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, run, worker
@@ -101,7 +97,8 @@ class Board:
         if standing.stopped is not None:
             return Over(RunState(standing.state), standing.stopped)
         if held.first_lease_end is not None and rules.expired(asker.now, held.first_lease_end, Evidence.UNKNOWN):
-            board, held = self._reap(tx, asker.now)
+            situation = self._reap(tx, standing, asker.now)
+            board, held = situation.board, situation.held
         over = self._end_if_over(tx, standing, board, policy, asker.now)
         if over is not None:
             return over
@@ -110,7 +107,7 @@ class Board:
             _RUN.write(tx, generation=generation, **progress_of(standing))
             chosen = _SUSPENDED.first(tx, by_worker=asker.worker_id)
             return self._resume(tx, chosen, board, policy, asker, generation)
-        return self._lease(tx, Situation(standing, board, held), policy, asker, generation)
+        return self._lease(tx, situation, policy, asker, generation)
 
     def _lease(self, tx: Connection, situation: Situation, policy: Policy, asker: _Asker, generation: int) -> Claim:
         board, held = situation.board, situation.held
@@ -119,7 +116,7 @@ class Board:
             parent, position, repeat = None, 0, 0
         else:
             parent = choice.entry
-            consumed, leased = positions_of(TAKEN.all(tx, of_entry=parent.entry_id, from_position=parent.floor))
+            consumed, leased = taken_positions(tx, parent.entry_id, parent.floor)
             position = rules.next_profile(parent.floor, consumed, leased)
             repeat = rules.repeat_number(parent, position, policy.cycle)
         profile = rules.profile_at(position, policy.cycle)
@@ -187,7 +184,7 @@ class Board:
         """The score a candidate has to beat just now; None while a slot is free."""
         with self._database.transaction() as tx:
             policy = self._policy_of(tx, _SETTINGS_VERSION.first(tx).settings_version)
-            return rules.bar(board_of(BOARD.all(tx)).entries, policy.num_models, policy.metric)
+            return rules.bar(read_board(tx).entries, policy.num_models, policy.metric)
 
     # --- what became of them
 
@@ -196,8 +193,8 @@ class Board:
         results = _epoch_rows(claim, candidate)
         with self._database.transaction() as tx:
             situation = look(tx, claim.worker_id, None, claim.chunk_id)
-            outcome, situation = self._record(tx, situation, claim, candidate, results, now)
-            _RUN.write(tx, **progress_of(situation.standing))
+            outcome, standing, _ = self._record(tx, situation, claim, candidate, results, now)
+            _RUN.write(tx, **progress_of(standing))
             return outcome
 
     def record_and_claim(
@@ -208,10 +205,11 @@ class Board:
         asker = _Asker(claim.worker_id, job_id, starts, now, lease_until)
         with self._database.transaction() as tx:
             situation = look(tx, claim.worker_id, job_id, claim.chunk_id)
-            outcome, situation = self._record(tx, situation, claim, candidate, results, now)
-            following = self._claim(tx, asker, situation)
+            outcome, standing, floor = self._record(tx, situation, claim, candidate, results, now)
+            after = look_again(tx, standing) if outcome.promoted else after_discard(situation, standing, floor)
+            following = self._claim(tx, asker, after)
             if isinstance(following, Over):
-                _RUN.write(tx, **progress_of(situation.standing))
+                _RUN.write(tx, **progress_of(standing))
             return outcome, following
 
     def _record(
@@ -222,8 +220,8 @@ class Board:
         candidate: Candidate,
         results: Sequence[dict[str, Any]],
         now: float,
-    ) -> tuple[Outcome, Situation]:
-        """What came of it, and the situation after it, of which the run's row is still to be written."""
+    ) -> tuple[Outcome, Any, int]:
+        """What came of it; the standing after it, whose progress is still to be written; and the entry's floor."""
         standing, board = situation.standing, situation.board
         policy = self._policy_of(tx, standing.settings_version)
         decision = rules.ratchet(candidate.score, board.entries, policy.num_models, policy.metric)
@@ -241,10 +239,6 @@ class Board:
             suspended_file=None,
             suspended_sha256=None,
         )
-        progress = {
-            "epochs": standing.epochs + len(results),
-            "chunks_since_promotion": 0 if promoted else standing.chunks_since_promotion + 1,
-        }
         if results:
             _EPOCHS.insert_all(tx, results)
         if standing.failures:
@@ -257,8 +251,11 @@ class Board:
             reason = decision.reason
         # While its parent keeps its place, a discarded chunk was the last to refer to nothing.
         freed = promoted or (standing.entry_id is not None and standing.entry_id not in board.rows)
-        outcome = Outcome(promoted, reason, release(tx) if freed else ())
-        return outcome, read_again(tx, situation, progress) if promoted else after_discard(situation, progress, floor)
+        after = standing._replace(
+            epochs=standing.epochs + len(results),
+            chunks_since_promotion=0 if promoted else standing.chunks_since_promotion + 1,
+        )
+        return Outcome(promoted, reason, release(tx) if freed else ()), after, floor
 
     def suspend(self, claim: Claim, file: str, sha256: str, now: float) -> tuple[str, ...]:
         """Interrupted between two steps; `file` holds everything to go on from. Returns collectable files."""
@@ -323,12 +320,12 @@ class Board:
             self._policy = self._load_policy(tx.execute(select(run.c.settings)).scalar_one(), version)
         return self._policy
 
-    def _reap(self, tx: Connection, now: float) -> tuple[BoardRows, Held]:
+    def _reap(self, tx: Connection, standing: Any, now: float) -> Situation:
         """Claims whose lease is over are taken back."""
         live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(IS_HELD)).all()
         late = [h.chunk_id for h in live if rules.expired(now, h.lease_until, Evidence.UNKNOWN)]
         expire(tx, late, LEASE_ENDED, now)
-        return read_board(tx)
+        return look_again(tx, standing)
 
     def _end_if_over(self, tx: Connection, row: Any, board: BoardRows, policy: Policy, now: float) -> Over | None:
         state = RunState(row.state)

@@ -49,7 +49,7 @@ IS_HELD = _is_one_of(HELD)
 ON_BOARD = entry.c.on_board == true()
 
 # What a transaction needs of the run, the worker, its job and its chunk, in one row.
-STANDING = Statement(
+_STANDING = Statement(
     select(
         run.c.state,
         run.c.reason,
@@ -74,12 +74,12 @@ STANDING = Statement(
         .outerjoin(checkpoint, checkpoint.c.checkpoint_id == chunk.c.parent_id)
     )
 )
-HELD_COUNTS = Statement(
+_HELD_COUNTS = Statement(
     select(chunk.c.entry_id, chunk.c.state, func.count().label("chunks"), func.min(chunk.c.lease_until).label("lease"))
     .where(IS_HELD)
     .group_by(chunk.c.entry_id, chunk.c.state)
 )
-BOARD = Statement(
+_BOARD = Statement(
     select(
         entry.c.entry_id,
         entry.c.checkpoint_id,
@@ -96,14 +96,14 @@ BOARD = Statement(
     .where(ON_BOARD)
     .order_by(entry.c.entry_id)
 )
-TAKEN = Statement(
+_TAKEN = Statement(
     select(chunk.c.position, chunk.c.state).where(
         chunk.c.entry_id == bindparam("of_entry"),
         chunk.c.position >= bindparam("from_position"),
         _is_one_of((*CONSUMED, *HELD)),
     )
 )
-WORKED = Statement(
+_WORKED = Statement(
     update(entry)
     .where(entry.c.entry_id == bindparam("of_entry"))
     .values(worked_on=entry.c.worked_on + 1, floor=bindparam("new_floor"))
@@ -142,12 +142,12 @@ class BoardRows:
     rows: dict[int, Any]  # by entry_id: with the checkpoint's file, sha256 and epochs
 
 
-def held_of(counts: Sequence[Any]) -> Held:
-    """Of the rows of HELD_COUNTS: as many as entries that are worked on, however many the workers are."""
+def count_held(tx: Connection) -> Held:
+    """As many rows as entries that are worked on, however many the workers are."""
     by_entry: dict[int | None, int] = {}
     suspended = 0
     leases = []
-    for entry_id, state, chunks, lease_until in counts:
+    for entry_id, state, chunks, lease_until in _HELD_COUNTS.all(tx):
         by_entry[entry_id] = by_entry.get(entry_id, 0) + chunks
         if state == ChunkState.SUSPENDED:
             suspended += chunks
@@ -156,8 +156,9 @@ def held_of(counts: Sequence[Any]) -> Held:
     return Held(by_entry, suspended, min(leases, default=None))
 
 
-def board_of(rows: Sequence[Any], held: Held | None = None) -> BoardRows:
-    """Of the rows of BOARD. held: left out where work in progress does not matter."""
+def read_board(tx: Connection, held: Held | None = None) -> BoardRows:
+    """held: left out where work in progress does not matter."""
+    rows = _BOARD.all(tx)
     busy = held.by_entry if held else {}
     entries = [
         Entry(
@@ -175,23 +176,23 @@ def board_of(rows: Sequence[Any], held: Held | None = None) -> BoardRows:
     return BoardRows(entries, {r.entry_id: r for r in rows})
 
 
-def read_board(tx: Connection) -> tuple[BoardRows, Held]:
-    held = held_of(HELD_COUNTS.all(tx))
-    return board_of(BOARD.all(tx), held), held
-
-
 @dataclass(frozen=True, slots=True)
 class Situation:
     """What a claim or a result begins from."""
 
-    standing: Any  # a row of STANDING
+    standing: Any  # a row of _STANDING
     board: BoardRows
     held: Held
 
 
 def look(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> Situation:
-    standing = STANDING.first(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id)
-    return Situation(standing, *read_board(tx))
+    return look_again(tx, _STANDING.first(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id))
+
+
+def look_again(tx: Connection, standing: Any) -> Situation:
+    """At the board, with what is known already of the rest."""
+    held = count_held(tx)
+    return Situation(standing, read_board(tx, held), held)
 
 
 def progress_of(standing: Any) -> dict[str, int]:
@@ -199,16 +200,10 @@ def progress_of(standing: Any) -> dict[str, int]:
     return {"epochs": standing.epochs, "chunks_since_promotion": standing.chunks_since_promotion}
 
 
-def read_again(tx: Connection, before: Situation, progress: Mapping[str, int]) -> Situation:
-    """progress: what was written of the run's row."""
-    return Situation(before.standing._replace(**progress), *read_board(tx))
-
-
-def after_discard(before: Situation, progress: Mapping[str, int], floor: int) -> Situation:
-    """What `read_again` would give after a live chunk was discarded, whose entry (if it has one) has this floor now.
+def after_discard(before: Situation, standing: Any, floor: int) -> Situation:
+    """What `look_again` would give after a live chunk was discarded, whose entry (if it has one) has this floor now.
     Only the end of the first lease may be too early: it may have been this chunk's."""
-    standing, board, held = before.standing, before.board, before.held
-    entry_id = standing.entry_id
+    board, held, entry_id = before.board, before.held, standing.entry_id
     by_entry = {**held.by_entry, entry_id: held.by_entry[entry_id] - 1}
     entries = [
         replace(e, worked_on=e.worked_on + 1, floor=floor, in_progress=by_entry[entry_id])
@@ -216,14 +211,14 @@ def after_discard(before: Situation, progress: Mapping[str, int], floor: int) ->
         else e
         for e in board.entries
     ]
-    return Situation(standing._replace(**progress), replace(board, entries=entries), replace(held, by_entry=by_entry))
+    return Situation(standing, replace(board, entries=entries), replace(held, by_entry=by_entry))
 
 
-def positions_of(rows: Sequence[Any]) -> tuple[set[int], set[int]]:
-    """Of the rows of TAKEN: the positions that are consumed, and those that are leased."""
+def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int], set[int]]:
+    """From the floor on: those that are consumed, and those that are leased."""
     consumed: set[int] = set()
     leased: set[int] = set()
-    for position, state in rows:
+    for position, state in _TAKEN.all(tx, of_entry=entry_id, from_position=floor):
         (consumed if state in CONSUMED else leased).add(position)
     return consumed, leased
 
@@ -234,9 +229,9 @@ def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> 
     if entry_id is None:
         return floor
     if position == floor:
-        consumed, _ = positions_of(TAKEN.all(tx, of_entry=entry_id, from_position=floor))
+        consumed, _ = taken_positions(tx, entry_id, floor)
         floor = rules.advance_floor(floor, consumed)
-    WORKED.write(tx, of_entry=entry_id, new_floor=floor)
+    _WORKED.write(tx, of_entry=entry_id, new_floor=floor)
     return floor
 
 
