@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from typing import Any
 
-from orchestrator import checkpoints
+from orchestrator import checkpoints, rules
 from orchestrator.errors import CheckpointError
 from orchestrator.run import Run
 
@@ -47,11 +47,13 @@ def _files(run: Run, tables: dict[str, list[dict[str, Any]]]) -> list[str]:
                 found.append(f"1: the record of {checkpoint['file']} differs from the database")
     if sum(e["on_board"] for e in tables["entry"]) > run.settings.num_models:
         found.append("1: more entries than slots")
-    referenced, _ = run.leaderboard.reader.references()
+    referenced, live = run.leaderboard.reader.references()
     found += [f"6: {name} is referred to and missing" for name in referenced if not (folder / name).exists()]
     checkpoints.collect(folder, run.leaderboard.reader.references)
     keep = {n for f in referenced for n in (f, f.removesuffix(".pt") + ".json")}
-    found += [f"6: {p.name} was not collected" for p in folder.iterdir() if p.name not in keep]
+    # A claim whose job was killed is live until somebody looks: what it was writing stays until then.
+    left = [p.name for p in folder.iterdir() if p.name not in keep and rules.generation_of(p.name) not in live]
+    found += [f"6: {name} was not collected" for name in left]
     return found
 
 
