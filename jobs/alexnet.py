@@ -23,7 +23,7 @@ from jobs.decode_cache import Decoded, decoded
 from jobs.decoded import DecodedImages
 from jobs.job import Job, JobContext, JobError, Split, local_path
 from jobs.pretrained import IMAGENET, read_weights, weights_file
-from orchestrator.records import counted
+from orchestrator.messages import counted
 from orchestrator.settings import Strict
 
 LAYERS = {"features": 13, "classifier": 7}

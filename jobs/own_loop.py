@@ -20,7 +20,8 @@ from jobs.observer import Observer, Unobserved
 from jobs.ranks import ALONE, Alone
 from jobs.states import FORMAT, read, why_unreadable
 from jobs.training import Session, resume_random_state
-from orchestrator.records import EpochResult, Finished, Interrupted, Work, counted
+from orchestrator.messages import counted
+from orchestrator.records import EpochResult, Finished, Interrupted, Work
 
 
 def checked_state(state: Any) -> Mapping[str, Any]:

@@ -26,7 +26,8 @@ from jobs.opening import has_own_loop, load_job, set_up
 from jobs.training import Session
 from orchestrator import rules
 from orchestrator.imports import look_first_in
-from orchestrator.records import EpochResult, Interrupted, Profile, Work, counted
+from orchestrator.messages import counted
+from orchestrator.records import EpochResult, Interrupted, Profile, Work
 from orchestrator.settings import Settings
 
 REFERENCE, RESUMED = "reference", "resumed"  # folders of states, each file named after the steps before it

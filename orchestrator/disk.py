@@ -11,7 +11,7 @@ from typing import IO
 
 from orchestrator import checkpoints, rules
 from orchestrator.errors import NoSpaceError, SettingsError
-from orchestrator.records import counted
+from orchestrator.messages import counted
 from orchestrator.settings import Settings
 
 GB = 1e9

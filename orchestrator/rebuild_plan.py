@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from orchestrator import rules
 from orchestrator.checkpoints import SUFFIX
 from orchestrator.errors import CheckpointError
-from orchestrator.records import Entry, Metric, Profile, Promote, counted
+from orchestrator.messages import counted
+from orchestrator.records import Entry, Metric, Profile, Promote
 
 # No claim after the repair has a generation that one before it may have had, though it left no file: a worker that
 # was taken for dead must find its writes refused. More than a run claims between two checkpoints.

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Mode = Literal["max", "min"]
+LockKind = Literal["flock", "soft"]
+WantedLock = Literal["auto", "flock", "soft"]  # the setting "lock"
 
 
 class RunState(StrEnum):
@@ -230,11 +232,6 @@ class Job:
     def base(self) -> str:
         """The submission that it came with; names its folder on Slurm, and the beginning of it on this machine."""
         return base_of(self.token)
-
-
-def counted(count: int, one: str, many: str | None = None) -> str:
-    """As people say it: 1 epoch, 2 epochs."""
-    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def base_of(token: str) -> str:

@@ -23,8 +23,9 @@ from orchestrator.leaderboard import DATABASE_NAME, Leaderboard
 from orchestrator.leaderboard.engine import Database, journal_of
 from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, open_jobs, run_row
 from orchestrator.leaderboard.rebuild import Origin, rebuild
+from orchestrator.messages import counted, iso
 from orchestrator.rebuild_plan import Plan, Record
-from orchestrator.records import Evidence, counted
+from orchestrator.records import Evidence
 from orchestrator.settings import Settings
 from orchestrator.trust import SETTINGS_NAME
 
@@ -285,7 +286,7 @@ def _origin(
         times = [r.created_at for r in records] + [path.stat().st_mtime for path in (folder / "jobs").glob("*")]
         launched_at, import_paths = min(times, default=now), [str(Path.cwd())]
         notes.append(
-            f"no record tells when the run was launched and where its job's module is: {_iso(launched_at)} and "
+            f"no record tells when the run was launched and where its job's module is: {iso(launched_at)} and "
             f"{import_paths[0]} (the current folder) are taken for it"
         )
     local = settings.executor == "local"
@@ -294,10 +295,6 @@ def _origin(
     text = settings_module.freeze(settings)
     deadline = launched_at + settings.total_lifetime
     return Origin(settings.name, text, import_paths, launched_at, deadline, devices), notes
-
-
-def _iso(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
 
 
 def _rebuild_file(database: Database, origin: Origin, plan: Plan, stamp: str, report: Report, now: float) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from orchestrator.messages import counted
 from orchestrator.records import (
     ChunkState,
     Discard,
@@ -28,7 +29,6 @@ from orchestrator.records import (
     Worker,
     WorkOn,
     base_of,
-    counted,
 )
 
 # A chunk is expected to take at most so much longer than the mean of those before it.

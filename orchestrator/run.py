@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from orchestrator.errors import RunError, SettingsError, StaleClaimError, Submis
 from orchestrator.leaderboard import CONNECT_FOR_S, DATABASE_NAME, Leaderboard
 from orchestrator.leaderboard.engine import Database
 from orchestrator.mending import reconcile
+from orchestrator.messages import iso
 from orchestrator.records import Evidence, JobState, RunState, Snapshot
 from orchestrator.run_folders import is_run, without_its_files
 from orchestrator.settings import Settings
@@ -369,8 +369,3 @@ def _refuse_two_locks(settings: Settings, leaderboard: Leaderboard) -> None:
             "two kinds at once are none. End all processes of the run, then put "
             f'"kind": "{settings.lock}" into {record}'
         )
-
-
-def iso(at: float | None) -> str | None:
-    """A time for people and JSON: ISO 8601, UTC, to the second."""
-    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")

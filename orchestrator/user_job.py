@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import checkpoints
 from orchestrator.errors import DamagedCheckpointError, JobSpecError, OrchError, RunError
 from orchestrator.imports import look_first_in
-from orchestrator.records import counted
+from orchestrator.messages import counted
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from orchestrator.errors import (
 )
 from orchestrator.leaderboard import Leaderboard
 from orchestrator.mending import reconcile
+from orchestrator.messages import counted
 from orchestrator.records import (
     Candidate,
     Claim,
@@ -38,7 +39,6 @@ from orchestrator.records import (
     Over,
     Started,
     Work,
-    counted,
 )
 from orchestrator.settings import Settings, thaw
 

@@ -11,7 +11,7 @@ import typer
 
 from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, has_jobs, print_json
 from orchestrator.errors import LeaderboardError
-from orchestrator.records import counted
+from orchestrator.messages import counted
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunArgument, RunsDir, open_run, print_json
-from orchestrator.records import counted
+from orchestrator.messages import counted
 
 
 def register(app: typer.Typer) -> None:

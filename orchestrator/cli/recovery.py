@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, open_run, print_json
-from orchestrator.records import counted
+from orchestrator.messages import counted
 
 if TYPE_CHECKING:
     from orchestrator.repair import Report

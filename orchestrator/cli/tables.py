@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.records import counted
+from orchestrator.messages import counted
 
 
 def _table(title: str | None = None) -> Table:

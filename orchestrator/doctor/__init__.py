@@ -27,8 +27,8 @@ from orchestrator.doctor.slurm_rules import judge_slurm
 from orchestrator.doctor.two_node import Proof
 from orchestrator.errors import SettingsError
 from orchestrator.lock_proof import LockKind
+from orchestrator.messages import counted
 from orchestrator.profile_settings import ProfileSettings
-from orchestrator.records import counted
 from orchestrator.settings import Settings, SlurmSettings, load
 
 __all__ = ["Finding", "examine", "exit_code"]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.doctor.findings import Finding
+from orchestrator.messages import counted
 
 TOPIC = "limits"
 Row = Mapping[str, str]  # of sacctmgr, by column; an empty value is no limit
@@ -117,7 +118,7 @@ def judge_submission(limits: Sequence[Limit], workers: int, others: int, enforce
 
 def _roomy(limits: Sequence[Limit], workers: int) -> str:
     least = min(limits, key=lambda limit: limit.jobs, default=None)
-    needed = f"{_count(workers, 'worker')} and as many successors"
+    needed = f"{counted(workers, 'worker')} and as many successors"
     return f"{least}: enough for {needed}" if least else f"no limit on submitted jobs is known: {needed} may be queued"
 
 
@@ -125,18 +126,18 @@ def _judge_one(limit: Limit, workers: int, others: int) -> Finding | None:
     raise_it = f"have {limit.name} raised to {2 * workers}"
     another = "use another slurm.qos or slurm.account"
     if limit.jobs < workers:
-        what = f"{limit}: {_count(workers, 'worker')} can't be queued"
+        what = f"{limit}: {counted(workers, 'worker')} can't be queued"
         fewer = f"set workers to {limit.jobs} at most, " if limit.jobs else ""
         return Finding("error", TOPIC, what, f"{fewer}{another}, or {raise_it}")
     if limit.jobs - others < workers:
         what = (
-            f"{limit}, and {_count(others, 'other job')} of yours count: {_count(workers, 'worker')} have no room now"
+            f"{limit}, and {counted(others, 'other job')} of yours count: {counted(workers, 'worker')} have no room now"
         )
         return Finding("warning", TOPIC, what, f"wait for those jobs or cancel them, {another}, or {raise_it}")
     if limit.jobs - others < 2 * workers:
         half = (limit.jobs - others) // 2
         fewer = f"set workers to {half} at most, " if half else ""
-        what = f"{limit}: it has room for {_count(workers, 'worker')}, but {LATER}"
+        what = f"{limit}: it has room for {counted(workers, 'worker')}, but {LATER}"
         return Finding("warning", TOPIC, what, f"{fewer}{another}, or {raise_it}; it works as it is, too")
     return None
 
@@ -191,7 +192,3 @@ def _gpus(tres: str) -> int | None:
     """Of a list such as "cpu=64,gres/gpu=4"."""
     pairs = (pair.partition("=") for pair in tres.split(","))
     return next((number(value) for key, _, value in pairs if key == "gres/gpu"), None)
-
-
-def _count(many: int, noun: str) -> str:
-    return f"{many} {noun}{'' if many == 1 else 's'}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.cluster.sbatch import GRACE_S, Request, minutes
 from orchestrator.doctor.findings import Finding, Level, worst
+from orchestrator.messages import counted
 
 TOPIC = "partition"
 # sinfo's words for nodes that run no job now, and may again; a suffix such as * or ~ tells more.
@@ -160,18 +161,14 @@ def _judge_one(
         limit = max_minutes(row)
         most = f"at most {limit} min" if limit else "no time limit"
         found.insert(
-            0, Finding("ok", TOPIC, f"{name} is up: {_few(len(mine), 'node')}, {most}; {_asked(request, need)} fits")
+            0, Finding("ok", TOPIC, f"{name} is up: {counted(len(mine), 'node')}, {most}; {_asked(request, need)} fits")
         )
     return found
 
 
-def _few(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def _asked(request: Request, need: Need) -> str:
-    parts = [f"{request.time_min} min", _few(need.cpus, "CPU")]
-    parts += [_few(need.gpus, "GPU")] if need.gpus else []
+    parts = [f"{request.time_min} min", counted(need.cpus, "CPU")]
+    parts += [counted(need.gpus, "GPU")] if need.gpus else []
     parts += [f"{need.memory_mb} MB"] if need.memory_mb else []
     return "a job of " + ", ".join(parts)
 

@@ -11,15 +11,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from orchestrator import rules
 from orchestrator.leaderboard.engine import Database
-from orchestrator.leaderboard.links import (
-    OPEN,
-    add_link,
-    close_link,
-    count_failure,
-    expire_claims,
-    settle,
-    stop_worker,
-)
+from orchestrator.leaderboard.links import OPEN, add_link, close_link, count_failure, expire_claims, settle, stop_worker
 from orchestrator.leaderboard.moves import (
     JOB_ENDED,
     JOB_GONE,

@@ -24,8 +24,8 @@ from orchestrator.cluster.slurm import SlurmCluster
 from orchestrator.doctor.partition import need_of
 from orchestrator.entry import job_main
 from orchestrator.errors import SettingsError
+from orchestrator.messages import iso
 from orchestrator.profile_settings import ProfileSettings
-from orchestrator.run import iso
 from orchestrator.settings import AMENDABLE, Settings, SlurmSettings, amend, difference, freeze, load, thaw
 from tests.fuzzing import ODD_TEXT, SECRET, VERBATIM, examples, json_values, mutate, odd_scalars, to_json
 

@@ -10,6 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator import rules
+from orchestrator.messages import counted
 from orchestrator.records import (
     Claim,
     Discard,
@@ -26,7 +27,6 @@ from orchestrator.records import (
     StopRules,
     Worker,
     WorkOn,
-    counted,
 )
 
 ACCURACY = Metric("accuracy", "max")
