@@ -26,7 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # document
 from jobs.batches import part
 from jobs.data import hash_seed, seed_all
 from jobs.job import JobError
-from orchestrator import checkpoints
+from orchestrator.files import atomic
 
 HOST = "127.0.0.1"  # all ranks are on one node
 MEETING_S = 300.0  # for every rank to have started; torch from a cold network folder takes minutes
@@ -254,7 +254,7 @@ def meet(rank: int, count: int, place: Path, meeting_s: float = MEETING_S, step_
             store = TCPStore(
                 HOST, port, None, True, patience, wait_for_workers=False, master_listen_fd=listener.detach()
             )
-            checkpoints.publish(place, lambda target: target.write(str(port).encode()))
+            atomic.publish(place, lambda target: target.write(str(port).encode()))
         else:
             store = TCPStore(HOST, _port(place, meeting_s), None, False, patience)
         store.set(f"here {rank}", "")

@@ -14,9 +14,9 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from orchestrator import trust
 from orchestrator.cluster import Place, this_place
 from orchestrator.cluster.local import gpus, this_process
+from orchestrator.files import permissions
 from orchestrator.imports import look_first_in
 from orchestrator.leaderboard.engine import JOB_CONNECTS_FOR_S
 from orchestrator.run import Run
@@ -55,7 +55,7 @@ def leave() -> NoReturn:
 
 
 def _work(run_folder: str, worker_id: int) -> str:
-    trust.use_umask(Path(run_folder))
+    permissions.use_umask(Path(run_folder))
     stop = StopFlag()
     stop.listen()  # followers too, which do nothing about it: rank 0 says when to stop
     place = this_place()

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator import checkpoints, disk, rules, trust
+from orchestrator import rules
 from orchestrator.errors import CheckpointError
+from orchestrator.files import checkpoints, disk_budget, run_folder
 from orchestrator.run import Run
 
 KINDS = ("checkpoints", "temporary files", "job folders", "curves", "dead launches")
@@ -38,7 +39,7 @@ class Report:
 
     def take(self, kind: str, path: Path) -> None:
         """Delete a file or folder, and count it. What has gone by itself counts nothing."""
-        size = disk.used_bytes(path)
+        size = disk_budget.used_bytes(path)
         if not self.dry_run:
             try:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -124,7 +125,7 @@ def _dead_launches(folder: Path, now: float) -> list[Path]:
         match = name.fullmatch(path.name)
         if match is None or not path.is_dir() or psutil.pid_exists(int(match[1])):
             continue
-        ours = all(inside.name in trust.PARTS or inside.name.startswith("orch.db") for inside in path.iterdir())
+        ours = all(inside.name in run_folder.PARTS or inside.name.startswith("orch.db") for inside in path.iterdir())
         if ours and now - _touched(path) > ORPHANED_S:
             found.append(path)
     return sorted(found)

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.checkpoints import publish
 from orchestrator.errors import LockError
+from orchestrator.files.atomic import publish
 from orchestrator.lock_proof import LOCKS, LockKind, prove, sqlite_locks_work
 from orchestrator.locks import LOCK_TIMEOUT_S, FairFileLock, lock_path
 from orchestrator.mounts import LockFacts, Mount, lock_facts, mount_here

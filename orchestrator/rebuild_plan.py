@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from orchestrator import rules
-from orchestrator.checkpoints import SUFFIX
 from orchestrator.errors import CheckpointError
+from orchestrator.files.checkpoints import SUFFIX
 from orchestrator.messages import counted
 from orchestrator.records import Entry, Metric, Profile, Promote
 

@@ -14,12 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoints, lock_choice, rebuild_plan, rules, trust
+from orchestrator import lock_choice, rebuild_plan, rules
 from orchestrator import settings as settings_module
 from orchestrator.cluster import open_cluster
 from orchestrator.cluster.local import gpus_of
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, RunError, SettingsError
-from orchestrator.leaderboard import DATABASE_NAME, Leaderboard
+from orchestrator.files import atomic, checkpoints, permissions
+from orchestrator.files.run_folder import DATABASE_NAME, SETTINGS_NAME
+from orchestrator.leaderboard import Leaderboard
 from orchestrator.leaderboard.engine import Database, journal_of
 from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, open_jobs, run_row
 from orchestrator.leaderboard.rebuild import Origin, rebuild
@@ -27,7 +29,6 @@ from orchestrator.messages import counted, iso
 from orchestrator.rebuild_plan import Plan, Record
 from orchestrator.records import Evidence
 from orchestrator.settings import Settings
-from orchestrator.trust import SETTINGS_NAME
 
 PARTS = ("checkpoints", "jobs", "logs")
 
@@ -62,7 +63,7 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> Report:
     database can't be looked at, or was written by another version.
     """
     folder = folder.absolute()
-    trust.check(folder)
+    permissions.check(folder)
     written, trouble = _settings(folder)
     place = (written.database, written.database_schema) if written else (None, None)
     database = Database(place[0], folder, place[1])
@@ -153,7 +154,7 @@ def _mend(folder: Path, board: Leaderboard, trouble: str, report: Report, now: f
 
 
 def _write_settings(folder: Path, text: str) -> None:
-    checkpoints.publish(folder / SETTINGS_NAME, lambda target: target.write(f"{text}\n".encode()))
+    atomic.publish(folder / SETTINGS_NAME, lambda target: target.write(f"{text}\n".encode()))
 
 
 # --- are its jobs alive?
@@ -163,7 +164,7 @@ def _refuse_if_alive(folder: Path, settings: Settings, database: Database, force
     """Raises RunError if jobs of the run are alive, or, without force, if that can't be known."""
     from orchestrator.cluster import remains
 
-    owner = trust.owner(folder)
+    owner = permissions.owner(folder)
     if owner is not None:
         raise RunError(f"the jobs of this run are {owner}'s: only {owner} can know that none is alive, and repair it")
     alive, unknown = _known_jobs(folder, settings, database)
@@ -320,7 +321,7 @@ def _rebuild_file(database: Database, origin: Origin, plan: Plan, stamp: str, re
             if before:
                 _keep(file, kept, report)
             new.rename(file)
-            checkpoints.sync_folder(file.parent)
+            atomic.sync_folder(file.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

@@ -11,19 +11,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from orchestrator import checkpoints, lock_choice, rules, trust
+from orchestrator import lock_choice, rules
 from orchestrator import settings as settings_module
 from orchestrator.cluster import Cluster, open_cluster
 from orchestrator.cluster.bystander import Bystander
 from orchestrator.errors import RunError, SettingsError, StaleClaimError, SubmissionError
-from orchestrator.leaderboard import CONNECT_FOR_S, DATABASE_NAME, Leaderboard
+from orchestrator.files import atomic, checkpoints, permissions
+from orchestrator.files.run_folder import DATABASE_NAME, SETTINGS_NAME, is_run, without_its_files
+from orchestrator.leaderboard import CONNECT_FOR_S, Leaderboard
 from orchestrator.leaderboard.engine import Database
 from orchestrator.mending import reconcile
 from orchestrator.messages import iso
 from orchestrator.records import Evidence, JobState, RunState, Snapshot
-from orchestrator.run_folders import is_run, without_its_files
 from orchestrator.settings import Settings
-from orchestrator.trust import SETTINGS_NAME
 from orchestrator.worker import Ending, StopFlag
 
 HOLDABLE = (RunState.ACTIVE, RunState.PAUSED, RunState.DRAINING, RunState.CANCELLED, RunState.FAILED)
@@ -48,7 +48,7 @@ class Run:
             from orchestrator.entry import job_main
 
             cluster = open_cluster(self.settings.executor or "local", self.settings, self.folder, job_main)
-            owner = trust.owner(self.folder)
+            owner = permissions.owner(self.folder)
             self._cluster = cluster if owner is None else Bystander(cluster, owner)
         return self._cluster
 
@@ -83,20 +83,20 @@ class Run:
         with ExitStack() as undo:  # what is made here is gone again if the rest fails
             undo.callback(shutil.rmtree, building, ignore_errors=True)
             try:
-                trust.make_folder(building, settings.group)
-                with trust.files_of(building):
+                permissions.make_folder(building, settings.group)
+                with permissions.files_of(building):
                     for part in ("checkpoints", "jobs", "logs"):
                         (building / part).mkdir()
                     settings = _with_lock(settings, building, undo)
                     frozen = settings_module.freeze(settings)
-                    checkpoints.publish(building / SETTINGS_NAME, lambda file: file.write(f"{frozen}\n".encode()))
+                    atomic.publish(building / SETTINGS_NAME, lambda file: file.write(f"{frozen}\n".encode()))
                     place = (building, settings.database, settings.database_schema)
                     deadline = now + settings.total_lifetime
                     Leaderboard.create(*place, settings.name, frozen, import_paths, now, deadline)
                     undo.callback(Leaderboard.discard, *place, own_schema)
-                checkpoints.sync_folder(building)
+                atomic.sync_folder(building)
                 building.rename(folder)  # the run is there from here on, and whole
-                checkpoints.sync_folder(runs_dir)
+                atomic.sync_folder(runs_dir)
             except OSError as error:
                 if folder.exists():
                     raise RunError(f"{folder} was made by another launch just now; launch again to go on") from error
@@ -111,7 +111,7 @@ class Run:
     def open(cls, folder: Path, connect_for_s: float = CONNECT_FOR_S) -> Run:
         """connect_for_s: see Database. Raises RunError if there is no run in folder or strangers may write to it,
         LeaderboardError if its database can't be used."""
-        trust.check(folder)
+        permissions.check(folder)
         path = folder / SETTINGS_NAME
         place: tuple[str | None, str | None] = (None, None)
         try:
@@ -127,7 +127,7 @@ class Run:
             raise RunError(f"{path}: {error}. {advice}") from error
         leaderboard = Leaderboard.open(folder, *place, settings_module.load_policy, connect_for_s)
         if leaderboard.database.file:
-            trust.check(folder, leaderboard.database.file)
+            permissions.check(folder, leaderboard.database.file)
         text, version = leaderboard.reader.settings()
         settings = settings_module.thaw(text)
         _refuse_two_locks(settings, leaderboard)
@@ -224,7 +224,7 @@ class Run:
         chains = self.leaderboard.chains
         deadline = chains.snapshot(self.settings.metric.mode).created_at + amended.total_lifetime
         surplus = chains.amend(frozen, deadline, amended.workers, "; ".join(changes), now)
-        checkpoints.publish(self.folder / SETTINGS_NAME, lambda target: target.write(f"{frozen}\n".encode()))
+        atomic.publish(self.folder / SETTINGS_NAME, lambda target: target.write(f"{frozen}\n".encode()))
         self.settings, self.version, self._cluster = amended, self.version + 1, None
         trouble = self.cluster.cancel(surplus, now=True)
         if chains.snapshot(amended.metric.mode).state is RunState.ACTIVE:

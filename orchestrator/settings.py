@@ -13,12 +13,13 @@ from urllib.parse import parse_qs, urlsplit
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticSerializationError
 
-from orchestrator import rules, trust
+from orchestrator import rules
 from orchestrator.changes import changes
 from orchestrator.errors import SettingsError
 from orchestrator.explain import explain, shown
 from orchestrator.fields import MOST, Count, FilePath, Lifetime, Line, Size, Word
 from orchestrator.fields import Strict as Strict  # of job_params too: a job imports it from here
+from orchestrator.files import permissions
 from orchestrator.profile_settings import ProfileSettings, checked_logger, checked_loggers
 from orchestrator.records import Metric, Mode, Policy, Profile, StopRules
 from orchestrator.slurm_values import checked_additional, checked_setup, one_line
@@ -241,7 +242,7 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
     _check_round_trip(settings, source)
     if settings.group is not None:
         try:
-            trust.group_id(settings.group)
+            permissions.group_id(settings.group)
         except SettingsError as error:
             raise SettingsError(f"{source}: {error}") from error
     if settings.select_on == "test":

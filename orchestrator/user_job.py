@@ -15,8 +15,8 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import checkpoints
 from orchestrator.errors import DamagedCheckpointError, JobSpecError, OrchError, RunError
+from orchestrator.files import atomic, checkpoints
 from orchestrator.imports import look_first_in
 from orchestrator.messages import counted
 from orchestrator.settings import Settings
@@ -169,9 +169,9 @@ def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
         raise RunError(f"{error}. `orch repair {run.name}` takes it off the board; or choose another --rank") from error
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.publish(out, lambda target: export(source, target))
+        atomic.publish(out, lambda target: export(source, target))
         text = json.dumps({"run": run.name, "job": run.settings.job, **entry}, indent=2)
-        checkpoints.publish(out.with_suffix(".json"), lambda target: target.write(text.encode()))
+        atomic.publish(out.with_suffix(".json"), lambda target: target.write(text.encode()))
     except JobError as error:  # a job with a loop of its own may keep what is no model
         raise JobSpecError(f"job {run.settings.job}: {error}") from error
     except OSError as error:

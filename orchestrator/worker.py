@@ -13,8 +13,7 @@ from typing import IO, Protocol
 
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
-from orchestrator import checkpoints, disk, rules
-from orchestrator.checkpoints import Written
+from orchestrator import rules
 from orchestrator.cluster import Cluster
 from orchestrator.errors import (
     CheckpointError,
@@ -25,6 +24,8 @@ from orchestrator.errors import (
     StaleClaimError,
     SubmissionError,
 )
+from orchestrator.files import checkpoints, disk_budget
+from orchestrator.files.checkpoints import Written
 from orchestrator.leaderboard import Leaderboard
 from orchestrator.mending import reconcile
 from orchestrator.messages import counted
@@ -375,7 +376,7 @@ class Worker:
             self._origin = self.leaderboard.reader.origin()
         if self.settings.max_disk_gb is not None:
             references = self.leaderboard.reader.references
-            disk.make_room(self.folder, self.settings.max_disk_gb, references, self._trainer.save)
+            disk_budget.make_room(self.folder, self.settings.max_disk_gb, references, self._trainer.save)
         return checkpoints.write(
             self.files,
             claim.file_stem,

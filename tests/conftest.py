@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from orchestrator import trust
+from orchestrator.files import permissions
 from tests import postgres
 from tests.storage import Storage
 
@@ -21,7 +21,7 @@ def _own_umask() -> Iterator[None]:
     os.umask(before)
     yield
     os.umask(before)
-    trust._users.clear()
+    permissions._users.clear()
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import itertools
 from collections import defaultdict
 from typing import Any
 
-from orchestrator import checkpoints, rules
+from orchestrator import rules
 from orchestrator.errors import CheckpointError
+from orchestrator.files import checkpoints
 from orchestrator.run import Run
 
 CONSUMED = ("promoted", "discarded")

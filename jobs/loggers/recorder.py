@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jobs.loggers.logger import LEARNING_RATE, TRAIN_LOSS, Logger, Points, Series
-from orchestrator import checkpoints
+from orchestrator.files import checkpoints
 from orchestrator.records import EpochResult, Work
 
 EVERY_S = 10.0  # points are handed over so often, and at the end of each epoch

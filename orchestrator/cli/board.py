@@ -73,16 +73,16 @@ def runs(runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
     """All runs, newest first."""
     from rich.console import Console
 
-    from orchestrator import trust
     from orchestrator.cli import tables
     from orchestrator.errors import OrchError
+    from orchestrator.files import permissions
+    from orchestrator.files.run_folder import all_runs
     from orchestrator.run import Run
-    from orchestrator.run_folders import all_runs
 
     rows = []
     for folder in all_runs(runs_dir):
         try:
-            with trust.files_of(folder):
+            with permissions.files_of(folder):
                 rows.append(Run.open(folder).summary())
         except OrchError as error:  # one damaged run must not hide the others
             rows.append({"run": folder.name, "state": "unreadable", "reason": str(error)})

@@ -50,9 +50,9 @@ def launch(
 
     First it proves on the runs' own file system that a lock holds there; if none does, nothing is started.
     """
-    from orchestrator import trust
+    from orchestrator.files import permissions
+    from orchestrator.files.run_folder import is_run
     from orchestrator.run import Run
-    from orchestrator.run_folders import is_run
     from orchestrator.user_job import check
 
     loaded, notes = _load(settings, set_ or [], workers, executor)
@@ -70,7 +70,7 @@ def launch(
         _print_plan(loaded, folder, existing is not None, needed_gb, json)
         return
     run = existing or Run.launch(loaded, runs_dir, import_paths)
-    trust.use_umask(run.folder)
+    permissions.use_umask(run.folder)
     for line in run.resume(time.time()) if existing else []:
         print(line, file=sys.stderr)
     workers_ = counted(run.settings.workers, "worker")
@@ -99,10 +99,10 @@ def _load(path: Path, overrides: list[str], workers: int | None, executor: str |
 
 def _disk(settings: Settings, folder: Path) -> float | None:
     """About how many GB the checkpoints will take, which the user is told; None where that is unknown."""
-    from orchestrator import disk
+    from orchestrator.files import disk_budget
     from orchestrator.user_job import checkpoint_bytes
 
-    needed_gb, lines = disk.demand(settings, checkpoint_bytes(settings), folder)
+    needed_gb, lines = disk_budget.demand(settings, checkpoint_bytes(settings), folder)
     for line in lines:
         print(line, file=sys.stderr)
     return needed_gb

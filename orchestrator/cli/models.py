@@ -64,11 +64,11 @@ def export(
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Write a model's weights, as `model.load_state_dict(torch.load(file))` takes them."""
-    from orchestrator import trust
+    from orchestrator.files import permissions
     from orchestrator.user_job import export_entry
 
     opened = open_run(run, runs_dir)
-    with trust.users_umask():
+    with permissions.users_umask():
         entry = export_entry(opened, rank, out)
     print(f"{out}: rank {rank}, score {entry['score']:.6g}, {counted(entry['epochs'], 'epoch')}")
     print(f"{out.with_suffix('.json')}: what it is and where it comes from")

@@ -23,12 +23,12 @@ DEFAULT_RUNS_DIR = Path("runs")
 
 
 def open_run(run: str | None, runs_dir: Path) -> Run:
-    from orchestrator import trust
+    from orchestrator.files import permissions
+    from orchestrator.files.run_folder import find_run
     from orchestrator.run import Run
-    from orchestrator.run_folders import find_run
 
     opened = Run.open(find_run(run, runs_dir))
-    trust.use_umask(opened.folder)
+    permissions.use_umask(opened.folder)
     return opened
 
 

@@ -39,12 +39,12 @@ def repair(
     A healthy database stays as it is; entries whose files are damaged leave the board. What is damaged is kept under
     another name. Refused while jobs of the run are alive.
     """
-    from orchestrator import trust
+    from orchestrator.files import permissions
+    from orchestrator.files.run_folder import find_run
     from orchestrator.repair import repair as repaired
-    from orchestrator.run_folders import find_run
 
     folder = find_run(run, runs_dir)
-    trust.use_umask(folder)
+    permissions.use_umask(folder)
     report = repaired(folder, dry_run, force, time.time())
     if json:
         print_json(asdict(report))
@@ -72,7 +72,7 @@ def gc(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False
     Checkpoints of no entry and no claim, temporary files, folders of old jobs (each chain's last three stay), curves of
     chunks that no model on the board comes from (after a day), and folders of launches that were killed.
     """
-    from orchestrator.disk import gb
+    from orchestrator.files.disk_budget import gb
     from orchestrator.gc import collect
 
     report = collect(open_run(run, runs_dir), dry_run, time.time())

@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 
-from orchestrator import trust
 from orchestrator.cluster import Entry
 from orchestrator.errors import SubmissionError
+from orchestrator.files import permissions
 from orchestrator.records import Evidence, Job, JobState, Submitted
 from orchestrator.settings import Settings
 
@@ -49,7 +49,7 @@ class LocalCluster:
 
         taken: list[Submitted] = []
         try:
-            with trust.files_of(self._run_folder):
+            with permissions.files_of(self._run_folder):
                 for job in jobs:
                     executor = submitit.LocalExecutor(self._run_folder / "jobs" / job.token)
                     # submitit counts from the start of the process, so the wait for the predecessor is included.

@@ -16,10 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import trust
 from orchestrator.cluster import Entry
 from orchestrator.cluster.sbatch import Request, advice, is_no_room, is_unreachable, refusal_of, request, too_short
 from orchestrator.errors import ClusterUnreachableError, NoRoomError, SettingsError, SubmissionError
+from orchestrator.files import permissions
 from orchestrator.records import Evidence, Job, Submitted
 from orchestrator.settings import Settings
 
@@ -86,7 +86,11 @@ class SlurmCluster:
                 "sbatch or srun is not on the PATH; is this a node of the cluster? Or --executor local"
             )
         quiet = redirect_stderr(io.StringIO())  # submitit repeats sbatch's words there
-        with _environment_for_submission(), quiet, trust.files_of(self._run_folder):  # sbatch takes the umask along
+        with (
+            _environment_for_submission(),
+            quiet,
+            permissions.files_of(self._run_folder),
+        ):  # sbatch takes the umask along
             try:
                 executor = self.executor(base, after)
                 taken = executor.map_array(self._entry, *zip(*self._arguments(jobs), strict=True))

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.checkpoints import publish
 from orchestrator.cluster.probe import ask_sbatch, job_names
 from orchestrator.doctor import hammer, machine
 from orchestrator.doctor.mounts import Mount, mount_here
 from orchestrator.errors import OrchError
+from orchestrator.files.atomic import publish
 from orchestrator.leaderboard.engine import Database
 from orchestrator.lock_proof import LOCKS, LockKind
 

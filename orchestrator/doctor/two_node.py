@@ -19,7 +19,7 @@ from orchestrator.doctor.hammer import judge_counts
 from orchestrator.doctor.machine import PythonFacts, judge_python
 from orchestrator.doctor.mounts import ELSEWHERE, lock_advice
 from orchestrator.errors import LeaderboardError, OrchError, SubmissionError
-from orchestrator.leaderboard import DATABASE_NAME
+from orchestrator.files.run_folder import DATABASE_NAME
 from orchestrator.lock_choice import Choice, write_record
 from orchestrator.lock_proof import LockKind
 from orchestrator.settings import Settings

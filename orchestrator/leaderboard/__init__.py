@@ -23,13 +23,13 @@ from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.board import Board
 from orchestrator.leaderboard.chains import Chains
-from orchestrator.leaderboard.engine import CONNECT_FOR_S, DATABASE_NAME, Database
+from orchestrator.leaderboard.engine import CONNECT_FOR_S, Database
 from orchestrator.leaderboard.health import check_version
 from orchestrator.leaderboard.moves import log_event
 from orchestrator.leaderboard.reader import Reader
 from orchestrator.records import Policy, RunState
 
-__all__ = ["CONNECT_FOR_S", "DATABASE_NAME", "Leaderboard"]
+__all__ = ["CONNECT_FOR_S", "Leaderboard"]
 
 
 class Leaderboard:

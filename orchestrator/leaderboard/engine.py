@@ -21,13 +21,13 @@ from sqlalchemy.schema import CreateSchema, DropSchema
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from orchestrator.errors import LeaderboardError
+from orchestrator.files.run_folder import DATABASE_NAME
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.statements import Statement
 from orchestrator.lock_choice import lock_of, read_record
 from orchestrator.mounts import is_local, mount_here
 from orchestrator.soft_lock import HeldError
 
-DATABASE_NAME = "orch.db"
 # Released by the server at the transaction's end, whatever ends it. Its waiters have a queue; those of a row's lock
 # have none: with 64 processes some waited for 3 s, and a third fewer chunks were done.
 _RUN_LOCK = Statement(select(func.pg_advisory_xact_lock(bindparam("key", type_=BigInteger))))

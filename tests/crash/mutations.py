@@ -11,7 +11,8 @@ from typing import IO, Any
 
 import sqlalchemy
 
-from orchestrator import checkpoints, rules
+from orchestrator import rules
+from orchestrator.files import atomic, checkpoints
 from orchestrator.leaderboard import board, engine, results
 from orchestrator.leaderboard.schema import chunk
 from orchestrator.records import ChunkState, Claim
@@ -24,13 +25,13 @@ def _no_sync_of_the_file() -> None:
         with open(temporary, "wb") as target:
             fill(target)
         os.rename(temporary, path)
-        checkpoints.sync_folder(path.parent)
+        atomic.sync_folder(path.parent)
 
-    checkpoints.publish = publish
+    atomic.publish = publish
 
 
 def _no_sync_of_the_folder() -> None:
-    checkpoints.sync_folder = lambda folder: None
+    atomic.sync_folder = lambda folder: None
 
 
 def _no_rename() -> None:
@@ -39,9 +40,9 @@ def _no_rename() -> None:
             fill(target)
             target.flush()
             os.fsync(target.fileno())
-        checkpoints.sync_folder(path.parent)
+        atomic.sync_folder(path.parent)
 
-    checkpoints.publish = publish
+    atomic.publish = publish
 
 
 def _no_sync_under(ending: bytes) -> Callable[[], None]:
@@ -80,7 +81,7 @@ def _evict_before_the_commit() -> None:
 
 def _record_before_the_file() -> None:
     """The board is told of a checkpoint that is still being written."""
-    publish = checkpoints.publish
+    publish = atomic.publish
     waiting: list[Callable[[], None]] = []
 
     def later(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
@@ -99,7 +100,7 @@ def _record_before_the_file() -> None:
 
         return early
 
-    checkpoints.publish = later
+    atomic.publish = later
     board.Board.record = after(board.Board.record)
     board.Board.record_and_claim = after(board.Board.record_and_claim)
 

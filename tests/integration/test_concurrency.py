@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import checkpoints
+from orchestrator.files import checkpoints
 from orchestrator.leaderboard import Leaderboard
 from orchestrator.records import Claim, Started
 from orchestrator.settings import Settings

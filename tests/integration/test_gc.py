@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator import disk, gc, rules
+from orchestrator import gc, rules
 from orchestrator.errors import LeaderboardError
+from orchestrator.files import disk_budget
 from orchestrator.run import Run
 from orchestrator.settings import load
 from tests.integration.test_local_chains import processes_of
@@ -280,7 +281,7 @@ def test_it_is_safe_while_two_workers_train(tmp_path: Path, runs_dir: Path) -> N
 def test_a_run_beyond_its_budget_gives_chunks_back_and_goes_on_when_it_may_take_more(tmp_path: Path) -> None:
     run = make_run(Storage(None), tmp_path / "run", executor="inline", max_disk_gb=1.0)
     work(run, [0.1, 0.2], size_bytes=300_000)
-    allowed = (disk.used_bytes(run.folder) + 200_000) / 1e9
+    allowed = (disk_budget.used_bytes(run.folder) + 200_000) / 1e9
     run.amend([f"max_disk_gb={allowed}"], time.time())
     before = board_of(run)
 

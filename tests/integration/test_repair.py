@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from orchestrator import checkpoints
 from orchestrator.cluster import remains
 from orchestrator.errors import LeaderboardError, OrchError, RunError, StaleClaimError
+from orchestrator.files import checkpoints
 from orchestrator.leaderboard.engine import is_damage
 from orchestrator.rebuild_plan import GENERATION_GAP
 from orchestrator.records import Candidate, EpochResult, Started

@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator import trust
 from orchestrator.cluster.bystander import Bystander
 from orchestrator.errors import RunError, SettingsError, SubmissionError
+from orchestrator.files import permissions
 from orchestrator.records import Evidence
 from orchestrator.run import Run
 from orchestrator.settings import Settings, load
@@ -133,10 +133,10 @@ def test_the_runs_folder_itself_is_made_as_the_user_makes_folders(tmp_path, umas
 
 
 def test_an_exported_model_has_the_rights_of_the_user_s_other_files(tmp_path, monkeypatch, umask):
-    monkeypatch.setattr(trust, "_users", [])
+    monkeypatch.setattr(permissions, "_users", [])
     umask(0o022)
-    trust.use_umask(tmp_path)
-    with trust.users_umask():
+    permissions.use_umask(tmp_path)
+    with permissions.users_umask():
         (tmp_path / "best.pt").touch()
     (tmp_path / "of-the-run").touch()
     modes = {path.name: f"{stat.S_IMODE(path.stat().st_mode):o}" for path in tmp_path.iterdir()}
@@ -145,7 +145,7 @@ def test_an_exported_model_has_the_rights_of_the_user_s_other_files(tmp_path, mo
 
 
 def test_a_file_system_that_keeps_no_rights_can_hold_no_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(trust, "PRIVATE", 0o777)  # what every folder of such a mount shows
+    monkeypatch.setattr(permissions, "PRIVATE", 0o777)  # what every folder of such a mount shows
     with pytest.raises(RunError, match="keeps no rights: choose another --runs-dir"):
         launched(tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
@@ -192,7 +192,7 @@ def as_nobody(script: str, *arguments: object) -> str:
     """Run it as user nobody, in the group that the run is shared with. Everything is imported before the change."""
     prologue = (
         "import os, sys, time, pathlib\n"
-        "import orchestrator.entry, orchestrator.run, orchestrator.trust as trust, orchestrator.cluster.local\n"
+        "import orchestrator.entry, orchestrator.run, orchestrator.cluster.local\n"
         "import submitit, sqlite3, sqlalchemy.dialects.sqlite.pysqlite, filelock, tests.slurm.quick\n"
         "from orchestrator.run import Run\n"
         "from orchestrator.errors import OrchError\n"
@@ -215,7 +215,7 @@ def test_a_colleague_in_the_group_reads_and_controls_and_one_outside_it_is_kept_
     run = launched(open_folder / "runs", group=group)
     script = "\n".join(
         [
-            "trust.use_umask(folder)",
+            "from orchestrator.files import permissions\npermissions.use_umask(folder)",
             "run = Run.open(folder)",
             "print(run.status()['state'], run.pause(time.time()), run.status()['state'])",
             "print(run.amend(['workers=3'], time.time()))",
@@ -274,7 +274,9 @@ def test_a_group_that_is_not_there_is_an_error_that_names_the_user_s_own(tmp_pat
 
 @needs_root
 def test_a_group_that_the_user_is_not_in_is_an_error(tmp_path):
-    said = as_nobody("try:\n    trust.group_id('root')\nexcept OrchError as error:\n    print(error)", 65534, tmp_path)
+    said = as_nobody(
+        "try:\n    permissions.group_id('root')\nexcept OrchError as error:\n    print(error)", 65534, tmp_path
+    )
     assert said.startswith("group: you are not in the group 'root'; yours are ")
 
 

@@ -18,8 +18,8 @@ from typing import IO
 
 import pytest
 
-from orchestrator import checkpoints
 from orchestrator.errors import CheckpointError, DamagedCheckpointError
+from orchestrator.files import atomic, checkpoints
 
 STEM = "g00000007-c00000003"
 FILE = f"{STEM}.pt"
@@ -43,7 +43,7 @@ def test_a_published_file_holds_what_was_filled_in(tmp_path, before):
     path = tmp_path / "file"
     if before is not None:
         path.write_bytes(before)
-    checkpoints.publish(path, save)
+    atomic.publish(path, save)
     assert path.read_bytes() == CONTENT
     assert names(tmp_path) == ["file"]
 
@@ -61,7 +61,7 @@ def test_a_file_that_could_not_be_filled_leaves_everything_as_it_was(tmp_path, b
         raise error("in the middle")
 
     with pytest.raises(error, match="in the middle"):
-        checkpoints.publish(path, fill)
+        atomic.publish(path, fill)
     assert names(tmp_path) == ([] if before is None else ["file"])
     assert before is None or path.read_bytes() == before
 
@@ -75,7 +75,7 @@ def test_nothing_is_seen_under_the_final_name_while_it_is_filled(tmp_path):
         target.flush()
         seen.append(names(tmp_path))
 
-    checkpoints.publish(path, fill)
+    atomic.publish(path, fill)
     assert seen == [[f".tmp-file-{os.getpid()}"]]
 
 
@@ -94,14 +94,14 @@ def test_every_byte_is_on_the_disk_before_the_name_and_the_name_before_the_retur
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
-    checkpoints.publish(tmp_path / "file", save)
+    atomic.publish(tmp_path / "file", save)
     assert done == [f"sync {len(CONTENT)} bytes", "rename", "sync the folder"]
 
 
 KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
-from orchestrator import checkpoints
+from orchestrator.files import checkpoints
 
 def fill(target):
     target.write(b"half of it")

@@ -18,8 +18,9 @@ from torch import nn
 from jobs.footprint import checkpoint_bytes
 from jobs.job import Job
 from jobs.opening import open_session
-from orchestrator import checkpoints, disk, rules, user_job
+from orchestrator import rules, user_job
 from orchestrator.errors import CheckpointError, NoSpaceError, SettingsError
+from orchestrator.files import checkpoints, disk_budget
 from orchestrator.records import Work
 from orchestrator.settings import Settings, load
 
@@ -45,13 +46,13 @@ def test_what_is_used_and_what_is_needed_fit_the_budget_or_not(used: int, needed
      (3_456_100_000_000, "3457")],
 )  # fmt: skip
 def test_a_size_is_shown_in_gb_to_three_digits(size_bytes: int, shown: str) -> None:
-    assert disk.gb(size_bytes) == shown
+    assert disk_budget.gb(size_bytes) == shown
 
 
 @given(st.integers(1, 10**15))
 def test_a_size_is_never_shown_smaller_than_it_is(size_bytes: int) -> None:
-    assert float(disk.gb(size_bytes)) * 1e9 >= size_bytes * (1 - 1e-12)
-    assert float(disk.gb(size_bytes)) * 1e9 <= size_bytes * 1.0101 or size_bytes > 999e9
+    assert float(disk_budget.gb(size_bytes)) * 1e9 >= size_bytes * (1 - 1e-12)
+    assert float(disk_budget.gb(size_bytes)) * 1e9 <= size_bytes * 1.0101 or size_bytes > 999e9
 
 
 # --- before a checkpoint is written
@@ -70,19 +71,19 @@ def never_called(target: IO[bytes]) -> None:
 def test_the_next_one_is_taken_to_be_as_large_as_the_largest_or_counted_if_there_is_none(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     files = tmp_path / "checkpoints"
-    assert disk.needed_bytes(files, lambda target: target.write(b"x" * 700)) == 700
+    assert disk_budget.needed_bytes(files, lambda target: target.write(b"x" * 700)) == 700
     write(tmp_path, 1, 300)
     write(tmp_path, 2, 200)
-    assert disk.needed_bytes(files, never_called) == 300
+    assert disk_budget.needed_bytes(files, never_called) == 300
 
 
 def test_files_that_nothing_refers_to_are_collected_only_where_they_are_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     held, garbage = write(tmp_path, 1, 1000), write(tmp_path, 2, 1000)
-    used = disk.used_bytes(tmp_path)
-    disk.make_room(tmp_path, (used + 1000) / 1e9, lambda: pytest.fail("there is room"), never_called)
+    used = disk_budget.used_bytes(tmp_path)
+    disk_budget.make_room(tmp_path, (used + 1000) / 1e9, lambda: pytest.fail("there is room"), never_called)
     assert (tmp_path / "checkpoints" / garbage).exists()
-    disk.make_room(tmp_path, (used + 999) / 1e9, lambda: ({held}, set()), never_called)
+    disk_budget.make_room(tmp_path, (used + 999) / 1e9, lambda: ({held}, set()), never_called)
     left = {path.suffix for path in (tmp_path / "checkpoints").iterdir() if path.stem == held.removesuffix(".pt")}
     assert left == {".pt", ".json"}
     assert not (tmp_path / "checkpoints" / garbage).exists()
@@ -93,8 +94,8 @@ def test_what_does_not_fit_is_an_error_that_says_how_much_would_do(tmp_path: Pat
     (run / "checkpoints").mkdir(parents=True)
     held = write(run, 1, 5_000_000)
     with pytest.raises(NoSpaceError, match=r"max_disk_gb is 0\.009: .* 0\.0101 GB in all\. `orch amend mine --set"):
-        disk.make_room(run, 0.009, lambda: ({held}, set()), never_called)
-    disk.make_room(run, 0.0101, lambda: ({held}, set()), never_called)
+        disk_budget.make_room(run, 0.009, lambda: ({held}, set()), never_called)
+    disk_budget.make_room(run, 0.0101, lambda: ({held}, set()), never_called)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_a_disk_that_takes_no_more_is_one_clear_error_and_nothing_is_left(
 
 
 def test_the_demand_counts_the_board_and_two_for_each_worker(tmp_path: Path) -> None:
-    needed, lines = disk.demand(settings(num_models=5, workers=3), 10**6, tmp_path / "runs" / "run")
+    needed, lines = disk_budget.demand(settings(num_models=5, workers=3), 10**6, tmp_path / "runs" / "run")
     assert needed == pytest.approx(0.011)
     assert lines == ["disk: about 0.0110 GB at most, for 11 checkpoints of about 0.00100 GB each"]
 
@@ -125,19 +126,19 @@ def test_the_demand_counts_the_board_and_two_for_each_worker(tmp_path: Path) -> 
 def test_a_budget_that_is_less_than_the_demand_is_refused_with_both_figures(tmp_path: Path) -> None:
     small = settings(num_models=5, workers=3, max_disk_gb=0.01)
     with pytest.raises(SettingsError, match=r"^max_disk_gb: 0\.01 is less than what the run needs, about 0\.0110:"):
-        disk.demand(small, 10**6, tmp_path)
-    assert disk.demand(settings(num_models=5, workers=3, max_disk_gb=0.011), 10**6, tmp_path)[0] is not None
+        disk_budget.demand(small, 10**6, tmp_path)
+    assert disk_budget.demand(settings(num_models=5, workers=3, max_disk_gb=0.011), 10**6, tmp_path)[0] is not None
 
 
 def test_less_free_space_than_the_demand_is_a_warning(tmp_path: Path) -> None:
-    _, lines = disk.demand(settings(), 10**17, tmp_path)
+    _, lines = disk_budget.demand(settings(), 10**17, tmp_path)
     assert lines[1].startswith(f"warning: {tmp_path} has ")
     assert lines[1].endswith(" GB free, less than the run needs")
 
 
 def test_where_a_checkpoint_s_size_is_unknown_it_says_so(tmp_path: Path) -> None:
     said = None, ["disk: unknown, since the job brings a trainer of its own"]
-    assert disk.demand(settings(max_disk_gb=1e-9), "the job brings a trainer of its own", tmp_path) == said
+    assert disk_budget.demand(settings(max_disk_gb=1e-9), "the job brings a trainer of its own", tmp_path) == said
 
 
 # --- how large a checkpoint is

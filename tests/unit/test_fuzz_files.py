@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchestrator import checkpoints, rules
+from orchestrator import rules
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, LockError
+from orchestrator.files import checkpoints
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.rebuild import Origin, rebuild
 from orchestrator.lock_choice import Choice, read_record, record_path

@@ -17,13 +17,13 @@ import submitit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import disk
 from orchestrator.cli.launch import _print_plan
 from orchestrator.cluster.sbatch import read_script, request
 from orchestrator.cluster.slurm import SlurmCluster
 from orchestrator.doctor.partition import need_of
 from orchestrator.entry import job_main
 from orchestrator.errors import SettingsError
+from orchestrator.files import disk_budget
 from orchestrator.messages import iso
 from orchestrator.profile_settings import ProfileSettings
 from orchestrator.settings import AMENDABLE, Settings, SlurmSettings, amend, difference, freeze, load, thaw
@@ -73,7 +73,7 @@ def check_usable(settings: Settings, place: Path) -> None:
     assert thaw(freeze(settings)) == settings
     settings.policy(1)
     assert iso(time.time() + settings.total_lifetime)
-    disk.demand(settings, 1000, place)
+    disk_budget.demand(settings, 1000, place)
     asked = request(settings, None)
     need_of(asked, settings.gpus_per_worker)
     on_slurm = settings.model_copy(update={"executor": "slurm", "slurm_file": None})

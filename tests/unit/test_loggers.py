@@ -20,7 +20,7 @@ from jobs.errors import JobError
 from jobs.loggers import Logger, Place, Points, Series, choice, recorder
 from jobs.loggers.logger import run_id
 from jobs.loggers.recorder import Recorder
-from orchestrator import checkpoints
+from orchestrator.files import checkpoints
 from orchestrator.records import EpochResult, Profile, Work
 
 PROFILE = Profile("fast", learning_rate=0.1, momentum=0.9, weight_decay=0.0)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO
 
-from orchestrator import checkpoints, rules
+from orchestrator import rules
 from orchestrator.errors import NoSpaceError, SettingsError
+from orchestrator.files import checkpoints
 from orchestrator.messages import counted
 from orchestrator.settings import Settings
 

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 from orchestrator import rules
 from orchestrator.errors import CheckpointError, DamagedCheckpointError
+from orchestrator.files.atomic import publish
 
 SUFFIX = ".pt"
 RECORD_SUFFIX = ".json"
@@ -100,30 +100,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def publish(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Make a whole file appear at path, durably. Raises OSError; then path is as it was."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as target:
-            fill(target)
-            target.flush()
-            os.fsync(target.fileno())
-        os.rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _is_name(file: str) -> bool:

@@ -16,11 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.errors import RunError, SettingsError
+from orchestrator.files.run_folder import PARTS, SETTINGS_NAME
 
 PRIVATE, SHARED = 0o700, 0o2770  # of the run folder; setgid: what is made in it belongs to its group
 PRIVATE_UMASK, SHARED_UMASK = 0o077, 0o007
-SETTINGS_NAME = "settings.json"
-PARTS = (SETTINGS_NAME, "orch.db", "orch.db.lock.json", "checkpoints", "jobs", "logs")
 _users: list[int] = []  # the umask that this process was started with, once it is changed for good
 
 

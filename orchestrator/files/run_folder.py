@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.errors import RunError
-from orchestrator.leaderboard import DATABASE_NAME
-from orchestrator.trust import SETTINGS_NAME
+
+SETTINGS_NAME = "settings.json"
+DATABASE_NAME = "orch.db"
+CHECKPOINTS, JOBS, LOGS = "checkpoints", "jobs", "logs"  # folders
+FOLDERS = (CHECKPOINTS, JOBS, LOGS)
+PARTS = (SETTINGS_NAME, DATABASE_NAME, f"{DATABASE_NAME}.lock.json", *FOLDERS)
 
 
 def all_runs(runs_dir: Path) -> list[Path]:
