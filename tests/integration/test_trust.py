@@ -196,6 +196,7 @@ def as_nobody(script: str, *arguments: object) -> str:
         "import submitit, sqlite3, sqlalchemy.dialects.sqlite.pysqlite, filelock, tests.slurm.quick\n"
         "from orchestrator.run import Run\n"
         "from orchestrator.errors import OrchError\n"
+        "from orchestrator.files import permissions\n"
         "os.setgroups([int(sys.argv[1])])\n"
         "os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)\n"
         "folder = pathlib.Path(sys.argv[2])\n"
@@ -215,7 +216,7 @@ def test_a_colleague_in_the_group_reads_and_controls_and_one_outside_it_is_kept_
     run = launched(open_folder / "runs", group=group)
     script = "\n".join(
         [
-            "from orchestrator.files import permissions\npermissions.use_umask(folder)",
+            "permissions.use_umask(folder)",
             "run = Run.open(folder)",
             "print(run.status()['state'], run.pause(time.time()), run.status()['state'])",
             "print(run.amend(['workers=3'], time.time()))",
