@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "slurm" / "devcluster")]
 from devcluster import DevCluster  # noqa: E402
 
 from orchestrator.run import Run  # noqa: E402
-from orchestrator.settings import Settings  # noqa: E402
+from orchestrator.settings.settings import Settings  # noqa: E402
 
 WORKERS = 2
 

@@ -19,7 +19,8 @@ from sqlalchemy import insert, text, update
 
 from orchestrator.leaderboard import Leaderboard, schema
 from orchestrator.records import Candidate, Claim, EpochResult, Started
-from orchestrator.settings import Settings, freeze, load_policy
+from orchestrator.settings.loading import freeze, load_policy
+from orchestrator.settings.settings import Settings
 
 BOARD = 5  # models on the board
 PROMOTED = 0.1  # of all chunks

@@ -33,7 +33,7 @@ from jobs.opening import open_session  # noqa: E402
 from jobs.speed import choose_precision  # noqa: E402
 from jobs.training import Session  # noqa: E402
 from orchestrator.records import EpochResult, Finished, Profile, Work  # noqa: E402
-from orchestrator.settings import load  # noqa: E402
+from orchestrator.settings.loading import load  # noqa: E402
 
 Say = Callable[[str], None]
 

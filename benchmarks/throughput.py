@@ -43,7 +43,7 @@ from jobs.opening import load_job, set_up  # noqa: E402
 from jobs.speed import Speed  # noqa: E402
 from jobs.training import Session  # noqa: E402
 from orchestrator.records import EpochResult, Profile, Work  # noqa: E402
-from orchestrator.settings import load  # noqa: E402
+from orchestrator.settings.loading import load  # noqa: E402
 
 CONTENDERS = ("orch", "plain", "plain-bf16")
 CLASSES = 8  # of the pictures that are drawn

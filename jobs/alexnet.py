@@ -24,7 +24,7 @@ from jobs.decoded import DecodedImages
 from jobs.job import Job, JobContext, JobError, Split, local_path
 from jobs.pretrained import IMAGENET, read_weights, weights_file
 from orchestrator.messages import counted
-from orchestrator.settings import Strict
+from orchestrator.settings.fields import Strict
 
 LAYERS = {"features": 13, "classifier": 7}
 

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from jobs.data import stratified
 from jobs.job import Job, JobError, Split
-from orchestrator.settings import Strict
+from orchestrator.settings.fields import Strict
 
 TEST_SHARE = 0.2
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from jobs import images
 from jobs.errors import JobError
 from jobs.job import Job, local_path
-from orchestrator.settings import Strict
+from orchestrator.settings.fields import Strict
 
 Count = Annotated[int, Field(ge=1)]
 Examples = tuple[Tensor, Tensor]  # images, uint8 (n, channels, height, width); targets, int64 (n,)

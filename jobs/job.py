@@ -25,8 +25,8 @@ from jobs import optimizers
 from jobs.batches import tensors
 from jobs.chunk import ChunkContext, ChunkInterrupted, ChunkResult
 from jobs.errors import JobError as JobError  # users take it from here
-from orchestrator.explain import explain
 from orchestrator.records import Profile
+from orchestrator.settings.explain import explain
 
 Split = Literal["train", "validation", "test"]
 

@@ -28,7 +28,7 @@ from orchestrator import rules
 from orchestrator.imports import look_first_in
 from orchestrator.messages import counted
 from orchestrator.records import EpochResult, Interrupted, Profile, Work
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 REFERENCE, RESUMED = "reference", "resumed"  # folders of states, each file named after the steps before it
 PLAN = "plan.json"

@@ -8,7 +8,7 @@ from orchestrator.cluster import Cluster
 from orchestrator.errors import SubmissionError
 from orchestrator.leaderboard import Leaderboard
 from orchestrator.records import Job, JobState, RunState
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 
 def reconcile(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import lock_choice, rebuild_plan, rules
-from orchestrator import settings as settings_module
 from orchestrator.cluster import open_cluster
 from orchestrator.cluster.local import gpus_of
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, RunError, SettingsError
@@ -28,7 +27,8 @@ from orchestrator.leaderboard.rebuild import Origin, rebuild
 from orchestrator.messages import counted, iso
 from orchestrator.rebuild_plan import Plan, Record
 from orchestrator.records import Evidence
-from orchestrator.settings import Settings
+from orchestrator.settings import loading
+from orchestrator.settings.settings import Settings, new_schema
 
 PARTS = ("checkpoints", "jobs", "logs")
 
@@ -72,7 +72,7 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> Report:
         (folder / part).mkdir(exist_ok=True)  # somebody may have deleted what was empty
     report = Report(folder.name, dry_run, str(health.condition), list(health.problems))
     if health.condition is Condition.HEALTHY:
-        board = Leaderboard.open(folder, *place, settings_module.load_policy)
+        board = Leaderboard.open(folder, *place, loading.load_policy)
         wrong = _entries_that_differ(folder, board)
         if not wrong:
             _mend(folder, board, trouble, report, now)
@@ -80,7 +80,7 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> Report:
         health = Health(Condition.DAMAGED, tuple(wrong))
         report.condition, report.problems = str(health.condition), wrong
     salvaged = _salvage(database)
-    written = written or (settings_module.thaw(salvaged.settings) if salvaged else None)
+    written = written or (loading.thaw(salvaged.settings) if salvaged else None)
     if written is None:
         raise RunError(
             f"{trouble}, and {'; '.join(health.problems)}. Put back the settings file that the run was launched with, "
@@ -95,7 +95,7 @@ def _settings(folder: Path) -> tuple[Settings | None, str]:
     """Of the run's folder, or why there are none."""
     path = folder / SETTINGS_NAME
     try:
-        return settings_module.thaw(path.read_text(encoding="utf-8")), ""
+        return loading.thaw(path.read_text(encoding="utf-8")), ""
     except (OSError, ValueError) as error:
         return None, f"{path} can't be read: {getattr(error, 'strerror', None) or error}"
     except SettingsError as error:
@@ -107,7 +107,7 @@ def _examine(database: Database) -> Health:
     health = examine(database)
     if health.condition is Condition.HEALTHY:
         try:
-            settings_module.thaw(Leaderboard(database, settings_module.load_policy).reader.settings()[0])
+            loading.thaw(Leaderboard(database, loading.load_policy).reader.settings()[0])
         except SettingsError as error:
             return Health(Condition.DAMAGED, (f"{database.name}: its settings are damaged: {error}",))
     return health
@@ -119,7 +119,7 @@ def _examine(database: Database) -> Health:
 def _entries_that_differ(folder: Path, board: Leaderboard) -> list[str]:
     """Entries whose file is as its record says, and the database says otherwise: a line for each."""
     lines = []
-    settings = settings_module.thaw(board.reader.settings()[0])
+    settings = loading.thaw(board.reader.settings()[0])
     entries = board.reader.entries(settings.metric.mode)
     if len(entries) > settings.num_models:
         lines.append(f"{len(entries)} entries are on the board, of {counted(settings.num_models, 'slot')}")
@@ -143,7 +143,7 @@ def _mend(folder: Path, board: Leaderboard, trouble: str, report: Report, now: f
         report.done.append(f"{SETTINGS_NAME} is written again from the database")
         if not report.dry_run:
             _write_settings(folder, text)
-    for entry in board.reader.entries(settings_module.thaw(text).metric.mode):
+    for entry in board.reader.entries(loading.thaw(text).metric.mode):
         try:
             checkpoints.verify(folder / "checkpoints", entry["file"], entry["sha256"])
         except DamagedCheckpointError as error:
@@ -208,7 +208,7 @@ def _salvage(database: Database) -> RunRow | None:
     """The run's row, where a damaged database still tells it, and its settings are some."""
     row = run_row(database)
     try:
-        return row if row and settings_module.thaw(row.settings) else None
+        return row if row and loading.thaw(row.settings) else None
     except SettingsError:
         return None
 
@@ -293,7 +293,7 @@ def _origin(
     local = settings.executor == "local"
     wanted = range(settings.workers)
     devices = gpus_of(wanted, settings.gpus_per_worker) if local else [None for _ in wanted]
-    text = settings_module.freeze(settings)
+    text = loading.freeze(settings)
     deadline = launched_at + settings.total_lifetime
     return Origin(settings.name, text, import_paths, launched_at, deadline, devices), notes
 
@@ -304,7 +304,7 @@ def _rebuild_file(database: Database, origin: Origin, plan: Plan, stamp: str, re
     assert file is not None, "not on a server"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not lock_choice.record_path(file).exists():
-        several = settings_module.thaw(origin.settings).executor == "slurm"
+        several = loading.thaw(origin.settings).executor == "slurm"
         lock_choice.write_record(file, lock_choice.choose(file.parent, several, _wanted(origin)))
     kept = file.with_name(f"{file.name}.damaged-{stamp}")
     journal = journal_of(file)
@@ -342,7 +342,7 @@ def _is_hot(journal: Path) -> bool:
 
 
 def _wanted(origin: Origin) -> lock_choice.Wanted:
-    return settings_module.thaw(origin.settings).lock
+    return loading.thaw(origin.settings).lock
 
 
 def _identity(file: Path) -> tuple[int, int, int] | None:
@@ -358,8 +358,8 @@ def _rebuild_on_server(
     folder: Path, settings: Settings, origin: Origin, plan: Plan, report: Report, now: float
 ) -> None:
     """Into a new schema: what is left of the old one stays as it is."""
-    moved = settings.model_copy(update={"database_schema": settings_module.new_schema(settings.name)})
-    text = settings_module.freeze(moved)
+    moved = settings.model_copy(update={"database_schema": new_schema(settings.name)})
+    text = loading.freeze(moved)
     kept = f"the schema {settings.database_schema}"
     renamed = Origin(origin.name, text, origin.import_paths, origin.launched_at, origin.deadline, origin.devices)
     rebuild(Database(moved.database, folder, moved.database_schema), renamed, plan, kept, now)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import lock_choice, rules
-from orchestrator import settings as settings_module
 from orchestrator.cluster import Cluster, open_cluster
 from orchestrator.cluster.bystander import Bystander
 from orchestrator.errors import RunError, SettingsError, StaleClaimError, SubmissionError
@@ -23,7 +22,8 @@ from orchestrator.leaderboard.engine import Database
 from orchestrator.mending import reconcile
 from orchestrator.messages import iso
 from orchestrator.records import Evidence, JobState, RunState, Snapshot
-from orchestrator.settings import Settings
+from orchestrator.settings import loading
+from orchestrator.settings.settings import Settings, is_server, new_schema
 from orchestrator.worker import Ending, StopFlag
 
 HOLDABLE = (RunState.ACTIVE, RunState.PAUSED, RunState.DRAINING, RunState.CANCELLED, RunState.FAILED)
@@ -75,9 +75,9 @@ class Run:
                 if is_run(folder)
                 else without_its_files(folder)
             )
-        own_schema = settings_module.is_server(settings.database) and settings.database_schema is None
+        own_schema = is_server(settings.database) and settings.database_schema is None
         if own_schema:
-            settings = settings.model_copy(update={"database_schema": settings_module.new_schema(settings.name)})
+            settings = settings.model_copy(update={"database_schema": new_schema(settings.name)})
         building = folder.with_name(f".{folder.name}-{os.getpid()}")
         now = clock()
         with ExitStack() as undo:  # what is made here is gone again if the rest fails
@@ -88,7 +88,7 @@ class Run:
                     for part in ("checkpoints", "jobs", "logs"):
                         (building / part).mkdir()
                     settings = _with_lock(settings, building, undo)
-                    frozen = settings_module.freeze(settings)
+                    frozen = loading.freeze(settings)
                     atomic.publish(building / SETTINGS_NAME, lambda file: file.write(f"{frozen}\n".encode()))
                     place = (building, settings.database, settings.database_schema)
                     deadline = now + settings.total_lifetime
@@ -115,7 +115,7 @@ class Run:
         path = folder / SETTINGS_NAME
         place: tuple[str | None, str | None] = (None, None)
         try:
-            written = settings_module.thaw(path.read_text(encoding="utf-8"))
+            written = loading.thaw(path.read_text(encoding="utf-8"))
             place = (written.database, written.database_schema)
         except FileNotFoundError as error:
             if not (folder / DATABASE_NAME).exists():  # which has the settings too
@@ -125,11 +125,11 @@ class Run:
         except SettingsError as error:
             advice = f"`orch repair {folder.absolute().name}` writes {path.name} again from the database"
             raise RunError(f"{path}: {error}. {advice}") from error
-        leaderboard = Leaderboard.open(folder, *place, settings_module.load_policy, connect_for_s)
+        leaderboard = Leaderboard.open(folder, *place, loading.load_policy, connect_for_s)
         if leaderboard.database.file:
             permissions.check(folder, leaderboard.database.file)
         text, version = leaderboard.reader.settings()
-        settings = settings_module.thaw(text)
+        settings = loading.thaw(text)
         _refuse_two_locks(settings, leaderboard)
         return cls(folder.absolute(), settings, leaderboard, version)
 
@@ -216,11 +216,11 @@ class Run:
 
         Raises SettingsError for what can't be changed or is not valid; then nothing is changed.
         """
-        amended = settings_module.amend(self.settings, overrides)
-        changes = settings_module.difference(self.settings, amended)
+        amended = loading.amend(self.settings, overrides)
+        changes = loading.difference(self.settings, amended)
         if not changes:
             return []
-        frozen = settings_module.freeze(amended)
+        frozen = loading.freeze(amended)
         chains = self.leaderboard.chains
         deadline = chains.snapshot(self.settings.metric.mode).created_at + amended.total_lifetime
         surplus = chains.amend(frozen, deadline, amended.workers, "; ".join(changes), now)

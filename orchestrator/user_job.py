@@ -19,7 +19,7 @@ from orchestrator.errors import DamagedCheckpointError, JobSpecError, OrchError,
 from orchestrator.files import atomic, checkpoints
 from orchestrator.imports import look_first_in
 from orchestrator.messages import counted
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.run import Run

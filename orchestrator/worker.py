@@ -41,7 +41,8 @@ from orchestrator.records import (
     Started,
     Work,
 )
-from orchestrator.settings import Settings, thaw
+from orchestrator.settings.loading import thaw
+from orchestrator.settings.settings import Settings
 
 INSIST_S = 300.0
 log = logging.getLogger("orch")

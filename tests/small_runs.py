@@ -15,7 +15,8 @@ from orchestrator.cluster.local import InlineCluster, host_name, this_process
 from orchestrator.leaderboard import Leaderboard
 from orchestrator.records import EpochResult, Finished, Interrupted, Started, Work
 from orchestrator.run import Run
-from orchestrator.settings import Settings, freeze
+from orchestrator.settings.loading import freeze
+from orchestrator.settings.settings import Settings
 from orchestrator.worker import Ending, StopFlag, Worker
 from tests.storage import Storage, _do_not_wait_for_the_disk
 

@@ -12,7 +12,8 @@ from typing import Any
 import sqlalchemy
 
 from orchestrator.leaderboard import Leaderboard
-from orchestrator.settings import Settings, freeze, load_policy
+from orchestrator.settings.loading import freeze, load_policy
+from orchestrator.settings.settings import Settings
 
 TABLES = ("run", "worker", "job", "checkpoint", "entry", "chunk", "epoch", "event")
 

@@ -85,9 +85,10 @@ def amend(
 
 def _check_job(run: Run, changes: Sequence[str]) -> None:
     """What the job says to other profiles and loggers, as at launch. Takes the seconds that torch's import takes."""
-    from orchestrator import settings, user_job
+    from orchestrator import user_job
+    from orchestrator.settings import loading
 
-    amended = settings.amend(run.settings, changes)
+    amended = loading.amend(run.settings, changes)
     kept = {"training_profiles": run.settings.training_profiles, "loggers": run.settings.loggers}
     if amended.model_copy(update=kept) != amended:
         user_job.check(amended, run.leaderboard.reader.run_row()["import_paths"])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from orchestrator.run import Run
-    from orchestrator.settings import Settings
+    from orchestrator.settings.settings import Settings
 
 MEND_EVERY_S = 10.0
 PATIENCE_S = 300.0  # for a database that can't be used, as a job has
@@ -87,7 +87,7 @@ def launch(
 
 def _load(path: Path, overrides: list[str], workers: int | None, executor: str | None) -> tuple[Settings, list[str]]:
     from orchestrator.cluster import default_executor
-    from orchestrator.settings import load
+    from orchestrator.settings.loading import load
 
     loaded, notes = load(path, overrides, workers=workers, executor=executor)
     if loaded.executor is None:
@@ -121,7 +121,7 @@ def _show(run: Run, json: bool, tables: bool) -> None:
 
 def _refuse_changes(existing: Run, wanted: Settings) -> None:
     from orchestrator.errors import RunError
-    from orchestrator.settings import difference
+    from orchestrator.settings.loading import difference
 
     if wanted.lock == "auto":  # what launch chose then
         wanted = wanted.model_copy(update={"lock": existing.settings.lock})

@@ -23,7 +23,7 @@ def prepare(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
 ) -> None:
     """Fetch what a job needs from the internet (weights, data), for nodes that have none."""
-    from orchestrator.settings import load
+    from orchestrator.settings.loading import load
     from orchestrator.user_job import check
 
     loaded, notes = load(settings, set_ or [])

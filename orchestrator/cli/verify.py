@@ -49,7 +49,7 @@ def verify_resume(
     json: Json = False,
 ) -> None:
     """Train a little twice, with and without interruptions, and compare."""
-    from orchestrator.settings import load
+    from orchestrator.settings.loading import load
     from orchestrator.user_job import verify_resume as verify
 
     loaded, notes = load(settings, set_ or [])

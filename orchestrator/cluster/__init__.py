@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.records import Evidence, Job, Submitted
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 Entry = Callable[[str, int], object]  # (run folder, worker id): all that is ever pickled
 

@@ -25,7 +25,7 @@ from orchestrator.cluster import Entry
 from orchestrator.errors import SubmissionError
 from orchestrator.files import permissions
 from orchestrator.records import Evidence, Job, JobState, Submitted
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 GRACE_S = 60.0  # between the end of a job's working time and its hard end
 _POLL_S = 0.5

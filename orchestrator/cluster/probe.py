@@ -22,7 +22,7 @@ from orchestrator.cluster.slurm import (
     run_slurm,
 )
 from orchestrator.errors import ClusterUnreachableError, NoRoomError, SubmissionError
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 POLL_S = 1.0
 CANCEL_WAIT_S = 30.0

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.explain import shown
-from orchestrator.settings import Settings
-from orchestrator.slurm_values import check_option, checked_setup, is_owned, option_name
+from orchestrator.settings.explain import shown
+from orchestrator.settings.sbatch_values import check_option, checked_setup, is_owned, option_name
+from orchestrator.settings.settings import Settings
 
 # Between the end of a job's working time and the warning signal: for validation, the checkpoint and the exit.
 GRACE_S = 60

@@ -21,7 +21,7 @@ from orchestrator.cluster.sbatch import Request, advice, is_no_room, is_unreacha
 from orchestrator.errors import ClusterUnreachableError, NoRoomError, SettingsError, SubmissionError
 from orchestrator.files import permissions
 from orchestrator.records import Evidence, Job, Submitted
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 COMMAND_TIMEOUT_S = 60.0
 # Slurm's clean-up after a time limit (KillWait, epilog): a job is over only some time after its limit.

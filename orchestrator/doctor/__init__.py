@@ -28,8 +28,9 @@ from orchestrator.doctor.two_node import Proof
 from orchestrator.errors import SettingsError
 from orchestrator.lock_proof import LockKind
 from orchestrator.messages import counted
-from orchestrator.profile_settings import ProfileSettings
-from orchestrator.settings import Settings, SlurmSettings, load
+from orchestrator.settings.loading import load
+from orchestrator.settings.profile import ProfileSettings
+from orchestrator.settings.settings import Settings, SlurmSettings
 
 __all__ = ["Finding", "examine", "exit_code"]
 

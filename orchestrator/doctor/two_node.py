@@ -22,7 +22,7 @@ from orchestrator.errors import LeaderboardError, OrchError, SubmissionError
 from orchestrator.files.run_folder import DATABASE_NAME
 from orchestrator.lock_choice import Choice, write_record
 from orchestrator.lock_proof import LockKind
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 TIME_MIN = 10  # the job's limit, where the partition allows it; it needs about half a minute
 POLL_S = 1.0

@@ -13,7 +13,7 @@ from orchestrator import rules
 from orchestrator.errors import NoSpaceError, SettingsError
 from orchestrator.files import checkpoints
 from orchestrator.messages import counted
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 GB = 1e9
 

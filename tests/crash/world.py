@@ -26,7 +26,8 @@ from orchestrator.records import (
     Work,
 )
 from orchestrator.run import Run
-from orchestrator.settings import Settings, freeze
+from orchestrator.settings.loading import freeze
+from orchestrator.settings.settings import Settings
 from orchestrator.worker import Ending, StopFlag, Worker
 
 STEPS, TICK_S, JOB_S, LIMIT_S = 8, 0.05, 2.0, 900.0

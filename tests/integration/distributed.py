@@ -31,7 +31,7 @@ from jobs.ranks import Ranks, meet
 from jobs.states import read
 from jobs.training import Session
 from orchestrator.records import Finished, Interrupted, Profile, Work
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 FAST = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.0005)

@@ -27,7 +27,7 @@ from jobs.opening import load_job
 from jobs.pretrained import IMAGENET
 from jobs.training import Session
 from orchestrator.records import Finished, Profile, Work
-from orchestrator.settings import OBSOLETE, load
+from orchestrator.settings.loading import OBSOLETE, load
 
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")

@@ -33,7 +33,7 @@ from orchestrator.leaderboard import Leaderboard
 from orchestrator.leaderboard.board import Board
 from orchestrator.leaderboard.moves import look
 from orchestrator.records import Candidate, Claim, EpochResult, Job, Metric, Over, Started
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 from tests.storage import Storage
 
 CYCLE = ["a", "b", "a", "c"]

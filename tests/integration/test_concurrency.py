@@ -18,7 +18,7 @@ import pytest
 from orchestrator.files import checkpoints
 from orchestrator.leaderboard import Leaderboard
 from orchestrator.records import Claim, Started
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 from tests import invariants
 from tests.storage import TABLES, Storage
 
@@ -37,7 +37,7 @@ from pathlib import Path
 import sqlalchemy
 from orchestrator.leaderboard import Leaderboard
 from orchestrator.records import Candidate, EpochResult
-from orchestrator.settings import load_policy
+from orchestrator.settings.loading import load_policy
 from tests.storage import _do_not_wait_for_the_disk
 
 folder, url, schema, jobs, seconds = json.loads(sys.argv[1])
@@ -98,7 +98,7 @@ from pathlib import Path
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard import Leaderboard
 from orchestrator.records import Candidate, EpochResult
-from orchestrator.settings import load_policy
+from orchestrator.settings.loading import load_policy
 
 folder, url, schema, (worker_id, job_id, starts), lease_s = json.loads(sys.argv[1])
 board = Leaderboard.open(Path(folder), url, schema, load_policy).board

@@ -14,7 +14,7 @@ from jobs.opening import load_job
 from jobs.states import read
 from jobs.training import Session
 from orchestrator.records import Finished, Interrupted, Profile, Work
-from orchestrator.settings import load
+from orchestrator.settings.loading import load
 from tests import real_data
 
 ROOT = Path(__file__).parents[2]

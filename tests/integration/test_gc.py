@@ -17,7 +17,7 @@ from orchestrator import gc, rules
 from orchestrator.errors import LeaderboardError
 from orchestrator.files import disk_budget
 from orchestrator.run import Run
-from orchestrator.settings import load
+from orchestrator.settings.loading import load
 from tests.integration.test_local_chains import processes_of
 from tests.invariants import violations
 from tests.small_runs import CUT, ROOT, board_of, make_run, work

@@ -20,7 +20,7 @@ from jobs.speed import Speed, choose_precision
 from jobs.states import export, read
 from jobs.training import Session
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 CPU = torch.device("cpu")
 SGD = Profile("sgd", learning_rate=0.05, momentum=0.9, weight_decay=0.001)

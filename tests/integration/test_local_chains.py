@@ -19,7 +19,7 @@ import pytest
 
 from orchestrator.errors import OrchError
 from orchestrator.run import Run
-from orchestrator.settings import load
+from orchestrator.settings.loading import load
 from tests.invariants import violations
 
 ROOT = Path(__file__).parents[2]

@@ -58,7 +58,7 @@ def orch(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[s
 
 
 def launched(tmp_path: Path, **changes: Any) -> Run:
-    from orchestrator.settings import Settings
+    from orchestrator.settings.settings import Settings
 
     settings = Settings.model_validate(QUICK | {"name": "quick", "executor": "inline", "workers": 1} | changes)
     return Run.launch(settings, tmp_path / "runs", [str(ROOT)])

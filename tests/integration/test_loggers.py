@@ -22,7 +22,7 @@ from orchestrator import user_job
 from orchestrator.errors import JobSpecError
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from orchestrator.run import Run
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 from tests.curves import READERS, Curves, needed
 from tests.integration.test_local_chains import processes_of
 

@@ -17,7 +17,7 @@ from orchestrator.errors import LeaderboardError
 from orchestrator.mending import reconcile
 from orchestrator.records import JobState, RunState, Started, Submitted
 from orchestrator.run import Run
-from orchestrator.settings import ProfileSettings, Settings
+from orchestrator.settings.settings import ProfileSettings, Settings
 from tests.small_runs import make_run
 from tests.storage import Storage
 

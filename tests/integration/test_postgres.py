@@ -24,7 +24,7 @@ from orchestrator.errors import LeaderboardError, SubmissionError
 from orchestrator.leaderboard import engine, schema
 from orchestrator.leaderboard.engine import Database
 from orchestrator.run import Run
-from orchestrator.settings import load
+from orchestrator.settings.loading import load
 from orchestrator.worker import StopFlag
 from tests import postgres
 from tests.integration.test_local_chains import processes_of, until, working

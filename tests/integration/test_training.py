@@ -32,7 +32,7 @@ from jobs.opening import load_job, open_session
 from jobs.states import export, read
 from jobs.training import Session
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 FAST = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.0005)
 PLAIN = Profile("plain", learning_rate=0.01, momentum=0.0, weight_decay=0.0)

@@ -24,7 +24,8 @@ from orchestrator.errors import RunError, SettingsError, SubmissionError
 from orchestrator.files import permissions
 from orchestrator.records import Evidence
 from orchestrator.run import Run
-from orchestrator.settings import Settings, load
+from orchestrator.settings.loading import load
+from orchestrator.settings.settings import Settings
 from orchestrator.user_job import export_entry
 
 ROOT = Path(__file__).parents[2]

@@ -26,7 +26,7 @@ from jobs.states import export, read
 from jobs.training import Session
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from orchestrator.run import Run
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 from tests.invariants import violations
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.run import Run
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 QUICK: dict[str, Any] = {

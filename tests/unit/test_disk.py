@@ -22,7 +22,8 @@ from orchestrator import rules, user_job
 from orchestrator.errors import CheckpointError, NoSpaceError, SettingsError
 from orchestrator.files import checkpoints, disk_budget
 from orchestrator.records import Work
-from orchestrator.settings import Settings, load
+from orchestrator.settings.loading import load
+from orchestrator.settings.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 STEM = "g{0:08d}-c{0:08d}"
@@ -211,7 +212,7 @@ def test_a_job_with_a_trainer_of_its_own_has_an_unknown_size() -> None:
 
 
 def test_the_budget_may_change_while_a_run_goes_on() -> None:
-    from orchestrator.settings import amend
+    from orchestrator.settings.loading import amend
 
     assert amend(settings(), ["max_disk_gb=0.5"]).max_disk_gb == 0.5
     for wrong in ("0", "-1", '"much"', "true"):

@@ -38,7 +38,7 @@ from orchestrator.doctor.slurm_facts import SlurmFacts
 from orchestrator.doctor.slurm_rules import judge_slurm
 from orchestrator.lock_choice import Choice
 from orchestrator.locks import FairFileLock
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 ORCH = Path(sys.executable).with_name("orch")
 

@@ -18,7 +18,7 @@ from jobs.job import Averaging, Job, JobContext, JobError, Split
 from jobs.resume_link import _Noted
 from jobs.training import Session
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 
 PROFILE = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.001)
 TRAIN, VALIDATION = 80, 20  # examples

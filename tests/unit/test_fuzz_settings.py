@@ -25,8 +25,9 @@ from orchestrator.entry import job_main
 from orchestrator.errors import SettingsError
 from orchestrator.files import disk_budget
 from orchestrator.messages import iso
-from orchestrator.profile_settings import ProfileSettings
-from orchestrator.settings import AMENDABLE, Settings, SlurmSettings, amend, difference, freeze, load, thaw
+from orchestrator.settings.loading import AMENDABLE, amend, difference, freeze, load, thaw
+from orchestrator.settings.profile import ProfileSettings
+from orchestrator.settings.settings import Settings, SlurmSettings
 from tests.fuzzing import ODD_TEXT, SECRET, VERBATIM, examples, json_values, mutate, odd_scalars, to_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "settings"

@@ -17,7 +17,7 @@ from orchestrator.doctor import limits, slurm_facts
 from orchestrator.doctor.partition import max_minutes, need_of, read_config, read_nodes, read_pairs
 from orchestrator.entry import job_main
 from orchestrator.records import Evidence, Job, JobState
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 from tests.fuzzing import ODD_TEXT, examples
 
 BASE = "0123456789abcdef"

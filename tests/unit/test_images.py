@@ -25,7 +25,7 @@ from jobs.job import Job, JobContext, JobError, Split
 from jobs.ranks import Ranks
 from jobs.training import Session
 from orchestrator.records import Finished, Interrupted, Profile, Work
-from orchestrator.settings import Settings
+from orchestrator.settings.settings import Settings
 from tests.real_data import cifar10_root, mnist_root
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from jobs.job import JobContext, JobError
 from jobs.lenet5 import LeNet5
 from jobs.opening import check
 from orchestrator.records import Profile
-from orchestrator.settings import load
+from orchestrator.settings.loading import load
 
 ROOT = Path(__file__).parents[2]
 PROFILE = {"name": "own", "learning_rate": 0.002}

@@ -12,11 +12,13 @@ from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from orchestrator import settings as settings_module
-from orchestrator.changes import changes
 from orchestrator.errors import SettingsError
 from orchestrator.records import Metric, Policy, Profile, StopRules
-from orchestrator.settings import Settings, difference, freeze, load, load_policy, thaw
+from orchestrator.settings import loading
+from orchestrator.settings import settings as settings_module
+from orchestrator.settings.changes import changes
+from orchestrator.settings.loading import difference, freeze, load, load_policy, thaw
+from orchestrator.settings.settings import Settings
 
 SETTINGS_FOLDER = Path(__file__).resolve().parents[2] / "settings"
 PROPERTY = hypothesis_settings(
@@ -709,7 +711,7 @@ LAUNCHED = Settings(name="a", training_profiles=[ALEX, RON], workers=2)
     ],
 )
 def test_a_run_is_amended_and_what_changed_in_it_is_told(override, changed):
-    assert difference(LAUNCHED, settings_module.amend(LAUNCHED, [override])) == [changed]
+    assert difference(LAUNCHED, loading.amend(LAUNCHED, [override])) == [changed]
 
 
 @pytest.mark.parametrize(
@@ -719,12 +721,12 @@ def test_a_run_is_amended_and_what_changed_in_it_is_told(override, changed):
 def test_what_earlier_results_depend_on_is_fixed(override):
     key = override.split("=")[0].split(".")[0]
     with pytest.raises(SettingsError, match=f"^--set .*: {key} is fixed at launch; what can change: .*workers"):
-        settings_module.amend(LAUNCHED, [override])
+        loading.amend(LAUNCHED, [override])
 
 
 def test_a_mistake_in_an_amendment_is_named_like_any_other():
     with pytest.raises(SettingsError) as caught:
-        settings_module.amend(LAUNCHED, ["workers=0", "wrokers=1"])
+        loading.amend(LAUNCHED, ["workers=0", "wrokers=1"])
     assert str(caught.value).splitlines() == [
         "amended settings: workers: 0 is not allowed; input should be greater than or equal to 1",
         "amended settings: wrokers: unknown key; did you mean 'workers'?",

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from orchestrator.explain import shown
-from orchestrator.fields import Line, Positive, Strict
+from orchestrator.settings.explain import shown
+from orchestrator.settings.fields import Line, Positive, Strict
 
 # A name of torch's own, or a class to import.
 CLASS = re.compile(r"[A-Za-z_]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from orchestrator.slurm_values import one_line
+from orchestrator.settings.sbatch_values import one_line
 
 # Upper bounds are there for mistakes, not for ambition: nothing that is reckoned from them overflows.
 MOST = 10**9

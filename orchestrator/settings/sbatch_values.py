@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.explain import shown
+from orchestrator.settings.explain import shown
 
 # orch decides these itself: by its name a job is known, by its dependency a chain holds together.
 OWNED = {

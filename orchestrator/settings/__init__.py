@@ -1,0 +1,1 @@
+"""A settings file: JSON -> Settings, validated once."""

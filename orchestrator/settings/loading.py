@@ -1,0 +1,194 @@
+"""Read a settings file, override and amend settings, and keep them with a run as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
+
+from orchestrator.errors import SettingsError
+from orchestrator.files import permissions
+from orchestrator.records import Policy
+from orchestrator.settings.changes import changes
+from orchestrator.settings.explain import explain, shown
+from orchestrator.settings.settings import Settings
+
+# Keys of the report's own system whose job is done by the database and the run folder now.
+OBSOLETE = ("lock_file", "lock_timeout", "state_file", "log_file", "model_name_format")
+
+
+def load_policy(text: str, version: int) -> Policy:
+    """The policy of settings as they were frozen by `freeze`."""
+    return thaw(text).policy(version)
+
+
+def freeze(settings: Settings) -> str:
+    """Complete JSON: every default spelled out, so that a later version's defaults change nothing."""
+    return settings.model_dump_json(indent=2)
+
+
+def thaw(text: str) -> Settings:
+    try:
+        return Settings.model_validate_json(text)
+    except ValidationError as error:
+        raise SettingsError(explain("the run's settings", error, Settings)) from error
+
+
+def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Settings, list[str]]:
+    """Read a settings file. overrides are "key=value" with dots for depth and JSON for values; fixed ones
+    come from the command line's own options and win.
+
+    Returns the settings (paths absolute, from the current directory) and what the user should be told.
+    Raises SettingsError with a line for each mistake.
+    """
+    source = shown(str(path), 160)
+    raw = _read(path)
+    for override in overrides:
+        _override(raw, override)
+    raw.update({key: value for key, value in fixed.items() if value is not None})
+    notes = [f"{source}: {key} is no longer needed and ignored" for key in OBSOLETE if raw.pop(key, None) is not None]
+    raw.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:100] or "run")
+    for key in ("training_source_dir", "testing_source_dir", "slurm_file"):
+        if isinstance(raw.get(key), str) and raw[key]:
+            try:
+                raw[key] = str(Path(raw[key]).expanduser().absolute())
+            except (RuntimeError, ValueError) as error:  # ~ of a user who does not exist, or can't
+                raise SettingsError(f"{source}: {key}: {shown(raw[key])}: {shown(str(error), 200)}") from error
+    weights = raw.get("pretrained_weights")  # a name of torchvision's, or a file
+    if isinstance(weights, str) and _is_file(weights):
+        raw["pretrained_weights"] = str(Path(weights).absolute())
+    try:
+        settings = Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(explain(source, error, Settings)) from error
+    _check_round_trip(settings, source)
+    if settings.group is not None:
+        try:
+            permissions.group_id(settings.group)
+        except SettingsError as error:
+            raise SettingsError(f"{source}: {error}") from error
+    if settings.select_on == "test":
+        notes.append(
+            f'{source}: select_on is "test": the board is chosen on the test set, so its scores are no estimate of '
+            'how good the models are. "validation" keeps the test set for the end.'
+        )
+    return settings, notes
+
+
+# What may change while a run goes on: nothing that earlier results depend on.
+AMENDABLE = (
+    "training_profiles", "epochs_per_chunk", "workers", "cores_per_worker", "total_lifetime", "eon_lifetime",
+    "stop_after_stale_cycles", "stop_at_score", "stop_after_epochs", "max_failures", "max_chunk_attempts",
+    "max_disk_gb", "slurm_file", "slurm", "loggers",
+)  # fmt: skip
+
+
+def amend(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """Settings with "key=value" changes. Raises SettingsError for a key that can't change in a run."""
+    raw = settings.model_dump(mode="json")
+    for override in overrides:
+        key = override.partition("=")[0].split(".")[0]
+        if key in raw and key not in AMENDABLE:
+            can = ", ".join(AMENDABLE)
+            raise SettingsError(f"--set {shown(override, 100)}: {key} is fixed at launch; what can change: {can}")
+        _override(raw, override)
+    try:
+        amended = Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(explain("amended settings", error, Settings)) from error
+    _check_round_trip(amended, "amended settings")
+    return amended
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # no name that a file could have
+        return False
+
+
+def _check_round_trip(settings: Settings, source: str) -> None:
+    """A run's settings are kept as JSON, so they must come back from it as they were."""
+    try:
+        same = thaw(freeze(settings)) == settings
+    except (PydanticSerializationError, SettingsError, ValueError, RecursionError):
+        same = False
+    if not same:
+        where = "job_params, training_profiles or slurm"
+        raise SettingsError(f"{source}: {where} hold a value that JSON can't keep (NaN, too deep, ...)")
+
+
+def difference(old: Settings, new: Settings) -> list[str]:
+    """A line for each value that differs, as deep as it lies: "slurm.partition: old -> new"."""
+    return changes(old.model_dump(mode="json"), new.model_dump(mode="json"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    raw = _read_json(path)
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{shown(str(path), 160)}: settings are a JSON object {{...}}, not {type(raw).__name__}")
+    return raw
+
+
+def _read_json(path: Path) -> Any:
+    source = shown(str(path), 160)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_twins)
+    except OSError as error:
+        raise SettingsError(f"{source}: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{source}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+    except _TwinKeyError as error:
+        raise SettingsError(f"{source}: the key {shown(str(error))} is given twice") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, numbers of thousands of digits, nested too deep
+        raise SettingsError(f"{source}: not JSON: {shown(str(error), 120)}") from error
+
+
+class _TwinKeyError(Exception):
+    """Which of two values would win is nobody's to guess."""
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise _TwinKeyError(repr(key))
+        seen[key] = value
+    return seen
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise SettingsError(f"--set {shown(override, 180)!r}: allowed is key=value, e.g. --set workers=4")
+    if text.startswith("@"):
+        try:
+            value = _read_json(Path(text[1:]))
+        except SettingsError as error:
+            raise SettingsError(f"--set {shown(override, 180)!r}: {error}") from error
+    else:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text  # a bare word is a string
+        except (ValueError, RecursionError) as error:
+            raise SettingsError(f"--set {shown(override, 180)!r}: {error}") from error
+    *parents, last = path.split(".")
+    node: Any = raw
+    for key in parents:
+        node = node[int(key)] if _is_index(node, key) else node.setdefault(key, {}) if isinstance(node, dict) else None
+    if isinstance(node, dict):
+        node[last] = value
+    elif _is_index(node, last):
+        node[int(last)] = value
+    else:
+        raise SettingsError(f"--set {shown(override, 180)!r}: there is nothing at {shown(path)!r} to set")
+
+
+def _is_index(node: Any, key: str) -> bool:
+    return isinstance(node, list) and key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(node)
