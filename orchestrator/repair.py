@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import lock_choice, rebuild_plan, rules
+from orchestrator import rebuild_plan, rules
 from orchestrator.cluster import open_cluster
 from orchestrator.cluster.local import gpus_of
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, RunError, SettingsError
@@ -24,9 +24,10 @@ from orchestrator.leaderboard import Leaderboard
 from orchestrator.leaderboard.engine import Database, journal_of
 from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, open_jobs, run_row
 from orchestrator.leaderboard.rebuild import Origin, rebuild
+from orchestrator.locking import choice
 from orchestrator.messages import counted, iso
 from orchestrator.rebuild_plan import Plan, Record
-from orchestrator.records import Evidence
+from orchestrator.records import Evidence, WantedLock
 from orchestrator.settings import loading
 from orchestrator.settings.settings import Settings, new_schema
 
@@ -303,9 +304,9 @@ def _rebuild_file(database: Database, origin: Origin, plan: Plan, stamp: str, re
     file = database.file
     assert file is not None, "not on a server"
     file.parent.mkdir(parents=True, exist_ok=True)
-    if not lock_choice.record_path(file).exists():
+    if not choice.record_path(file).exists():
         several = loading.thaw(origin.settings).executor == "slurm"
-        lock_choice.write_record(file, lock_choice.choose(file.parent, several, _wanted(origin)))
+        choice.write_record(file, choice.choose(file.parent, several, _wanted(origin)))
     kept = file.with_name(f"{file.name}.damaged-{stamp}")
     journal = journal_of(file)
     before = _identity(file)
@@ -313,7 +314,7 @@ def _rebuild_file(database: Database, origin: Origin, plan: Plan, stamp: str, re
     try:
         new = building / DATABASE_NAME
         rebuild(Database(f"sqlite:///{new}", building), origin, plan, str(kept) if before else None, now)
-        with lock_choice.lock_of(lock_choice.read_record(file), file):
+        with choice.lock_of(choice.read_record(file), file):
             if _identity(file) != before:
                 raise RunError(f"{file} was changed meanwhile; look again (`orch status`)")
             if _is_hot(journal):
@@ -341,7 +342,7 @@ def _is_hot(journal: Path) -> bool:
         return False
 
 
-def _wanted(origin: Origin) -> lock_choice.Wanted:
+def _wanted(origin: Origin) -> WantedLock:
     return loading.thaw(origin.settings).lock
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from orchestrator import lock_choice, rules
+from orchestrator import rules
 from orchestrator.cluster import Cluster, open_cluster
 from orchestrator.cluster.bystander import Bystander
 from orchestrator.errors import RunError, SettingsError, StaleClaimError, SubmissionError
@@ -19,6 +19,7 @@ from orchestrator.files import atomic, checkpoints, permissions
 from orchestrator.files.run_folder import DATABASE_NAME, SETTINGS_NAME, is_run, without_its_files
 from orchestrator.leaderboard import CONNECT_FOR_S, Leaderboard
 from orchestrator.leaderboard.engine import Database
+from orchestrator.locking import choice
 from orchestrator.mending import reconcile
 from orchestrator.messages import iso
 from orchestrator.records import Evidence, JobState, RunState, Snapshot
@@ -353,17 +354,17 @@ def _with_lock(settings: Settings, building: Path, undo: ExitStack) -> Settings:
     if file is None or file.exists():  # a server keeps its own; a file that is there is refused soon
         return settings
     file.parent.mkdir(parents=True, exist_ok=True)
-    choice = lock_choice.choose(file.parent, settings.executor == "slurm", settings.lock)
-    lock_choice.write_record(file, choice)
-    undo.callback(lock_choice.record_path(file).unlink, missing_ok=True)
-    return settings.model_copy(update={"lock": choice.kind})
+    chosen = choice.choose(file.parent, settings.executor == "slurm", settings.lock)
+    choice.write_record(file, chosen)
+    undo.callback(choice.record_path(file).unlink, missing_ok=True)
+    return settings.model_copy(update={"lock": chosen.kind})
 
 
 def _refuse_two_locks(settings: Settings, leaderboard: Leaderboard) -> None:
     """Raises RunError if this process took another lock than others of the run may take."""
     database = leaderboard.database
     if database.file and database.lock_choice and settings.lock not in ("auto", database.lock_choice.kind):
-        record = lock_choice.record_path(database.file)
+        record = choice.record_path(database.file)
         raise RunError(
             f"{record} says {database.lock_choice.kind!r}, and the run was launched with the lock {settings.lock!r}: "
             "two kinds at once are none. End all processes of the run, then put "

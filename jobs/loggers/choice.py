@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import JobError
-from jobs.loggers.logger import LockKind, Logger, Place
+from jobs.loggers.logger import Logger, Place
 from jobs.loggers.recorder import Recorder, tell_tests
 from jobs.observer import Observer, Unobserved
+from orchestrator.records import LockKind
 
 # Class, package that it needs, and what installs that.
 BUILT_IN = {

@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-LockKind = Literal["flock", "soft"]
+from orchestrator.records import LockKind
+
 TRAIN_LOSS, LEARNING_RATE = "train/loss", "train/learning_rate"
 
 

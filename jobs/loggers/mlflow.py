@@ -60,7 +60,7 @@ class MLflow(Logger):
 
     @contextmanager
     def _file_locked(self) -> Iterator[None]:
-        from orchestrator.lock_choice import Choice, lock_of
+        from orchestrator.locking.choice import Choice, lock_of
 
         with lock_of(Choice(self.lock, "as the run's own"), self.folder / FILE):
             yield

@@ -26,8 +26,8 @@ from orchestrator.doctor.slurm_facts import SlurmFacts, ask_slurm, has_slurm
 from orchestrator.doctor.slurm_rules import judge_slurm
 from orchestrator.doctor.two_node import Proof
 from orchestrator.errors import SettingsError
-from orchestrator.lock_proof import LockKind
 from orchestrator.messages import counted
+from orchestrator.records import LockKind
 from orchestrator.settings.loading import load
 from orchestrator.settings.profile import ProfileSettings
 from orchestrator.settings.settings import Settings, SlurmSettings

@@ -1,4 +1,4 @@
-"""A lock under fire, between nodes: the counting of `lock_proof` in a file, and in a database; and what it means."""
+"""A lock under fire, between nodes: the counting of `locking.proof` in a file, and in a database; and what it means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orchestrator.doctor.findings import Finding
 from orchestrator.doctor.mounts import ELSEWHERE
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard.engine import Database
-from orchestrator.lock_proof import (
+from orchestrator.locking.proof import (
     GIVE_UP_AFTER,
     Counted,
     Counting,

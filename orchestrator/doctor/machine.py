@@ -16,7 +16,8 @@ from typing import Any
 from orchestrator.doctor.findings import Finding
 from orchestrator.doctor.mounts import ELSEWHERE, Mount, is_local, lock_advice, mount_here, quota_command
 from orchestrator.errors import LockError
-from orchestrator.lock_choice import Choice, Wanted, choose
+from orchestrator.locking.choice import Choice, choose
+from orchestrator.records import WantedLock
 
 GIB = 2**30
 DISK_FULL_GIB, DISK_LOW_GIB = 1.0, 20.0
@@ -98,7 +99,7 @@ def nearest_folder(path: Path) -> Path:
     return path.resolve()
 
 
-def look_at_folder(runs_dir: Path, scratch: Path | str, several_nodes: bool, wanted: Wanted | None) -> FolderFacts:
+def look_at_folder(runs_dir: Path, scratch: Path | str, several_nodes: bool, wanted: WantedLock | None) -> FolderFacts:
     """scratch: a folder that was made beside the runs, or why it could not be made. wanted: the settings' lock; None:
     no lock is needed."""
     folder = nearest_folder(runs_dir)

@@ -1,11 +1,11 @@
-"""What `orchestrator.mounts` knows of a file system's locks, as a finding; and its quota."""
+"""What `orchestrator.locking.mounts` knows of a file system's locks, as a finding; and its quota."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from orchestrator.doctor.findings import Finding, Level
-from orchestrator.mounts import ELSEWHERE, LockFacts, Mount, is_local, lock_facts, mount_here, mount_of
+from orchestrator.locking.mounts import ELSEWHERE, LockFacts, Mount, is_local, lock_facts, mount_here, mount_of
 
 __all__ = ["ELSEWHERE", "Mount", "is_local", "lock_advice", "mount_here", "mount_of", "quota_command"]
 

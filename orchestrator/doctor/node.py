@@ -25,7 +25,8 @@ from orchestrator.doctor.mounts import Mount, mount_here
 from orchestrator.errors import OrchError
 from orchestrator.files.atomic import publish
 from orchestrator.leaderboard.engine import Database
-from orchestrator.lock_proof import LOCKS, LockKind
+from orchestrator.locking.proof import LOCKS
+from orchestrator.records import LockKind
 
 PLAN, FROM_LOGIN, SCRIPT = "plan.json", "from-login", "worker.sbatch"
 COUNTER, DATABASE = "counter", "database"  # a file, and the folder of a scratch database

@@ -20,8 +20,8 @@ from orchestrator.doctor.machine import PythonFacts, judge_python
 from orchestrator.doctor.mounts import ELSEWHERE, lock_advice
 from orchestrator.errors import LeaderboardError, OrchError, SubmissionError
 from orchestrator.files.run_folder import DATABASE_NAME
-from orchestrator.lock_choice import Choice, write_record
-from orchestrator.lock_proof import LockKind
+from orchestrator.locking.choice import Choice, write_record
+from orchestrator.records import LockKind
 from orchestrator.settings.settings import Settings
 
 TIME_MIN = 10  # the job's limit, where the partition allows it; it needs about half a minute

@@ -24,9 +24,9 @@ from orchestrator.errors import LeaderboardError
 from orchestrator.files.run_folder import DATABASE_NAME
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.statements import Statement
-from orchestrator.lock_choice import lock_of, read_record
-from orchestrator.mounts import is_local, mount_here
-from orchestrator.soft_lock import HeldError
+from orchestrator.locking.choice import lock_of, read_record
+from orchestrator.locking.mounts import is_local, mount_here
+from orchestrator.locking.soft_lock import HeldError
 
 # Released by the server at the transaction's end, whatever ends it. Its waiters have a queue; those of a row's lock
 # have none: with 64 processes some waited for 3 s, and a third fewer chunks were done.

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 from pydantic import AfterValidator, Field, field_validator
 
 from orchestrator import rules
-from orchestrator.records import Metric, Mode, Policy, Profile, StopRules
+from orchestrator.records import Metric, Mode, Policy, Profile, StopRules, WantedLock
 from orchestrator.settings.explain import shown
 from orchestrator.settings.fields import MOST, Count, FilePath, Lifetime, Line, Size, Strict, Word
 from orchestrator.settings.profile import ProfileSettings, checked_logger, checked_loggers
@@ -105,7 +105,7 @@ class Settings(Strict):
     slurm_file: FilePath | None = None
     slurm: SlurmSettings = SlurmSettings()
     database: str | None = None
-    lock: Literal["auto", "flock", "soft"] = "auto"
+    lock: WantedLock = "auto"
     group: Annotated[Line, Field(min_length=1, max_length=100)] | None = None
     database_schema: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]*$", max_length=63)] | None = None
 

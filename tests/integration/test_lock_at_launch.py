@@ -16,9 +16,9 @@ import pytest
 
 from orchestrator.cli.launch import _refuse_changes
 from orchestrator.errors import LockError, RunError, SettingsError
-from orchestrator.lock_choice import Choice, record_path, write_record
+from orchestrator.locking.choice import Choice, record_path, write_record
+from orchestrator.locking.soft_lock import SoftLock
 from orchestrator.run import Run
-from orchestrator.soft_lock import SoftLock
 from tests.invariants import violations
 
 ROOT = Path(__file__).parents[2]

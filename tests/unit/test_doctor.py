@@ -36,8 +36,8 @@ from orchestrator.doctor.mounts import Mount, lock_advice, mount_of, quota_comma
 from orchestrator.doctor.partition import Need, Node
 from orchestrator.doctor.slurm_facts import SlurmFacts
 from orchestrator.doctor.slurm_rules import judge_slurm
-from orchestrator.lock_choice import Choice
-from orchestrator.locks import FairFileLock
+from orchestrator.locking.choice import Choice
+from orchestrator.locking.flock import FairFileLock
 from orchestrator.settings.settings import Settings
 
 ORCH = Path(sys.executable).with_name("orch")

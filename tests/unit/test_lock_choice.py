@@ -9,10 +9,10 @@ import pytest
 
 from orchestrator.errors import LockError
 from orchestrator.leaderboard.engine import Database
-from orchestrator.lock_choice import Choice, decide, lock_of, read_record, record_path, write_record
-from orchestrator.locks import FairFileLock
-from orchestrator.mounts import mount_of
-from orchestrator.soft_lock import SoftLock
+from orchestrator.locking.choice import Choice, decide, lock_of, read_record, record_path, write_record
+from orchestrator.locking.flock import FairFileLock
+from orchestrator.locking.mounts import mount_of
+from orchestrator.locking.soft_lock import SoftLock
 
 ONE, SEVERAL = False, True
 HOLD = {"flock": "", "soft": ""}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import lock_choice, lock_proof
 from orchestrator.errors import LockError
-from orchestrator.lock_choice import choose
+from orchestrator.locking import proof
+from orchestrator.locking.choice import choose
 
 DOES_NOTHING = "import fcntl\nfcntl.flock = lambda fd, operation: None\n"
 IS_MISSING = """
@@ -55,7 +55,7 @@ os.supports_fd.add(scandir)
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every Python that is started from here on begins with this code."""
-    monkeypatch.setattr(lock_choice, "_proven", set())
+    monkeypatch.setattr(choice, "_proven", set())
 
     def start(code: str) -> Path:
         (tmp_path / "site").mkdir()
@@ -69,7 +69,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("kind", ["flock", "soft"])
 def test_a_lock_that_holds_is_proven_and_leaves_nothing_behind(tmp_path, kind):
-    assert lock_proof.prove(tmp_path, kind) == ""
+    assert proof.prove(tmp_path, kind) == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -84,13 +84,13 @@ def test_a_lock_that_holds_is_proven_and_leaves_nothing_behind(tmp_path, kind):
 )
 def test_a_lock_that_does_not_hold_is_found_out(broken, kind, code, words):
     folder = broken(code)
-    assert words in lock_proof.prove(folder, kind)
+    assert words in proof.prove(folder, kind)
     assert list(folder.iterdir()) == []
 
 
 def test_a_lock_that_hangs_is_found_out(broken, monkeypatch):
-    monkeypatch.setattr(lock_proof, "ANSWER_S", 3.0)
-    assert "hangs" in lock_proof.prove(broken(HANGS), "flock")
+    monkeypatch.setattr(proof, "ANSWER_S", 3.0)
+    assert "hangs" in proof.prove(broken(HANGS), "flock")
 
 
 def test_lost_updates_are_counted(tmp_path):
@@ -108,7 +108,7 @@ def test_lost_updates_are_counted(tmp_path):
             return self.said.pop(0)
 
     children = [Answers("held", "released", "25"), Answers("refused", "25")]
-    assert lock_proof._examine(children, tmp_path / "counter") == "7 of 50 updates under it were lost"
+    assert proof._examine(children, tmp_path / "counter") == "7 of 50 updates under it were lost"
 
 
 def test_where_flock_does_nothing_the_soft_lock_is_chosen(broken):
@@ -127,8 +127,8 @@ def test_where_nothing_holds_the_launch_is_refused_with_each_reason(broken):
 
 def test_a_mount_is_proven_once_by_a_process(tmp_path, monkeypatch):
     tried: list[str] = []
-    monkeypatch.setattr(lock_choice, "_proven", set())
-    monkeypatch.setattr(lock_choice, "prove", lambda folder, kind: tried.append(kind) or "")
+    monkeypatch.setattr(choice, "_proven", set())
+    monkeypatch.setattr(choice, "prove", lambda folder, kind: tried.append(kind) or "")
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
         choose(tmp_path / name, False, "auto")

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-from orchestrator.locks import FairFileLock, lock_path
+from orchestrator.locking.flock import FairFileLock, lock_path
 
 # Longer than anything here takes on a busy machine; only a broken lock waits for so long.
 PATIENCE_S = 60.0
 
 PROLOGUE = """
 import os, sys, time
-from orchestrator.locks import FairFileLock
+from orchestrator.locking.flock import FairFileLock
 lock = FairFileLock(sys.argv[1], timeout=60)
 def say(word):
     print(word, flush=True)

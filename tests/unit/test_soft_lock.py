@@ -18,13 +18,13 @@ import pytest
 from filelock import Timeout
 
 from orchestrator.errors import LockError
-from orchestrator.soft_lock import HeldError, SoftLock, is_dead
+from orchestrator.locking.soft_lock import HeldError, SoftLock, is_dead
 
 PATIENCE_S = 60.0
 
 PROLOGUE = """
 import os, signal, sys, time
-from orchestrator.soft_lock import SoftLock
+from orchestrator.locking.soft_lock import SoftLock
 lock = SoftLock(sys.argv[1], timeout=60)
 """
 HOLDER = """

@@ -113,7 +113,7 @@ def is_local(fstype: str) -> bool:
 def lock_facts(fstype: str, options: Sequence[str]) -> LockFacts:
     """How far locks reach on a file system.
 
-    fstype and options: as in /proc/self/mountinfo. What a mount says of itself is no proof: `lock_proof` tries it on
+    fstype and options: as in /proc/self/mountinfo. What a mount says of itself is no proof: `locking.proof` tries it on
     this machine, the doctor's two-node test between two.
     """
     if is_local(fstype):

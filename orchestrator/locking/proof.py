@@ -26,11 +26,11 @@ from typing import Any, Literal
 from filelock import Timeout
 
 from orchestrator.errors import LockError
-from orchestrator.locks import FairFileLock
-from orchestrator.soft_lock import SoftLock
+from orchestrator.locking.flock import FairFileLock
+from orchestrator.locking.soft_lock import SoftLock
+from orchestrator.records import LockKind
 
 Counted = Literal["lock", "database"]
-LockKind = Literal["flock", "soft"]
 LOCKS: Mapping[LockKind, type[FairFileLock] | type[SoftLock]] = {"flock": FairFileLock, "soft": SoftLock}
 
 PAUSE_S = 0.001  # between reading and writing: without a lock that holds, somebody else comes in between
@@ -38,7 +38,7 @@ DIGITS = 12  # of the number in the file: written in place, it is never half the
 GIVE_UP_AFTER = 5  # errors in a row
 PROCESSES = 2  # that prove a lock
 INCREMENTS = 25  # of each of them
-_HOME = str(Path(__file__).parents[1])  # where orchestrator is found, whether it is installed or not
+_HOME = str(Path(__file__).parents[2])  # where orchestrator is found, whether it is installed or not
 ANSWER_S = 20.0  # for one of them to answer: a busy machine starts Python slowly. Locks that hang take for ever
 
 
@@ -195,7 +195,7 @@ class _Child:
 
 @contextlib.contextmanager
 def _child(kind: LockKind, counter: Path, lock_file: Path) -> Iterator[_Child]:
-    command = [sys.executable, "-c", "from orchestrator.lock_proof import obey; obey()", kind]
+    command = [sys.executable, "-c", "from orchestrator.locking.proof import obey; obey()", kind]
     process = subprocess.Popen(
         [*command, str(counter), str(lock_file)],
         stdin=subprocess.PIPE,

@@ -10,16 +10,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from orchestrator.errors import LockError
 from orchestrator.files.atomic import publish
-from orchestrator.lock_proof import LOCKS, LockKind, prove, sqlite_locks_work
-from orchestrator.locks import LOCK_TIMEOUT_S, FairFileLock, lock_path
-from orchestrator.mounts import LockFacts, Mount, lock_facts, mount_here
-from orchestrator.soft_lock import SoftLock
+from orchestrator.locking.flock import LOCK_TIMEOUT_S, FairFileLock, lock_path
+from orchestrator.locking.mounts import LockFacts, Mount, lock_facts, mount_here
+from orchestrator.locking.proof import LOCKS, prove, sqlite_locks_work
+from orchestrator.locking.soft_lock import SoftLock
+from orchestrator.records import LockKind, WantedLock
 
-Wanted = Literal["auto", "flock", "soft"]  # the setting
 NAMES: Mapping[LockKind, str] = {"flock": "fair flock", "soft": "soft lock (files)"}
 UNKNOWN = LockFacts("unsure", True, "this kernel does not say which file system it is")
 INSTEAD = (
@@ -47,7 +46,7 @@ UNRECORDED = Choice("flock", "as no other choice is recorded")
 # --- pure
 
 
-def candidates(facts: LockFacts, several_nodes: bool, wanted: Wanted) -> tuple[LockKind, ...] | str:
+def candidates(facts: LockFacts, several_nodes: bool, wanted: WantedLock) -> tuple[LockKind, ...] | str:
     """Kinds of lock to prove, the best first; or why none can do. several_nodes: may processes of the run be on more
     than one machine?
 
@@ -69,7 +68,11 @@ def candidates(facts: LockFacts, several_nodes: bool, wanted: Wanted) -> tuple[L
 
 
 def decide(
-    mount: Mount | None, several_nodes: bool, wanted: Wanted, proofs: Mapping[LockKind, str], sqlite_locks: bool = True
+    mount: Mount | None,
+    several_nodes: bool,
+    wanted: WantedLock,
+    proofs: Mapping[LockKind, str],
+    sqlite_locks: bool = True,
 ) -> Choice | str:
     """The lock of a run, or why there is none, and what to do.
 
@@ -92,7 +95,7 @@ def decide(
 # --- the shell around it
 
 
-def choose(folder: Path, several_nodes: bool, wanted: Wanted) -> Choice:
+def choose(folder: Path, several_nodes: bool, wanted: WantedLock) -> Choice:
     """Prove locks in this folder until one holds. Takes some tenths of a second.
 
     Raises LockError if none does, OSError where the folder can't be written or no process can be started.

@@ -1,0 +1,1 @@
+"""Which lock around the SQLite database holds on which file system, and the proof that it does."""
