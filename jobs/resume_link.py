@@ -24,10 +24,10 @@ from jobs.exactness import digest
 from jobs.job import JobError, Split
 from jobs.opening import has_own_loop, load_job, set_up
 from jobs.training import Session
-from orchestrator import rules
 from orchestrator.imports import look_first_in
 from orchestrator.messages import counted
 from orchestrator.records import EpochResult, Interrupted, Profile, Work
+from orchestrator.rules import claiming
 from orchestrator.settings.settings import Settings
 
 REFERENCE, RESUMED = "reference", "resumed"  # folders of states, each file named after the steps before it
@@ -49,7 +49,7 @@ class Plan:
     interruptions: int
 
     def profile(self, chunk: int) -> Profile:
-        return rules.profile_at(chunk, Settings.model_validate(self.settings).policy(1).cycle)
+        return claiming.profile_at(chunk, Settings.model_validate(self.settings).policy(1).cycle)
 
 
 class ShortSession(Session):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator import rules
 from orchestrator.errors import CheckpointError
 from orchestrator.files import checkpoints, disk_budget, run_folder
+from orchestrator.rules import collecting
 from orchestrator.run import Run
 
 KINDS = ("checkpoints", "temporary files", "job folders", "curves", "dead launches")
@@ -64,7 +64,7 @@ def collect(run: Run, dry_run: bool, now: float) -> Report:
             report.take("temporary files", path)
     folders = [path for path in _listed(run.folder / "jobs") if path.is_dir()]
     tokens = run.leaderboard.reader.tokens()
-    for name in rules.old_job_folders({p.name: now - _touched(p) for p in folders}, tokens, ORPHANED_S):
+    for name in collecting.old_job_folders({p.name: now - _touched(p) for p in folders}, tokens, ORPHANED_S):
         report.take("job folders", run.folder / "jobs" / name)
     _collect_curves(run, report, now)
     for path in _dead_launches(run.folder, now):
@@ -75,7 +75,7 @@ def collect(run: Run, dry_run: bool, now: float) -> Report:
 def _collect_curves(run: Run, report: Report, now: float) -> None:
     folders = [path for part in SERIES_FOLDERS for path in _listed(run.folder / "logs" / part) if path.is_dir()]
     ages_s = {path.name: now - _touched(path) for path in folders}
-    old = set(rules.old_series(ages_s, (), CURVES_KEPT_S))
+    old = set(collecting.old_series(ages_s, (), CURVES_KEPT_S))
     if not old:  # spares the reading of records
         return
     try:
@@ -83,7 +83,7 @@ def _collect_curves(run: Run, report: Report, now: float) -> None:
     except CheckpointError as error:
         report.trouble.append(f"curves are not judged: {error}")
         return
-    old = set(rules.old_series(ages_s, lines, CURVES_KEPT_S))
+    old = set(collecting.old_series(ages_s, lines, CURVES_KEPT_S))
     for path in sorted(path for path in folders if path.name in old):
         report.take("curves", path)
 
@@ -113,7 +113,7 @@ def _listed(folder: Path) -> list[Path]:
 
 def _orphans(paths: Iterable[Path], now: float) -> list[Path]:
     """Those of claims are judged by their generation instead, however old they are."""
-    found = [p for p in paths if _TEMPORARY.fullmatch(p.name) and rules.generation_of(p.name) is None]
+    found = [p for p in paths if _TEMPORARY.fullmatch(p.name) and collecting.generation_of(p.name) is None]
     return [p for p in found if now - _touched(p) > ORPHANED_S]
 
 

@@ -3,11 +3,11 @@ Any peer does this when its job starts, and `orch status`, `resume` and `keep` d
 
 from __future__ import annotations
 
-from orchestrator import rules
 from orchestrator.cluster import Cluster
 from orchestrator.errors import SubmissionError
 from orchestrator.leaderboard import Leaderboard
 from orchestrator.records import Job, JobState, RunState
+from orchestrator.rules import succession
 from orchestrator.settings.settings import Settings
 
 
@@ -16,7 +16,7 @@ def reconcile(
     cluster: Cluster,
     settings: Settings,
     now: float,
-    grace_s: float = rules.SUBMITTING_GRACE_S,
+    grace_s: float = succession.SUBMITTING_GRACE_S,
 ) -> list[str]:
     """Bring the database and the cluster together: close what is gone, reap its claims, mend broken chains.
 
@@ -27,7 +27,7 @@ def reconcile(
         grace_s = 0.0  # nobody waits for what is being submitted; should it come, it is cancelled
     evidence = cluster.evidence(snapshot.open_jobs)
     found = cluster.find([j for j in snapshot.open_jobs if j.cluster_id is None])
-    todo = rules.mend(snapshot.workers, snapshot.open_jobs, evidence, found, now, grace_s)
+    todo = succession.mend(snapshot.workers, snapshot.open_jobs, evidence, found, now, grace_s)
     done = []
     if todo.lost or todo.adopt:
         endings = cluster.endings(todo.lost)
@@ -40,8 +40,8 @@ def reconcile(
     if todo.resubmit and cluster.chains:
         wanted = leaderboard.chains.relink(todo.resubmit, now, settings.max_failures)
         done += submit_links(leaderboard, cluster, wanted, now)
-    strays = leaderboard.reader.never_begun() + leaderboard.reader.awaited(now - rules.EXIT_GRACE_S)
-    unwanted = rules.unwanted(snapshot.state, snapshot.open_jobs, evidence)
+    strays = leaderboard.reader.never_begun() + leaderboard.reader.awaited(now - succession.EXIT_GRACE_S)
+    unwanted = succession.unwanted(snapshot.state, snapshot.open_jobs, evidence)
     if unwanted:  # hardly ever: no transaction more at each start of a job
         leaderboard.chains.close(unwanted, JobState.CANCELLED, f"the run is {snapshot.state}", now)
     cluster.cancel(strays + unwanted, now=True)  # asks first which of them are there at all

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from orchestrator import rules
 from orchestrator.errors import CheckpointError
 from orchestrator.files.checkpoints import SUFFIX
 from orchestrator.messages import counted
 from orchestrator.records import Entry, Metric, Profile, Promote
+from orchestrator.rules import admission, claiming, collecting
 
 # No claim after the repair has a generation that one before it may have had, though it left no file: a worker that
 # was taken for dead must find its writes refused. More than a run claims between two checkpoints.
@@ -74,7 +74,7 @@ class Record(BaseModel):
         parent = self.parent_file
         if parent is not None and (not parent.endswith(SUFFIX) or parent.startswith(".")):
             raise ValueError(f"its parent {parent[:100]!r} is no checkpoint of ours")
-        older = None if parent is None else rules.generation_of(parent)
+        older = None if parent is None else collecting.generation_of(parent)
         if parent is not None and (older is None or older >= self.generation):  # so a line of parents has an end
             raise ValueError(f"its parent {parent[:100]!r} is no checkpoint of ours, or of a later claim")
         if (self.score is None and self.kind == "candidate") or not math.isfinite(self.score or 0.0):
@@ -175,13 +175,13 @@ class _Family:
         return file
 
     def start(self, record: Record) -> int:
-        return rules.child_start(record.position) if record.parent_file else 0
+        return claiming.child_start(record.position) if record.parent_file else 0
 
     def consumed(self, file: str) -> set[int]:
         return {child.position for child in self.children[file]}
 
     def floor(self, record: Record) -> int:
-        return rules.advance_floor(rules.child_start(record.position), self.consumed(record.file))
+        return claiming.advance_floor(claiming.child_start(record.position), self.consumed(record.file))
 
 
 def plan(
@@ -196,7 +196,7 @@ def plan(
     on_board = _board(family, num_models, metric)
     suspended = _suspended([r for r in records if r.kind == "suspended"], family, cycle)
     ordered = sorted(family.records.values(), key=lambda r: r.generation)  # a claim comes after its parent's
-    seen = [rules.generation_of(name) or 0 for name in names] + [r.generation for r in (*ordered, *suspended)]
+    seen = [collecting.generation_of(name) or 0 for name in names] + [r.generation for r in (*ordered, *suspended)]
     _refuse_twins([*ordered, *suspended])
     rebuilt = tuple(
         Rebuilt(
@@ -256,8 +256,8 @@ def _forgotten(file: str, child: Record) -> Record:
         file=file,
         sha256="",
         size_bytes=0,
-        chunk=rules.chunk_of(file) or 0,
-        generation=rules.generation_of(file) or 0,
+        chunk=collecting.chunk_of(file) or 0,
+        generation=collecting.generation_of(file) or 0,
         worker=child.worker,
         position=0,
         profile="unknown",
@@ -274,7 +274,7 @@ def _board(family: _Family, num_models: int, metric: Metric) -> set[str]:
     there = [family.records[file] for file in family.here]
     for number, record in enumerate(sorted(there, key=lambda r: (r.created_at, r.generation))):
         assert record.score is not None, "`parse` has seen to it"
-        decision = rules.ratchet(record.score, [entry for entry, _ in board.values()], num_models, metric)
+        decision = admission.ratchet(record.score, [entry for entry, _ in board.values()], num_models, metric)
         if isinstance(decision, Promote):
             if decision.evicted is not None:
                 del board[decision.evicted.entry_id]
@@ -299,7 +299,7 @@ def _suspended(records: Sequence[Record], family: _Family, cycle: Sequence[Profi
     chosen: dict[tuple[str, int], Record] = {}
     for record in sorted(records, key=lambda r: r.generation):
         parent_is_here = record.parent_file is None or record.parent_file in family.here
-        same_profile = rules.profile_at(record.position, cycle).name == record.profile
+        same_profile = claiming.profile_at(record.position, cycle).name == record.profile
         if parent_is_here and same_profile and record.chunk not in chunks and record.work not in consumed:
             chosen[record.work] = record
     by_chunk = {record.chunk: record for record in chosen.values()}  # a chunk may have been suspended twice
@@ -313,7 +313,7 @@ def _gaps(family: _Family, suspended: Sequence[Record], cycle: Sequence[Profile]
         if record.parent_file:
             taken[record.parent_file].add(record.position)
     open_positions = sum(
-        max(0, max(taken[file], default=0) - rules.child_start(family.records[file].position) - len(taken[file]))
+        max(0, max(taken[file], default=0) - claiming.child_start(family.records[file].position) - len(taken[file]))
         for file in taken
     )
     if open_positions > MOST_GAPS:
@@ -321,9 +321,9 @@ def _gaps(family: _Family, suspended: Sequence[Record], cycle: Sequence[Profile]
             f"the records leave {open_positions} positions of the cycle open: some of them are damaged, or of no run"
         )
     return [
-        Gap(file, position, rules.profile_at(position, cycle).name, family.records[file].worker)
+        Gap(file, position, claiming.profile_at(position, cycle).name, family.records[file].worker)
         for file in sorted(taken)
-        for position in range(rules.child_start(family.records[file].position), max(taken[file], default=0))
+        for position in range(claiming.child_start(family.records[file].position), max(taken[file], default=0))
         if position not in taken[file]
     ]
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import rebuild_plan, rules
+from orchestrator import rebuild_plan
 from orchestrator.cluster import open_cluster
 from orchestrator.cluster.local import gpus_of
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, RunError, SettingsError
@@ -28,6 +28,7 @@ from orchestrator.locking import choice
 from orchestrator.messages import counted, iso
 from orchestrator.rebuild_plan import Plan, Record
 from orchestrator.records import Evidence, WantedLock
+from orchestrator.rules import collecting
 from orchestrator.settings import loading
 from orchestrator.settings.settings import Settings, new_schema
 
@@ -249,7 +250,7 @@ def _read(files: Path) -> _Found:
     """Every record, and whether its file is complete."""
     names = sorted(path.name for path in files.iterdir()) if files.is_dir() else []
     records, unusable = [], {}
-    of_ours = [n for n in names if rules.generation_of(n) is not None and not n.startswith(".")]
+    of_ours = [n for n in names if collecting.generation_of(n) is not None and not n.startswith(".")]
     stems = {name.rpartition(".")[0] for name in of_ours}
     for stem in sorted(stems):
         file = stem + checkpoints.SUFFIX

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from orchestrator import rules
 from orchestrator.cluster import Cluster, open_cluster
 from orchestrator.cluster.bystander import Bystander
 from orchestrator.errors import RunError, SettingsError, StaleClaimError, SubmissionError
@@ -23,6 +22,7 @@ from orchestrator.locking import choice
 from orchestrator.mending import reconcile
 from orchestrator.messages import iso
 from orchestrator.records import Evidence, JobState, RunState, Snapshot
+from orchestrator.rules import stopping, succession
 from orchestrator.settings import loading
 from orchestrator.settings.settings import Settings, is_server, new_schema
 from orchestrator.worker import Ending, StopFlag
@@ -172,8 +172,8 @@ class Run:
         """Raises RunError if the run's lifetime is over, or a stop rule still holds."""
         snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
         policy = self.settings.policy(self.version)
-        over = rules.converged(snapshot.progress, policy.stop, policy.metric)
-        if rules.lifetime_over(now, snapshot.deadline):
+        over = stopping.converged(snapshot.progress, policy.stop, policy.metric)
+        if stopping.lifetime_over(now, snapshot.deadline):
             over = (RunState.FINISHED, f"its total_lifetime ended at {iso(snapshot.deadline)}")
         if over is not None:
             raise RunError(
@@ -182,7 +182,7 @@ class Run:
             )
         return snapshot
 
-    def reconcile(self, now: float, grace_s: float = rules.SUBMITTING_GRACE_S) -> list[str]:
+    def reconcile(self, now: float, grace_s: float = succession.SUBMITTING_GRACE_S) -> list[str]:
         """See `mending.reconcile`."""
         return reconcile(self.leaderboard, self.cluster, self.settings, now, grace_s)
 
@@ -238,7 +238,7 @@ class Run:
             for line in self.reconcile(clock()):
                 log.info("%s", line)
             snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
-            over = snapshot.state is not RunState.ACTIVE or rules.lifetime_over(clock(), snapshot.deadline)
+            over = snapshot.state is not RunState.ACTIVE or stopping.lifetime_over(clock(), snapshot.deadline)
             if over and not snapshot.open_jobs:
                 return
             sleep(every_s)
@@ -307,7 +307,7 @@ class Run:
             "last_error": error,
             "last_error_at": iso(failed_at),
             "logs": str(self.folder / "logs"),
-            "warnings": rules.warnings(counts["chunks"], self.settings.metric.name),
+            "warnings": stopping.warnings(counts["chunks"], self.settings.metric.name),
             **counts,
         }
 

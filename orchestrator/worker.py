@@ -13,7 +13,6 @@ from typing import IO, Protocol
 
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
-from orchestrator import rules
 from orchestrator.cluster import Cluster
 from orchestrator.errors import (
     CheckpointError,
@@ -41,6 +40,7 @@ from orchestrator.records import (
     Started,
     Work,
 )
+from orchestrator.rules import stopping
 from orchestrator.settings.loading import thaw
 from orchestrator.settings.settings import Settings
 
@@ -146,7 +146,9 @@ class Worker:
         and before a claim, so that none is held meanwhile."""
         now = self.clock()
         snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
-        return not self.stop.reason and now < self._job_end and rules.may_claim(snapshot.state, now, snapshot.deadline)
+        return (
+            not self.stop.reason and now < self._job_end and stopping.may_claim(snapshot.state, now, snapshot.deadline)
+        )
 
     def _finish(self, job: Job, ending: Ending) -> None:
         chains, max_failures = self.leaderboard.chains, self.settings.max_failures
@@ -211,7 +213,7 @@ class Worker:
             now = self.clock()
             claim, self._next = self._next, None
             if claim is None:
-                if not rules.should_start_chunk(now, self._job_end, self._durations_s, chunks):
+                if not stopping.should_start_chunk(now, self._job_end, self._durations_s, chunks):
                     return Ending("no time is left for another chunk")
                 claim = self.leaderboard.board.claim(job.worker_id, job.job_id, job.starts, now, self._lease_until)
             if isinstance(claim, Over):
@@ -358,7 +360,7 @@ class Worker:
         )
         board, now = self.leaderboard.board, self.clock()
         self._durations_s.append(now - started)
-        if not self.stop.reason and rules.should_start_chunk(now, self._job_end, self._durations_s, 1):
+        if not self.stop.reason and stopping.should_start_chunk(now, self._job_end, self._durations_s, 1):
             at = (job.job_id, job.starts, now, self._lease_until)
             outcome, self._next = board.record_and_claim(claim, candidate, *at)
         else:

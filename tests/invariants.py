@@ -6,9 +6,9 @@ import itertools
 from collections import defaultdict
 from typing import Any
 
-from orchestrator import rules
 from orchestrator.errors import CheckpointError
 from orchestrator.files import checkpoints
+from orchestrator.rules import collecting
 from orchestrator.run import Run
 
 CONSUMED = ("promoted", "discarded")
@@ -53,7 +53,7 @@ def _files(run: Run, tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     checkpoints.collect(folder, run.leaderboard.reader.references)
     keep = {n for f in referenced for n in (f, f.removesuffix(".pt") + ".json")}
     # A claim whose job was killed is live until somebody looks: what it was writing stays until then.
-    left = [p.name for p in folder.iterdir() if p.name not in keep and rules.generation_of(p.name) not in live]
+    left = [p.name for p in folder.iterdir() if p.name not in keep and collecting.generation_of(p.name) not in live]
     found += [f"6: {name} was not collected" for name in left]
     return found
 

@@ -69,8 +69,8 @@ def amend(
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
     """Change settings of a run while it runs: lifetimes, workers, profiles, stop rules, slurm."""
-    from orchestrator import rules
     from orchestrator.records import RunState
+    from orchestrator.rules import stopping
 
     opened = open_run(run, runs_dir)
     _check_job(opened, set_)
@@ -79,7 +79,7 @@ def amend(
     is_now = opened.leaderboard.chains.snapshot(opened.settings.metric.mode)
     if is_now.state is not RunState.ACTIVE:
         print(f"{opened.name} is {is_now.state}; `orch resume {opened.name}` goes on with it")
-    elif rules.lifetime_over(time.time(), is_now.deadline):
+    elif stopping.lifetime_over(time.time(), is_now.deadline):
         print(f"{opened.name} has lasted longer than its total_lifetime already: it ends with the chunks under way")
 
 

@@ -136,17 +136,17 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
 
 
 def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float | None, json: bool) -> None:
-    from orchestrator import rules
+    from orchestrator.rules import claiming, succession
 
     policy = settings.policy(1)
-    first = [f"founder {i + 1}: {rules.profile_at(0, policy.cycle).name}" for i in range(settings.workers)]
+    first = [f"founder {i + 1}: {claiming.profile_at(0, policy.cycle).name}" for i in range(settings.workers)]
     plan: dict[str, Any] = {
         "run": settings.name,
         "folder": str(folder.absolute()),
         "resumes": exists,
         "executor": settings.executor,
         "workers": settings.workers,
-        "jobs_at_most": settings.workers * rules.jobs_at_most(settings.total_lifetime, settings.eon_lifetime),
+        "jobs_at_most": settings.workers * succession.jobs_at_most(settings.total_lifetime, settings.eon_lifetime),
         "worker_hours_at_most": round(settings.workers * settings.total_lifetime / 3600, 2),
         "disk_gb_at_most_about": None if needed_gb is None else round(needed_gb, 6),
         "stale_chunks_to_converge": policy.stop.stale_chunks,

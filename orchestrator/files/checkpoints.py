@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from orchestrator import rules
 from orchestrator.errors import CheckpointError, DamagedCheckpointError
 from orchestrator.files.atomic import publish
+from orchestrator.rules import collecting
 
 SUFFIX = ".pt"
 RECORD_SUFFIX = ".json"
@@ -184,4 +184,4 @@ def collectable(folder: Path, references: Callable[[], tuple[Collection[str], Co
     listed = sorted(path.name for path in folder.iterdir())
     files, live_generations = references()
     keep = set(files) | {f.removesuffix(SUFFIX) + RECORD_SUFFIX for f in files}
-    return rules.collectable(listed, keep, live_generations)
+    return collecting.collectable(listed, keep, live_generations)

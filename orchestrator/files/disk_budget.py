@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO
 
-from orchestrator import rules
 from orchestrator.errors import NoSpaceError, SettingsError
 from orchestrator.files import checkpoints
 from orchestrator.messages import counted
+from orchestrator.rules import collecting
 from orchestrator.settings.settings import Settings
 
 GB = 1e9
@@ -67,11 +67,11 @@ def make_room(folder: Path, budget_gb: float, references: References, save: Call
     """
     files = folder / "checkpoints"
     needed = needed_bytes(files, save)
-    if rules.fits(used_bytes(folder), needed, budget_gb * GB):
+    if collecting.fits(used_bytes(folder), needed, budget_gb * GB):
         return
     checkpoints.collect(files, references)
     used = used_bytes(folder)
-    if not rules.fits(used, needed, budget_gb * GB):
+    if not collecting.fits(used, needed, budget_gb * GB):
         raise NoSpaceError(
             f"max_disk_gb is {budget_gb:g}: the run takes {gb(used)} GB and its next checkpoint {gb(needed)} GB, "
             f"{gb(used + needed)} GB in all. `orch amend {folder.name} --set max_disk_gb=...` allows more, `orch gc "
@@ -98,7 +98,7 @@ def demand(settings: Settings, checkpoint_bytes: int | str, folder: Path) -> tup
     """
     if isinstance(checkpoint_bytes, str):
         return None, [f"disk: unknown, since {checkpoint_bytes}"]
-    count = rules.checkpoints_at_most(settings.num_models, settings.workers)
+    count = collecting.checkpoints_at_most(settings.num_models, settings.workers)
     wanted = count * checkpoint_bytes
     each = f"about {gb(checkpoint_bytes)} GB each"
     lines = [f"disk: about {gb(wanted)} GB at most, for {counted(count, 'checkpoint')} of {each}"]

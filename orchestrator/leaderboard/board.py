@@ -8,7 +8,6 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
-from orchestrator import rules
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.moves import (
@@ -48,6 +47,7 @@ from orchestrator.records import (
     Promote,
     RunState,
 )
+from orchestrator.rules import admission, claiming, stopping
 
 # Built once, so that each execution finds its SQL by one look into a cache.
 _SETTINGS_VERSION = Statement(select(run.c.settings_version))
@@ -96,7 +96,7 @@ class Board:
         _check_current(standing, asker)
         if standing.stopped is not None:
             return Over(RunState(standing.state), standing.stopped)
-        if held.first_lease_end is not None and rules.expired(asker.now, held.first_lease_end, Evidence.UNKNOWN):
+        if held.first_lease_end is not None and claiming.expired(asker.now, held.first_lease_end, Evidence.UNKNOWN):
             situation = self._reap(tx, standing, asker.now)
             board, held = situation.board, situation.held
         over = self._end_if_over(tx, standing, board, policy, asker.now)
@@ -111,15 +111,15 @@ class Board:
 
     def _lease(self, tx: Connection, situation: Situation, policy: Policy, asker: _Asker, generation: int) -> Claim:
         board, held = situation.board, situation.held
-        choice = rules.choose_claim(board.entries, held.founders, policy.num_models, policy.metric)
+        choice = claiming.choose_claim(board.entries, held.founders, policy.num_models, policy.metric)
         if isinstance(choice, FoundAnew):
             parent, position, repeat = None, 0, 0
         else:
             parent = choice.entry
             consumed, leased = taken_positions(tx, parent.entry_id, parent.floor)
-            position = rules.next_profile(parent.floor, consumed, leased)
-            repeat = rules.repeat_number(parent, position, policy.cycle)
-        profile = rules.profile_at(position, policy.cycle)
+            position = claiming.next_profile(parent.floor, consumed, leased)
+            repeat = claiming.repeat_number(parent, position, policy.cycle)
+        profile = claiming.profile_at(position, policy.cycle)
         source = board.rows[parent.entry_id] if parent else None
         _RUN.write(tx, generation=generation, **progress_of(situation.standing))
         chunk_id = _LEASE.insert(
@@ -145,7 +145,7 @@ class Board:
             parent_file=source.file if source else None,
             parent_sha256=source.sha256 if source else None,
             parent_epochs=source.epochs if source else 0,
-            bar=rules.bar(board.entries, policy.num_models, policy.metric),
+            bar=admission.bar(board.entries, policy.num_models, policy.metric),
             settings_version=policy.version,
         )
 
@@ -169,12 +169,12 @@ class Board:
             generation=generation,
             worker_id=asker.worker_id,
             position=held.position,
-            profile=rules.profile_at(held.position, policy.cycle),
+            profile=claiming.profile_at(held.position, policy.cycle),
             repeat=0,
             parent_file=parent.file if parent else None,
             parent_sha256=parent.sha256 if parent else None,
             parent_epochs=parent.epochs if parent else 0,
-            bar=rules.bar(board.entries, policy.num_models, policy.metric),
+            bar=admission.bar(board.entries, policy.num_models, policy.metric),
             settings_version=policy.version,
             suspended_file=held.suspended_file,
             suspended_sha256=held.suspended_sha256,
@@ -184,7 +184,7 @@ class Board:
         """The score a candidate has to beat just now; None while a slot is free."""
         with self._database.transaction() as tx:
             policy = self._policy_of(tx, _SETTINGS_VERSION.first(tx).settings_version)
-            return rules.bar(read_board(tx).entries, policy.num_models, policy.metric)
+            return admission.bar(read_board(tx).entries, policy.num_models, policy.metric)
 
     # --- what became of them
 
@@ -224,7 +224,7 @@ class Board:
         """What came of it; the standing after it, whose progress is still to be written; and the entry's floor."""
         standing, board = situation.standing, situation.board
         policy = self._policy_of(tx, standing.settings_version)
-        decision = rules.ratchet(candidate.score, board.entries, policy.num_models, policy.metric)
+        decision = admission.ratchet(candidate.score, board.entries, policy.num_models, policy.metric)
         if isinstance(decision, Promote) and candidate.file is None:
             decision = Discard("its checkpoint was not written")
         promoted = isinstance(decision, Promote)
@@ -323,7 +323,7 @@ class Board:
     def _reap(self, tx: Connection, standing: Any, now: float) -> Situation:
         """Claims whose lease is over are taken back."""
         live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(IS_HELD)).all()
-        late = [h.chunk_id for h in live if rules.expired(now, h.lease_until, Evidence.UNKNOWN)]
+        late = [h.chunk_id for h in live if claiming.expired(now, h.lease_until, Evidence.UNKNOWN)]
         expire(tx, late, LEASE_ENDED, now)
         return look_again(tx, standing)
 
@@ -333,8 +333,8 @@ class Board:
             return Over(state, row.reason or f"the run is {state}")
         best = max((e.score for e in board.entries), key=policy.metric.key, default=None)
         progress = Progress(row.chunks_since_promotion, best, row.epochs)
-        ending = rules.converged(progress, policy.stop, policy.metric)
-        if ending is None and rules.lifetime_over(now, row.deadline):
+        ending = stopping.converged(progress, policy.stop, policy.metric)
+        if ending is None and stopping.lifetime_over(now, row.deadline):
             ending = (RunState.FINISHED, "the run's total lifetime is over")
         if ending is None:
             return None

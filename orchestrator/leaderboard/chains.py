@@ -9,7 +9,6 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
-from orchestrator import rules
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.links import OPEN, add_link, close_link, count_failure, expire_claims, settle, stop_worker
 from orchestrator.leaderboard.moves import (
@@ -36,6 +35,7 @@ from orchestrator.records import (
     Submitted,
     Worker,
 )
+from orchestrator.rules import succession
 
 
 class Chains:
@@ -105,7 +105,7 @@ class Chains:
             self._close_earlier(tx, mine, now)
             me = worker_of(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
-            why_not = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
+            why_not = succession.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
             link = self._successor(tx, mine, now) if successor and why_not is None else None
             row = tx.execute(select(job).where(job.c.job_id == mine.job_id)).one()
             return Started(job_of(row), me, link, why_not)
@@ -192,7 +192,7 @@ class Chains:
             row = tx.execute(query.order_by(job.c.link)).first()
             me = worker_of(tx.execute(select(worker).where(worker.c.worker_id == mine.worker_id)).one())
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
-            why_not = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
+            why_not = succession.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
             if row is None or why_not is None:
                 settle(tx, now)
                 return (job_of(row) if row else None), None
@@ -204,7 +204,7 @@ class Chains:
         with self._database.transaction() as tx:
             me = worker_of(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
-            return rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures) is None
+            return succession.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures) is None
 
     def back_to_queue(self, mine: Job, successor: Job, now: float) -> bool:
         """This very job is queued again in place of a successor, for which there is no room."""
@@ -255,7 +255,7 @@ class Chains:
             for worker_id in worker_ids:
                 me = worker_of(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
                 opened = select(func.count()).where(job.c.worker_id == worker_id, job.c.state.in_(OPEN))
-                unwanted = rules.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
+                unwanted = succession.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures)
                 if tx.execute(opened).scalar_one():
                     continue
                 if unwanted is None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from orchestrator import rules
 from orchestrator.leaderboard.moves import expire, log_event, set_state
 from orchestrator.leaderboard.schema import chunk, job, run, worker
 from orchestrator.records import ChunkState, Job, JobState, RunState
+from orchestrator.rules import stopping
 
 OPEN = (JobState.SUBMITTING, JobState.QUEUED, JobState.RUNNING)
 
@@ -59,7 +59,7 @@ def settle(tx: Connection, now: float) -> None:
     at_work = select(func.count()).where(job.c.state == JobState.RUNNING)
     if row.state == RunState.DRAINING and not tx.execute(at_work).scalar_one():
         set_state(tx, RunState.FINISHED, "drained by the user", now)
-    over = row.state == RunState.ACTIVE and rules.lifetime_over(now, row.deadline)
+    over = row.state == RunState.ACTIVE and stopping.lifetime_over(now, row.deadline)
     if over and not tx.execute(select(func.count()).where(job.c.state.in_(OPEN))).scalar_one():
         set_state(tx, RunState.FINISHED, "the run's total lifetime is over", now)
 

@@ -23,10 +23,10 @@ from sqlalchemy import (
     update,
 )
 
-from orchestrator import rules
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, event, job, run, worker
 from orchestrator.leaderboard.statements import Statement
 from orchestrator.records import ChunkState, Entry, Job, JobState, RunState, Worker
+from orchestrator.rules import claiming
 
 CONSUMED = (ChunkState.PROMOTED, ChunkState.DISCARDED)
 # Why a claim was taken from its worker.
@@ -230,7 +230,7 @@ def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> 
         return floor
     if position == floor:
         consumed, _ = taken_positions(tx, entry_id, floor)
-        floor = rules.advance_floor(floor, consumed)
+        floor = claiming.advance_floor(floor, consumed)
     _WORKED.write(tx, of_entry=entry_id, new_floor=floor)
     return floor
 

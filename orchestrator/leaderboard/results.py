@@ -6,12 +6,12 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, insert, update
 
-from orchestrator import rules
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.moves import ON_BOARD, BoardRows, finite, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry
 from orchestrator.leaderboard.statements import Statement
 from orchestrator.records import Candidate, ChunkState, Claim, Entry, Policy
+from orchestrator.rules import claiming
 
 _OF_CLAIM = Statement(
     update(chunk).where(
@@ -51,8 +51,8 @@ def promote(
     entry_id = _ENTER.insert(
         tx,
         checkpoint_id=checkpoint_id,
-        start_position=0 if founder else rules.child_start(claim.position),
-        floor=rules.child_start(claim.position),  # a founder's own chunk consumed its position 0
+        start_position=0 if founder else claiming.child_start(claim.position),
+        floor=claiming.child_start(claim.position),  # a founder's own chunk consumed its position 0
         worked_on=0,
         promoted_at=now,
         on_board=True,

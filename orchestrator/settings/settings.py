@@ -10,8 +10,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, Field, field_validator
 
-from orchestrator import rules
 from orchestrator.records import Metric, Mode, Policy, Profile, StopRules, WantedLock
+from orchestrator.rules import stopping
 from orchestrator.settings.explain import shown
 from orchestrator.settings.fields import MOST, Count, FilePath, Lifetime, Line, Size, Strict, Word
 from orchestrator.settings.profile import ProfileSettings, checked_logger, checked_loggers
@@ -140,7 +140,7 @@ class Settings(Strict):
             num_models=self.num_models,
             cycle=tuple(Profile(**p.model_dump()) for p in self.training_profiles),
             stop=StopRules(
-                stale_chunks=rules.stale_chunks(
+                stale_chunks=stopping.stale_chunks(
                     self.stop_after_stale_cycles, len(self.training_profiles), self.num_models
                 ),
                 score=self.stop_at_score,

@@ -11,11 +11,11 @@ from typing import IO, Any
 
 import sqlalchemy
 
-from orchestrator import rules
 from orchestrator.files import atomic, checkpoints
 from orchestrator.leaderboard import board, engine, results
 from orchestrator.leaderboard.schema import chunk
 from orchestrator.records import ChunkState, Claim
+from orchestrator.rules import admission, collecting
 from orchestrator.worker import Worker
 
 
@@ -69,7 +69,7 @@ def _evict_before_the_commit() -> None:
         on_board = situation.board
         policy = self._policy
         assert policy is not None
-        decision = rules.ratchet(candidate.score, on_board.entries, policy.num_models, policy.metric)
+        decision = admission.ratchet(candidate.score, on_board.entries, policy.num_models, policy.metric)
         evicted = getattr(decision, "evicted", None)
         if evicted is not None:
             folder = Path(str(self._database.file)).parent / "checkpoints"
@@ -117,13 +117,13 @@ def _no_generation_check() -> None:
 
 
 def _collect_what_is_being_written() -> None:
-    collectable = rules.collectable
-    rules.collectable = lambda files, referenced, live: collectable(files, referenced, ())
+    collectable = collecting.collectable
+    collecting.collectable = lambda files, referenced, live: collectable(files, referenced, ())
 
 
 def _collect_what_is_on_the_board() -> None:
-    collectable = rules.collectable
-    rules.collectable = lambda files, referenced, live: collectable(files, (), live)
+    collectable = collecting.collectable
+    collecting.collectable = lambda files, referenced, live: collectable(files, (), live)
 
 
 def _no_checksum() -> None:

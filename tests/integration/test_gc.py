@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator import gc, rules
+from orchestrator import gc
 from orchestrator.errors import LeaderboardError
 from orchestrator.files import disk_budget
+from orchestrator.rules import collecting
 from orchestrator.run import Run
 from orchestrator.settings.loading import load
 from tests.integration.test_local_chains import processes_of
@@ -72,7 +73,7 @@ def token(letter: str, index: int = 0) -> str:
 def test_folders_of_old_jobs(chains: list[str], old: str) -> None:
     jobs = tokens(*chains)
     ages = {t: 0.0 for _, t, _ in jobs}
-    assert rules.old_job_folders(ages, jobs, 100.0) == sorted(token(letter) for letter in old)
+    assert collecting.old_job_folders(ages, jobs, 100.0) == sorted(token(letter) for letter in old)
 
 
 def test_a_folder_that_jobs_share_stays_while_one_of_them_is_needed() -> None:
@@ -80,9 +81,9 @@ def test_a_folder_that_jobs_share_stays_while_one_of_them_is_needed() -> None:
     shared, new = f"{1:016x}", [f"{n:016x}" for n in range(2, 6)]
     jobs = [(0, f"{shared}-0", False), *((0, f"{n}-0", False) for n in new), (1, f"{shared}-1", False)]
     ages = dict.fromkeys((shared, *new), 0.0)
-    assert rules.old_job_folders(ages, jobs, 100.0) == [new[0]]
+    assert collecting.old_job_folders(ages, jobs, 100.0) == [new[0]]
     jobs += [(1, f"{9 + n:016x}-0", False) for n in range(3)]
-    assert rules.old_job_folders(ages, jobs, 100.0) == [shared, new[0]]
+    assert collecting.old_job_folders(ages, jobs, 100.0) == [shared, new[0]]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_a_folder_that_jobs_share_stays_while_one_of_them_is_needed() -> None:
     ids=["unknown and old", "of the local executor", "unknown and young", "not ours"],
 )
 def test_a_folder_that_the_database_does_not_know(name: str, age_s: float, goes: bool) -> None:
-    assert rules.old_job_folders({name: age_s}, tokens("ab"), 100.0) == ([name] if goes else [])
+    assert collecting.old_job_folders({name: age_s}, tokens("ab"), 100.0) == ([name] if goes else [])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_a_folder_that_the_database_does_not_know(name: str, age_s: float, goes:
     ],
 )
 def test_curves_of_a_chunk_that_led_to_nothing_are_old_after_a_while(name: str, age_s: float, goes: bool) -> None:
-    assert rules.old_series({name: age_s}, {2, 3}, 100.0) == ([name] if goes else [])
+    assert collecting.old_series({name: age_s}, {2, 3}, 100.0) == ([name] if goes else [])
 
 
 # --- the command

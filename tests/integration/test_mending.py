@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator import rules
 from orchestrator.cli import launch
 from orchestrator.cluster.local import InlineCluster, LocalCluster, host_name
 from orchestrator.errors import LeaderboardError
 from orchestrator.mending import reconcile
 from orchestrator.records import JobState, RunState, Started, Submitted
+from orchestrator.rules.succession import EXIT_GRACE_S
 from orchestrator.run import Run
 from orchestrator.settings.settings import ProfileSettings, Settings
 from tests.small_runs import make_run
@@ -37,7 +37,7 @@ def alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize(("since_s", "stays"), [(rules.EXIT_GRACE_S - 5, True), (rules.EXIT_GRACE_S + 5, False)])
+@pytest.mark.parametrize(("since_s", "stays"), [(EXIT_GRACE_S - 5, True), (EXIT_GRACE_S + 5, False)])
 def test_a_job_that_does_not_end_after_its_last_word_is_killed_since_its_successor_waits(
     tmp_path: Path, hangs: psutil.Process, since_s: float, stays: bool
 ) -> None:
@@ -79,7 +79,7 @@ def test_a_chain_whose_job_was_killed_before_it_queued_the_next_is_mended_in_sec
     orphan_a_successor(run, now)
     reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + 1)
     assert states(run) == [JobState.LOST, JobState.SUBMITTING], "the cluster may have taken it"
-    reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + rules.ORPHANED_GRACE_S + 1)
+    reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + succession.ORPHANED_GRACE_S + 1)
     assert states(run) == [JobState.LOST, JobState.LOST]
 
 

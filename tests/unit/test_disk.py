@@ -18,10 +18,11 @@ from torch import nn
 from jobs.footprint import checkpoint_bytes
 from jobs.job import Job
 from jobs.opening import open_session
-from orchestrator import rules, user_job
+from orchestrator import user_job
 from orchestrator.errors import CheckpointError, NoSpaceError, SettingsError
 from orchestrator.files import checkpoints, disk_budget
 from orchestrator.records import Work
+from orchestrator.rules import collecting
 from orchestrator.settings.loading import load
 from orchestrator.settings.settings import Settings
 
@@ -38,7 +39,7 @@ def settings(**changes: Any) -> Settings:
     ("used", "needed", "budget", "fits"), [(60, 40, 100, True), (61, 40, 100, False), (0, 101, 100, False)]
 )
 def test_what_is_used_and_what_is_needed_fit_the_budget_or_not(used: int, needed: int, budget: int, fits: bool) -> None:
-    assert rules.fits(used, needed, budget) is fits
+    assert collecting.fits(used, needed, budget) is fits
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchestrator import rules
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, LockError
 from orchestrator.files import checkpoints
 from orchestrator.leaderboard.engine import Database
@@ -23,6 +22,7 @@ from orchestrator.locking.proof import LOCKS
 from orchestrator.locking.soft_lock import HeldError, SoftLock
 from orchestrator.rebuild_plan import Record, parse, plan
 from orchestrator.records import Metric, Profile
+from orchestrator.rules import collecting
 from tests.fuzzing import ODD_TEXT, examples, json_values, mutate, odd_scalars, to_json
 
 CYCLE = [Profile(name, 0.1, 0.9, 0.0) for name in ("a", "b", "c")]
@@ -103,7 +103,7 @@ def test_any_records_make_a_board_or_are_refused(place: Path, data: st.DataObjec
     except CheckpointError:
         return
     files = [c.record.file for c in found.checkpoints] + [r.file for r in found.suspended]
-    assert all(rules.generation_of(file) is not None and "/" not in file for file in files)
+    assert all(collecting.generation_of(file) is not None and "/" not in file for file in files)
     if data.draw(st.integers(0, 7)) == 0:
         folder = place / "run"
         (folder / "orch.db").unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import LockError
-from orchestrator.locking import proof
+from orchestrator.locking import choice, proof
 from orchestrator.locking.choice import choose
 
 DOES_NOTHING = "import fcntl\nfcntl.flock = lambda fd, operation: None\n"

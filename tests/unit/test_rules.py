@@ -9,7 +9,6 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator import rules
 from orchestrator.messages import counted
 from orchestrator.records import (
     Claim,
@@ -28,6 +27,7 @@ from orchestrator.records import (
     Worker,
     WorkOn,
 )
+from orchestrator.rules import admission, claiming, collecting, stopping, succession
 
 ACCURACY = Metric("accuracy", "max")
 LOSS = Metric("loss", "min")
@@ -87,18 +87,18 @@ def boards(draw: st.DrawFn, min_size: int = 0) -> list[Entry]:
     ],
 )
 def test_worst_is_the_entry_that_a_better_candidate_replaces(entries, metric, expected):
-    found = rules.worst(entries, metric)
+    found = admission.worst(entries, metric)
     assert (found and found.entry_id) == expected
 
 
 @PROPERTY
 @given(boards(min_size=1), metrics, st.randoms(use_true_random=False))
 def test_no_entry_is_worse_than_the_worst_in_whatever_order_they_come(entries, metric, random):
-    found = rules.worst(entries, metric)
+    found = admission.worst(entries, metric)
     assert found in entries
     assert not any(metric.better(found.score, than=other.score) for other in entries)
     shuffled = random.sample(entries, len(entries))
-    assert rules.worst(shuffled, metric) == found
+    assert admission.worst(shuffled, metric) == found
 
 
 # --- ratchet -----------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ FULL = [entry(1, 0.70), entry(2, 0.60), entry(3, 0.65)]
     ],
 )
 def test_the_ratchet_admits(score, entries, num_models, metric, evicted):
-    decision = rules.ratchet(score, entries, num_models, metric)
+    decision = admission.ratchet(score, entries, num_models, metric)
     assert isinstance(decision, Promote)
     assert (decision.evicted and decision.evicted.entry_id) == evicted
 
@@ -142,7 +142,7 @@ def test_the_ratchet_admits(score, entries, num_models, metric, evicted):
     ],
 )
 def test_the_ratchet_refuses(score, entries, num_models, metric, reason):
-    decision = rules.ratchet(score, entries, num_models, metric)
+    decision = admission.ratchet(score, entries, num_models, metric)
     assert isinstance(decision, Discard)
     assert reason in decision.reason
 
@@ -152,9 +152,9 @@ def test_the_ratchet_refuses(score, entries, num_models, metric, reason):
 def test_a_board_never_shrinks_or_overflows_and_its_worst_never_falls(offered, num_models, metric):
     board: list[Entry] = []
     for number, score in enumerate(offered, start=1):
-        size, bar = len(board), rules.bar(board, num_models, metric)
+        size, bar = len(board), admission.bar(board, num_models, metric)
         best = max((metric.key(e.score) for e in board), default=-INF)
-        decision = rules.ratchet(score, board, num_models, metric)
+        decision = admission.ratchet(score, board, num_models, metric)
         if isinstance(decision, Promote):
             assert math.isfinite(score)
             assert (decision.evicted is None) == (size < num_models)
@@ -162,15 +162,15 @@ def test_a_board_never_shrinks_or_overflows_and_its_worst_never_falls(offered, n
         assert size <= len(board) <= num_models
         assert max((metric.key(e.score) for e in board), default=-INF) >= best
         if bar is not None:
-            assert metric.key(rules.bar(board, num_models, metric)) >= metric.key(bar)
+            assert metric.key(admission.bar(board, num_models, metric)) >= metric.key(bar)
             assert isinstance(decision, Promote) == metric.better(score, than=bar)
 
 
 @PROPERTY
 @given(boards(min_size=1), metrics)
 def test_a_copy_of_an_entry_never_replaces_the_worst(entries, metric):
-    lowest = rules.worst(entries, metric)
-    assert isinstance(rules.ratchet(lowest.score, entries, len(entries), metric), Discard)
+    lowest = admission.worst(entries, metric)
+    assert isinstance(admission.ratchet(lowest.score, entries, len(entries), metric), Discard)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_copy_of_an_entry_never_replaces_the_worst(entries, metric):
     ],
 )
 def test_the_bar_is_the_worst_score_of_a_full_board(entries, num_models, metric, expected):
-    assert rules.bar(entries, num_models, metric) == expected
+    assert admission.bar(entries, num_models, metric) == expected
 
 
 # --- choose_claim ------------------------------------------------------------------------------------
@@ -207,18 +207,18 @@ def test_the_bar_is_the_worst_score_of_a_full_board(entries, num_models, metric,
     ],
 )
 def test_the_next_claim_is(entries, founders, num_models, expected):
-    choice = rules.choose_claim(entries, founders, num_models, ACCURACY)
+    choice = claiming.choose_claim(entries, founders, num_models, ACCURACY)
     assert ("founder" if isinstance(choice, FoundAnew) else choice.entry.entry_id) == expected
 
 
 def test_of_equally_worked_entries_the_one_with_the_lower_loss_is_next():
-    assert rules.choose_claim([entry(1, 0.5), entry(2, 0.6)], 0, 2, LOSS) == WorkOn(entry(1, 0.5))
+    assert claiming.choose_claim([entry(1, 0.5), entry(2, 0.6)], 0, 2, LOSS) == WorkOn(entry(1, 0.5))
 
 
 @PROPERTY
 @given(boards(), st.integers(0, 4), st.integers(1, 6), metrics, st.randoms(use_true_random=False))
 def test_no_entry_is_left_behind_and_no_slot_is_filled_twice(entries, founders, num_models, metric, random):
-    choice = rules.choose_claim(entries, founders, num_models, metric)
+    choice = claiming.choose_claim(entries, founders, num_models, metric)
     if isinstance(choice, FoundAnew):
         assert not entries or len(entries) + founders < num_models
         return
@@ -226,7 +226,7 @@ def test_no_entry_is_left_behind_and_no_slot_is_filled_twice(entries, founders, 
     work = {e.entry_id: e.worked_on + e.in_progress for e in entries}
     assert work[choice.entry.entry_id] == min(work.values())
     shuffled = random.sample(entries, len(entries))
-    assert rules.choose_claim(shuffled, founders, num_models, metric) == choice
+    assert claiming.choose_claim(shuffled, founders, num_models, metric) == choice
 
 
 # --- positions of the cycle --------------------------------------------------------------------------
@@ -246,14 +246,14 @@ def test_no_entry_is_left_behind_and_no_slot_is_filled_twice(entries, founders, 
     ],
 )
 def test_the_next_position_is(start, consumed, leased, expected):
-    assert rules.next_profile(start, consumed, leased) == expected
+    assert claiming.next_profile(start, consumed, leased) == expected
 
 
 @PROPERTY
 @given(positions, st.frozensets(positions), st.frozensets(positions))
 def test_the_next_position_is_the_smallest_free_one(start, consumed, leased):
     taken = consumed | leased
-    found = rules.next_profile(start, consumed, leased)
+    found = claiming.next_profile(start, consumed, leased)
     assert found >= start
     assert found not in taken
     assert taken.issuperset(range(start, found))
@@ -270,21 +270,21 @@ def test_the_next_position_is_the_smallest_free_one(start, consumed, leased):
     ],
 )
 def test_the_floor_moves(floor, consumed, expected):
-    assert rules.advance_floor(floor, consumed) == expected
+    assert claiming.advance_floor(floor, consumed) == expected
 
 
 @PROPERTY
 @given(positions, st.frozensets(positions), st.frozensets(positions))
 def test_the_floor_changes_no_answer(start, consumed, leased):
-    floor = rules.advance_floor(start, consumed)
+    floor = claiming.advance_floor(start, consumed)
     assert consumed.issuperset(range(start, floor))
     assert floor not in consumed
-    assert rules.next_profile(floor, consumed, leased) == rules.next_profile(start, consumed, leased)
+    assert claiming.next_profile(floor, consumed, leased) == claiming.next_profile(start, consumed, leased)
 
 
 @pytest.mark.parametrize(("position", "expected"), [(0, 1), (1, 2), (39, 40), (40, 41)])
 def test_a_promoted_child_starts_after_the_position_that_made_it(position, expected):
-    assert rules.child_start(position) == expected
+    assert claiming.child_start(position) == expected
 
 
 @PROPERTY
@@ -293,8 +293,8 @@ def test_a_line_that_is_promoted_each_time_walks_the_cycle_in_order(names, first
     profiles = cycle("".join(map(str, names)))
     position, walked = first, []
     for _ in range(2 * len(profiles)):
-        walked.append(rules.profile_at(rules.next_profile(position, (), ()), profiles))
-        position = rules.child_start(position)
+        walked.append(claiming.profile_at(claiming.next_profile(position, (), ()), profiles))
+        position = claiming.child_start(position)
     assert walked == [profiles[(first + i) % len(profiles)] for i in range(2 * len(profiles))]
 
 
@@ -303,15 +303,15 @@ def test_a_line_that_is_promoted_each_time_walks_the_cycle_in_order(names, first
     [(0, "a"), (1, "b"), (2, "b"), (3, "c"), (4, "a"), (6, "b"), (7, "c"), (403, "c")],
 )
 def test_positions_wrap_only_in_what_they_mean(position, expected):
-    assert rules.profile_at(position, cycle("abbc")).name == expected
+    assert claiming.profile_at(position, cycle("abbc")).name == expected
 
 
 @PROPERTY
 @given(st.text("abc", min_size=1, max_size=8), positions, st.integers(0, 5))
 def test_whole_rounds_change_no_profile(names, position, rounds):
     profiles = cycle(names)
-    assert rules.profile_at(position + rounds * len(profiles), profiles) == rules.profile_at(position, profiles)
-    assert rules.profile_at(position % len(profiles), profiles) is profiles[position % len(profiles)]
+    assert claiming.profile_at(position + rounds * len(profiles), profiles) == claiming.profile_at(position, profiles)
+    assert claiming.profile_at(position % len(profiles), profiles) is profiles[position % len(profiles)]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_whole_rounds_change_no_profile(names, position, rounds):
 )
 def test_a_repeat_is_numbered(names, start, founder, position, expected):
     parent = Entry(1, 1, 0.5, start_position=start, floor=start, worked_on=0, founder=founder)
-    assert rules.repeat_number(parent, position, cycle(names)) == expected
+    assert claiming.repeat_number(parent, position, cycle(names)) == expected
 
 
 @PROPERTY
@@ -341,8 +341,8 @@ def test_the_repeat_number_counts_the_earlier_tries_of_the_same_profile(names, s
     first = start + founder
     position = first + steps
     parent = Entry(1, 1, 0.5, start_position=start, floor=start, worked_on=0, founder=founder)
-    tried = [rules.profile_at(p, profiles) for p in range(first, position)]
-    assert rules.repeat_number(parent, position, profiles) == tried.count(rules.profile_at(position, profiles))
+    tried = [claiming.profile_at(p, profiles) for p in range(first, position)]
+    assert claiming.repeat_number(parent, position, profiles) == tried.count(claiming.profile_at(position, profiles))
 
 
 # --- time --------------------------------------------------------------------------------------------
@@ -359,16 +359,16 @@ def test_the_repeat_number_counts_the_earlier_tries_of_the_same_profile(names, s
     ],
 )
 def test_a_chunk_is_expected_to_take(durations_s, expected):
-    assert rules.expected_chunk_s(durations_s) == (None if expected is None else pytest.approx(expected))
+    assert stopping.expected_chunk_s(durations_s) == (None if expected is None else pytest.approx(expected))
 
 
 @PROPERTY
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=12))
 def test_no_recent_chunk_took_longer_than_is_expected(durations_s):
-    expected_s = rules.expected_chunk_s(durations_s)
+    expected_s = stopping.expected_chunk_s(durations_s)
     assert expected_s >= max(durations_s[-5:])
     if len(durations_s) >= 5:
-        assert rules.expected_chunk_s([1e9, *durations_s]) == expected_s, "only the last five count"
+        assert stopping.expected_chunk_s([1e9, *durations_s]) == expected_s, "only the last five count"
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_no_recent_chunk_took_longer_than_is_expected(durations_s):
     ],
 )
 def test_another_chunk_starts_in_a_job_that_ends_at_100(now, durations_s, chunks, expected):
-    assert rules.should_start_chunk(now, 100.0, durations_s, chunks) is expected
+    assert stopping.should_start_chunk(now, 100.0, durations_s, chunks) is expected
 
 
 @PROPERTY
@@ -395,9 +395,9 @@ def test_another_chunk_starts_in_a_job_that_ends_at_100(now, durations_s, chunks
 def test_what_starts_late_would_have_started_earlier_and_nothing_starts_after_the_end(
     now, earlier_by, job_end, durations_s, chunks
 ):
-    if rules.should_start_chunk(now, job_end, durations_s, chunks):
+    if stopping.should_start_chunk(now, job_end, durations_s, chunks):
         assert now < job_end
-        assert rules.should_start_chunk(now - earlier_by, job_end, durations_s, chunks)
+        assert stopping.should_start_chunk(now - earlier_by, job_end, durations_s, chunks)
 
 
 @pytest.mark.parametrize(
@@ -413,13 +413,13 @@ def test_what_starts_late_would_have_started_earlier_and_nothing_starts_after_th
     ],
 )
 def test_a_lease_until_100_is_expired(now, evidence, expected):
-    assert rules.expired(now, 100.0, evidence) is expected
+    assert claiming.expired(now, 100.0, evidence) is expected
 
 
 @PROPERTY
 @given(st.floats(0, 1e4), st.floats(0, 1e4))
 def test_only_time_expires_a_claim_of_which_nothing_is_known(now, lease_until):
-    by_evidence = {e: rules.expired(now, lease_until, e) for e in Evidence}
+    by_evidence = {e: claiming.expired(now, lease_until, e) for e in Evidence}
     assert by_evidence == dict.fromkeys(Evidence, now > lease_until) | {Evidence.GONE: True}
 
 
@@ -435,13 +435,13 @@ def test_only_time_expires_a_claim_of_which_nothing_is_known(now, lease_until):
     ],
 )
 def test_stale_chunks_are(stale_cycles, cycle_length, num_models, expected):
-    assert rules.stale_chunks(stale_cycles, cycle_length, num_models) == expected
+    assert stopping.stale_chunks(stale_cycles, cycle_length, num_models) == expected
 
 
 @PROPERTY
 @given(st.none() | st.integers(1, 9), st.integers(1, 99), st.integers(1, 99))
 def test_stale_chunks_let_every_entry_try_every_profile(stale_cycles, cycle_length, num_models):
-    found = rules.stale_chunks(stale_cycles, cycle_length, num_models)
+    found = stopping.stale_chunks(stale_cycles, cycle_length, num_models)
     assert (found is None) == (stale_cycles is None)
     assert found is None or (found // num_models >= cycle_length and found % (cycle_length * num_models) == 0)
 
@@ -457,7 +457,7 @@ def test_stale_chunks_let_every_entry_try_every_profile(stale_cycles, cycle_leng
     ids=["none has finished", "one, which is no number", "seven, all no numbers", "one has entered the board"],
 )
 def test_a_run_whose_scores_are_all_no_numbers_is_warned_of(promoted, discarded, told):
-    lines = rules.warnings({"promoted": promoted, "discarded": discarded, "failed": 3}, "accuracy")
+    lines = stopping.warnings({"promoted": promoted, "discarded": discarded, "failed": 3}, "accuracy")
     assert len(lines) == (told is not None)
     assert all(line.startswith(told) and "learning rate" in line and "precision" in line for line in lines)
 
@@ -521,7 +521,7 @@ NEVER = StopRules(stale_chunks=None, score=None, epochs=None)
     ],
 )
 def test_the_run_is_over(progress, stop, metric, state, reason):
-    found = rules.converged(progress, stop, metric)
+    found = stopping.converged(progress, stop, metric)
     if state is None:
         assert found is None
     else:
@@ -537,12 +537,12 @@ def test_the_run_is_over(progress, stop, metric, state, reason):
     metrics,
 )
 def test_a_run_that_is_over_stays_over_and_says_why(progress, stop, metric):
-    found = rules.converged(progress, stop, metric)
+    found = stopping.converged(progress, stop, metric)
     assert (found is None) or (found[0] in (RunState.CONVERGED, RunState.FINISHED, RunState.FAILED) and found[1])
-    assert rules.converged(progress, NEVER, metric) is None
+    assert stopping.converged(progress, NEVER, metric) is None
     if found is not None:
         more = Progress(progress.chunks_since_promotion + 1, progress.best_score, progress.epochs + 1)
-        assert rules.converged(more, stop, metric) is not None
+        assert stopping.converged(more, stop, metric) is not None
 
 
 @pytest.mark.parametrize(
@@ -554,8 +554,8 @@ def test_a_run_that_is_over_stays_over_and_says_why(progress, stop, metric):
     ],
 )
 def test_a_chunk_may_be_claimed_in_a_run_until_100(state, now, expected):
-    assert rules.may_claim(state, now, 100.0) is expected
-    assert rules.lifetime_over(now, 100.0) is (now >= 100.0)
+    assert stopping.may_claim(state, now, 100.0) is expected
+    assert stopping.lifetime_over(now, 100.0) is (now >= 100.0)
 
 
 def worker(worker_id: int = 0, failures: int = 0, stopped: str | None = None) -> Worker:
@@ -579,7 +579,7 @@ def worker(worker_id: int = 0, failures: int = 0, stopped: str | None = None) ->
     ],
 )
 def test_a_chain_gets_a_successor(state, now, who, why_not):
-    assert rules.should_resubmit(state, now, 100.0, who, max_failures=5) == why_not
+    assert succession.should_resubmit(state, now, 100.0, who, max_failures=5) == why_not
 
 
 @PROPERTY
@@ -587,8 +587,8 @@ def test_a_chain_gets_a_successor(state, now, who, why_not):
     st.sampled_from(RunState), st.floats(0, 200), st.integers(0, 8), st.none() | st.just("stopped"), st.integers(1, 8)
 )
 def test_a_successor_is_queued_only_where_a_chunk_may_be_claimed(state, now, failures, stopped, max_failures):
-    why_not = rules.should_resubmit(state, now, 100.0, worker(0, failures, stopped), max_failures)
-    wanted = rules.may_claim(state, now, 100.0) and stopped is None and failures < max_failures
+    why_not = succession.should_resubmit(state, now, 100.0, worker(0, failures, stopped), max_failures)
+    wanted = stopping.may_claim(state, now, 100.0) and stopped is None and failures < max_failures
     assert (why_not is None) == wanted
     assert why_not is None or why_not
 
@@ -604,13 +604,13 @@ def test_a_successor_is_queued_only_where_a_chunk_may_be_claimed(state, now, fai
     ],
 )
 def test_a_chain_has_at_most_so_many_links(total_s, eon_s, expected):
-    assert rules.jobs_at_most(total_s, eon_s) == expected
+    assert succession.jobs_at_most(total_s, eon_s) == expected
 
 
 @PROPERTY
 @given(st.integers(1, 10**7), st.integers(1, 10**5))
 def test_the_links_fill_the_lifetime_and_one_less_does_not(total_s, eon_s):
-    links = rules.jobs_at_most(total_s, eon_s)
+    links = succession.jobs_at_most(total_s, eon_s)
     assert (links - 1) * eon_s < total_s <= links * eon_s
 
 
@@ -683,7 +683,7 @@ SUBMITTING, QUEUED, RUNNING = JobState.SUBMITTING, JobState.QUEUED, JobState.RUN
         ),
         pytest.param([job(1, 0, SUBMITTING)], {1: "unknown"}, {}, [], {}, [], id="perhaps the cluster has it"),
         pytest.param(
-            [job(1, 0, SUBMITTING, NOW - rules.SUBMITTING_GRACE_S)],
+            [job(1, 0, SUBMITTING, NOW - succession.SUBMITTING_GRACE_S)],
             {1: "gone"},
             {},
             [],
@@ -692,7 +692,7 @@ SUBMITTING, QUEUED, RUNNING = JobState.SUBMITTING, JobState.QUEUED, JobState.RUN
             id="it is being submitted just now",
         ),
         pytest.param(
-            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - rules.SUBMITTING_GRACE_S, after=1)],
+            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - succession.SUBMITTING_GRACE_S, after=1)],
             {1: "running", 2: "gone"},
             {},
             [],
@@ -701,7 +701,7 @@ SUBMITTING, QUEUED, RUNNING = JobState.SUBMITTING, JobState.QUEUED, JobState.RUN
             id="the job before it is submitting it just now",
         ),
         pytest.param(
-            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - rules.ORPHANED_GRACE_S - 1, after=1)],
+            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - succession.ORPHANED_GRACE_S - 1, after=1)],
             {1: "gone", 2: "gone"},
             {},
             [1, 2],
@@ -710,7 +710,7 @@ SUBMITTING, QUEUED, RUNNING = JobState.SUBMITTING, JobState.QUEUED, JobState.RUN
             id="the job that was to submit it is gone",
         ),
         pytest.param(
-            [job(2, 0, SUBMITTING, NOW - rules.ORPHANED_GRACE_S - 1, after=1)],
+            [job(2, 0, SUBMITTING, NOW - succession.ORPHANED_GRACE_S - 1, after=1)],
             {2: "gone"},
             {},
             [2],
@@ -719,7 +719,7 @@ SUBMITTING, QUEUED, RUNNING = JobState.SUBMITTING, JobState.QUEUED, JobState.RUN
             id="the job that was to submit it has ended before",
         ),
         pytest.param(
-            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - rules.ORPHANED_GRACE_S, after=1)],
+            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - succession.ORPHANED_GRACE_S, after=1)],
             {1: "gone", 2: "gone"},
             {},
             [1],
@@ -728,7 +728,7 @@ SUBMITTING, QUEUED, RUNNING = JobState.SUBMITTING, JobState.QUEUED, JobState.RUN
             id="its submitter is gone, and the cluster may have it all the same",
         ),
         pytest.param(
-            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - rules.ORPHANED_GRACE_S - 1, after=1)],
+            [job(1, 0, RUNNING), job(2, 0, SUBMITTING, NOW - succession.ORPHANED_GRACE_S - 1, after=1)],
             {1: "unknown", 2: "gone"},
             {},
             [],
@@ -739,7 +739,7 @@ SUBMITTING, QUEUED, RUNNING = JobState.SUBMITTING, JobState.QUEUED, JobState.RUN
     ],
 )
 def test_a_chain_is_mended(jobs, evidence, found, lost, adopted, resubmitted):
-    todo = rules.mend([worker(0)], jobs, {k: Evidence(v) for k, v in evidence.items()}, found, NOW)
+    todo = succession.mend([worker(0)], jobs, {k: Evidence(v) for k, v in evidence.items()}, found, NOW)
     assert [j.job_id for j in todo.lost] == lost
     assert {j.job_id: cluster_id for j, cluster_id in todo.adopt} == adopted
     assert list(todo.resubmit) == resubmitted
@@ -749,14 +749,14 @@ def test_a_chain_is_mended(jobs, evidence, found, lost, adopted, resubmitted):
 def test_only_a_run_that_goes_on_keeps_jobs_in_the_queue(state):
     jobs = [job(1, 0, RUNNING), job(2, 1, RUNNING), job(3, 2, QUEUED), job(4, 3, SUBMITTING), job(5, 4, QUEUED)]
     evidence = dict(zip(range(1, 6), map(Evidence, ("queued", "running", "queued", "queued", "unknown")), strict=True))
-    found = [j.job_id for j in rules.unwanted(state, jobs, evidence)]
+    found = [j.job_id for j in succession.unwanted(state, jobs, evidence)]
     assert found == ([] if state is RunState.ACTIVE else [1, 3])
 
 
 def test_every_chain_is_mended_by_itself():
     jobs = [job(1, 0, RUNNING), job(2, 1, RUNNING), job(3, 2, QUEUED)]
     evidence = {1: Evidence.GONE, 2: Evidence.UNKNOWN, 3: Evidence.QUEUED}
-    todo = rules.mend([worker(i) for i in range(4)], jobs, evidence, {}, NOW)
+    todo = succession.mend([worker(i) for i in range(4)], jobs, evidence, {}, NOW)
     assert [j.job_id for j in todo.lost] == [1]
     assert todo.resubmit == (0, 3)
 
@@ -790,7 +790,7 @@ times = st.none() | st.floats(0.0, NOW)
 @PROPERTY
 @given(chains())
 def test_only_a_job_that_is_proved_gone_is_lost(asked):
-    todo = rules.mend(**asked)
+    todo = succession.mend(**asked)
     for gone in todo.lost:
         assert gone in asked["open_jobs"]
         assert asked["evidence"].get(gone.job_id) is Evidence.GONE
@@ -800,7 +800,7 @@ def test_only_a_job_that_is_proved_gone_is_lost(asked):
 @PROPERTY
 @given(chains())
 def test_a_chain_is_linked_anew_exactly_if_no_job_of_it_is_left(asked):
-    todo = rules.mend(**asked)
+    todo = succession.mend(**asked)
     left = {j.worker_id for j in asked["open_jobs"] if j not in todo.lost}
     assert list(todo.resubmit) == [w.worker_id for w in asked["workers"] if w.worker_id not in left]
 
@@ -808,7 +808,7 @@ def test_a_chain_is_linked_anew_exactly_if_no_job_of_it_is_left(asked):
 @PROPERTY
 @given(chains())
 def test_a_job_is_adopted_under_the_id_that_the_cluster_gave_it(asked):
-    todo = rules.mend(**asked)
+    todo = succession.mend(**asked)
     assert not {j.job_id for j, _ in todo.adopt} & {j.job_id for j in todo.lost}
     assert dict(asked["found_ids"]) == {j.token: cluster_id for j, cluster_id in todo.adopt}
 
@@ -817,7 +817,7 @@ def test_a_job_is_adopted_under_the_id_that_the_cluster_gave_it(asked):
 @given(chains())
 def test_a_cluster_that_does_not_answer_changes_nothing_about_open_jobs(asked):
     silent = asked | {"evidence": {j.job_id: Evidence.UNKNOWN for j in asked["open_jobs"]}, "found_ids": {}}
-    todo = rules.mend(**silent)
+    todo = succession.mend(**silent)
     assert todo.lost == ()
     assert todo.adopt == ()
     assert not {j.worker_id for j in asked["open_jobs"]} & set(todo.resubmit)
@@ -847,7 +847,7 @@ OURS = "g00000007-c00000003"
     ],
 )
 def test_the_generation_in_the_name_of(name, expected):
-    assert rules.generation_of(name) == expected
+    assert collecting.generation_of(name) == expected
 
 
 @PROPERTY
@@ -856,7 +856,7 @@ def test_the_generation_in_the_name_of(name, expected):
 )
 def test_every_file_of_a_claim_tells_its_generation(generation, chunk_id, prefix, suffix):
     claim = Claim(chunk_id, generation, 0, 0, cycle("a")[0], 0, None, None, 0, None)
-    assert rules.generation_of(f"{prefix}{claim.file_stem}{suffix}{'-99' if prefix else ''}") == generation
+    assert collecting.generation_of(f"{prefix}{claim.file_stem}{suffix}{'-99' if prefix else ''}") == generation
 
 
 STEM = re.compile(r"(\.tmp-)?g[0-9]{8,}-c[0-9]{8,}[.-].*", re.DOTALL)
@@ -867,7 +867,7 @@ STEM = re.compile(r"(\.tmp-)?g[0-9]{8,}-c[0-9]{8,}[.-].*", re.DOTALL)
 @example("g²-c1.pt")
 def test_a_file_that_is_not_ours_has_no_generation(name):
     assume(not STEM.fullmatch(name))
-    assert rules.generation_of(name) is None
+    assert collecting.generation_of(name) is None
 
 
 REFERENCED, LIVE = f"{OURS}.pt", 9
@@ -887,7 +887,7 @@ REFERENCED, LIVE = f"{OURS}.pt", 9
     ],
 )
 def test_of_the_files_in_the_folder(name, collected):
-    assert rules.collectable([name], {REFERENCED}, {LIVE}) == ([name] if collected else [])
+    assert collecting.collectable([name], {REFERENCED}, {LIVE}) == ([name] if collected else [])
 
 
 names = st.builds(
@@ -908,7 +908,7 @@ names = st.builds(
 )
 def test_nothing_that_is_needed_or_foreign_is_collected_and_all_else_is(listed, others, live, referenced_too):
     referenced = others | set(listed[:referenced_too])
-    doomed = rules.collectable(listed, referenced, live)
+    doomed = collecting.collectable(listed, referenced, live)
     for name in listed:
         generation = re.fullmatch(r"(?:\.tmp-)?g(\d{8})-c\d{8}\.(pt|json)", name)
         unneeded = generation is not None and int(generation[1]) not in live and name not in referenced

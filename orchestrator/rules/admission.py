@@ -1,0 +1,33 @@
+"""Which candidate enters the leaderboard: the ratchet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from orchestrator.records import Discard, Entry, Metric, Promote
+
+
+def worst(entries: Iterable[Entry], metric: Metric) -> Entry | None:
+    """The entry that a better candidate replaces: the lowest score; among equals the most worked on, then
+    the newest."""
+    return min(entries, key=lambda e: (metric.key(e.score), -e.worked_on, -e.entry_id), default=None)
+
+
+def ratchet(score: float | None, entries: Sequence[Entry], num_models: int, metric: Metric) -> Promote | Discard:
+    """A free slot, or strictly better than the worst. Ties lose; NaN and infinities never enter."""
+    if score is None or not math.isfinite(score):
+        return Discard(f"{metric.name} is not finite")
+    if len(entries) < num_models:
+        return Promote(evicted=None)
+    last = worst(entries, metric)
+    assert last is not None, "num_models is at least 1"
+    if metric.better(score, than=last.score):
+        return Promote(evicted=last)
+    return Discard(f"{metric.name} {score:.6g} is not better than the worst on the board, {last.score:.6g}")
+
+
+def bar(entries: Sequence[Entry], num_models: int, metric: Metric) -> float | None:
+    """The score that a candidate has to beat; None while a slot is free."""
+    last = worst(entries, metric)
+    return None if last is None or len(entries) < num_models else last.score
