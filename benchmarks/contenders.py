@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from sqlalchemy import insert, text, update
 
-from orchestrator.leaderboard import Leaderboard, schema
+from orchestrator.leaderboard import schema
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Candidate, Claim, EpochResult, Started
 from orchestrator.settings.loading import freeze, load_policy
 from orchestrator.settings.settings import Settings

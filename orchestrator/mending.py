@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from orchestrator.cluster import Cluster
 from orchestrator.errors import SubmissionError
-from orchestrator.leaderboard import Leaderboard
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Job, JobState, RunState
 from orchestrator.rules import succession
 from orchestrator.settings.settings import Settings

@@ -14,19 +14,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator import rebuild_plan
 from orchestrator.cluster import open_cluster
 from orchestrator.cluster.local import gpus_of
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, RunError, SettingsError
 from orchestrator.files import atomic, checkpoints, permissions
 from orchestrator.files.run_folder import DATABASE_NAME, SETTINGS_NAME
-from orchestrator.leaderboard import Leaderboard
+from orchestrator.leaderboard import rebuild_plan
 from orchestrator.leaderboard.engine import Database, journal_of
 from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, open_jobs, run_row
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.leaderboard.rebuild import Origin, rebuild
+from orchestrator.leaderboard.rebuild_plan import Plan, Record
 from orchestrator.locking import choice
 from orchestrator.messages import counted, iso
-from orchestrator.rebuild_plan import Plan, Record
 from orchestrator.records import Evidence, WantedLock
 from orchestrator.rules import collecting
 from orchestrator.settings import loading

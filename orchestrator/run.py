@@ -16,8 +16,8 @@ from orchestrator.cluster.bystander import Bystander
 from orchestrator.errors import RunError, SettingsError, StaleClaimError, SubmissionError
 from orchestrator.files import atomic, checkpoints, permissions
 from orchestrator.files.run_folder import DATABASE_NAME, SETTINGS_NAME, is_run, without_its_files
-from orchestrator.leaderboard import CONNECT_FOR_S, Leaderboard
-from orchestrator.leaderboard.engine import Database
+from orchestrator.leaderboard.engine import CONNECT_FOR_S, Database
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.locking import choice
 from orchestrator.mending import reconcile
 from orchestrator.messages import iso

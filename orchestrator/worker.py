@@ -25,7 +25,7 @@ from orchestrator.errors import (
 )
 from orchestrator.files import checkpoints, disk_budget
 from orchestrator.files.checkpoints import Written
-from orchestrator.leaderboard import Leaderboard
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.mending import reconcile
 from orchestrator.messages import counted
 from orchestrator.records import (

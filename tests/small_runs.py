@@ -12,7 +12,7 @@ from typing import IO, Any
 import sqlalchemy
 
 from orchestrator.cluster.local import InlineCluster, host_name, this_process
-from orchestrator.leaderboard import Leaderboard
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import EpochResult, Finished, Interrupted, Started, Work
 from orchestrator.run import Run
 from orchestrator.settings.loading import freeze

@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy
 
-from orchestrator.leaderboard import Leaderboard
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.settings.loading import freeze, load_policy
 from orchestrator.settings.settings import Settings
 

@@ -13,8 +13,8 @@ from orchestrator import __version__
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.moves import NOT_KNOWN, log_event
+from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, Plan, Record
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job, run, worker
-from orchestrator.rebuild_plan import GENERATION_GAP, Plan, Record
 from orchestrator.records import ChunkState, JobState, RunState
 
 REPAIRED = "repaired; `orch resume` goes on"

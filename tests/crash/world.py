@@ -10,7 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from orchestrator.leaderboard import Leaderboard, chains
+from orchestrator.leaderboard import chains
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import (
     Candidate,
     Claim,

@@ -29,8 +29,8 @@ from hypothesis.stateful import (
 )
 
 from orchestrator.errors import StaleClaimError
-from orchestrator.leaderboard import Leaderboard
 from orchestrator.leaderboard.board import Board
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.leaderboard.moves import look
 from orchestrator.records import Candidate, Claim, EpochResult, Job, Metric, Over, Started
 from orchestrator.settings.settings import Settings

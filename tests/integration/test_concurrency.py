@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from orchestrator.files import checkpoints
-from orchestrator.leaderboard import Leaderboard
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Claim, Started
 from orchestrator.settings.settings import Settings
 from tests import invariants
@@ -35,7 +35,7 @@ HAMMER = """
 import collections, json, multiprocessing, random, sys, time
 from pathlib import Path
 import sqlalchemy
-from orchestrator.leaderboard import Leaderboard
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Candidate, EpochResult
 from orchestrator.settings.loading import load_policy
 from tests.storage import _do_not_wait_for_the_disk
@@ -96,7 +96,7 @@ ZOMBIE = """
 import json, sys, time
 from pathlib import Path
 from orchestrator.errors import StaleClaimError
-from orchestrator.leaderboard import Leaderboard
+from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Candidate, EpochResult
 from orchestrator.settings.loading import load_policy
 

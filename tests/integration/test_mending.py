@@ -15,7 +15,7 @@ from orchestrator.cluster.local import InlineCluster, LocalCluster, host_name
 from orchestrator.errors import LeaderboardError
 from orchestrator.mending import reconcile
 from orchestrator.records import JobState, RunState, Started, Submitted
-from orchestrator.rules.succession import EXIT_GRACE_S
+from orchestrator.rules.succession import EXIT_GRACE_S, ORPHANED_GRACE_S
 from orchestrator.run import Run
 from orchestrator.settings.settings import ProfileSettings, Settings
 from tests.small_runs import make_run
@@ -79,7 +79,7 @@ def test_a_chain_whose_job_was_killed_before_it_queued_the_next_is_mended_in_sec
     orphan_a_successor(run, now)
     reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + 1)
     assert states(run) == [JobState.LOST, JobState.SUBMITTING], "the cluster may have taken it"
-    reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + succession.ORPHANED_GRACE_S + 1)
+    reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + ORPHANED_GRACE_S + 1)
     assert states(run) == [JobState.LOST, JobState.LOST]
 
 

@@ -27,7 +27,7 @@ from orchestrator.cluster import remains
 from orchestrator.errors import LeaderboardError, OrchError, RunError, StaleClaimError
 from orchestrator.files import checkpoints
 from orchestrator.leaderboard.engine import is_damage
-from orchestrator.rebuild_plan import GENERATION_GAP
+from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP
 from orchestrator.records import Candidate, EpochResult, Started
 from orchestrator.repair import Report, repair
 from orchestrator.run import Run

@@ -16,11 +16,11 @@ from orchestrator.errors import CheckpointError, DamagedCheckpointError, LockErr
 from orchestrator.files import checkpoints
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.rebuild import Origin, rebuild
+from orchestrator.leaderboard.rebuild_plan import Record, parse, plan
 from orchestrator.locking.choice import Choice, read_record, record_path
 from orchestrator.locking.mounts import lock_facts, mount_of
 from orchestrator.locking.proof import LOCKS
 from orchestrator.locking.soft_lock import HeldError, SoftLock
-from orchestrator.rebuild_plan import Record, parse, plan
 from orchestrator.records import Metric, Profile
 from orchestrator.rules import collecting
 from tests.fuzzing import ODD_TEXT, examples, json_values, mutate, odd_scalars, to_json

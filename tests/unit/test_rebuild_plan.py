@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import CheckpointError
-from orchestrator.rebuild_plan import GENERATION_GAP, Plan, Record, parse, plan
+from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, Plan, Record, parse, plan
 from orchestrator.records import Metric, Profile
 
 CYCLE = [Profile(name, 0.1, 0.9, 0.0) for name in ("a", "b", "c")]

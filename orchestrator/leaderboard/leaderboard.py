@@ -1,0 +1,93 @@
+"""One run's leaderboard: its database, and what can be done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from sqlalchemy import insert, select
+from sqlalchemy.exc import DatabaseError
+
+from orchestrator import __version__
+from orchestrator.errors import LeaderboardError
+from orchestrator.leaderboard import schema
+from orchestrator.leaderboard.board import Board
+from orchestrator.leaderboard.chains import Chains
+from orchestrator.leaderboard.engine import CONNECT_FOR_S, Database
+from orchestrator.leaderboard.health import check_version
+from orchestrator.leaderboard.moves import log_event
+from orchestrator.leaderboard.reader import Reader
+from orchestrator.records import Policy, RunState
+
+
+class Leaderboard:
+    """One run's database. `create` once, at launch; `open` ever after."""
+
+    def __init__(self, database: Database, load_policy: Callable[[str, int], Policy]) -> None:
+        self.database = database
+        self.board = Board(database, load_policy)
+        self.chains = Chains(database)
+        self.reader = Reader(database)
+
+    @staticmethod
+    def create(
+        run_folder: Path,
+        url: str | None,
+        schema_name: str | None,
+        name: str,
+        settings: str,
+        import_paths: Sequence[str],
+        now: float,
+        deadline: float,
+    ) -> None:
+        """Create the tables and the run's row. Raises LeaderboardError if there is a run already."""
+        with Database(url, run_folder, schema_name).creation() as tx:
+            tx.execute(
+                insert(schema.run).values(
+                    run_id=1,
+                    schema_version=schema.SCHEMA_VERSION,
+                    orch_version=__version__,
+                    name=name,
+                    state=RunState.ACTIVE,
+                    created_at=now,
+                    deadline=deadline,
+                    generation=0,
+                    chunks_since_promotion=0,
+                    epochs=0,
+                    settings=settings,
+                    settings_version=1,
+                    import_paths=list(import_paths),
+                )
+            )
+            log_event(tx, now, "launched", None, None, None, name=name, deadline=deadline)
+
+    @staticmethod
+    def discard(run_folder: Path, url: str | None, schema_name: str | None, schema_too: bool) -> None:
+        """Undo `create`, as far as the database answers. schema_too: the schema was made for this run."""
+        with suppress(LeaderboardError):
+            Database(url, run_folder, schema_name).drop(schema_too)
+
+    @classmethod
+    def open(
+        cls,
+        run_folder: Path,
+        url: str | None,
+        schema_name: str | None,
+        load_policy: Callable[[str, int], Policy],
+        connect_for_s: float = CONNECT_FOR_S,
+    ) -> Leaderboard:
+        """Raises LeaderboardError if there is none, or if another version of the schema wrote it."""
+        database = Database(url, run_folder, schema_name, connect_for_s)
+        database.refuse_empty()
+        with database.transaction(own_lock=False) as tx:
+            try:
+                row = tx.execute(select(schema.run.c.schema_version, schema.run.c.orch_version)).one_or_none()
+            except DatabaseError as error:
+                raise LeaderboardError(
+                    f"{database.name} is not a leaderboard of orch: {error.orig}. {database.advice}"
+                ) from error
+        if row is None:
+            raise LeaderboardError(f"{database.name} holds no run; was its launch interrupted? {database.advice}")
+        check_version(database, row.schema_version, row.orch_version)
+        return cls(database, load_policy)
