@@ -14,8 +14,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from orchestrator.cluster import Place, this_place
-from orchestrator.cluster.local import gpus, this_process
+from orchestrator.cluster.host import gpus, this_process
+from orchestrator.cluster.place import Place, this_place
 from orchestrator.files import permissions
 from orchestrator.imports import look_first_in
 from orchestrator.leaderboard.engine import JOB_CONNECTS_FOR_S

@@ -3,7 +3,7 @@ Any peer does this when its job starts, and `orch status`, `resume` and `keep` d
 
 from __future__ import annotations
 
-from orchestrator.cluster import Cluster
+from orchestrator.cluster.protocol import Cluster
 from orchestrator.errors import SubmissionError
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Job, JobState, RunState

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster import open_cluster
-from orchestrator.cluster.local import gpus_of
+from orchestrator.cluster.choose import open_cluster
+from orchestrator.cluster.host import gpus_of
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, RunError, SettingsError
 from orchestrator.files import atomic, checkpoints, permissions
 from orchestrator.files.run_folder import DATABASE_NAME, SETTINGS_NAME
@@ -164,14 +164,14 @@ def _write_settings(folder: Path, text: str) -> None:
 
 def _refuse_if_alive(folder: Path, settings: Settings, database: Database, force: bool) -> None:
     """Raises RunError if jobs of the run are alive, or, without force, if that can't be known."""
-    from orchestrator.cluster import remains
+    from orchestrator.cluster import live_jobs
 
     owner = permissions.owner(folder)
     if owner is not None:
         raise RunError(f"the jobs of this run are {owner}'s: only {owner} can know that none is alive, and repair it")
     alive, unknown = _known_jobs(folder, settings, database)
-    pids = [pid for pid in remains.processes(folder) if pid != os.getpid()]
-    listed = remains.slurm_jobs(settings.name, folder) if settings.executor == "slurm" else []
+    pids = [pid for pid in live_jobs.processes(folder) if pid != os.getpid()]
+    listed = live_jobs.slurm_jobs(settings.name, folder) if settings.executor == "slurm" else []
     if pids:
         raise RunError(
             f"jobs of {folder.name} are alive on this machine (processes {', '.join(map(str, pids))}). End them "

@@ -11,8 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster import Cluster, open_cluster
-from orchestrator.cluster.bystander import Bystander
+from orchestrator.cluster.choose import open_cluster
+from orchestrator.cluster.foreign import Bystander
+from orchestrator.cluster.protocol import Cluster
 from orchestrator.errors import RunError, SettingsError, StaleClaimError, SubmissionError
 from orchestrator.files import atomic, checkpoints, permissions
 from orchestrator.files.run_folder import DATABASE_NAME, SETTINGS_NAME, is_run, without_its_files
@@ -136,7 +137,7 @@ class Run:
 
     def _grow(self, now: float) -> list[str]:
         """Add the workers that the settings want and the run does not have; all of them or none."""
-        from orchestrator.cluster.local import gpus_of
+        from orchestrator.cluster.host import gpus_of
 
         have = len(self.leaderboard.chains.workers())
         missing = range(have, self.settings.workers)

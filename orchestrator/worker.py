@@ -13,7 +13,7 @@ from typing import IO, Protocol
 
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
-from orchestrator.cluster import Cluster
+from orchestrator.cluster.protocol import Cluster
 from orchestrator.errors import (
     CheckpointError,
     ClusterUnreachableError,

@@ -11,7 +11,8 @@ from typing import IO, Any
 
 import sqlalchemy
 
-from orchestrator.cluster.local import InlineCluster, host_name, this_process
+from orchestrator.cluster.host import host_name, this_process
+from orchestrator.cluster.inline import InlineCluster
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import EpochResult, Finished, Interrupted, Started, Work
 from orchestrator.run import Run

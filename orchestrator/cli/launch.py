@@ -86,7 +86,7 @@ def launch(
 
 
 def _load(path: Path, overrides: list[str], workers: int | None, executor: str | None) -> tuple[Settings, list[str]]:
-    from orchestrator.cluster import default_executor
+    from orchestrator.cluster.choose import default_executor
     from orchestrator.settings.loading import load
 
     loaded, notes = load(path, overrides, workers=workers, executor=executor)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from orchestrator.cluster import Entry
+from orchestrator.cluster.host import created_at, find_process, host_name, send_signal
+from orchestrator.cluster.protocol import Entry
 from orchestrator.errors import SubmissionError
 from orchestrator.files import permissions
 from orchestrator.records import Evidence, Job, JobState, Submitted
@@ -65,26 +65,26 @@ class LocalCluster:
                     _children[:] = [c for c in _children if c.poll() is None]  # asking reaps those that ended
                     _children.append(started._process)  # type: ignore[attr-defined]  # LocalJob has it
                     pid = int(started.job_id)
-                    taken.append(Submitted(job.job_id, str(pid), pid, _created_at(pid), host_name()))
+                    taken.append(Submitted(job.job_id, str(pid), pid, created_at(pid), host_name()))
         except (OSError, subprocess.SubprocessError) as error:
             for done in taken:
-                _signal(done.pid, done.pid_created_at, signal.SIGKILL)
+                send_signal(done.pid, done.pid_created_at, signal.SIGKILL)
             raise SubmissionError(f"a local job can't be started: {error}") from error
         return taken
 
     def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
         if predecessor is None or predecessor.host != host_name() or predecessor.pid is None:
             return
-        process = _process(predecessor.pid, predecessor.pid_created_at)
+        process = find_process(predecessor.pid, predecessor.pid_created_at)
         hard_end = (predecessor.started_at or time.time()) + self.time_limit_s()
         while process is not None and not should_stop():
             try:
                 process.wait(timeout=_POLL_S)
                 return
             except psutil.TimeoutExpired:
-                process = _process(predecessor.pid, predecessor.pid_created_at)
+                process = find_process(predecessor.pid, predecessor.pid_created_at)
             if time.time() > hard_end:
-                _signal(predecessor.pid, predecessor.pid_created_at, signal.SIGKILL)
+                send_signal(predecessor.pid, predecessor.pid_created_at, signal.SIGKILL)
 
     def evidence(self, jobs: Sequence[Job]) -> dict[int, Evidence]:
         return {job.job_id: self._evidence(job) for job in jobs}
@@ -96,7 +96,7 @@ class LocalCluster:
             return Evidence.UNKNOWN  # another machine's processes can't be seen from here
         if job.host != host_name():
             return Evidence.GONE  # this machine was started anew since
-        if _process(job.pid, job.pid_created_at) is None:
+        if find_process(job.pid, job.pid_created_at) is None:
             return Evidence.GONE
         return Evidence.RUNNING if job.state is JobState.RUNNING else Evidence.QUEUED
 
@@ -111,7 +111,7 @@ class LocalCluster:
             else:
                 # Of a queued job the process is submitit's controller, which hands the signal on to the one that waits.
                 kill = now and job.state in (JobState.RUNNING, JobState.ENDED)
-                _signal(job.pid, job.pid_created_at, signal.SIGKILL if kill else signal.SIGTERM)
+                send_signal(job.pid, job.pid_created_at, signal.SIGKILL if kill else signal.SIGTERM)
         return trouble
 
     def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
@@ -138,114 +138,6 @@ class LocalCluster:
 
     def identity(self) -> tuple[str, str]:
         return os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid())), host_name()
-
-
-class InlineCluster:
-    """One worker in this process; it has no successor and no end but the run's."""
-
-    name = "inline"
-    chains = False
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-
-    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
-        return [Submitted(job.job_id, str(os.getpid()), *this_process(), host_name()) for job in jobs]
-
-    def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
-        return
-
-    def evidence(self, jobs: Sequence[Job]) -> dict[int, Evidence]:
-        return LocalCluster.evidence(self, jobs)  # type: ignore[arg-type]  # the same processes
-
-    _evidence = LocalCluster._evidence
-
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
-        return {}
-
-    cancel = LocalCluster.cancel
-
-    endings = LocalCluster.endings
-    back_to_queue = LocalCluster.back_to_queue
-    token = LocalCluster.token
-
-    def working_s(self) -> float:
-        return self._settings.total_lifetime
-
-    latest_work_s = working_s
-
-    def time_limit_s(self) -> float:
-        return self._settings.total_lifetime
-
-    def cores(self) -> int:
-        return self._settings.cores_per_worker or len(os.sched_getaffinity(0))
-
-    def identity(self) -> tuple[str, str]:
-        return str(os.getpid()), host_name()
-
-
-def gpus() -> list[str]:
-    """The GPUs that this process may use, as values for CUDA_VISIBLE_DEVICES. Imports no torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return listed.stdout.split()
-
-
-def gpus_of(workers: Sequence[int], each: int) -> list[str | None]:
-    """What each of these workers gets of them, as a value for CUDA_VISIBLE_DEVICES; None if not even one worker
-    can have so many."""
-    found = gpus()
-    shares = [",".join(found[i : i + each]) for i in range(0, len(found) - each + 1, each)]
-    return [shares[worker % len(shares)] if shares else None for worker in workers]
-
-
-def host_name() -> str:
-    """This machine and its boot: after a restart no process of before is alive."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text()[:8] if boot.exists() else ''}"
-
-
-def this_process() -> tuple[int, float]:
-    """(pid, start time): together they are never used twice."""
-    return os.getpid(), psutil.Process().create_time()
-
-
-def _created_at(pid: int) -> float | None:
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.NoSuchProcess:
-        return None
-
-
-def _process(pid: int, created_at: float | None) -> psutil.Process | None:
-    """The process if it is alive and the same one; a zombie is dead."""
-    try:
-        process = psutil.Process(pid)
-        if created_at is not None and abs(process.create_time() - created_at) > 0.5:
-            return None
-        return None if process.status() == psutil.STATUS_ZOMBIE else process
-    except psutil.NoSuchProcess:
-        return None
-
-
-def _signal(pid: int | None, created_at: float | None, signum: signal.Signals) -> None:
-    process = None if pid is None else _process(pid, created_at)
-    if process is not None:
-        try:
-            process.send_signal(signum)
-        except psutil.NoSuchProcess:
-            return
 
 
 @contextmanager

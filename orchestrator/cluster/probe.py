@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster import Entry
+from orchestrator.cluster.protocol import Entry
 from orchestrator.cluster.sbatch import advice, is_no_room, is_unreachable, refusal_of
 from orchestrator.cluster.slurm import (
     COMMAND_TIMEOUT_S,

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster import Entry
+from orchestrator.cluster.protocol import Entry
 from orchestrator.cluster.sbatch import Request, advice, is_no_room, is_unreachable, refusal_of, request, too_short
 from orchestrator.errors import ClusterUnreachableError, NoRoomError, SettingsError, SubmissionError
 from orchestrator.files import permissions

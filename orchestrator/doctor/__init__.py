@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator.cluster.local import gpus
+from orchestrator.cluster.host import gpus
 from orchestrator.cluster.slurm import SlurmCluster
 from orchestrator.doctor import machine, node, partition, two_node
 from orchestrator.doctor.findings import Finding, Level, exit_code

@@ -18,7 +18,7 @@ import torch
 from jobs.distributed import dismiss, own_gpu
 from jobs.job import JobError
 from jobs.ranks import RankLostError, Ranks, meet
-from orchestrator.cluster import local
+from orchestrator.cluster import host
 from orchestrator.run import Run
 from tests.integration.distributed import (
     AT_ONCE_S,
@@ -143,7 +143,7 @@ def test_local_workers_share_the_gpus(
     found: str, each: int, shares: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", found)
-    assert local.gpus_of(range(3), each) == shares
+    assert host.gpus_of(range(3), each) == shares
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -11,7 +11,9 @@ import psutil
 import pytest
 
 from orchestrator.cli import launch
-from orchestrator.cluster.local import InlineCluster, LocalCluster, host_name
+from orchestrator.cluster.host import host_name
+from orchestrator.cluster.inline import InlineCluster
+from orchestrator.cluster.local import LocalCluster
 from orchestrator.errors import LeaderboardError
 from orchestrator.mending import reconcile
 from orchestrator.records import JobState, RunState, Started, Submitted

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from orchestrator.cluster import remains
+from orchestrator.cluster import live_jobs
 from orchestrator.errors import LeaderboardError, OrchError, RunError, StaleClaimError
 from orchestrator.files import checkpoints
 from orchestrator.leaderboard.engine import is_damage
@@ -649,11 +649,11 @@ def test_a_run_that_lost_its_database_is_repaired_resumed_and_finished(launched:
     run = Run.open(launched)
     until("a full board and more", lambda: run.leaderboard.reader.counts()["epochs"] >= 10)
     runs_dir = launched.parent
-    assert remains.processes(launched), "submitit's command lines name their folders"
+    assert live_jobs.processes(launched), "submitit's command lines name their folders"
     for process in processes_of(launched):
         process.kill()
     until("every process to be gone", lambda: not processes_of(launched))
-    assert remains.processes(launched) == []
+    assert live_jobs.processes(launched) == []
     before = board_of(run)
     referred_to, _ = run.leaderboard.reader.references()
     unrecorded = {path.name for path in (launched / "checkpoints").glob("*.pt")} - referred_to

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.cluster.bystander import Bystander
+from orchestrator.cluster.foreign import Bystander
 from orchestrator.errors import RunError, SettingsError, SubmissionError
 from orchestrator.files import permissions
 from orchestrator.records import Evidence

@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.cluster import slurm
+from orchestrator.cluster.live_jobs import slurm_jobs
 from orchestrator.cluster.probe import ProbeJob
-from orchestrator.cluster.remains import slurm_jobs
 from orchestrator.cluster.slurm import GONE, WAITING, WORKING, SlurmCluster, judge, queue, read_queue, run_slurm
 from orchestrator.doctor import limits, slurm_facts
 from orchestrator.doctor.partition import max_minutes, need_of, read_config, read_nodes, read_pairs

@@ -103,7 +103,7 @@ def test_the_walk_sees_every_kind_of_import(tmp_path):
     source.write_text(
         "import torch.nn, os\n"
         "from orchestrator import rules, __version__\n"
-        "from orchestrator.cluster.local import gpus\n"
+        "from orchestrator.cluster.host import gpus\n"
         "if TYPE_CHECKING:\n    import for_types\nelse:\n    import for_real\n"
         "try:\n    import tried\nexcept ImportError:\n    pass\n"
         "class A:\n    import in_class\n    def f(self):\n        import in_method\n"
@@ -155,7 +155,7 @@ def test_orchestrator_imports_torch_and_jobs_only_inside_functions(path):
 
 @each_file_of_jobs
 def test_jobs_never_import_the_command_line_the_cluster_or_the_leaderboard(path):
-    forbidden = ("orchestrator.cli", "orchestrator.cluster", "orchestrator.leaderboard.leaderboard")
+    forbidden = ("orchestrator.cli", "orchestrator.cluster.protocol", "orchestrator.leaderboard.leaderboard")
     assert not wrong([i for i in ALL[path] if any(map(i.of, forbidden))])
 
 

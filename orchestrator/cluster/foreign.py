@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from orchestrator.cluster import Cluster
+from orchestrator.cluster.protocol import Cluster
 from orchestrator.errors import SubmissionError
 from orchestrator.records import Evidence, Job, JobState, Submitted
 

@@ -1,0 +1,76 @@
+"""This machine: its processes, its GPUs and its name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as values for CUDA_VISIBLE_DEVICES. Imports no torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return listed.stdout.split()
+
+
+def gpus_of(workers: Sequence[int], each: int) -> list[str | None]:
+    """What each of these workers gets of them, as a value for CUDA_VISIBLE_DEVICES; None if not even one worker
+    can have so many."""
+    found = gpus()
+    shares = [",".join(found[i : i + each]) for i in range(0, len(found) - each + 1, each)]
+    return [shares[worker % len(shares)] if shares else None for worker in workers]
+
+
+def host_name() -> str:
+    """This machine and its boot: after a restart no process of before is alive."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}/{boot.read_text()[:8] if boot.exists() else ''}"
+
+
+def this_process() -> tuple[int, float]:
+    """(pid, start time): together they are never used twice."""
+    return os.getpid(), psutil.Process().create_time()
+
+
+def created_at(pid: int) -> float | None:
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:
+        return None
+
+
+def find_process(pid: int, created_at: float | None) -> psutil.Process | None:
+    """The process if it is alive and the same one; a zombie is dead."""
+    try:
+        process = psutil.Process(pid)
+        if created_at is not None and abs(process.create_time() - created_at) > 0.5:
+            return None
+        return None if process.status() == psutil.STATUS_ZOMBIE else process
+    except psutil.NoSuchProcess:
+        return None
+
+
+def send_signal(pid: int | None, created_at: float | None, signum: signal.Signals) -> None:
+    process = None if pid is None else find_process(pid, created_at)
+    if process is not None:
+        try:
+            process.sendsend_signal(signum)
+        except psutil.NoSuchProcess:
+            return

@@ -1,0 +1,29 @@
+"""Which process of which job this one is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which process of which job this one is."""
+
+    executor: str
+    rank: int
+    count: int
+    meeting_file: Path  # where the processes of this start of this job find each other; no other start has it
+
+
+def this_place() -> Place:
+    """From what Slurm and submitit tell in the environment."""
+    env = os.environ
+    folder, executor = Path(env["SUBMITIT_FOLDER"]), env["SUBMITIT_EXECUTOR"]
+    if executor == "local":
+        rank, count, start = env["SUBMITIT_LOCAL_GLOBALID"], env["SUBMITIT_LOCAL_NTASKS"], env["SUBMITIT_LOCAL_JOB_ID"]
+    else:
+        rank, count = env.get("SLURM_PROCID", "0"), env.get("SLURM_NTASKS", "1")
+        start = f"{env['SLURM_JOB_ID']}-{env.get('SLURM_RESTART_COUNT', '0')}"
+    return Place(executor, int(rank), int(count), folder / f"meeting-{start}")
