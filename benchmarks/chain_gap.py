@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "slurm" / "devcluster")]
 
 from devcluster import DevCluster  # noqa: E402
 
-from orchestrator.run import Run  # noqa: E402
+from orchestrator.run.launch import launch  # noqa: E402
 from orchestrator.settings.settings import Settings  # noqa: E402
 
 WORKERS = 2
@@ -66,7 +66,7 @@ def run_gaps_s(folder: Path, links: int) -> tuple[list[float], float]:
         }
     )  # fmt: skip
     launched = time.time()
-    run = Run.launch(settings, folder / "runs", [str(ROOT)])
+    run = launch(settings, folder / "runs", [str(ROOT)])
 
     def worked() -> list[dict[str, Any]]:
         return [j for j in run.leaderboard.reader.rows("job") if j["started_at"]]

@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.errors import CheckpointError
 from orchestrator.files import checkpoints
 from orchestrator.rules import collecting
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 
 CONSUMED = ("promoted", "discarded")
 HELD = ("live", "suspended")

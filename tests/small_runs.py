@@ -15,10 +15,11 @@ from orchestrator.cluster.host import host_name, this_process
 from orchestrator.cluster.inline import InlineCluster
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import EpochResult, Finished, Interrupted, Started, Work
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
-from orchestrator.worker import Ending, StopFlag, Worker
+from orchestrator.worker.loop import Worker
+from orchestrator.worker.trainer import Ending, StopFlag
 from tests.storage import Storage, _do_not_wait_for_the_disk
 
 ROOT = Path(__file__).parents[1]

@@ -77,7 +77,7 @@ def runs(runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
     from orchestrator.errors import OrchError
     from orchestrator.files import permissions
     from orchestrator.files.run_folder import all_runs
-    from orchestrator.run import Run
+    from orchestrator.run.run import Run
 
     rows = []
     for folder in all_runs(runs_dir):

@@ -13,7 +13,7 @@ from orchestrator.cli.options import DEFAULT_RUNS_DIR, RunsDir, has_jobs, open_r
 from orchestrator.errors import RunError
 
 if TYPE_CHECKING:
-    from orchestrator.run import Run
+    from orchestrator.run.run import Run
 
 
 def register(app: typer.Typer) -> None:
@@ -85,8 +85,8 @@ def amend(
 
 def _check_job(run: Run, changes: Sequence[str]) -> None:
     """What the job says to other profiles and loggers, as at launch. Takes the seconds that torch's import takes."""
-    from orchestrator import user_job
     from orchestrator.settings import loading
+    from orchestrator.worker import user_job
 
     amended = loading.amend(run.settings, changes)
     kept = {"training_profiles": run.settings.training_profiles, "loggers": run.settings.loggers}

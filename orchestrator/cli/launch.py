@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
 
-    from orchestrator.run import Run
+    from orchestrator.run.run import Run
     from orchestrator.settings.settings import Settings
 
 MEND_EVERY_S = 10.0
@@ -52,8 +52,9 @@ def launch(
     """
     from orchestrator.files import permissions
     from orchestrator.files.run_folder import is_run
-    from orchestrator.run import Run
-    from orchestrator.user_job import check
+    from orchestrator.run.launch import launch as launch_run
+    from orchestrator.run.run import Run
+    from orchestrator.worker.user_job import check
 
     loaded, notes = _load(settings, set_ or [], workers, executor)
     folder = runs_dir / loaded.name
@@ -69,7 +70,7 @@ def launch(
             existing.refuse_if_over(time.time())
         _print_plan(loaded, folder, existing is not None, needed_gb, json)
         return
-    run = existing or Run.launch(loaded, runs_dir, import_paths)
+    run = existing or launch_run(loaded, runs_dir, import_paths)
     permissions.use_umask(run.folder)
     for line in run.resume(time.time()) if existing else []:
         print(line, file=sys.stderr)
@@ -100,7 +101,7 @@ def _load(path: Path, overrides: list[str], workers: int | None, executor: str |
 def _disk(settings: Settings, folder: Path) -> float | None:
     """About how many GB the checkpoints will take, which the user is told; None where that is unknown."""
     from orchestrator.files import disk_budget
-    from orchestrator.user_job import checkpoint_bytes
+    from orchestrator.worker.user_job import checkpoint_bytes
 
     needed_gb, lines = disk_budget.demand(settings, checkpoint_bytes(settings), folder)
     for line in lines:
@@ -171,7 +172,7 @@ def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
     """What sbatch is given, and what it costs at most."""
     from orchestrator.cluster.sbatch import gpu_count
     from orchestrator.cluster.slurm import SlurmCluster
-    from orchestrator.entry import job_main
+    from orchestrator.worker.job_main import job_main
 
     cluster = SlurmCluster(settings, folder.absolute(), job_main)
     gpus = cluster.request.options.get("gpus-per-node", settings.gpus_per_worker)

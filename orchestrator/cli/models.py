@@ -24,7 +24,7 @@ def prepare(
 ) -> None:
     """Fetch what a job needs from the internet (weights, data), for nodes that have none."""
     from orchestrator.settings.loading import load
-    from orchestrator.user_job import check
+    from orchestrator.worker.user_job import check
 
     loaded, notes = load(settings, set_ or [])
     for line in notes + check(loaded, [str(Path.cwd())], download=True):
@@ -43,11 +43,11 @@ def evaluate(
     from rich.console import Console
 
     from orchestrator.cli import tables
-    from orchestrator.user_job import evaluator, logged
+    from orchestrator.run.models import evaluator, logged, test_models
 
     opened = open_run(run, runs_dir)
     with logged(opened, evaluator(opened)) as evaluate_:
-        opened.test(evaluate_, again, time.time())
+        test_models(opened, evaluate_, again, time.time())
     board = opened.board()
     if json:
         print_json(board)
@@ -65,7 +65,7 @@ def export(
 ) -> None:
     """Write a model's weights, as `model.load_state_dict(torch.load(file))` takes them."""
     from orchestrator.files import permissions
-    from orchestrator.user_job import export_entry
+    from orchestrator.run.models import export_entry
 
     opened = open_run(run, runs_dir)
     with permissions.users_umask():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from orchestrator.run import Run
+    from orchestrator.run.run import Run
 
 RunArgument = Annotated[
     str | None,
@@ -25,7 +25,7 @@ DEFAULT_RUNS_DIR = Path("runs")
 def open_run(run: str | None, runs_dir: Path) -> Run:
     from orchestrator.files import permissions
     from orchestrator.files.run_folder import find_run
-    from orchestrator.run import Run
+    from orchestrator.run.run import Run
 
     opened = Run.open(find_run(run, runs_dir))
     permissions.use_umask(opened.folder)

@@ -13,7 +13,7 @@ from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, open_run, 
 from orchestrator.messages import counted
 
 if TYPE_CHECKING:
-    from orchestrator.repair import Report
+    from orchestrator.run.repair import Report
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +41,7 @@ def repair(
     """
     from orchestrator.files import permissions
     from orchestrator.files.run_folder import find_run
-    from orchestrator.repair import repair as repaired
+    from orchestrator.run.repair import repair as repaired
 
     folder = find_run(run, runs_dir)
     permissions.use_umask(folder)
@@ -73,7 +73,7 @@ def gc(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False
     chunks that no model on the board comes from (after a day), and folders of launches that were killed.
     """
     from orchestrator.files.disk_budget import gb
-    from orchestrator.gc import collect
+    from orchestrator.run.gc import collect
 
     report = collect(open_run(run, runs_dir), dry_run, time.time())
     if json:

@@ -50,7 +50,7 @@ def verify_resume(
 ) -> None:
     """Train a little twice, with and without interruptions, and compare."""
     from orchestrator.settings.loading import load
-    from orchestrator.user_job import verify_resume as verify
+    from orchestrator.worker.user_job import verify_resume as verify
 
     loaded, notes = load(settings, set_ or [])
     if loaded.gpus_per_worker > 1:

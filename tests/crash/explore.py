@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchError
-from orchestrator.worker import Ending
+from orchestrator.worker.trainer import Ending
 from tests.crash.disk import VARIANTS, Disk, write_tree
 from tests.crash.mutations import MUTATIONS
 from tests.crash.world import World, dump

@@ -16,7 +16,7 @@ from orchestrator.leaderboard import board, engine, results
 from orchestrator.leaderboard.schema import chunk
 from orchestrator.records import ChunkState, Claim
 from orchestrator.rules import admission, collecting
-from orchestrator.worker import Worker
+from orchestrator.worker.loop import Worker
 
 
 def _no_sync_of_the_file() -> None:

@@ -26,10 +26,11 @@ from orchestrator.records import (
     Submitted,
     Work,
 )
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
-from orchestrator.worker import Ending, StopFlag, Worker
+from orchestrator.worker.loop import Worker
+from orchestrator.worker.trainer import Ending, StopFlag
 
 STEPS, TICK_S, JOB_S, LIMIT_S = 8, 0.05, 2.0, 900.0
 BETWEEN_JOBS_S = 1000.0  # longer than a lease

@@ -199,7 +199,7 @@ import sys
 from pathlib import Path
 from jobs.distributed import follow
 from jobs.ranks import meet
-from orchestrator.entry import leave
+from orchestrator.worker.job_main import leave
 rank, count, place, step_s = sys.argv[1:]
 print(follow(meet(int(rank), int(count), Path(place), step_s=float(step_s))))
 leave()

@@ -28,9 +28,9 @@ from jobs.training import Session
 from orchestrator.cli import main, tables
 from orchestrator.cli.launch import _line
 from orchestrator.errors import JobSpecError
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
-from orchestrator.user_job import check
+from orchestrator.worker.user_job import check
 from tests.invariants import violations
 from tests.small_runs import make_run
 from tests.storage import Storage

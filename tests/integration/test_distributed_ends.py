@@ -19,7 +19,7 @@ from jobs.distributed import dismiss, own_gpu
 from jobs.job import JobError
 from jobs.ranks import RankLostError, Ranks, meet
 from orchestrator.cluster import host
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 from tests.integration.distributed import (
     AT_ONCE_S,
     ROOT,

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator import gc
 from orchestrator.errors import LeaderboardError
 from orchestrator.files import disk_budget
 from orchestrator.rules import collecting
-from orchestrator.run import Run
+from orchestrator.run import gc
+from orchestrator.run.launch import launch
+from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
 from tests.integration.test_local_chains import processes_of
 from tests.invariants import violations
@@ -305,7 +306,7 @@ def test_a_run_beyond_its_budget_gives_chunks_back_and_goes_on_when_it_may_take_
 def test_a_run_that_never_has_room_ends_with_the_reason(tmp_path: Path) -> None:
     file = quick(tmp_path, executor="inline", workers=1, max_failures=3, max_disk_gb=1e-6)
     settings, _ = load(file)
-    run = Run.launch(settings, tmp_path / "runs", [str(ROOT)])
+    run = launch(settings, tmp_path / "runs", [str(ROOT)])
     started = time.monotonic()
     run.work_inline()
     assert time.monotonic() - started < 30

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from orchestrator.errors import OrchError
-from orchestrator.run import Run
+from orchestrator.run.launch import launch as launch_run
+from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
 from tests.invariants import violations
 
@@ -216,5 +217,5 @@ def test_a_machine_that_takes_no_process_leaves_no_run_behind(runs_dir: Path, mo
     settings, _ = load(DIGITS, executor="local")
     monkeypatch.setattr("subprocess.Popen", no_process)
     with pytest.raises(OrchError, match="Resource temporarily unavailable"):
-        Run.launch(settings, runs_dir)
+        launch_run(settings, runs_dir)
     assert not (runs_dir / "digits").exists()

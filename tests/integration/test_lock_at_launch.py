@@ -18,7 +18,8 @@ from orchestrator.cli.launch import _refuse_changes
 from orchestrator.errors import LockError, RunError, SettingsError
 from orchestrator.locking.choice import Choice, record_path, write_record
 from orchestrator.locking.soft_lock import SoftLock
-from orchestrator.run import Run
+from orchestrator.run.launch import launch
+from orchestrator.run.run import Run
 from tests.invariants import violations
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,7 @@ def launched(tmp_path: Path, **changes: Any) -> Run:
     from orchestrator.settings.settings import Settings
 
     settings = Settings.model_validate(QUICK | {"name": "quick", "executor": "inline", "workers": 1} | changes)
-    return Run.launch(settings, tmp_path / "runs", [str(ROOT)])
+    return launch(settings, tmp_path / "runs", [str(ROOT)])
 
 
 def test_two_workers_on_the_soft_lock_train_as_on_any_other(orch, tmp_path):

@@ -18,11 +18,11 @@ import torch
 
 from jobs.opening import open_session
 from jobs.states import read
-from orchestrator import user_job
 from orchestrator.errors import JobSpecError
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
+from orchestrator.worker import user_job
 from tests.curves import READERS, Curves, needed
 from tests.integration.test_local_chains import processes_of
 

@@ -15,11 +15,11 @@ from orchestrator.cluster.host import host_name
 from orchestrator.cluster.inline import InlineCluster
 from orchestrator.cluster.local import LocalCluster
 from orchestrator.errors import LeaderboardError
-from orchestrator.mending import reconcile
 from orchestrator.records import JobState, RunState, Started, Submitted
 from orchestrator.rules.succession import EXIT_GRACE_S, ORPHANED_GRACE_S
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 from orchestrator.settings.settings import ProfileSettings, Settings
+from orchestrator.worker.mending import reconcile
 from tests.small_runs import make_run
 from tests.storage import Storage
 

@@ -19,13 +19,14 @@ import psycopg
 import pytest
 from sqlalchemy import update
 
-from orchestrator.entry import be_worker
 from orchestrator.errors import LeaderboardError, SubmissionError
 from orchestrator.leaderboard import engine, schema
 from orchestrator.leaderboard.engine import Database
-from orchestrator.run import Run
+from orchestrator.run.launch import launch
+from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
-from orchestrator.worker import StopFlag
+from orchestrator.worker.job_main import be_worker
+from orchestrator.worker.trainer import StopFlag
 from tests import postgres
 from tests.integration.test_local_chains import processes_of, until, working
 from tests.invariants import violations
@@ -135,7 +136,7 @@ def test_a_launch_that_fails_leaves_neither_schema_nor_folder(
     before = schemas(server)
     settings, _ = load(settings_file(tmp_path, server, executor="slurm", slurm={"gpus": 0}))
     with pytest.raises(SubmissionError, match="sbatch or srun is not on"):
-        Run.launch(settings, tmp_path / "runs", [str(ROOT)])
+        launch(settings, tmp_path / "runs", [str(ROOT)])
     assert schemas(server) == before
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -148,7 +149,7 @@ def test_a_user_s_own_schema_is_used_and_outlives_a_failed_launch(
         connection.execute("CREATE SCHEMA mine")
     settings, _ = load(settings_file(tmp_path, server, executor="slurm", slurm={"gpus": 0}, database_schema="mine"))
     with pytest.raises(SubmissionError, match="sbatch or srun is not on"):
-        Run.launch(settings, tmp_path / "runs", [str(ROOT)])
+        launch(settings, tmp_path / "runs", [str(ROOT)])
     monkeypatch.undo()
     file = settings_file(tmp_path, server, database_schema="mine", stop_after_epochs=2, workers=1)
     assert orch(tmp_path, "launch", str(file), "--wait").returncode == 0

@@ -29,8 +29,8 @@ from orchestrator.files import checkpoints
 from orchestrator.leaderboard.engine import is_damage
 from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP
 from orchestrator.records import Candidate, EpochResult, Started
-from orchestrator.repair import Report, repair
-from orchestrator.run import Run
+from orchestrator.run.repair import Report, repair
+from orchestrator.run.run import Run
 from tests.integration.test_local_chains import processes_of, until
 from tests.invariants import violations
 from tests.small_runs import CUT, ROOT, board_of, lose, make_run, opened, work

@@ -23,10 +23,11 @@ from orchestrator.cluster.foreign import Bystander
 from orchestrator.errors import RunError, SettingsError, SubmissionError
 from orchestrator.files import permissions
 from orchestrator.records import Evidence
-from orchestrator.run import Run
+from orchestrator.run.launch import launch
+from orchestrator.run.models import export_entry
+from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
 from orchestrator.settings.settings import Settings
-from orchestrator.user_job import export_entry
 
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
@@ -57,7 +58,7 @@ def a_group_of_mine() -> str:
 
 
 def launched(runs_dir: Path, **changes: Any) -> Run:
-    return Run.launch(Settings.model_validate(QUICK | changes), runs_dir, [str(ROOT)])
+    return launch(Settings.model_validate(QUICK | changes), runs_dir, [str(ROOT)])
 
 
 def rights(folder: Path) -> dict[str, set[str]]:
@@ -193,9 +194,9 @@ def as_nobody(script: str, *arguments: object) -> str:
     """Run it as user nobody, in the group that the run is shared with. Everything is imported before the change."""
     prologue = (
         "import os, sys, time, pathlib\n"
-        "import orchestrator.entry, orchestrator.run, orchestrator.cluster.local\n"
+        "import orchestrator.worker.job_main, orchestrator.run.run, orchestrator.cluster.local\n"
         "import submitit, sqlite3, sqlalchemy.dialects.sqlite.pysqlite, filelock, tests.slurm.quick\n"
-        "from orchestrator.run import Run\n"
+        "from orchestrator.run.run import Run\n"
         "from orchestrator.errors import OrchError\n"
         "from orchestrator.files import permissions\n"
         "os.setgroups([int(sys.argv[1])])\n"

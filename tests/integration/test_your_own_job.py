@@ -25,7 +25,7 @@ from jobs.resume_link import Plan, open_short
 from jobs.states import export, read
 from jobs.training import Session
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
 from tests.invariants import violations
 

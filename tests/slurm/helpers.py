@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.run import Run
+from orchestrator.run.launch import launch as launch_run
+from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def settings(name: str, **changes: Any) -> Settings:
 
 
 def launch(wanted: Settings, folder: Path) -> Run:
-    return Run.launch(wanted, folder / "runs", [str(ROOT)])
+    return launch_run(wanted, folder / "runs", [str(ROOT)])
 
 
 def until(what: str, condition: Callable[[], Any], timeout_s: float = 60, every_s: float = 0.1) -> Any:

@@ -15,7 +15,7 @@ from devcluster import DevCluster
 
 from orchestrator.cluster.slurm import SlurmCluster
 from orchestrator.errors import ClusterUnreachableError, OrchError, SettingsError, SubmissionError
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 from tests.invariants import violations
 from tests.slurm.helpers import QUICK, ROOT, epochs, jobs, launch, over, settings, until, worked
 

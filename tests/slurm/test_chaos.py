@@ -17,7 +17,7 @@ import psutil
 import pytest
 from devcluster import DevCluster
 
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 from tests.invariants import violations
 from tests.slurm.helpers import epochs, jobs, launch, over, settings, until, worked
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from devcluster import DevCluster
 
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 from tests.invariants import violations
 from tests.slurm.helpers import epochs, jobs, launch, over, settings, until, worked
 

@@ -18,13 +18,13 @@ from torch import nn
 from jobs.footprint import checkpoint_bytes
 from jobs.job import Job
 from jobs.opening import open_session
-from orchestrator import user_job
 from orchestrator.errors import CheckpointError, NoSpaceError, SettingsError
 from orchestrator.files import checkpoints, disk_budget
 from orchestrator.records import Work
 from orchestrator.rules import collecting
 from orchestrator.settings.loading import load
 from orchestrator.settings.settings import Settings
+from orchestrator.worker import user_job
 
 ROOT = Path(__file__).parents[2]
 STEM = "g{0:08d}-c{0:08d}"

@@ -21,13 +21,13 @@ from orchestrator.cli.launch import _print_plan
 from orchestrator.cluster.sbatch import read_script, request
 from orchestrator.cluster.slurm import SlurmCluster
 from orchestrator.doctor.partition import need_of
-from orchestrator.entry import job_main
 from orchestrator.errors import SettingsError
 from orchestrator.files import disk_budget
 from orchestrator.messages import iso
 from orchestrator.settings.loading import AMENDABLE, amend, difference, freeze, load, thaw
 from orchestrator.settings.profile import ProfileSettings
 from orchestrator.settings.settings import Settings, SlurmSettings
+from orchestrator.worker.job_main import job_main
 from tests.fuzzing import ODD_TEXT, SECRET, VERBATIM, examples, json_values, mutate, odd_scalars, to_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "settings"

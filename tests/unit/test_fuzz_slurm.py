@@ -15,9 +15,9 @@ from orchestrator.cluster.probe import ProbeJob
 from orchestrator.cluster.slurm import GONE, WAITING, WORKING, SlurmCluster, judge, queue, read_queue, run_slurm
 from orchestrator.doctor import limits, slurm_facts
 from orchestrator.doctor.partition import max_minutes, need_of, read_config, read_nodes, read_pairs
-from orchestrator.entry import job_main
 from orchestrator.records import Evidence, Job, JobState
 from orchestrator.settings.settings import Settings
+from orchestrator.worker.job_main import job_main
 from tests.fuzzing import ODD_TEXT, examples
 
 BASE = "0123456789abcdef"

@@ -6,7 +6,6 @@ Everything of torch is imported when it is called, never before.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 import threading
@@ -15,15 +14,12 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import DamagedCheckpointError, JobSpecError, OrchError, RunError
-from orchestrator.files import atomic, checkpoints
+from orchestrator.errors import JobSpecError, OrchError
 from orchestrator.imports import look_first_in
-from orchestrator.messages import counted
 from orchestrator.settings.settings import Settings
 
 if TYPE_CHECKING:
-    from orchestrator.run import Run
-    from orchestrator.worker import Trainer
+    from orchestrator.worker.trainer import Trainer
 
 
 def check(settings: Settings, import_paths: Sequence[str], download: bool = False) -> list[str]:
@@ -32,7 +28,7 @@ def check(settings: Settings, import_paths: Sequence[str], download: bool = Fals
     from jobs.errors import JobError
     from jobs.named import brings_own_trainer
 
-    with _as_job_error(settings.job, JobError):
+    with as_job_error(settings.job, JobError):
         if brings_own_trainer(settings.job):
             return []
         from jobs import opening  # imports torch
@@ -72,7 +68,7 @@ def apart_from_stdout() -> Iterator[None]:
 
 
 @contextmanager
-def _as_job_error(job: str, own: type[Exception]) -> Iterator[None]:
+def as_job_error(job: str, own: type[Exception]) -> Iterator[None]:
     """Whatever the user's code raises is one clear error, and what it prints does not mix with our output."""
     try:
         with apart_from_stdout():
@@ -114,71 +110,6 @@ def open_trainer(settings: Settings, cores: int, run_folder: Path) -> Trainer:
     return open_session(settings.model_dump(mode="json"), cores, run_folder=run_folder)
 
 
-def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
-    """A function from a checkpoint's file to its metrics on the test set."""
-    look_first_in(run.leaderboard.reader.run_row()["import_paths"])
-    from jobs.job import JobError
-    from jobs.opening import open_session
-
-    with _as_job_error(run.settings.job, JobError):
-        session = open_session(run.settings.model_dump(mode="json"), len(os.sched_getaffinity(0)))
-        session.feed("test")
-
-    def evaluate(path: Path) -> dict[str, float]:
-        with _as_job_error(run.settings.job, JobError):
-            return session.evaluate_file(path, "test")
-
-    return evaluate
-
-
-@contextmanager
-def logged(run: Run, evaluate: Callable[[Path], dict[str, float]]) -> Iterator[Callable[[Path], dict[str, float]]]:
-    """`evaluator`'s function, whose results go to the run's loggers at the end."""
-    from jobs.loggers.choice import log_tests
-    from jobs.states import last_step
-
-    tests: dict[str, tuple[int, dict[str, float]]] = {}
-
-    def evaluate_and_keep(path: Path) -> dict[str, float]:
-        metrics = evaluate(path)
-        with suppress(FileNotFoundError):  # it left the board meanwhile, and its test is not recorded either
-            tests[path.name] = (last_step(path), metrics)
-        return metrics
-
-    try:
-        yield evaluate_and_keep
-    finally:
-        with apart_from_stdout():
-            log_tests(run.settings.model_dump(mode="json"), run.folder, tests)
-
-
-def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
-    """Write the weights of the entry of this rank to out, and what it is beside it. Raises RunError."""
-    from jobs.errors import JobError
-    from jobs.states import export
-
-    if out.suffix == ".json":
-        raise RunError(f"--out {out}: .json is for the description beside it; allowed is another ending, such as .pt")
-    entries = run.board()["entries"]
-    if rank > len(entries):
-        raise RunError(f"--rank {rank}: the board of {run.name} has {counted(len(entries), 'entry', 'entries')}")
-    entry: dict[str, Any] = entries[rank - 1]
-    try:
-        source = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
-    except DamagedCheckpointError as error:
-        raise RunError(f"{error}. `orch repair {run.name}` takes it off the board; or choose another --rank") from error
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        atomic.publish(out, lambda target: export(source, target))
-        text = json.dumps({"run": run.name, "job": run.settings.job, **entry}, indent=2)
-        atomic.publish(out.with_suffix(".json"), lambda target: target.write(text.encode()))
-    except JobError as error:  # a job with a loop of its own may keep what is no model
-        raise JobSpecError(f"job {run.settings.job}: {error}") from error
-    except OSError as error:
-        raise RunError(f"--out {out}: {error.strerror or error}") from error
-    return entry
-
-
 def verify_resume(
     settings: Settings,
     import_paths: Sequence[str],
@@ -213,5 +144,5 @@ def verify_resume(
         steps_per_epoch=steps_per_epoch,
         interruptions=interruptions,
     )
-    with _as_job_error(settings.job, JobError):
+    with as_job_error(settings.job, JobError):
         return resume_check.as_json(resume_check.verify(plan, say))

@@ -16,7 +16,7 @@ import psutil
 from orchestrator.errors import CheckpointError
 from orchestrator.files import checkpoints, disk_budget, run_folder
 from orchestrator.rules import collecting
-from orchestrator.run import Run
+from orchestrator.run.run import Run
 
 KINDS = ("checkpoints", "temporary files", "job folders", "curves", "dead launches")
 # What nobody has touched for so long, nobody is about to give its final name.

@@ -3,139 +3,40 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster.choose import open_cluster
-from orchestrator.cluster.foreign import Bystander
-from orchestrator.cluster.protocol import Cluster
-from orchestrator.errors import RunError, SettingsError, StaleClaimError, SubmissionError
-from orchestrator.files import atomic, checkpoints, permissions
-from orchestrator.files.run_folder import DATABASE_NAME, SETTINGS_NAME, is_run, without_its_files
-from orchestrator.leaderboard.engine import CONNECT_FOR_S, Database
-from orchestrator.leaderboard.leaderboard import Leaderboard
-from orchestrator.locking import choice
-from orchestrator.mending import reconcile
+from orchestrator.errors import RunError, SubmissionError
+from orchestrator.files import atomic
+from orchestrator.files.run_folder import SETTINGS_NAME
+from orchestrator.leaderboard.engine import CONNECT_FOR_S
 from orchestrator.messages import iso
 from orchestrator.records import Evidence, JobState, RunState, Snapshot
 from orchestrator.rules import stopping, succession
 from orchestrator.settings import loading
-from orchestrator.settings.settings import Settings, is_server, new_schema
-from orchestrator.worker import Ending, StopFlag
+from orchestrator.worker.job_main import be_worker, job_main
+from orchestrator.worker.mending import reconcile
+from orchestrator.worker.opened_run import OpenedRun
+from orchestrator.worker.trainer import Ending, StopFlag
 
 HOLDABLE = (RunState.ACTIVE, RunState.PAUSED, RunState.DRAINING, RunState.CANCELLED, RunState.FAILED)
 
 log = logging.getLogger("orch")
 
 
-class Run:
-    """A run that exists."""
-
-    def __init__(self, folder: Path, settings: Settings, leaderboard: Leaderboard, version: int) -> None:
-        self.folder = folder
-        self.settings = settings
-        self.version = version  # of the settings: each amendment makes a new one
-        self.leaderboard = leaderboard
-        self.name = settings.name
-        self._cluster: Cluster | None = None
-
-    @property
-    def cluster(self) -> Cluster:
-        if self._cluster is None:
-            from orchestrator.entry import job_main
-
-            cluster = open_cluster(self.settings.executor or "local", self.settings, self.folder, job_main)
-            owner = permissions.owner(self.folder)
-            self._cluster = cluster if owner is None else Bystander(cluster, owner)
-        return self._cluster
-
-    # --- making and finding
-
-    @classmethod
-    def launch(
-        cls,
-        settings: Settings,
-        runs_dir: Path,
-        import_paths: Sequence[str] = (),
-        clock: Callable[[], float] = time.time,
-    ) -> Run:
-        """Make the run's folder and database and queue its workers. All or nothing: where the cluster takes
-        no jobs, the folder is gone again.
-
-        Raises RunError if there is a run of this name, LockError if no lock holds on its file system,
-        LeaderboardError if the database can't be made, SubmissionError if nothing could be queued.
-        """
-        folder = (runs_dir / settings.name).absolute()
-        if folder.exists():
-            raise RunError(
-                f"{folder} exists already; launch again to go on with it"
-                if is_run(folder)
-                else without_its_files(folder)
-            )
-        own_schema = is_server(settings.database) and settings.database_schema is None
-        if own_schema:
-            settings = settings.model_copy(update={"database_schema": new_schema(settings.name)})
-        building = folder.with_name(f".{folder.name}-{os.getpid()}")
-        now = clock()
-        with ExitStack() as undo:  # what is made here is gone again if the rest fails
-            undo.callback(shutil.rmtree, building, ignore_errors=True)
-            try:
-                permissions.make_folder(building, settings.group)
-                with permissions.files_of(building):
-                    for part in ("checkpoints", "jobs", "logs"):
-                        (building / part).mkdir()
-                    settings = _with_lock(settings, building, undo)
-                    frozen = loading.freeze(settings)
-                    atomic.publish(building / SETTINGS_NAME, lambda file: file.write(f"{frozen}\n".encode()))
-                    place = (building, settings.database, settings.database_schema)
-                    deadline = now + settings.total_lifetime
-                    Leaderboard.create(*place, settings.name, frozen, import_paths, now, deadline)
-                    undo.callback(Leaderboard.discard, *place, own_schema)
-                atomic.sync_folder(building)
-                building.rename(folder)  # the run is there from here on, and whole
-                atomic.sync_folder(runs_dir)
-            except OSError as error:
-                if folder.exists():
-                    raise RunError(f"{folder} was made by another launch just now; launch again to go on") from error
-                raise RunError(f"{folder} can't be made: {error.strerror or error}") from error
-            undo.callback(shutil.rmtree, folder, ignore_errors=True)
-            run = cls.open(folder)
-            run._grow(now)
-            undo.pop_all()
-        return run
+class Run(OpenedRun):
+    """A run that exists, with everything that the command line and the Python API do to it."""
 
     @classmethod
     def open(cls, folder: Path, connect_for_s: float = CONNECT_FOR_S) -> Run:
-        """connect_for_s: see Database. Raises RunError if there is no run in folder or strangers may write to it,
-        LeaderboardError if its database can't be used."""
-        permissions.check(folder)
-        path = folder / SETTINGS_NAME
-        place: tuple[str | None, str | None] = (None, None)
-        try:
-            written = loading.thaw(path.read_text(encoding="utf-8"))
-            place = (written.database, written.database_schema)
-        except FileNotFoundError as error:
-            if not (folder / DATABASE_NAME).exists():  # which has the settings too
-                raise RunError(without_its_files(folder)) from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{folder} is not a run: {path.name}: {getattr(error, 'strerror', '') or error}") from error
-        except SettingsError as error:
-            advice = f"`orch repair {folder.absolute().name}` writes {path.name} again from the database"
-            raise RunError(f"{path}: {error}. {advice}") from error
-        leaderboard = Leaderboard.open(folder, *place, loading.load_policy, connect_for_s)
-        if leaderboard.database.file:
-            permissions.check(folder, leaderboard.database.file)
-        text, version = leaderboard.reader.settings()
-        settings = loading.thaw(text)
-        _refuse_two_locks(settings, leaderboard)
-        return cls(folder.absolute(), settings, leaderboard, version)
+        """See `OpenedRun.opened`."""
+        return cls.opened(folder, job_main, connect_for_s)
 
-    def _grow(self, now: float) -> list[str]:
+    # --- making and finding
+
+    def grow(self, now: float) -> list[str]:
         """Add the workers that the settings want and the run does not have; all of them or none."""
         from orchestrator.cluster.host import gpus_of
 
@@ -167,7 +68,7 @@ class Run:
         chains = self.leaderboard.chains
         chains.revive(self.settings.workers)
         chains.change_state(RunState.ACTIVE, list(RunState), None, now)
-        return closed + self._grow(now) + self.reconcile(now)
+        return closed + self.grow(now) + self.reconcile(now)
 
     def refuse_if_over(self, now: float) -> Snapshot:
         """Raises RunError if the run's lifetime is over, or a stop rule still holds."""
@@ -230,7 +131,7 @@ class Run:
         self.settings, self.version, self._cluster = amended, self.version + 1, None
         trouble = self.cluster.cancel(surplus, now=True)
         if chains.snapshot(amended.metric.mode).state is RunState.ACTIVE:
-            changes += self._grow(now) + self.reconcile(now)
+            changes += self.grow(now) + self.reconcile(now)
         return changes + trouble
 
     def keep(self, every_s: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
@@ -247,8 +148,7 @@ class Run:
     def work_inline(self) -> Ending:
         """Be the run's only worker, in this process (the inline executor): job after job, until the run is over,
         the worker has failed too often, or a signal says stop."""
-        from orchestrator.entry import be_worker
-        from orchestrator.user_job import apart_from_stdout
+        from orchestrator.worker.user_job import apart_from_stdout
 
         chains, stop = self.leaderboard.chains, StopFlag()
         while True:
@@ -312,19 +212,6 @@ class Run:
             **counts,
         }
 
-    def test(self, evaluate: Callable[[Path], dict[str, float]], again: bool, now: float) -> list[dict[str, Any]]:
-        """Read the test set for the entries of the board, and record that it was. Entries that were tested
-        before are not read again unless asked for."""
-        for entry in self.leaderboard.reader.entries(self.settings.metric.mode):
-            if entry["test_metrics"] is None or again:
-                path = checkpoints.verify(self.folder / "checkpoints", entry["file"], entry["sha256"])
-                metrics = evaluate(path)
-                try:
-                    self.leaderboard.reader.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
-                except StaleClaimError:
-                    log.warning("checkpoint %s left the board while it was tested", entry["checkpoint"])
-        return list(self.board()["entries"])
-
 
 def _worker_status(worker_id: int, row: dict[str, Any], evidence: dict[int, Evidence]) -> dict[str, Any]:
     states = {
@@ -344,30 +231,3 @@ def _worker_status(worker_id: int, row: dict[str, Any], evidence: dict[int, Evid
         "link": row["link"],
         "outcome": row["outcome"],
     }
-
-
-def _with_lock(settings: Settings, building: Path, undo: ExitStack) -> Settings:
-    """Settings that say which lock the run has, proven on the mount and written beside its database.
-
-    Raises LockError, OSError.
-    """
-    file = Database(settings.database, building).file
-    if file is None or file.exists():  # a server keeps its own; a file that is there is refused soon
-        return settings
-    file.parent.mkdir(parents=True, exist_ok=True)
-    chosen = choice.choose(file.parent, settings.executor == "slurm", settings.lock)
-    choice.write_record(file, chosen)
-    undo.callback(choice.record_path(file).unlink, missing_ok=True)
-    return settings.model_copy(update={"lock": chosen.kind})
-
-
-def _refuse_two_locks(settings: Settings, leaderboard: Leaderboard) -> None:
-    """Raises RunError if this process took another lock than others of the run may take."""
-    database = leaderboard.database
-    if database.file and database.lock_choice and settings.lock not in ("auto", database.lock_choice.kind):
-        record = choice.record_path(database.file)
-        raise RunError(
-            f"{record} says {database.lock_choice.kind!r}, and the run was launched with the lock {settings.lock!r}: "
-            "two kinds at once are none. End all processes of the run, then put "
-            f'"kind": "{settings.lock}" into {record}'
-        )

@@ -194,7 +194,7 @@ def _refuse_if_alive(folder: Path, settings: Settings, database: Database, force
 def _known_jobs(folder: Path, settings: Settings, database: Database) -> tuple[list[str], list[str]]:
     """The cluster's ids of the open jobs that a damaged database still tells of: those that are alive, and those of
     which nothing can be known from here."""
-    from orchestrator.entry import job_main
+    from orchestrator.worker.job_main import job_main
 
     named = [job for job in open_jobs(database) if job.cluster_id]
     evidence = open_cluster(settings.executor or "local", settings, folder, job_main).evidence(named)

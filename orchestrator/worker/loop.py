@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import IO, Protocol
 
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
@@ -26,7 +23,6 @@ from orchestrator.errors import (
 from orchestrator.files import checkpoints, disk_budget
 from orchestrator.files.checkpoints import Written
 from orchestrator.leaderboard.leaderboard import Leaderboard
-from orchestrator.mending import reconcile
 from orchestrator.messages import counted
 from orchestrator.records import (
     Candidate,
@@ -43,44 +39,11 @@ from orchestrator.records import (
 from orchestrator.rules import stopping
 from orchestrator.settings.loading import thaw
 from orchestrator.settings.settings import Settings
+from orchestrator.worker.mending import reconcile
+from orchestrator.worker.trainer import Ending, StopFlag, Trainer
 
 INSIST_S = 300.0
 log = logging.getLogger("orch")
-
-
-class Trainer(Protocol):
-    """The job side (jobs.training.Session)."""
-
-    def train(
-        self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
-    ) -> Finished | Interrupted: ...
-
-    def save(self, target: IO[bytes]) -> None: ...
-
-
-class StopFlag:
-    """Signals only set it; the loop looks at it between two steps."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-
-    def listen(self) -> None:
-        for signum in self.SIGNALS:
-            signal.signal(signum, self._set)
-
-    def _set(self, signum: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(signum).name
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How a job ends. An error counts against its chain."""
-
-    outcome: str
-    error: bool = False
-    final: bool = False  # the chain has failed too often in a row
 
 
 @dataclass

@@ -1,0 +1,86 @@
+"""Make a run and queue its workers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from orchestrator.errors import RunError
+from orchestrator.files import permissions
+from orchestrator.files.atomic import publish, sync_folder
+from orchestrator.files.run_folder import FOLDERS, SETTINGS_NAME, is_run, without_its_files
+from orchestrator.leaderboard.engine import Database
+from orchestrator.leaderboard.leaderboard import Leaderboard
+from orchestrator.locking import choice
+from orchestrator.run.run import Run
+from orchestrator.settings import loading
+from orchestrator.settings.settings import Settings, is_server, new_schema
+
+
+def launch(
+    settings: Settings,
+    runs_dir: Path,
+    import_paths: Sequence[str] = (),
+    clock: Callable[[], float] = time.time,
+) -> Run:
+    """Make the run's folder and database and queue its workers. All or nothing: where the cluster takes
+    no jobs, the folder is gone again.
+
+    Raises RunError if there is a run of this name, LockError if no lock holds on its file system,
+    LeaderboardError if the database can't be made, SubmissionError if nothing could be queued.
+    """
+    folder = (runs_dir / settings.name).absolute()
+    if folder.exists():
+        raise RunError(
+            f"{folder} exists already; launch again to go on with it" if is_run(folder) else without_its_files(folder)
+        )
+    own_schema = is_server(settings.database) and settings.database_schema is None
+    if own_schema:
+        settings = settings.model_copy(update={"database_schema": new_schema(settings.name)})
+    building = folder.with_name(f".{folder.name}-{os.getpid()}")
+    now = clock()
+    with ExitStack() as undo:  # what is made here is gone again if the rest fails
+        undo.callback(shutil.rmtree, building, ignore_errors=True)
+        try:
+            permissions.make_folder(building, settings.group)
+            with permissions.files_of(building):
+                for part in FOLDERS:
+                    (building / part).mkdir()
+                settings = _with_lock(settings, building, undo)
+                frozen = loading.freeze(settings)
+                publish(building / SETTINGS_NAME, lambda file: file.write(f"{frozen}\n".encode()))
+                place = (building, settings.database, settings.database_schema)
+                deadline = now + settings.total_lifetime
+                Leaderboard.create(*place, settings.name, frozen, import_paths, now, deadline)
+                undo.callback(Leaderboard.discard, *place, own_schema)
+            sync_folder(building)
+            building.rename(folder)  # the run is there from here on, and whole
+            sync_folder(runs_dir)
+        except OSError as error:
+            if folder.exists():
+                raise RunError(f"{folder} was made by another launch just now; launch again to go on") from error
+            raise RunError(f"{folder} can't be made: {error.strerror or error}") from error
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        run = Run.open(folder)
+        run.grow(now)
+        undo.pop_all()
+    return run
+
+
+def _with_lock(settings: Settings, building: Path, undo: ExitStack) -> Settings:
+    """Settings that say which lock the run has, proven on the mount and written beside its database.
+
+    Raises LockError, OSError.
+    """
+    file = Database(settings.database, building).file
+    if file is None or file.exists():  # a server keeps its own; a file that is there is refused soon
+        return settings
+    file.parent.mkdir(parents=True, exist_ok=True)
+    chosen = choice.choose(file.parent, settings.executor == "slurm", settings.lock)
+    choice.write_record(file, chosen)
+    undo.callback(choice.record_path(file).unlink, missing_ok=True)
+    return settings.model_copy(update={"lock": chosen.kind})
