@@ -15,7 +15,7 @@ from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, print_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from orchestrator.doctor import Finding
+    from orchestrator.doctor.findings import Finding
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
 
@@ -36,7 +36,8 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Is this cluster, file system and environment fit to run, with these settings? Exit code 1 if not."""
-    from orchestrator.doctor import examine, exit_code
+    from orchestrator.doctor.examine import examine
+    from orchestrator.doctor.findings import exit_code
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.doctor.findings import Finding
-from orchestrator.doctor.mounts import ELSEWHERE, Mount, is_local, lock_advice, mount_here, quota_command
+from orchestrator.doctor.locks import lock_advice, quota_command
 from orchestrator.errors import LockError
 from orchestrator.locking.choice import Choice, choose
+from orchestrator.locking.mounts import ELSEWHERE, Mount, is_local, mount_here
 from orchestrator.records import WantedLock
 
 GIB = 2**30

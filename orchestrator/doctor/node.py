@@ -20,11 +20,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orchestrator.cluster.probe import ask_sbatch, job_names
-from orchestrator.doctor import hammer, machine
-from orchestrator.doctor.mounts import Mount, mount_here
+from orchestrator.doctor import locks, machine
 from orchestrator.errors import OrchError
 from orchestrator.files.atomic import publish
 from orchestrator.leaderboard.engine import Database
+from orchestrator.locking import proof
+from orchestrator.locking.mounts import Mount, mount_here
 from orchestrator.locking.proof import LOCKS
 from orchestrator.records import LockKind
 
@@ -67,8 +68,8 @@ class Report:
     python: dict[str, Any] | None = None
     done: bool = False
 
-    def of(self, kind: hammer.Counted) -> hammer.Tally | None:
-        found = (hammer.Tally.from_json(tally) for tally in self.tallies)
+    def of(self, kind: proof.Counted) -> proof.Tally | None:
+        found = (proof.Tally.from_json(tally) for tally in self.tallies)
         return next((tally for tally in found if tally.kind == kind), None)
 
     def mount_there(self) -> Mount | None:
@@ -137,10 +138,10 @@ def _count(report: Report, here: Path, plan: Plan, save: Callable[[], None]) -> 
         return
     lock = LOCKS[plan.lock](here / f"{COUNTER}.lock", timeout=LOCK_TIMEOUT_S)
     save()
-    report.tallies.append(hammer.count_in_file(here / COUNTER, lock, plan.increments, plan.counting_s).to_json())
+    report.tallies.append(proof.count_in_file(here / COUNTER, lock, plan.increments, plan.counting_s).to_json())
     save()
     _meet(here, plan, "database")
-    tally = hammer.count_in_database(here / DATABASE, plan.increments, plan.counting_s)
+    tally = locks.count_in_database(here / DATABASE, plan.increments, plan.counting_s)
     report.tallies.append(tally.to_json())
 
 

@@ -13,14 +13,15 @@ from types import FrameType
 
 from orchestrator.cluster.probe import Answer, ProbeJob, ProbeState, probe_job
 from orchestrator.cluster.sbatch import is_no_room
-from orchestrator.doctor import hammer, node
+from orchestrator.doctor import locks, node
 from orchestrator.doctor.findings import Finding
-from orchestrator.doctor.hammer import judge_counts
+from orchestrator.doctor.locks import judge_counts, lock_advice
 from orchestrator.doctor.machine import PythonFacts, judge_python
-from orchestrator.doctor.mounts import ELSEWHERE, lock_advice
 from orchestrator.errors import LeaderboardError, OrchError, SubmissionError
 from orchestrator.files.run_folder import DATABASE_NAME
+from orchestrator.locking import proof
 from orchestrator.locking.choice import Choice, write_record
+from orchestrator.locking.mounts import ELSEWHERE
 from orchestrator.records import LockKind
 from orchestrator.settings.settings import Settings
 
@@ -120,13 +121,13 @@ def _prepare(needs: Needs, scratch: Path, limit_min: int) -> None:
     """Raises LeaderboardError where the scratch database can't be made."""
     sha256 = node.write_random(scratch / node.FROM_LOGIN)
     (scratch / node.SCRIPT).write_text(needs.script, encoding="utf-8")
-    increments = hammer.INCREMENTS if needs.database is None else 0  # a server keeps its own locks
+    increments = locks.INCREMENTS if needs.database is None else 0  # a server keeps its own locks
     if increments:
-        hammer.prepare_file(scratch / node.COUNTER)
+        proof.prepare_file(scratch / node.COUNTER)
         if not (scratch / node.DATABASE).exists():
             (scratch / node.DATABASE).mkdir()
             write_record(scratch / node.DATABASE / DATABASE_NAME, Choice(needs.lock, "as is tried here"))
-            hammer.prepare_database(scratch / node.DATABASE)
+            locks.prepare_database(scratch / node.DATABASE)
     # A fifth of the job's time for each count leaves enough for the rest.
     plan = node.Plan(2, increments, 12.0 * limit_min, sha256, needs.paths, needs.database, needs.python, needs.lock)
     node.write_plan(scratch, plan)
@@ -192,11 +193,11 @@ def _collect(needs: Needs, scratch: Path, nodes: int, last: ProbeState, stopped:
     in_database: int | str = "not tried"
     if needs.database is None:
         try:
-            in_file = hammer.counted_in_file(scratch / node.COUNTER)
+            in_file = proof.counted_in_file(scratch / node.COUNTER)
         except (OSError, ValueError) as error:
             in_file = str(error)
         try:
-            in_database = hammer.counted_in_database(scratch / node.DATABASE)
+            in_database = locks.counted_in_database(scratch / node.DATABASE)
         except (OSError, LeaderboardError) as error:
             in_database = str(error)
     back = tuple(_came_back(scratch, report) for report in reports if report)
@@ -306,7 +307,7 @@ def _counts(outcome: Outcome) -> list[Finding]:
     hosts = sorted({report.host for report in reports})
     where = f"between {' and '.join(hosts)}" if len(hosts) > 1 else f"on {hosts[0]} alone"
     found = []
-    counts: tuple[tuple[hammer.Counted, int | str], ...] = (
+    counts: tuple[tuple[proof.Counted, int | str], ...] = (
         ("lock", outcome.counted_in_file),
         ("database", outcome.counted_in_database),
     )

@@ -425,7 +425,7 @@ def test_preparing_without_internet_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from orchestrator.cli import main
+    from orchestrator.cli.main import main
 
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(settings_of("part3", sketches)))

@@ -19,7 +19,7 @@ from torchvision import models
 
 from jobs import data
 from jobs.resnet18 import BREEDS
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.run.run import Run
 from tests import curves, real_data
 from tests.invariants import violations

@@ -25,8 +25,9 @@ from rich.console import Console
 from jobs.opening import load_job
 from jobs.states import read
 from jobs.training import Session
-from orchestrator.cli import main, tables
+from orchestrator.cli import tables
 from orchestrator.cli.launch import _line
+from orchestrator.cli.main import main
 from orchestrator.errors import JobSpecError
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
@@ -412,7 +413,7 @@ def test_an_unknown_run_is_an_error_that_names_those_there_are(launched: tuple[P
 
 FAST_START = """
 import sys
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 try:
     main()
 except SystemExit as end:

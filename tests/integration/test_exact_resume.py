@@ -28,7 +28,7 @@ from jobs.job import JobError
 from jobs.resume_check import Verdict, as_json, in_fresh_process, verify
 from jobs.resume_link import NO_STOP, Plan, ShortSession, break_points, train_link, write_plan
 from jobs.states import read
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from orchestrator.settings.settings import Settings
 
 CHUNKS, EPOCHS, STEPS = 3, 2, 3  # steps of an epoch: 40 examples of training, 16 a batch

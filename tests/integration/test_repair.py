@@ -606,7 +606,7 @@ def test_every_command_says_in_one_line_how_to_mend_it(sqlite_run: Run, how: str
     DAMAGE[how](sqlite_run.folder / "orch.db")
     from typer.testing import CliRunner
 
-    from orchestrator.cli import app
+    from orchestrator.cli.main import app
 
     done = CliRunner().invoke(app, [command, "run", "--runs-dir", str(sqlite_run.folder.parent)])
     assert isinstance(done.exception, OrchError)

@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 from devcluster import DevCluster, Shape, wait_for
 
-from orchestrator.doctor import Finding, examine, exit_code, hammer, machine, partition
-from orchestrator.doctor.hammer import Tally, judge_counts
+from orchestrator.doctor import machine, partition
+from orchestrator.doctor.examine import examine
+from orchestrator.doctor.findings import Finding, exit_code
+from orchestrator.doctor.locks import judge_counts
+from orchestrator.locking import proof
+from orchestrator.locking.proof import Tally
 
 ORCH = Path(sys.executable).with_name("orch")
 PROFILES = [{"name": "a", "learning_rate": 0.1}]
@@ -185,22 +189,22 @@ def test_two_nodes_lose_no_update(look: Look, cluster: DevCluster, tmp_path: Pat
 
 @pytest.mark.long
 def test_without_a_lock_two_nodes_lose_updates_and_that_is_reported(cluster: DevCluster, tmp_path: Path) -> None:
-    hammer.prepare_file(tmp_path / "counter")
+    proof.prepare_file(tmp_path / "counter")
     script = tmp_path / "count.py"
     script.write_text(
         "import contextlib, json, os, pathlib, sys, time\n"
-        "from orchestrator.doctor import hammer\n"
+        "from orchestrator.locking import proof\n"
         "here, task = pathlib.Path(sys.argv[1]), os.environ['SLURM_PROCID']\n"
         "(here / f'ready-{task}').touch()\n"
         "while len(list(here.glob('ready-*'))) < 2: time.sleep(0.01)\n"
-        "tally = hammer.count_in_file(here / 'counter', contextlib.nullcontext(), 300, 60)\n"
+        "tally = proof.count_in_file(here / 'counter', contextlib.nullcontext(), 300, 60)\n"
         "(here / f'tally-{task}').write_text(json.dumps(tally.to_json()))\n"
     )
     command = f"srun {sys.executable} {script} {tmp_path}"
     job = cluster.sbatch(command, "--nodes=2", "--ntasks-per-node=1", f"--export=ALL,PYTHONPATH={ORCH.parents[2]}")
     assert cluster.wait_state(job, "COMPLETED", "FAILED", timeout_s=60) == "COMPLETED"
     tallies = [Tally.from_json(json.loads((tmp_path / f"tally-{task}").read_text())) for task in range(2)]
-    (finding,) = judge_counts("lock", tallies, hammer.counted_in_file(tmp_path / "counter"), "between two nodes")
+    (finding,) = judge_counts("lock", tallies, proof.counted_in_file(tmp_path / "counter"), "between two nodes")
     assert finding.level == "error"
     assert "of 600 updates were lost: the lock does not hold" in finding.what
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from devcluster import DevCluster
 
-from orchestrator.doctor import examine
+from orchestrator.doctor.examine import examine
 from tests.invariants import violations
 from tests.slurm.helpers import QUICK, jobs, launch, over, settings, until
 

@@ -224,7 +224,7 @@ def test_the_budget_may_change_while_a_run_goes_on() -> None:
 def test_a_launch_file_s_demand_is_in_the_plan(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from orchestrator.cli import app
+    from orchestrator.cli.main import app
 
     run, _ = load(ROOT / "settings/digits.json")
     arguments = ["launch", str(ROOT / "settings/digits.json"), "--dry-run", "--json", "--runs-dir", str(tmp_path)]

@@ -18,9 +18,9 @@ import pytest
 
 from orchestrator.cluster.probe import Answer
 from orchestrator.cluster.sbatch import request
-from orchestrator.doctor import examine, hammer, machine, node, partition, two_node
+from orchestrator.doctor import locks, machine, node, partition, two_node
+from orchestrator.doctor.examine import examine
 from orchestrator.doctor.findings import Finding, exit_code, worst
-from orchestrator.doctor.hammer import Tally, judge_counts, percentile
 from orchestrator.doctor.limits import (
     Limit,
     Standing,
@@ -31,13 +31,16 @@ from orchestrator.doctor.limits import (
     run_limits,
     submit_limits,
 )
+from orchestrator.doctor.locks import judge_counts, lock_advice, quota_command
 from orchestrator.doctor.machine import FolderFacts, PythonFacts
-from orchestrator.doctor.mounts import Mount, lock_advice, mount_of, quota_command
 from orchestrator.doctor.partition import Need, Node
 from orchestrator.doctor.slurm_facts import SlurmFacts
 from orchestrator.doctor.slurm_rules import judge_slurm
+from orchestrator.locking import proof
 from orchestrator.locking.choice import Choice
 from orchestrator.locking.flock import FairFileLock
+from orchestrator.locking.mounts import Mount, mount_of
+from orchestrator.locking.proof import Tally, percentile
 from orchestrator.settings.settings import Settings
 
 ORCH = Path(sys.executable).with_name("orch")
@@ -627,15 +630,15 @@ def count_together(work: Callable[[int], Tally], tasks: int = 2) -> list[Tally]:
 
 
 def count_with(lock: Callable[[], AbstractContextManager[object]], path: Path, times: int = 100) -> list[Finding]:
-    hammer.prepare_file(path)
-    tallies = count_together(lambda _task: hammer.count_in_file(path, lock(), times, 60))
-    return judge_counts("lock", tallies, hammer.counted_in_file(path), "in two threads")
+    proof.prepare_file(path)
+    tallies = count_together(lambda _task: proof.count_in_file(path, lock(), times, 60))
+    return judge_counts("lock", tallies, proof.counted_in_file(path), "in two threads")
 
 
 def test_a_lock_that_holds_loses_nothing(tmp_path):
     findings = count_with(lambda: FairFileLock(tmp_path / "lock"), tmp_path / "counter")
     assert "error" not in [finding.level for finding in findings], "how long the waits are is this machine's affair"
-    assert hammer.counted_in_file(tmp_path / "counter") == 200
+    assert proof.counted_in_file(tmp_path / "counter") == 200
 
 
 def test_no_lock_at_all_loses_updates_and_that_is_found(tmp_path):
@@ -652,25 +655,25 @@ def test_a_lock_that_fails_is_an_error_and_not_tried_for_ever(tmp_path):
 
         def __exit__(self, *_: object) -> None: ...
 
-    hammer.prepare_file(tmp_path / "counter")
-    tally = hammer.count_in_file(tmp_path / "counter", Refusing(), 100, 60)
-    assert (tally.done, len(tally.errors)) == (0, hammer.GIVE_UP_AFTER)
+    proof.prepare_file(tmp_path / "counter")
+    tally = proof.count_in_file(tmp_path / "counter", Refusing(), 100, 60)
+    assert (tally.done, len(tally.errors)) == (0, proof.GIVE_UP_AFTER)
     (finding,) = judge_counts("lock", [tally], 0, "here")
     assert finding.level == "error"
     assert "No locks available" in finding.what
 
 
 def test_the_database_loses_nothing(tmp_path):
-    hammer.prepare_database(tmp_path / "database")
-    tallies = count_together(lambda _task: hammer.count_in_database(tmp_path / "database", 20, 60))
-    assert hammer.counted_in_database(tmp_path / "database") == 40
+    locks.prepare_database(tmp_path / "database")
+    tallies = count_together(lambda _task: locks.count_in_database(tmp_path / "database", 20, 60))
+    assert locks.counted_in_database(tmp_path / "database") == 40
     (finding,) = judge_counts("database", tallies, 40, "in two threads")
     assert finding.level == "ok"
 
 
 def test_a_count_ends_when_its_time_is_over(tmp_path):
-    hammer.prepare_file(tmp_path / "counter")
-    tally = hammer.count_in_file(tmp_path / "counter", contextlib.nullcontext(), 10**6, 0.05)
+    proof.prepare_file(tmp_path / "counter")
+    tally = proof.count_in_file(tmp_path / "counter", contextlib.nullcontext(), 10**6, 0.05)
     assert 0 < tally.done < 10**6
     (finding,) = judge_counts("lock", [tally], tally.done, "here")
     assert finding.level == "warning"

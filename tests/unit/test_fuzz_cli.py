@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.cli import main
+from orchestrator.cli.main import main
 from tests.fuzzing import SECRET, examples
 
 LOOKING = ("status", "leaderboard", "runs")
@@ -102,7 +102,7 @@ def test_any_command_line_ends_with_a_message(
     ids=["a run", "a folder", "a value", "a long folder"],
 )
 def test_bytes_that_are_no_text_are_no_traceback(here: Path, arguments: list[bytes], locale: str) -> None:
-    code = "from orchestrator.cli import main; main()"
+    code = "from orchestrator.cli.main import main; main()"
     environment = os.environ | {"LC_ALL": locale, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=here, env=environment, capture_output=True)
     assert done.returncode in (0, 2)

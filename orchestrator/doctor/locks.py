@@ -1,4 +1,4 @@
-"""A lock under fire, between nodes: the counting of `locking.proof` in a file, and in a database; and what it means."""
+"""Locks: what a mount promises, and what processes that count under the lock on several nodes show."""
 
 from __future__ import annotations
 
@@ -6,34 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.doctor.findings import Finding
-from orchestrator.doctor.mounts import ELSEWHERE
+from orchestrator.doctor.findings import Finding, Level
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard.engine import Database
-from orchestrator.locking.proof import (
-    GIVE_UP_AFTER,
-    Counted,
-    Counting,
-    Tally,
-    count_in_file,
-    counted_in_file,
-    percentile,
-    prepare_file,
-)
-
-__all__ = [
-    "GIVE_UP_AFTER",
-    "Counted",
-    "Tally",
-    "count_in_database",
-    "count_in_file",
-    "counted_in_database",
-    "counted_in_file",
-    "judge_counts",
-    "percentile",
-    "prepare_database",
-    "prepare_file",
-]
+from orchestrator.locking.mounts import ELSEWHERE, LockFacts, Mount, lock_facts
+from orchestrator.locking.proof import Counted, Counting, Tally, percentile
 
 INCREMENTS = 300  # of each process, for each kind
 SLOW_S = 2.0  # a wait that slows training down: there are about two transactions in a chunk
@@ -125,3 +102,35 @@ def _waits(tallies: Sequence[Tally]) -> str:
         return "no waits"
     p50, p99, most = (1000 * value for value in (percentile(waits, 0.5), percentile(waits, 0.99), waits[-1]))
     return f"waits p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {most:.1f} ms"
+
+
+# --- what the mount itself says
+
+QUOTA = {
+    "lustre": "lfs quota -hu $USER {point}", "gpfs": "mmlsquota --block-size auto",
+    "beegfs": "beegfs-ctl --getquota --uid $USER", "nfs": "quota -s", "nfs4": "quota -s",
+    "ceph": "getfattr -n ceph.quota.max_bytes {point}",
+}  # fmt: skip
+
+
+def lock_advice(fstype: str, options: Sequence[str]) -> Finding:
+    """Whether flock, which the lock around SQLite uses where it can, holds between the nodes that mount this.
+
+    fstype and options: as in /proc/self/mountinfo.
+    """
+    facts = lock_facts(fstype, options)
+    return Finding(_level(facts), "locks", facts.what, facts.do)
+
+
+def _level(facts: LockFacts) -> Level:
+    if facts.local:
+        return "note"
+    if facts.flock == "nodes":
+        return "note" if facts.do else "ok"
+    return "warning" if facts.flock == "unsure" else "error"
+
+
+def quota_command(mount: Mount) -> str | None:
+    """Says how much of a quota is left, which free space does not; None where nothing is known."""
+    command = QUOTA.get(mount.fstype)
+    return command.format(point=mount.point) if command else None

@@ -1,0 +1,50 @@
+"""`orch`: parse, wire, print. One module a command group; each imports what it needs only when it is called,
+so that `orch --help` answers at once."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+import typer
+
+from orchestrator.cli import board, control, doctor, launch, models, recovery, verify
+from orchestrator.errors import OrchError
+
+app = typer.Typer(
+    help="Train a population of models on Slurm: worker chains, a leaderboard that only rises, no coordinator.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for group in (launch, board, control, models, recovery, verify, doctor):
+    group.register(app)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        from orchestrator import __version__
+
+        print(f"orch {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The `orch` script. A mistake that the user can mend is a message and exit 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be bytes that no encoding has
+    try:
+        app()
+    except OrchError as error:
+        print(f"orch: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `orch runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
