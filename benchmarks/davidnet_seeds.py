@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from jobs.opening import open_session  # noqa: E402
-from jobs.speed import choose_precision  # noqa: E402
-from jobs.training import Session  # noqa: E402
+from jobs.training.opening import open_session  # noqa: E402
+from jobs.training.precision import choose_precision  # noqa: E402
+from jobs.training.session import Session  # noqa: E402
 from orchestrator.records import EpochResult, Finished, Profile, Work  # noqa: E402
 from orchestrator.settings.loading import load  # noqa: E402
 

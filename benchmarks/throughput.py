@@ -38,10 +38,10 @@ from torchvision.transforms import v2  # noqa: E402
 
 from jobs.davidnet import DavidNet  # noqa: E402
 from jobs.image_sets import first_of_each_class  # noqa: E402
-from jobs.learner import Learner, Predictor  # noqa: E402
-from jobs.opening import load_job, set_up  # noqa: E402
-from jobs.speed import Speed  # noqa: E402
-from jobs.training import Session  # noqa: E402
+from jobs.training.learner import Learner, Predictor  # noqa: E402
+from jobs.training.opening import load_job, set_up  # noqa: E402
+from jobs.training.precision import Speed  # noqa: E402
+from jobs.training.session import Session  # noqa: E402
 from orchestrator.records import EpochResult, Profile, Work  # noqa: E402
 from orchestrator.settings.loading import load  # noqa: E402
 

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.datasets import ImageFolder
 
-from jobs import data
-from jobs.augment import CenterCrop, Flip, Normalize, RandomCrop, Step
-from jobs.decode_cache import Decoded, decoded
-from jobs.decoded import DecodedImages
-from jobs.job import Job, JobContext, JobError, Split, local_path
-from jobs.pretrained import IMAGENET, read_weights, weights_file
+from jobs.data import splits
+from jobs.data.augment import CenterCrop, Flip, Normalize, RandomCrop, Step
+from jobs.data.decode_cache import Decoded, decoded
+from jobs.data.decoded import DecodedImages
+from jobs.data.splits import Split
+from jobs.errors import JobError
+from jobs.job import Job, JobContext, local_path
+from jobs.training.pretrained import IMAGENET, read_weights, weights_file
 from orchestrator.messages import counted
 from orchestrator.settings.fields import Strict
 
@@ -149,7 +151,7 @@ class AlexNet(Job):
             lines.append(f"pretrained weights: {self._weights_file(download)}")
         self.model()
         if self.context.settings["select_on"] == "validation":
-            data.split(
+            splits.split(
                 self._listed("train"), self.context.settings["validation_fraction"], self.context.settings["seed"]
             )
         return lines

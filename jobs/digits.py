@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from jobs.data import stratified
-from jobs.job import Job, JobError, Split
+from jobs.data.splits import Split, stratified
+from jobs.errors import JobError
+from jobs.job import Job
 from orchestrator.settings.fields import Strict
 
 TEST_SHARE = 0.2

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from jobs import images
+from jobs.data import images
 from jobs.errors import JobError
 from jobs.job import Job, local_path
 from orchestrator.settings.fields import Strict

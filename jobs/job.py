@@ -11,24 +11,23 @@ and a settings file names it: "job": "my_module:Mine".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from jobs import optimizers
-from jobs.batches import tensors
-from jobs.chunk import ChunkContext, ChunkInterrupted, ChunkResult
-from jobs.errors import JobError as JobError  # users take it from here
+from jobs.data.batches import tensors
+from jobs.data.feeds import Feed
+from jobs.data.splits import Split
+from jobs.errors import JobError
+from jobs.optim import optimizers
 from orchestrator.records import Profile
 from orchestrator.settings.explain import explain
-
-Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,44 @@ class JobContext:
     settings: Mapping[str, Any]  # the whole settings file, every default spelled out
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     cores: int = 1  # that this worker was given
+
+
+@dataclass(frozen=True)
+class ChunkContext:
+    """One chunk to train. Random states (python's, numpy's, torch's, the GPUs') are set before and kept after it."""
+
+    profile: Profile
+    epochs: int  # to train now; of a chunk that was interrupted, those that had not been reported
+    seed: int  # of a founder's initial weights; torch is seeded with it already
+    repeat: int  # how many children the parent has had under this profile; torch is seeded anew for each
+    device: torch.device
+    settings: Mapping[str, Any]
+    state: Mapping[str, Any] | None  # what the parent's chunk, or the interrupted one, returned; None: a founder
+    resumed: bool  # the state is that of this very chunk, which was interrupted
+    should_stop: Callable[[], bool]  # ask before each step; True: return ChunkInterrupted soon (in seconds)
+    report: Callable[[Mapping[str, float]], None]  # after each epoch: its metrics, the settings' metric among them
+    feed: Callable[[Split], Feed]  # batches of the job's data on the device: .shuffled(seed) to train, else .in_order()
+    rank: int = 0  # of this process, where a worker has several (gpus_per_worker); torch.distributed is set up
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """All epochs of the chunk were trained and reported.
+
+    state: everything that is needed to go on, in what torch.load(weights_only=True) takes: tensors, numbers, strings,
+    dicts, lists, tuples. `orch evaluate` and `orch export` look for the model's state_dict under "model".
+    """
+
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ChunkInterrupted:
+    """The loop was told to stop; from this state it goes on, in another process."""
+
+    state: Mapping[str, Any]
+    steps: int = 0  # of the epoch that was cut
 
 
 class Job:

@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import nn
 from torch.utils.data import Dataset
 
-from jobs import augment, images
+from jobs.data import augment, images
+from jobs.data.splits import Split
 from jobs.image_sets import Examples, ImageSetJob, Limits
-from jobs.job import Split
 
 SIDE = 28  # pixels
 

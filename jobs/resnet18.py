@@ -15,14 +15,16 @@ from torch.utils.data import Dataset
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from jobs import data
-from jobs.augment import CenterCrop, Flip, Normalize, RandomCrop, Step
-from jobs.decode_cache import Decoded, decoded
-from jobs.decoded import DecodedImages
+from jobs.data import splits
+from jobs.data.augment import CenterCrop, Flip, Normalize, RandomCrop, Step
+from jobs.data.decode_cache import Decoded, decoded
+from jobs.data.decoded import DecodedImages
+from jobs.data.images import open_set
+from jobs.data.splits import Split
+from jobs.errors import JobError
 from jobs.image_sets import Limits, limited
-from jobs.images import open_set
-from jobs.job import Job, JobContext, JobError, Split, local_path
-from jobs.pretrained import IMAGENET, read_weights, weights_file
+from jobs.job import Job, JobContext, local_path
+from jobs.training.pretrained import IMAGENET, read_weights, weights_file
 
 BREEDS = 37
 SETTING = "job_params: pretrained"
@@ -140,7 +142,7 @@ class ResNet18(Job):
         self.model()
         if self.context.settings["select_on"] == "validation":
             fraction, seed = self.context.settings["validation_fraction"], self.context.settings["seed"]
-            data.split(_Labels(sides["training"][1]), fraction, seed)
+            splits.split(_Labels(sides["training"][1]), fraction, seed)
         return lines
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from jobs.errors import JobError
 from jobs.loggers.logger import Logger, Place
+from jobs.loggers.observer import Observer, Unobserved
 from jobs.loggers.recorder import Recorder, tell_tests
-from jobs.observer import Observer, Unobserved
 from orchestrator.records import LockKind
 
 # Class, package that it needs, and what installs that.
@@ -69,7 +69,7 @@ def log_tests(
     settings: Mapping[str, Any], run_folder: Path, tests: Mapping[str, tuple[int, Mapping[str, float]]]
 ) -> None:
     """Tell the run's loggers that models were tested. tests: by a checkpoint's file, the last step of its lineage
-    (jobs.states.last_step), and the metrics. A logger that fails says so; nothing is raised for it."""
+    (jobs.training.states.last_step), and the metrics. A logger that fails says so; nothing is raised for it."""
     if tests:
         tell_tests(settings["name"], run_folder / "checkpoints", makers(settings, run_folder), tests)
 

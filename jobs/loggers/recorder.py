@@ -122,7 +122,7 @@ class Channels:
 
 
 class Recorder:
-    """A jobs.observer.Observer."""
+    """A jobs.loggers.observer.Observer."""
 
     def __init__(
         self,

@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from jobs.imports import look_first_in
 from orchestrator.errors import DamagedCheckpointError, JobSpecError, RunError, StaleClaimError
 from orchestrator.files import checkpoints
 from orchestrator.files.atomic import publish
-from orchestrator.imports import look_first_in
 from orchestrator.messages import counted
 from orchestrator.run.run import Run
 from orchestrator.worker.user_job import apart_from_stdout, as_job_error
@@ -40,8 +40,8 @@ def test_models(
 def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
     """A function from a checkpoint's file to its metrics on the test set."""
     look_first_in(run.leaderboard.reader.run_row()["import_paths"])
-    from jobs.job import JobError
-    from jobs.opening import open_session
+    from jobs.errors import JobError
+    from jobs.training.opening import open_session
 
     with as_job_error(run.settings.job, JobError):
         session = open_session(run.settings.model_dump(mode="json"), len(os.sched_getaffinity(0)))
@@ -58,7 +58,7 @@ def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
 def logged(run: Run, evaluate: Callable[[Path], dict[str, float]]) -> Iterator[Callable[[Path], dict[str, float]]]:
     """`evaluator`'s function, whose results go to the run's loggers at the end."""
     from jobs.loggers.choice import log_tests
-    from jobs.states import last_step
+    from jobs.training.states import last_step
 
     tests: dict[str, tuple[int, dict[str, float]]] = {}
 
@@ -78,7 +78,7 @@ def logged(run: Run, evaluate: Callable[[Path], dict[str, float]]) -> Iterator[C
 def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
     """Write the weights of the entry of this rank to out, and what it is beside it. Raises RunError."""
     from jobs.errors import JobError
-    from jobs.states import export
+    from jobs.training.states import export
 
     if out.suffix == ".json":
         raise RunError(f"--out {out}: .json is for the description beside it; allowed is another ending, such as .pt")

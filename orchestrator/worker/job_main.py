@@ -14,10 +14,10 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from jobs.imports import look_first_in
 from orchestrator.cluster.host import gpus, this_process
 from orchestrator.cluster.place import Place, this_place
 from orchestrator.files import permissions
-from orchestrator.imports import look_first_in
 from orchestrator.leaderboard.engine import JOB_CONNECTS_FOR_S
 from orchestrator.worker.loop import Worker
 from orchestrator.worker.opened_run import OpenedRun
@@ -25,7 +25,7 @@ from orchestrator.worker.trainer import Ending, StopFlag
 from orchestrator.worker.user_job import import_ahead
 
 if TYPE_CHECKING:
-    from jobs.ranks import Ranks
+    from jobs.training.ranks import Ranks
 
 log = logging.getLogger("orch")
 
@@ -82,8 +82,8 @@ class Team:
         self._ranks: Ranks | None = None
         self._error: Exception | None = None
         try:
-            from jobs.distributed import own_gpu
-            from jobs.ranks import meet
+            from jobs.training.distributed import own_gpu
+            from jobs.training.ranks import meet
 
             if place.executor != "local":  # there, the GPUs are known when it is this job's turn
                 os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(gpus(), place.rank, place.count)
@@ -95,7 +95,7 @@ class Team:
     def follow(self) -> str:
         ending = f"no contact to rank 0: {self._error}"
         if self._ranks is not None:
-            from jobs.distributed import follow
+            from jobs.training.distributed import follow
 
             ending = follow(self._ranks)
         log.info("rank %d ends: %s", self._place.rank, ending)
@@ -103,7 +103,7 @@ class Team:
 
     def open_trainer(self, run: OpenedRun, gpus: str | None, stop: StopFlag) -> Any:
         """Raises what kept the processes from coming together, or from opening the job."""
-        from jobs.distributed import lead
+        from jobs.training.distributed import lead
 
         if self._ranks is None:
             raise self._error or AssertionError("either there are ranks or there is an error")
@@ -117,7 +117,7 @@ class Team:
 
     def dismiss(self) -> None:
         if self._ranks is not None:
-            from jobs.distributed import dismiss
+            from jobs.training.distributed import dismiss
 
             dismiss(self._ranks)
 

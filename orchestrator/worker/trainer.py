@@ -12,7 +12,7 @@ from orchestrator.records import EpochResult, Finished, Interrupted, Work
 
 
 class Trainer(Protocol):
-    """The job side (jobs.training.Session)."""
+    """The job side (jobs.training.session.Session)."""
 
     def train(
         self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]

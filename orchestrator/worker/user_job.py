@@ -14,8 +14,8 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.imports import look_first_in
 from orchestrator.errors import JobSpecError, OrchError
-from orchestrator.imports import look_first_in
 from orchestrator.settings.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ def check(settings: Settings, import_paths: Sequence[str], download: bool = Fals
     """Import the job and let it check what it needs. Lines for the user. Raises JobSpecError."""
     look_first_in(import_paths)
     from jobs.errors import JobError
-    from jobs.named import brings_own_trainer
+    from jobs.imports import brings_own_trainer
 
     with as_job_error(settings.job, JobError):
         if brings_own_trainer(settings.job):
             return []
-        from jobs import opening  # imports torch
+        from jobs.training import opening  # imports torch
 
         return opening.check(settings.model_dump(mode="json"), download)
 
@@ -39,13 +39,13 @@ def check(settings: Settings, import_paths: Sequence[str], download: bool = Fals
 def checkpoint_bytes(settings: Settings) -> int | str:
     """About how large a checkpoint of this job is; or why that can't be told without training. After `check`."""
     from jobs.errors import JobError
-    from jobs.named import brings_own_trainer
+    from jobs.imports import brings_own_trainer
 
     try:
         with apart_from_stdout():
             if brings_own_trainer(settings.job):
                 return "the job brings a trainer of its own"
-            from jobs.footprint import checkpoint_bytes
+            from jobs.training.footprint import checkpoint_bytes
 
             return checkpoint_bytes(settings.model_dump(mode="json"))
     except Exception as error:  # the user's code; a node with a GPU may be what it needs, so it is tried there
@@ -90,7 +90,7 @@ def import_ahead(job: str) -> threading.Thread:
         with suppress(BaseException):
             importlib.import_module(job.partition(":")[0])
             if "torch" in sys.modules:
-                importlib.import_module("jobs.opening")
+                importlib.import_module("jobs.training.opening")
 
     thread = threading.Thread(target=quietly, name="import ahead", daemon=True)
     thread.start()
@@ -105,7 +105,7 @@ def open_trainer(settings: Settings, cores: int, run_folder: Path) -> Trainer:
     if own is not None:
         trainer: Trainer = own(settings.model_dump(mode="json"), cores)
         return trainer
-    from jobs.opening import open_session
+    from jobs.training.opening import open_session
 
     return open_session(settings.model_dump(mode="json"), cores, run_folder=run_folder)
 
@@ -124,10 +124,10 @@ def verify_resume(
     say: is told how it goes on, a line at a time. Raises JobSpecError if the job can't be trained."""
     for line in check(settings, import_paths):
         say(line)
-    from jobs import resume_check
-    from jobs.job import JobError
-    from jobs.named import brings_own_trainer
-    from jobs.resume_link import Plan
+    from jobs.errors import JobError
+    from jobs.imports import brings_own_trainer
+    from jobs.verify_resume.check import as_json, verify
+    from jobs.verify_resume.link import Plan
 
     if brings_own_trainer(settings.job):
         raise JobSpecError(
@@ -145,4 +145,4 @@ def verify_resume(
         interruptions=interruptions,
     )
     with as_job_error(settings.job, JobError):
-        return resume_check.as_json(resume_check.verify(plan, say))
+        return as_json(verify(plan, say))

@@ -22,14 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from jobs.chunk import ChunkContext, ChunkInterrupted, ChunkResult
+from jobs.data.splits import Split
 from jobs.digits import Digits
-from jobs.distributed import DistributedSession, dismiss, lead
-from jobs.job import Averaging, Split
-from jobs.opening import open_session
-from jobs.ranks import Ranks, meet
-from jobs.states import read
-from jobs.training import Session
+from jobs.job import Averaging, ChunkContext, ChunkInterrupted, ChunkResult
+from jobs.training.distributed import DistributedSession, dismiss, lead
+from jobs.training.opening import open_session
+from jobs.training.ranks import Ranks, meet
+from jobs.training.session import Session
+from jobs.training.states import read
 from orchestrator.records import Finished, Interrupted, Profile, Work
 from orchestrator.settings.settings import Settings
 
@@ -197,8 +197,8 @@ def settings(job: type[Digits] = Plain, **changes: Any) -> dict[str, Any]:
 FOLLOWER = """
 import sys
 from pathlib import Path
-from jobs.distributed import follow
-from jobs.ranks import meet
+from jobs.training.distributed import follow
+from jobs.training.ranks import meet
 from orchestrator.worker.job_main import leave
 rank, count, place, step_s = sys.argv[1:]
 print(follow(meet(int(rank), int(count), Path(place), step_s=float(step_s))))

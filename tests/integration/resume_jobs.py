@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from jobs.data.splits import Split
 from jobs.digits import Digits
 from jobs.digits import Params as DigitsParams
-from jobs.job import Averaging, Split
+from jobs.job import Averaging
 
 print("resume_jobs says hello")  # a user's module may print what it likes
 

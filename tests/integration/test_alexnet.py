@@ -19,13 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision import models
 
-from jobs import data
 from jobs.alexnet import LAYERS, AlexNet
-from jobs.augment import Normalize
-from jobs.job import Job, JobError
-from jobs.opening import load_job
-from jobs.pretrained import IMAGENET
-from jobs.training import Session
+from jobs.data import randomness
+from jobs.data.augment import Normalize
+from jobs.errors import JobError
+from jobs.job import Job
+from jobs.training.opening import load_job
+from jobs.training.pretrained import IMAGENET
+from jobs.training.session import Session
 from orchestrator.records import Finished, Profile, Work
 from orchestrator.settings.loading import OBSOLETE, load
 
@@ -70,7 +71,7 @@ def draw(folder: Path, each: int, seed: int, classes: int = CLASSES) -> None:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A file like the one that torchvision downloads: AlexNet for 1,000 classes."""
     path = tmp_path_factory.mktemp("weights") / "alexnet.pth"
-    with data.random_state_kept():
+    with randomness.random_state_kept():
         torch.manual_seed(77)
         torch.save(models.alexnet(num_classes=1000).state_dict(), path)
     yield path
@@ -113,7 +114,7 @@ def layers(state: dict[str, Tensor]) -> dict[tuple[str, int], list[Tensor]]:
 
 def founder(job: Job) -> dict[str, Tensor]:
     """The weights that training starts from."""
-    data.seed_all(SEED)
+    randomness.seed_all(SEED)
     return {name: value.clone() for name, value in job.model().state_dict().items()}
 
 
@@ -321,7 +322,7 @@ def test_pictures_too_small_for_the_convolutions_are_refused(sketches: Path) -> 
 
 def test_training_pictures_are_augmented_and_the_others_are_not(sketches: Path) -> None:
     job = job_of("part1", sketches)
-    data.seed_all(SEED)
+    randomness.seed_all(SEED)
     for split, varies in (("train", True), ("validation", False), ("test", False)):
         source = job.data(split)
         shown = [source[0][0] for _ in range(6)]
@@ -332,7 +333,7 @@ def test_training_pictures_are_augmented_and_the_others_are_not(sketches: Path) 
 @pytest.mark.parametrize("augment", ["none", "random"])
 def test_training_pictures_are_augmented_only_if_the_settings_say_so(augment: str, sketches: Path) -> None:
     job = job_of("part1", sketches, job_params={"image_size": 63, "augment": augment})
-    data.seed_all(SEED)
+    randomness.seed_all(SEED)
     source = job.data("train")
     shown = [source[0][0] for _ in range(6)]
     assert any(not torch.equal(shown[0], picture) for picture in shown) is (augment == "random")

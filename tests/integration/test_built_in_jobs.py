@@ -17,7 +17,7 @@ import pytest
 import torch
 from torchvision import models
 
-from jobs import data
+from jobs.data import randomness
 from jobs.resnet18 import BREEDS
 from orchestrator.cli.main import main
 from orchestrator.run.run import Run
@@ -152,7 +152,7 @@ def test_lenet5_learns_digits_within_a_few_epochs_and_fills_a_board(launch: Laun
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a network that has learned nothing, for other classes: what is downloaded is not here."""
     path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    with data.random_state_kept():
+    with randomness.random_state_kept():
         torch.save(models.resnet18(num_classes=BREEDS + 1).state_dict(), path)
     return path
 

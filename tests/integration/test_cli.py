@@ -22,9 +22,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from jobs.opening import load_job
-from jobs.states import read
-from jobs.training import Session
+from jobs.training.opening import load_job
+from jobs.training.session import Session
+from jobs.training.states import read
 from orchestrator.cli import tables
 from orchestrator.cli.launch import _line
 from orchestrator.cli.main import main
@@ -562,7 +562,7 @@ def test_the_test_set_is_read_once_and_again_only_when_asked(folder: Path, orch_
 def test_a_job_that_lost_what_it_needs_is_an_error_when_it_is_evaluated(tmp_path: Path, orch_here: Here) -> None:
     lost = "        if Path('gone').exists(): raise JobError('pretrained_weights: they are gone')\n"
     method = f"def model(self):\n{lost}        return super().model()"
-    write_job(tmp_path, "from jobs.job import JobError\n" + job_with(method))
+    write_job(tmp_path, "from jobs.errors import JobError\n" + job_with(method))
     file = write_settings(tmp_path, job="mine:Mine", stop_after_epochs=1)
     assert orch_here(tmp_path, "launch", file)[0] == 0
     (tmp_path / "gone").touch()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs import images
-from jobs.opening import load_job
-from jobs.states import read
-from jobs.training import Session
+from jobs.data import images
+from jobs.training.opening import load_job
+from jobs.training.session import Session
+from jobs.training.states import read
 from orchestrator.records import Finished, Interrupted, Profile, Work
 from orchestrator.settings.loading import load
 from tests import real_data

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.distributed import dismiss
-from jobs.states import read
+from jobs.training.distributed import dismiss
+from jobs.training.states import read
 from tests.integration.distributed import (
     STEPS,
     Dicts,

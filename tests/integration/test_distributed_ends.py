@@ -15,9 +15,9 @@ import psutil
 import pytest
 import torch
 
-from jobs.distributed import dismiss, own_gpu
-from jobs.job import JobError
-from jobs.ranks import RankLostError, Ranks, meet
+from jobs.errors import JobError
+from jobs.training.distributed import dismiss, own_gpu
+from jobs.training.ranks import RankLostError, Ranks, meet
 from orchestrator.cluster import host
 from orchestrator.run.run import Run
 from tests.integration.distributed import (

@@ -22,12 +22,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from jobs import resume_link
-from jobs.exactness import count_tensors, differences
-from jobs.job import JobError
-from jobs.resume_check import Verdict, as_json, in_fresh_process, verify
-from jobs.resume_link import NO_STOP, Plan, ShortSession, break_points, train_link, write_plan
-from jobs.states import read
+from jobs.errors import JobError
+from jobs.training.states import read
+from jobs.verify_resume import link as link_module
+from jobs.verify_resume.check import Verdict, as_json, in_fresh_process, verify
+from jobs.verify_resume.exactness import count_tensors, differences
+from jobs.verify_resume.link import NO_STOP, Plan, ShortSession, break_points, train_link, write_plan
 from orchestrator.cli.main import main
 from orchestrator.settings.settings import Settings
 
@@ -186,7 +186,7 @@ def test_interruptions_lie_within_the_training_and_are_as_many_as_asked_for(
 def in_this_process(plan: Plan, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
     scramble(7 + start)
     torch.use_deterministic_algorithms(False)  # as it is in a process that begins
-    resume_link.main(root, name, start, NO_STOP if stop is None else stop)
+    link_module.main(root, name, start, NO_STOP if stop is None else stop)
     found: dict[str, Any] = json.loads((root / "link.json").read_text())
     if "error" in found:
         raise JobError(found["error"])

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from jobs import data
-from jobs.exactness import first_difference
-from jobs.job import Averaging, Job, JobContext, JobError, Split
-from jobs.speed import Speed, choose_precision
-from jobs.states import export, read
-from jobs.training import Session
+from jobs.data import randomness
+from jobs.data.splits import Split
+from jobs.errors import JobError
+from jobs.job import Averaging, Job, JobContext
+from jobs.training.precision import Speed, choose_precision
+from jobs.training.session import Session
+from jobs.training.states import export, read
+from jobs.verify_resume.exactness import first_difference
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from orchestrator.settings.settings import Settings
 
@@ -75,7 +77,7 @@ _processes = itertools.count(5000)
 
 def train(one: Session, work: Work, file: Path, steps: int | None = None) -> dict[str, Any]:
     """The state after the chunk, or after so many steps of it, as it is in its file. By a process of its own."""
-    data.seed_all(next(_processes))
+    randomness.seed_all(next(_processes))
     asked = itertools.count()
     result = one.train(work, lambda: steps is not None and next(asked) >= steps, lambda _epoch: None)
     assert isinstance(result, Finished if steps is None else Interrupted)
@@ -114,7 +116,7 @@ def plain_loop(scheduler: Callable[[torch.optim.Optimizer], Any] | None, each_st
     """What a reader of torch's tutorials would write; only the order of the examples is the project's."""
     one = session()
     feed = one.feed("train")
-    data.seed_all(founder().seed)
+    randomness.seed_all(founder().seed)
     model = one.job.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.001, fused=True)
     made = scheduler(optimizer) if scheduler else None
@@ -296,7 +298,7 @@ def test_an_average_that_is_none_is_an_error(decay: float, every: int) -> None:
 def test_auto_is_bf16_where_the_cpu_computes_it(
     wanted: str, has_bf16: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.speed._cpu_computes_bf16", lambda: has_bf16)
+    monkeypatch.setattr("jobs.training.precision._cpu_computes_bf16", lambda: has_bf16)
     assert choose_precision(wanted, CPU) is expected
 
 

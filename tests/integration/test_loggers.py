@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.opening import open_session
-from jobs.states import read
+from jobs.training.opening import open_session
+from jobs.training.states import read
 from orchestrator.errors import JobSpecError
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from orchestrator.run.run import Run

@@ -25,12 +25,14 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from jobs import data
+from jobs.data import randomness
+from jobs.data.splits import Split
 from jobs.digits import Digits
-from jobs.job import Job, JobContext, JobError, Split
-from jobs.opening import load_job, open_session
-from jobs.states import export, read
-from jobs.training import Session
+from jobs.errors import JobError
+from jobs.job import Job, JobContext
+from jobs.training.opening import load_job, open_session
+from jobs.training.session import Session
+from jobs.training.states import export, read
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from orchestrator.settings.settings import Settings
 
@@ -121,7 +123,7 @@ _processes = itertools.count(1000)
 
 def in_a_new_process() -> None:
     """As little as there is left of the random state of another process."""
-    data.seed_all(next(_processes))
+    randomness.seed_all(next(_processes))
 
 
 def never() -> bool:

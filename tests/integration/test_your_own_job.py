@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import data
-from jobs.chunk import ChunkContext, ChunkInterrupted, ChunkResult
-from jobs.exactness import first_difference
-from jobs.job import Job, JobContext, JobError
-from jobs.opening import check, has_own_loop, load_job, open_session
-from jobs.own_loop import OwnLoop
-from jobs.resume_link import Plan, open_short
-from jobs.states import export, read
-from jobs.training import Session
+from jobs.data import randomness
+from jobs.errors import JobError
+from jobs.job import ChunkContext, ChunkInterrupted, ChunkResult, Job, JobContext
+from jobs.training.opening import check, has_own_loop, load_job, open_session
+from jobs.training.own_loop import OwnLoop
+from jobs.training.session import Session
+from jobs.training.states import export, read
+from jobs.verify_resume.exactness import first_difference
+from jobs.verify_resume.link import Plan, open_short
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
@@ -263,7 +263,7 @@ _processes = itertools.count(9000)
 
 
 def train(one: OwnLoop, work: Work, file: Path, steps: int | None = None) -> Finished | Interrupted:
-    data.seed_all(next(_processes))
+    randomness.seed_all(next(_processes))
     asked = itertools.count()
     result = one.train(work, lambda: steps is not None and next(asked) >= steps, lambda _epoch: None)
     with file.open("wb") as target:

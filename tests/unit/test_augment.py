@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from jobs import data
-from jobs.augment import (
+from jobs.data import randomness
+from jobs.data.augment import (
     AlternatingFlip,
     CenterCrop,
     ColorJitter,
@@ -30,8 +30,8 @@ from jobs.augment import (
     Step,
     place,
 )
-from jobs.images import cifar10
-from jobs.job import JobError
+from jobs.data.images import cifar10
+from jobs.errors import JobError
 from tests.real_data import cifar10_root
 
 DRAWS = 4000
@@ -201,7 +201,7 @@ def counts(images: Tensor) -> collections.Counter[tuple[int, ...]]:
 def test_every_outcome_is_as_likely_as_with_torchvision(step: Step, theirs: v2.Transform, outcomes: int) -> None:
     image = numbered(5, 5)
     ours = counts(step.apply(image.expand(DRAWS, -1, -1, -1), step.draw(DRAWS, seeded())))
-    with data.random_state_kept():
+    with randomness.random_state_kept():
         torch.manual_seed(0)
         other = counts(torch.stack([theirs(image) for _ in range(DRAWS)]))
     assert ours.keys() == other.keys()
@@ -214,7 +214,7 @@ def test_every_outcome_is_as_likely_as_with_torchvision(step: Step, theirs: v2.T
 def test_jitter_factors_are_distributed_as_torchvisions() -> None:
     drawn = ColorJitter(**JITTER).draw(DRAWS, seeded())
     theirs = v2.ColorJitter(**JITTER)
-    with data.random_state_kept():
+    with randomness.random_state_kept():
         torch.manual_seed(0)
         made = [theirs.make_params([]) for _ in range(DRAWS)]
     for name in JITTER:

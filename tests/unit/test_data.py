@@ -20,9 +20,9 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from jobs import data
-from jobs.data import Feed, LoaderFeed, TensorFeed
-from jobs.job import JobError
+from jobs.data import feeds, randomness, splits
+from jobs.data.feeds import Feed, LoaderFeed, TensorFeed
+from jobs.errors import JobError
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -85,7 +85,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
 @settings(deadline=None, derandomize=True, max_examples=30)
 def test_a_split_keeps_of_every_class_its_share_and_of_the_whole_everything(counts: list[int], seed: int) -> None:
     source = digits(counts)
-    train, validation = data.split(source, 0.2, seed)
+    train, validation = splits.split(source, 0.2, seed)
     assert sorted(train + validation) == list(range(len(source)))
     for digit, count in enumerate(counts):
         kept = sum(source.tensors[1][validation] == digit)
@@ -94,13 +94,13 @@ def test_a_split_keeps_of_every_class_its_share_and_of_the_whole_everything(coun
 
 def test_the_split_is_fixed_by_the_seed() -> None:
     source = digits([30] * 10)
-    assert data.split(source, 0.2, seed=7) == data.split(source, 0.2, seed=7)
-    assert data.split(source, 0.2, seed=7) != data.split(source, 0.2, seed=8)
+    assert splits.split(source, 0.2, seed=7) == splits.split(source, 0.2, seed=7)
+    assert splits.split(source, 0.2, seed=7) != splits.split(source, 0.2, seed=8)
 
 
 def test_a_data_set_without_classes_is_split_too() -> None:
     source = TensorDataset(PIXELS[:50])
-    train, validation = data.split(source, 0.2, 0)
+    train, validation = splits.split(source, 0.2, 0)
     assert (len(train), len(validation)) == (40, 10)
     assert sorted(train + validation) == list(range(50))
 
@@ -116,13 +116,13 @@ def test_a_data_set_without_classes_is_split_too() -> None:
 )
 def test_a_class_that_is_too_small_for_both_sides_is_an_error(source: TensorDataset, message: str) -> None:
     with pytest.raises(JobError, match=message):
-        data.split(source, 0.5, 0)
+        splits.split(source, 0.5, 0)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
 def test_a_rare_class_gives_one_example_at_least_to_either_side(fraction: float) -> None:
     source = digits([40, 2, 3])
-    for side in data.split(source, fraction, 0):
+    for side in splits.split(source, fraction, 0):
         assert set(source.tensors[1][side].tolist()) == {0, 1, 2}
 
 
@@ -136,7 +136,7 @@ def test_a_rare_class_gives_one_example_at_least_to_either_side(fraction: float)
 def test_a_split_either_has_every_class_on_both_sides_or_is_refused(counts: list[int], fraction: float) -> None:
     source = digits(counts)
     try:
-        sides = data.split(source, fraction, 0)
+        sides = splits.split(source, fraction, 0)
     except JobError:
         return
     assert [sorted(set(source.tensors[1][side].tolist())) for side in sides] == [list(range(len(counts)))] * 2
@@ -156,7 +156,7 @@ def test_a_split_either_has_every_class_on_both_sides_or_is_refused(counts: list
     ],
 )
 def test_classes_are_read_where_a_data_set_tells_them(source: Dataset[Any], labels: list[int] | None) -> None:
-    assert data.labels_of(source) == labels
+    assert splits.labels_of(source) == labels
 
 
 # --- batches
@@ -220,7 +220,7 @@ def test_an_epoch_that_goes_on_is_the_rest_of_the_same_epoch(make: Make, first: 
 
 
 def test_reading_leaves_the_random_state_as_it_was(make: Make) -> None:
-    before = data.random_state()
+    before = randomness.random_state()
     feed = make(BATCH)
     flat(feed.shuffled(seed=5))
     flat(feed.in_order())
@@ -244,7 +244,7 @@ def test_a_data_set_in_memory_gives_the_batches_of_its_loader(size: int, process
     ],
 )
 def test_the_kind_of_data_set_decides_how_it_is_fed(source: Dataset[Any], expected: type[Feed]) -> None:
-    assert type(data.make_feed(source, range(8), 4, CPU, cores=1)) is expected
+    assert type(feeds.make_feed(source, range(8), 4, CPU, cores=1)) is expected
 
 
 # --- augmentation
@@ -277,7 +277,7 @@ def test_augmentation_differs_from_epoch_to_epoch_and_from_batch_to_batch(pictur
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_augmentation_leaves_the_random_state_as_it_was(pictures: ImageFolder, processes: int) -> None:
-    before = data.random_state()
+    before = randomness.random_state()
     feed = feed_pictures(pictures, processes)
     flat(feed.shuffled(seed=5))
     flat(feed.shuffled(seed=6))
@@ -312,28 +312,28 @@ def draw() -> list[Any]:
 
 def unchanged_since(state: dict[str, Any]) -> bool:
     now = draw()
-    data.set_random_state(state)
+    randomness.set_random_state(state)
     return draw() == now
 
 
 @pytest.mark.parametrize("drawn", range(3), ids=lambda drawn: f"after {drawn} draws")
 def test_a_random_state_goes_on_where_it_was_after_a_file_that_executes_nothing(drawn: int) -> None:
-    data.seed_all(11)
+    randomness.seed_all(11)
     for _ in range(drawn):
         draw()  # one normal number of each library is kept for the next call
     file = io.BytesIO()
-    torch.save(data.random_state(), file)
+    torch.save(randomness.random_state(), file)
     expected = [draw() for _ in range(3)]
-    data.seed_all(12)
+    randomness.seed_all(12)
     file.seek(0)
-    data.set_random_state(torch.load(file, weights_only=True))
+    randomness.set_random_state(torch.load(file, weights_only=True))
     assert [draw() for _ in range(3)] == expected
 
 
 def test_a_seed_fixes_all_three_libraries() -> None:
     draws = []
     for seed in (5, 5, 6):
-        data.seed_all(seed)
+        randomness.seed_all(seed)
         draws.append(draw())
     assert draws[0] == draws[1]
     assert all(a != b for a, b in zip(draws[1], draws[2], strict=True))
@@ -341,23 +341,23 @@ def test_a_seed_fixes_all_three_libraries() -> None:
 
 def test_what_is_drawn_aside_leaves_no_trace_even_where_it_fails() -> None:
     def fail() -> None:
-        data.seed_all(1)
+        randomness.seed_all(1)
         raise ZeroDivisionError
 
-    before = data.random_state()
-    with pytest.raises(ZeroDivisionError), data.random_state_kept():
+    before = randomness.random_state()
+    with pytest.raises(ZeroDivisionError), randomness.random_state_kept():
         fail()
     assert unchanged_since(before)
 
 
 def test_a_derived_seed_tells_its_parts_and_their_order_apart() -> None:
-    seeds = {data.hash_seed(*parts) for parts in [(1,), (2,), (1, 2), (2, 1), (1, 2, 3), (2**62, 1), (1, 2**62)]}
+    seeds = {randomness.hash_seed(*parts) for parts in [(1,), (2,), (1, 2), (2, 1), (1, 2, 3), (2**62, 1), (1, 2**62)]}
     assert len(seeds) == 7
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_a_derived_seed_is_the_same_in_every_version() -> None:
-    assert data.hash_seed(3, 14) == 1117353933592787484
+    assert randomness.hash_seed(3, 14) == 1117353933592787484
 
 
 # --- devices
@@ -365,7 +365,7 @@ def test_a_derived_seed_is_the_same_in_every_version() -> None:
 
 def test_every_tensor_of_a_nested_batch_is_moved() -> None:
     batch = {"pictures": [torch.ones(2), (torch.zeros(1), "a name")], "count": 2}
-    moved = data.to_device(batch, torch.device("meta"))
+    moved = feeds.to_device(batch, torch.device("meta"))
     assert moved["pictures"][0].is_meta
     assert moved["pictures"][1][0].is_meta
     assert (moved["pictures"][1][1], moved["count"]) == ("a name", 2)

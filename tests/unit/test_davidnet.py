@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jobs import davidnet_parts, images
-from jobs.augment import AlternatingFlip, Cutout, Flip
-from jobs.davidnet import DavidNet, Pictures
-from jobs.davidnet_parts import GhostBatchNorm
-from jobs.job import Averaging, JobContext, JobError
+from jobs import davidnet
+from jobs.data import images
+from jobs.data.augment import AlternatingFlip, Cutout, Flip
+from jobs.davidnet import DavidNet, GhostBatchNorm, Pictures
+from jobs.errors import JobError
+from jobs.job import Averaging, JobContext
 from orchestrator.records import Profile
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +142,7 @@ def modules(net: nn.Module, kind: type[nn.Module]) -> list[Any]:
 
 
 def test_the_parameters_without_tricks_are_those_of_the_network_without_tricks(tmp_path: Path) -> None:
-    net, wanted = job(tmp_path).model(), davidnet_parts.network(NARROW)
+    net, wanted = job(tmp_path).model(), davidnet.network(NARROW)
     assert str(net) == str(wanted)
 
 
@@ -178,7 +179,7 @@ def test_whitening_is_that_of_the_training_images(tmp_path: Path) -> None:
     source = job(tmp_path, whitening=True)
     net: Any = source.model()
     seen, _ = batch_of(source, "validation")
-    torch.testing.assert_close(net.prep.whitening.weight, davidnet_parts.whitening_filters(seen))
+    torch.testing.assert_close(net.prep.whitening.weight, davidnet.whitening_filters(seen))
 
 
 def test_the_size_of_the_model_is_told_without_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jobs.davidnet_parts import GhostBatchNorm, PatchWhitening, Pool, batch_norm, network, whitening_filters
+from jobs.davidnet import GhostBatchNorm, PatchWhitening, Pool, batch_norm, network, whitening_filters
 
 FULL = (64, 128, 256, 512)
 NARROW = (4, 6, 8, 10)

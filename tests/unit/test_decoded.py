@@ -22,12 +22,12 @@ from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder, OxfordIIITPet
 from torchvision.transforms import v2
 
-from jobs import data, decode_cache
-from jobs.augment import CenterCrop, Cutout, Flip, Normalize, PadCrop, RandomCrop, Resize, Step
-from jobs.decode_cache import Decoded, decoded
-from jobs.decoded import DecodedFeed, DecodedImages
-from jobs.images import ImageFeed
-from jobs.job import JobError
+from jobs.data import decode_cache, feeds, splits
+from jobs.data.augment import CenterCrop, Cutout, Flip, Normalize, PadCrop, RandomCrop, Resize, Step
+from jobs.data.decode_cache import Decoded, decoded
+from jobs.data.decoded import DecodedFeed, DecodedImages
+from jobs.data.images import ImageFeed
+from jobs.errors import JobError
 from tests.real_data import pets_root
 
 CPU = torch.device("cpu")
@@ -161,7 +161,7 @@ def test_what_is_damaged_is_decoded_anew(damage: str, squares: list[Path]) -> No
 def test_jobs_of_a_node_that_start_together_decode_once(squares: list[Path], node: Path) -> None:
     script = (
         "import sys, logging; from pathlib import Path; logging.basicConfig(level=logging.INFO)\n"
-        "from jobs.decode_cache import decoded\n"
+        "from jobs.data.decode_cache import decoded\n"
         f"found = decoded(sorted(Path({str(squares[0].parent)!r}).iterdir()), {SIZE})\n"
         "print(int(found[39].sum()))"
     )
@@ -317,7 +317,7 @@ INDICES = [*range(1, 20), *range(25, 40)]
 
 
 def feed(source: DecodedImages, cores: int = 1, batch_size: int = 8) -> Any:
-    return data.make_feed(source, INDICES, batch_size, CPU, cores)
+    return feeds.make_feed(source, INDICES, batch_size, CPU, cores)
 
 
 def whole(batches: Iterator[Any]) -> tuple[Tensor, Tensor]:
@@ -382,7 +382,7 @@ def test_pictures_of_many_sizes_are_cropped_as_torchvision_would(mixed: list[Pat
 
 def test_a_part_of_the_pictures_is_a_data_set_too(mixed: list[Path]) -> None:
     source = DecodedImages(decoded(mixed, SIZE), list(range(40)), STEPS["random crop"])
-    images, targets = whole(data.make_feed(Subset(source, range(10)), range(10), 4, CPU, 1).shuffled(5))
+    images, targets = whole(feeds.make_feed(Subset(source, range(10)), range(10), 4, CPU, 1).shuffled(5))
     assert images.shape == (10, 3, 16, 16)
     assert sorted(targets.tolist()) == list(range(10))
 
@@ -432,6 +432,6 @@ def test_an_image_folder_gives_its_targets(tmp_path: Path) -> None:
         draw(tmp_path / "folder" / f"class{label}", [(30, 30)] * 6)
     folder = ImageFolder(str(tmp_path / "folder"))
     source = DecodedImages(decoded([Path(path) for path, _ in folder.samples], SIZE), folder.targets)
-    train, validation = data.split(source, 0.34, seed=0)
+    train, validation = splits.split(source, 0.34, seed=0)
     assert np.bincount(np.array(source.targets)[validation]).tolist() == [2, 2, 2]
     assert len(train) == 12

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from jobs.footprint import checkpoint_bytes
 from jobs.job import Job
-from jobs.opening import open_session
+from jobs.training.footprint import checkpoint_bytes
+from jobs.training.opening import open_session
 from orchestrator.errors import CheckpointError, NoSpaceError, SettingsError
 from orchestrator.files import checkpoints, disk_budget
 from orchestrator.records import Work

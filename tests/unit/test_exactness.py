@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from jobs.exactness import Difference, count_tensors, differences, digest, first_difference
+from jobs.verify_resume.exactness import Difference, count_tensors, differences, digest, first_difference
 
 NAN, INF = math.nan, math.inf
 

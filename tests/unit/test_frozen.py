@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs import data, frozen
-from jobs.augment import Flip, Normalize, Step
-from jobs.images import ImageTensors
-from jobs.job import Averaging, Job, JobContext, JobError, Split
-from jobs.resume_link import _Noted
-from jobs.training import Session
+from jobs.data import randomness
+from jobs.data.augment import Flip, Normalize, Step
+from jobs.data.images import ImageTensors
+from jobs.data.splits import Split
+from jobs.errors import JobError
+from jobs.job import Averaging, Job, JobContext
+from jobs.training import frozen
+from jobs.training.session import Session
+from jobs.verify_resume.link import _Noted
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from orchestrator.settings.settings import Settings
 
@@ -324,5 +327,5 @@ class NoPairs(Frozen):
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_a_part_that_is_not_frozen_is_an_error(job: type[Job], message: str) -> None:
-    with data.random_state_kept(), pytest.raises(JobError, match=f"^frozen_part: .*{message}"):
+    with randomness.random_state_kept(), pytest.raises(JobError, match=f"^frozen_part: .*{message}"):
         train(session(job))

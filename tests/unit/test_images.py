@@ -17,13 +17,15 @@ from torch.utils.data import Subset
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from jobs import data
-from jobs.augment import AlternatingFlip, Cutout, Flip, Normalize, PadCrop, RandomCrop, Resize, Step
-from jobs.data import LoaderFeed
-from jobs.images import ImageFeed, ImageTensors, channel_statistics, cifar10, mnist
-from jobs.job import Job, JobContext, JobError, Split
-from jobs.ranks import Ranks
-from jobs.training import Session
+from jobs.data import feeds, splits
+from jobs.data.augment import AlternatingFlip, Cutout, Flip, Normalize, PadCrop, RandomCrop, Resize, Step
+from jobs.data.feeds import LoaderFeed
+from jobs.data.images import ImageFeed, ImageTensors, channel_statistics, cifar10, mnist
+from jobs.data.splits import Split
+from jobs.errors import JobError
+from jobs.job import Job, JobContext
+from jobs.training.ranks import Ranks
+from jobs.training.session import Session
 from orchestrator.records import Finished, Interrupted, Profile, Work
 from orchestrator.settings.settings import Settings
 from tests.real_data import cifar10_root, mnist_root
@@ -47,7 +49,7 @@ def augmented() -> list[Step]:
 
 def feed(steps: list[Step] | None = None, batch_size: int = BATCH) -> ImageFeed:
     source = ImageTensors(drawn_images(), torch.arange(100), augmented() if steps is None else steps)
-    made = data.make_feed(source, INDICES, batch_size, CPU, cores=1)
+    made = feeds.make_feed(source, INDICES, batch_size, CPU, cores=1)
     assert isinstance(made, ImageFeed)
     return made
 
@@ -116,7 +118,7 @@ def test_an_epoch_follows_from_its_seed_and_leaves_the_random_state_alone() -> N
 
 def test_augmentation_differs_from_epoch_to_epoch_and_from_example_to_example() -> None:
     source = ImageTensors(drawn_images()[:1].expand(10, -1, -1, -1), torch.zeros(10), [PadCrop(12, 4), Flip()])
-    made = data.make_feed(source, range(10), 5, CPU, cores=1)
+    made = feeds.make_feed(source, range(10), 5, CPU, cores=1)
     shown = torch.cat([whole(made.shuffled(seed))[0] for seed in (5, 6)])
     assert len({tuple(image.flatten().tolist()) for image in shown}) > 15
 
@@ -150,7 +152,7 @@ def test_a_batch_is_what_torchvision_makes_of_each_image() -> None:
 
 @pytest.mark.parametrize("steps", [[], augmented()], ids=["without steps", "with steps"])
 def test_no_example_makes_no_batch(steps: list[Step]) -> None:
-    made = data.make_feed(ImageTensors(drawn_images(), torch.arange(100), steps), [], 4, CPU, cores=1)
+    made = feeds.make_feed(ImageTensors(drawn_images(), torch.arange(100), steps), [], 4, CPU, cores=1)
     assert (made.batches, list(made.shuffled(5)), list(made.in_order())) == (0, [], [])
 
 
@@ -159,7 +161,7 @@ def test_no_example_makes_no_batch(steps: list[Step]) -> None:
 
 def test_a_part_of_the_images_is_fed_by_a_loader_with_the_same_kind_of_augmentation() -> None:
     source = ImageTensors(drawn_images(), torch.arange(100), [PadCrop(12, 2), Flip(), Normalize(MEAN, STD)])
-    made = data.make_feed(Subset(source, range(40)), range(40), 10, CPU, cores=1)
+    made = feeds.make_feed(Subset(source, range(40)), range(40), 10, CPU, cores=1)
     assert isinstance(made, LoaderFeed)
     one, again = whole(made.shuffled(5)), whole(made.shuffled(5))
     assert torch.equal(one[0], again[0])
@@ -175,7 +177,7 @@ def test_a_single_example_has_no_epoch_to_alternate_by() -> None:
 
 def test_classes_are_split_by_their_targets() -> None:
     source = ImageTensors(drawn_images(), torch.arange(100) % 4)
-    train, validation = data.split(source, 0.2, seed=0)
+    train, validation = splits.split(source, 0.2, seed=0)
     assert torch.bincount(source.targets[validation]).tolist() == [5] * 4
     assert len(train) == 80
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jobs import images
-from jobs.job import JobContext, JobError
+from jobs.data import images
+from jobs.errors import JobError
+from jobs.job import JobContext
 from jobs.lenet5 import LeNet5
-from jobs.opening import check
+from jobs.training.opening import check
 from orchestrator.records import Profile
 from orchestrator.settings.loading import load
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs import optimizers
 from jobs.errors import JobError
+from jobs.optim import optimizers
 from orchestrator.records import Profile
 
 

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import models
 
-from jobs.job import JobContext, JobError
-from jobs.pretrained import IMAGENET
+from jobs.errors import JobError
+from jobs.job import JobContext
 from jobs.resnet18 import BREEDS, ResNet18
+from jobs.training.pretrained import IMAGENET
 from orchestrator.records import Profile
 
 CLASSES = ("Abyssinian", "Beagle", "Persian")

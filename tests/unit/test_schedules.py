@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
-from jobs import optimizers, schedules
 from jobs.errors import JobError
-from jobs.schedules import PiecewiseLinear, Schedule
+from jobs.optim import optimizers, schedules
+from jobs.optim.schedules import PiecewiseLinear, Schedule
 from orchestrator.records import Metric, Profile
 
 ACCURACY = Metric("accuracy", "max")

@@ -12,14 +12,16 @@ from typing import IO, Any
 
 import torch
 
-from jobs.batches import map_tensors
-from jobs.chunk import ChunkContext, ChunkInterrupted, ChunkResult
-from jobs.data import Feed, random_state, seed_all
-from jobs.job import Job, JobError, Split
-from jobs.observer import Observer, Unobserved
-from jobs.ranks import ALONE, Alone
-from jobs.states import FORMAT, read, why_unreadable
-from jobs.training import Session, resume_random_state
+from jobs.data.batches import map_tensors
+from jobs.data.feeds import Feed
+from jobs.data.randomness import random_state, seed_all
+from jobs.data.splits import Split
+from jobs.errors import JobError
+from jobs.job import ChunkContext, ChunkInterrupted, ChunkResult, Job
+from jobs.loggers.observer import Observer, Unobserved
+from jobs.training.ranks import ALONE, Alone
+from jobs.training.session import Session, resume_random_state
+from jobs.training.states import FORMAT, read, why_unreadable
 from orchestrator.messages import counted
 from orchestrator.records import EpochResult, Finished, Interrupted, Work
 

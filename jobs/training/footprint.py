@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.job import Job, JobError
-from jobs.opening import load_job
-from jobs.returned import checked_model
+from jobs.errors import JobError
+from jobs.job import Job
+from jobs.training.checked import checked_model
+from jobs.training.opening import load_job
 from orchestrator.records import Profile
 
 # Python's, numpy's and torch's random states, and the archive around it all; measured.

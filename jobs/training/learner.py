@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from jobs import optimizers
 from jobs.job import Averaging, Job
-from jobs.ranks import Alone
-from jobs.returned import checked_loss, checked_model
-from jobs.schedules import Schedule, as_plain
-from jobs.speed import Speed, arrange
+from jobs.optim import optimizers
+from jobs.optim.schedules import Schedule, as_plain
+from jobs.training.checked import checked_loss, checked_model
+from jobs.training.precision import Speed, arrange
+from jobs.training.ranks import Alone
 from orchestrator.records import Metric, Profile
 
 

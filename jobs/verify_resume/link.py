@@ -1,6 +1,7 @@
 """One link of a check that resume is exact: some steps of a short training, from a file or from the start, to a file.
 
-Run as a process of its own (`python -m jobs.resume_link`), it shares nothing with the link before it but that file.
+Run as a process of its own (`python -m jobs.verify_resume.link`), it shares only that file
+with the link before it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from jobs.data import Feed
-from jobs.exactness import digest
-from jobs.job import JobError, Split
-from jobs.opening import has_own_loop, load_job, set_up
-from jobs.training import Session
-from orchestrator.imports import look_first_in
+from jobs.data.feeds import Feed
+from jobs.data.splits import Split
+from jobs.errors import JobError
+from jobs.imports import look_first_in
+from jobs.training.opening import has_own_loop, load_job, set_up
+from jobs.training.session import Session
+from jobs.verify_resume.exactness import digest
 from orchestrator.messages import counted
 from orchestrator.records import EpochResult, Interrupted, Profile, Work
 from orchestrator.rules import claiming

@@ -1,4 +1,4 @@
-"""Pictures of any size, decoded and resized once (jobs.decode_cache): on the device where they fit, else fetched."""
+"""Pictures of any size, decoded and resized once (decode_cache): on the device where they fit, else fetched."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from jobs.augment import CenterCrop, Drawn, RandomCrop, Step, place
-from jobs.data import Epoch, Feed, OwnFeed, Plan, loader_processes, plan_loader, resident_bytes
-from jobs.decode_cache import Decoded
-from jobs.images import ImageFeed, ImageTensors, as_floats, draw_epoch, draws, one_example, steps_of
-from jobs.job import JobError
+from jobs.data.augment import CenterCrop, Drawn, RandomCrop, Step, place
+from jobs.data.decode_cache import Decoded
+from jobs.data.feeds import Epoch, Feed, OwnFeed, Plan, loader_processes, plan_loader, resident_bytes
+from jobs.data.images import ImageFeed, ImageTensors, as_floats, draw_epoch, draws, one_example, steps_of
+from jobs.errors import JobError
 
 
 class DecodedImages(OwnFeed):

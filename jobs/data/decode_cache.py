@@ -27,8 +27,8 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from jobs.images import statistics_of
-from jobs.job import JobError
+from jobs.data.images import statistics_of
+from jobs.errors import JobError
 
 VERSION = 1  # of what is kept: another one is never read as this one
 UNUSED_S = 7 * 86400.0  # after that nobody seems to need it

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
 
-from jobs.batches import part
-from jobs.data import hash_seed, seed_all
-from jobs.job import JobError
+from jobs.data.batches import part
+from jobs.data.randomness import hash_seed, seed_all
+from jobs.errors import JobError
 from orchestrator.files import atomic
 
 HOST = "127.0.0.1"  # all ranks are on one node

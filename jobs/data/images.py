@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.augment import AlternatingFlip, Drawn, Step
-from jobs.data import Epoch, Feed, OwnFeed, hash_seed
-from jobs.job import JobError
+from jobs.data.augment import AlternatingFlip, Drawn, Step
+from jobs.data.feeds import Epoch, Feed, OwnFeed
+from jobs.data.randomness import hash_seed
+from jobs.errors import JobError
 
 AT_ONCE = 1024  # images, where each step makes a copy of them
 DRAWS = 1  # what the epoch's seed is for here, beside the order
@@ -24,7 +25,7 @@ class ImageTensors(OwnFeed):
     def __init__(self, images: Tensor, targets: Tensor, steps: Sequence[Step] = ()) -> None:
         """images: uint8 (n, channels, height, width), any strides; targets: (n, ...), for classes int64 (n,).
 
-        steps: of jobs.augment, in order. What is uint8 after the last becomes float32 in [0, 1]. Raises JobError
+        steps: of jobs.data.augment, in order. What is uint8 after the last becomes float32 in [0, 1]. Raises JobError
         if the images are something else, or if there are not as many targets.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
-from jobs.job import JobError
-from jobs.states import why_unreadable
+from jobs.errors import JobError
+from jobs.training.states import why_unreadable
 
 # Mean and standard deviation of ImageNet's training set, as torchvision's weights expect their input to be normalised.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

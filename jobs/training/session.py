@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from jobs import data
-from jobs.data import Feed, hash_seed, make_feed, random_state, seed_all, set_random_state
-from jobs.frozen import FrozenParts
-from jobs.job import Job, JobError, Split
-from jobs.learner import Learner, Predictor
-from jobs.observer import Observer, Unobserved
-from jobs.ranks import ALONE, Alone
-from jobs.returned import checked_data, checked_metrics
-from jobs.speed import Speed
-from jobs.states import FORMAT, read, weights
+from jobs.data import randomness, splits
+from jobs.data.feeds import Feed, make_feed
+from jobs.data.randomness import hash_seed, random_state, seed_all, set_random_state
+from jobs.data.splits import Split
+from jobs.errors import JobError
+from jobs.job import Job
+from jobs.loggers.observer import Observer, Unobserved
+from jobs.training.checked import checked_data, checked_metrics
+from jobs.training.frozen import FrozenParts
+from jobs.training.learner import Learner, Predictor
+from jobs.training.precision import Speed
+from jobs.training.ranks import ALONE, Alone
+from jobs.training.states import FORMAT, read, weights
 from orchestrator.records import EpochResult, Finished, Interrupted, Metric, Work
 
 
@@ -82,7 +85,7 @@ class Session:
             self._learner = Learner(*parts)
             return self._learner, _fresh_cut()
         state = read(self.group.fetch(source))
-        with data.random_state_kept():
+        with randomness.random_state_kept():
             self._learner = Learner(*parts)
         self._learner.restore(state)
         self.epochs = state["epochs"]
@@ -151,7 +154,7 @@ class Session:
     def evaluate_file(self, checkpoint: Path, split: Split) -> dict[str, float]:
         """Metrics of a checkpoint's model."""
         state = read(checkpoint)
-        with data.random_state_kept():
+        with randomness.random_state_kept():
             predictor = Predictor(self.job, self._speed, self.group)
         predictor.model.load_state_dict(weights(state))
         return self._evaluate(predictor, split)
@@ -165,8 +168,8 @@ class Session:
         if split not in self._feeds:
             # Not the training's random numbers: a process that goes on loads the data again. The same for each split,
             # so that one drawn for "train" is the one drawn for "validation".
-            with data.random_state_kept():
-                data.seed_cpu(self.settings["seed"])
+            with randomness.random_state_kept():
+                randomness.seed_cpu(self.settings["seed"])
                 source = checked_data(self.job, self.job.data(split), split)
             size = self.settings["max_batch_size"]
             indices = self._indices(split, source)
@@ -177,7 +180,7 @@ class Session:
         """Which examples of what the job gives for this split are used."""
         if split == "test" or self.settings["select_on"] == "test":
             return list(range(len(source)))  # type: ignore[arg-type]
-        parts = data.split(source, self.settings["validation_fraction"], self.settings["seed"])
+        parts = splits.split(source, self.settings["validation_fraction"], self.settings["seed"])
         return parts[split == "validation"]
 
     # --- state

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from jobs.job import JobError
+from jobs.errors import JobError
 
 BITS = 31  # of a drawn whole number
 BYTE = torch.tensor(255, dtype=torch.uint8)

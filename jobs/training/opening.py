@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from jobs import schedules
-from jobs.job import Job, JobContext, JobError
+from jobs.errors import JobError
+from jobs.imports import find_class
+from jobs.job import Job, JobContext
 from jobs.loggers import choice
-from jobs.named import find_class
-from jobs.own_loop import OwnLoop
-from jobs.ranks import ALONE, Alone
-from jobs.training import Session
+from jobs.optim import schedules
+from jobs.training.own_loop import OwnLoop
+from jobs.training.ranks import ALONE, Alone
+from jobs.training.session import Session
 from orchestrator.records import Metric, Profile
 
 

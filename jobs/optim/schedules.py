@@ -16,8 +16,8 @@ import numpy as np
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from jobs import optimizers
 from jobs.errors import JobError
+from jobs.optim import optimizers
 from orchestrator.records import Metric, Profile
 
 # Torch's that are made for a step after each batch; all others are stepped once an epoch.

@@ -1,11 +1,18 @@
-"""The class that settings name. Imports no torch: a job that does without it need not pay for it."""
+"""Where the user's own modules are found, and the classes that settings name. Imports no torch."""
 
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from jobs.errors import JobError
+
+
+def look_first_in(folders: Iterable[str]) -> None:
+    """Modules are searched in these folders before all others; those that are searched already stay where they are."""
+    sys.path[:0] = [folder for folder in folders if folder not in sys.path]
 
 
 def find_class(spec: str) -> Any:

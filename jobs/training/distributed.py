@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from jobs.opening import open_session
-from jobs.own_loop import OwnLoop
-from jobs.ranks import RankLostError, Ranks
-from jobs.training import Session
-from orchestrator.imports import look_first_in
+from jobs.imports import look_first_in
+from jobs.training.opening import open_session
+from jobs.training.own_loop import OwnLoop
+from jobs.training.ranks import RankLostError, Ranks
+from jobs.training.session import Session
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 
 log = logging.getLogger("orch")

@@ -3,19 +3,16 @@ processes, nor on where the epoch was interrupted."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
-from jobs.batches import map_tensors
-from jobs.job import JobError
+from jobs.data.batches import map_tensors
+from jobs.data.randomness import hash_seed, random_state_kept, seed_cpu
+from jobs.errors import JobError
 
 
 class Epoch(NamedTuple):
@@ -163,110 +160,3 @@ def loader_processes(device: torch.device, cores: int) -> int:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor of a nested batch."""
     return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def split(data: Dataset[Any], validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices for training and for validation: a share of each class, fixed by the seed.
-
-    A data set that has no labels to read is split without regard to classes. Raises JobError if a class has
-    too few examples for both sides.
-    """
-    count = len(data)  # type: ignore[arg-type]  # a Dataset that we can index has a length
-    labels = labels_of(data)
-    groups = np.zeros(count, dtype=np.int64) if labels is None else np.asarray(labels)
-    kept = stratified(groups, validation_fraction, seed)
-    alone = np.setdiff1d(groups, np.intersect1d(groups[kept], groups[~kept]))
-    if len(alone) or not count:
-        which = f" of the classes {alone[:10].tolist()}" if labels is not None else ""
-        raise JobError(
-            f"{count} examples can't be split into training and validation: one side would have none{which}. "
-            "A class needs 2 examples at least; add some, or leave these classes out"
-        )
-    return np.flatnonzero(~kept).tolist(), np.flatnonzero(kept).tolist()
-
-
-def stratified(groups: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which examples are in the sample: of each group this fraction, to the nearest whole number, but at least
-    one, and at least one left over (of a group of one: none).
-
-    NumPy's and not scikit-learn's, whose import takes longer (0.8 s) than all else that orch does between two
-    jobs of a chain. groups: (n,), any order; returns (n,) bool. The same for the same arguments, always.
-    """
-    chosen = np.zeros(len(groups), dtype=np.bool_)
-    generator = np.random.Generator(np.random.PCG64(seed))  # named: default_rng may change with NumPy
-    for group in np.unique(groups):
-        members = np.flatnonzero(groups == group)
-        size = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        chosen[generator.permutation(members)[:size]] = True
-    return chosen
-
-
-def labels_of(data: Dataset[Any]) -> Sequence[int] | None:
-    """The classes of a data set without loading its examples, where it tells."""
-    for name in ("targets", "labels", "_labels"):
-        found = getattr(data, name, None)
-        if found is not None:
-            return _whole_numbers(found)
-    if isinstance(data, TensorDataset) and len(data.tensors) > 1:
-        return _whole_numbers(data.tensors[-1])
-    return None
-
-
-def _whole_numbers(labels: Any) -> Sequence[int] | None:
-    values = np.asarray(labels)
-    return values.tolist() if values.ndim == 1 and np.issubdtype(values.dtype, np.integer) else None
-
-
-# --- random state
-
-
-def hash_seed(*parts: int) -> int:
-    """A seed from numbers that say what it is for (numpy's SeedSequence, O'Neill 2015), below 2**63."""
-    return int(np.random.SeedSequence([p & (2**63 - 1) for p in parts]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def seed_all(seed: int) -> None:
-    seed_cpu(seed)
-    torch.manual_seed(seed)
-
-
-def seed_cpu(seed: int) -> None:
-    """All but the GPUs' generators: what is drawn for the data must not change what the model draws."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-
-
-def random_state() -> dict[str, Any]:
-    """Python's, numpy's, torch's and every GPU's, in types that load with weights_only=True."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": (version, list(words), gauss),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """GPUs beyond those that were there when it was saved keep their state."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
-    for index, gpu in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(gpu.cpu(), index)
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """What is drawn inside leaves no trace; GPUs are not touched, for loader processes must not."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)

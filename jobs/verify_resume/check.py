@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from jobs.exactness import Difference, count_tensors, differences
-from jobs.job import JobError
-from jobs.resume_link import NO_STOP, REFERENCE, RESUMED, Plan, write_plan
-from jobs.states import read
+from jobs.errors import JobError
+from jobs.training.states import read
+from jobs.verify_resume.exactness import Difference, count_tensors, differences
+from jobs.verify_resume.link import NO_STOP, REFERENCE, RESUMED, Plan, write_plan
 
 RunLink = Callable[[Plan, Path, str, int, int | None], dict[str, Any]]
 
@@ -77,7 +77,7 @@ def in_fresh_process(plan: Plan, root: Path, name: str, start: int, stop: int | 
     arguments = [str(root), name, str(start), str(NO_STOP if stop is None else stop)]
     (root / "link.json").unlink(missing_ok=True)
     # -P: what lies in the current folder must not stand in for orch's own modules
-    command = [sys.executable, "-P", "-m", "jobs.resume_link", *arguments]
+    command = [sys.executable, "-P", "-m", "jobs.verify_resume.link", *arguments]
     done = subprocess.run(
         command,
         env=environment,

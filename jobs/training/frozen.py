@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from jobs import data
-from jobs.data import Epoch, Feed, resident_bytes
+from jobs.data import randomness
+from jobs.data.feeds import Epoch, Feed, resident_bytes
+from jobs.data.splits import Split
 from jobs.errors import JobError
-from jobs.job import Job, Split
-from jobs.speed import Speed
+from jobs.job import Job
+from jobs.training.precision import Speed
 
 log = logging.getLogger("orch")
 
@@ -151,7 +152,7 @@ def _compare(model: nn.Module, part: nn.Module, inputs: Tensor, outputs: Tensor)
     """Raises JobError unless the model gives the same for the outputs as for the inputs, for one batch."""
     was = model.training
     model.eval()
-    with data.random_state_kept():
+    with randomness.random_state_kept():
         expected = model(inputs)
         _bypass(part, True)
         found = model(outputs)

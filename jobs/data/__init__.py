@@ -1,0 +1,1 @@
+"""How examples become batches on the device: feeds, splits, random state, images."""

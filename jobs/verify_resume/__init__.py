@@ -1,0 +1,1 @@
+"""Is interrupted training bit for bit the uninterrupted one?"""
