@@ -38,7 +38,7 @@ def read(path: Path | IO[bytes]) -> dict[str, Any]:
 
 
 def last_step(path: Path) -> int:
-    """Where on the x axis of its lineage's curves a checkpoint stands (loggers.observer): optimizer steps, or epochs where
+    """Where on the x axis of the curves of its lineage a checkpoint stands: optimizer steps, or epochs where
     the job has a loop of its own. Tensors are not read."""
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return int(state.get("steps", state["epochs"]))

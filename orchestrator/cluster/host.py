@@ -71,6 +71,6 @@ def send_signal(pid: int | None, created_at: float | None, signum: signal.Signal
     process = None if pid is None else find_process(pid, created_at)
     if process is not None:
         try:
-            process.sendsend_signal(signum)
+            process.send_signal(signum)
         except psutil.NoSuchProcess:
             return
