@@ -20,7 +20,7 @@ from sqlalchemy import insert, text, update
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Candidate, Claim, EpochResult, Started
-from orchestrator.settings.loading import freeze, load_policy
+from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
 
 BOARD = 5  # models on the board
@@ -86,7 +86,7 @@ class Orch:
         Leaderboard.discard(folder, self.url, self._schema_name, schema_too=True)
 
     def _leaderboard(self, folder: Path) -> Leaderboard:
-        return Leaderboard.open(folder, self.url, self._schema_name, load_policy)
+        return Leaderboard.open(folder, self.url, self._schema_name)
 
     def open(self, folder: Path, number: int) -> tuple[Begin, Finish]:
         board = self._leaderboard(folder).board

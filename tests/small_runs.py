@@ -113,5 +113,5 @@ def lose(run: Run) -> None:
 def board_of(run: Run) -> list[dict[str, Any]]:
     """What must not change: files, scores and positions, best first."""
     keys = ("file", "sha256", "score", "epochs", "start_position", "profile", "worker", "metrics")
-    rows = [{key: entry[key] for key in keys} for entry in run.leaderboard.reader.entries("max")]
+    rows = [{key: entry[key] for key in keys} for entry in run.leaderboard.reader.entries()]
     return sorted(rows, key=lambda row: str(row["file"]))

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy
 
 from orchestrator.leaderboard.leaderboard import Leaderboard
-from orchestrator.settings.loading import freeze, load_policy
+from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
 
 TABLES = ("run", "worker", "job", "checkpoint", "entry", "chunk", "epoch", "event")
@@ -27,7 +27,7 @@ class Storage:
         the disk at each commit would take minutes."""
         schema = f"test_{secrets.token_hex(6)}" if self.url else None
         Leaderboard.create(folder, self.url, schema, settings.name, freeze(settings), [], now=0.0, deadline=1e12)
-        board = Leaderboard.open(folder, self.url, schema, load_policy)
+        board = Leaderboard.open(folder, self.url, schema)
         if self.url is None and not durable:
             sqlalchemy.event.listen(board.database._engine, "connect", _do_not_wait_for_the_disk)
         return board

@@ -76,7 +76,7 @@ def amend(
     _check_job(opened, set_)
     for line in opened.amend(set_, time.time()) or ["nothing changes"]:
         print(line)
-    is_now = opened.leaderboard.chains.snapshot(opened.settings.metric.mode)
+    is_now = opened.leaderboard.chains.snapshot()
     if is_now.state is not RunState.ACTIVE:
         print(f"{opened.name} is {is_now.state}; `orch resume {opened.name}` goes on with it")
     elif stopping.lifetime_over(time.time(), is_now.deadline):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ from orchestrator.records import (
     RunState,
 )
 from orchestrator.rules import admission, claiming, stopping
+from orchestrator.settings.loading import thaw
 
 # Built once, so that each execution finds its SQL by one look into a cache.
 _SETTINGS_VERSION = Statement(select(run.c.settings_version))
@@ -76,11 +77,9 @@ class _Asker:
 class Board:
     """The write side of the leaderboard, as a worker uses it."""
 
-    def __init__(self, database: Database, load_policy: Callable[[str, int], Policy]) -> None:
-        """load_policy: (settings JSON, version) -> Policy; called when the settings were amended."""
+    def __init__(self, database: Database, policy: Policy) -> None:
         self._database = database
-        self._load_policy = load_policy
-        self._policy: Policy | None = None
+        self._policy = policy
 
     # --- claims
 
@@ -316,8 +315,8 @@ class Board:
     # --- inside a transaction
 
     def _policy_of(self, tx: Connection, version: int) -> Policy:
-        if self._policy is None or self._policy.version != version:
-            self._policy = self._load_policy(tx.execute(select(run.c.settings)).scalar_one(), version)
+        if self._policy.version != version:  # the settings were amended
+            self._policy = thaw(tx.execute(select(run.c.settings)).scalar_one()).policy(version)
         return self._policy
 
     def _reap(self, tx: Connection, standing: Any, now: float) -> Situation:

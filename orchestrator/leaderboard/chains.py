@@ -27,7 +27,7 @@ from orchestrator.records import (
     ChunkState,
     Job,
     JobState,
-    Mode,
+    Metric,
     Progress,
     RunState,
     Snapshot,
@@ -41,8 +41,9 @@ from orchestrator.rules import succession
 class Chains:
     """Every method is one transaction."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, metric: Metric) -> None:
         self._database = database
+        self._metric = metric
 
     def add_workers(self, devices: Sequence[str | None], now: float) -> list[Job]:
         """New workers, numbered on, each with its first link to submit."""
@@ -268,10 +269,10 @@ class Chains:
 
     # --- the run
 
-    def snapshot(self, mode: Mode) -> Snapshot:
+    def snapshot(self) -> Snapshot:
         with self._database.transaction() as tx:
             row = tx.execute(select(run)).one()
-            order = checkpoint.c.score.desc() if mode == "max" else checkpoint.c.score.asc()
+            order = checkpoint.c.score.desc() if self._metric.mode == "max" else checkpoint.c.score.asc()
             best = tx.execute(
                 select(checkpoint.c.score)
                 .join(entry, entry.c.checkpoint_id == checkpoint.c.checkpoint_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,17 +18,22 @@ from orchestrator.leaderboard.engine import CONNECT_FOR_S, Database
 from orchestrator.leaderboard.health import check_version
 from orchestrator.leaderboard.moves import log_event
 from orchestrator.leaderboard.reader import Reader
-from orchestrator.records import Policy, RunState
+from orchestrator.records import RunState
+from orchestrator.settings.loading import thaw
+from orchestrator.settings.settings import Settings
 
 
 class Leaderboard:
     """One run's database. `create` once, at launch; `open` ever after."""
 
-    def __init__(self, database: Database, load_policy: Callable[[str, int], Policy]) -> None:
+    def __init__(self, database: Database, settings: Settings, version: int) -> None:
+        """settings, version: as the run has them now."""
         self.database = database
-        self.board = Board(database, load_policy)
-        self.chains = Chains(database)
-        self.reader = Reader(database)
+        self.settings, self.version = settings, version
+        policy = settings.policy(version)
+        self.board = Board(database, policy)
+        self.chains = Chains(database, policy.metric)
+        self.reader = Reader(database, policy.metric)
 
     @staticmethod
     def create(
@@ -74,7 +79,6 @@ class Leaderboard:
         run_folder: Path,
         url: str | None,
         schema_name: str | None,
-        load_policy: Callable[[str, int], Policy],
         connect_for_s: float = CONNECT_FOR_S,
     ) -> Leaderboard:
         """Raises LeaderboardError if there is none, or if another version of the schema wrote it."""
@@ -82,7 +86,7 @@ class Leaderboard:
         database.refuse_empty()
         with database.transaction(own_lock=False) as tx:
             try:
-                row = tx.execute(select(schema.run.c.schema_version, schema.run.c.orch_version)).one_or_none()
+                row = tx.execute(select(schema.run)).one_or_none()
             except DatabaseError as error:
                 raise LeaderboardError(
                     f"{database.name} is not a leaderboard of orch: {error.orig}. {database.advice}"
@@ -90,4 +94,4 @@ class Leaderboard:
         if row is None:
             raise LeaderboardError(f"{database.name} holds no run; was its launch interrupted? {database.advice}")
         check_version(database, row.schema_version, row.orch_version)
-        return cls(database, load_policy)
+        return cls(database, thaw(row.settings), row.settings_version)

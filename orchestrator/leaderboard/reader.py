@@ -12,7 +12,7 @@ from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.links import OPEN
 from orchestrator.leaderboard.moves import IS_HELD, ON_BOARD, REAPED, job_of, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, event, job, run
-from orchestrator.records import ChunkState, Job, JobState, Mode
+from orchestrator.records import ChunkState, Job, JobState, Metric
 
 later_job = job.alias("later")
 
@@ -20,8 +20,9 @@ later_job = job.alias("later")
 class Reader:
     """Every method is one transaction and returns plain values."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, metric: Metric) -> None:
         self._database = database
+        self._metric = metric
 
     def run_row(self) -> dict[str, Any]:
         with self._database.transaction() as tx:
@@ -39,10 +40,10 @@ class Reader:
             row = tx.execute(select(run.c.settings, run.c.settings_version)).one()
             return row.settings, row.settings_version
 
-    def entries(self, mode: Mode) -> list[dict[str, Any]]:
+    def entries(self) -> list[dict[str, Any]]:
         """The board, best first; equals in the order they came."""
         with self._database.transaction() as tx:
-            order = checkpoint.c.score.desc() if mode == "max" else checkpoint.c.score.asc()
+            order = checkpoint.c.score.desc() if self._metric.mode == "max" else checkpoint.c.score.asc()
             held = select(func.count()).where(chunk.c.entry_id == entry.c.entry_id, IS_HELD).scalar_subquery()
             rows = tx.execute(
                 select(

@@ -26,7 +26,7 @@ def test_models(
 ) -> list[dict[str, Any]]:
     """Read the test set for the entries of the board, and record that it was. Entries that were tested
     before are not read again unless asked for."""
-    for entry in run.leaderboard.reader.entries(run.settings.metric.mode):
+    for entry in run.leaderboard.reader.entries():
         if entry["test_metrics"] is None or again:
             path = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
             metrics = evaluate(path)

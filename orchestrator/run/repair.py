@@ -69,13 +69,16 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> Report:
     written, trouble = _settings(folder)
     place = (written.database, written.database_schema) if written else (None, None)
     database = Database(place[0], folder, place[1])
-    health = _examine(database)
+    health = examine(database)
     for part in PARTS if not dry_run else ():
         (folder / part).mkdir(exist_ok=True)  # somebody may have deleted what was empty
     report = Report(folder.name, dry_run, str(health.condition), list(health.problems))
     if health.condition is Condition.HEALTHY:
-        board = Leaderboard.open(folder, *place, loading.load_policy)
-        wrong = _entries_that_differ(folder, board)
+        try:
+            board = Leaderboard.open(folder, *place)
+            wrong = _entries_that_differ(folder, board)
+        except SettingsError as error:
+            wrong = [f"{database.name}: its settings are damaged: {error}"]
         if not wrong:
             _mend(folder, board, trouble, report, now)
             return report
@@ -104,27 +107,15 @@ def _settings(folder: Path) -> tuple[Settings | None, str]:
         return None, f"{path} is no run's settings: {error}"
 
 
-def _examine(database: Database) -> Health:
-    """With the settings in it, which only we can read."""
-    health = examine(database)
-    if health.condition is Condition.HEALTHY:
-        try:
-            loading.thaw(Leaderboard(database, loading.load_policy).reader.settings()[0])
-        except SettingsError as error:
-            return Health(Condition.DAMAGED, (f"{database.name}: its settings are damaged: {error}",))
-    return health
-
-
 # --- a database that is whole
 
 
 def _entries_that_differ(folder: Path, board: Leaderboard) -> list[str]:
     """Entries whose file is as its record says, and the database says otherwise: a line for each."""
     lines = []
-    settings = loading.thaw(board.reader.settings()[0])
-    entries = board.reader.entries(settings.metric.mode)
-    if len(entries) > settings.num_models:
-        lines.append(f"{len(entries)} entries are on the board, of {counted(settings.num_models, 'slot')}")
+    entries, slots = board.reader.entries(), board.settings.num_models
+    if len(entries) > slots:
+        lines.append(f"{len(entries)} entries are on the board, of {counted(slots, 'slot')}")
     for entry in entries:
         try:
             record = checkpoints.read_record(folder / "checkpoints", entry["file"])
@@ -145,7 +136,7 @@ def _mend(folder: Path, board: Leaderboard, trouble: str, report: Report, now: f
         report.done.append(f"{SETTINGS_NAME} is written again from the database")
         if not report.dry_run:
             _write_settings(folder, text)
-    for entry in board.reader.entries(loading.thaw(text).metric.mode):
+    for entry in board.reader.entries():
         try:
             checkpoints.verify(folder / "checkpoints", entry["file"], entry["sha256"])
         except DamagedCheckpointError as error:

@@ -72,7 +72,7 @@ class Run(OpenedRun):
 
     def refuse_if_over(self, now: float) -> Snapshot:
         """Raises RunError if the run's lifetime is over, or a stop rule still holds."""
-        snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
+        snapshot = self.leaderboard.chains.snapshot()
         policy = self.settings.policy(self.version)
         over = stopping.converged(snapshot.progress, policy.stop, policy.metric)
         if stopping.lifetime_over(now, snapshot.deadline):
@@ -100,14 +100,14 @@ class Run(OpenedRun):
         """End the run: no chunk and no job starts any more. Running jobs suspend their chunk and end, or are
         killed if at_once. Returns what could not be done."""
         trouble = self._hold(RunState.CANCELLED, "cancelled by the user", now)
-        running = self.leaderboard.chains.snapshot(self.settings.metric.mode).open_jobs
+        running = self.leaderboard.chains.snapshot().open_jobs
         return trouble + self.cluster.cancel([j for j in running if j.state is JobState.RUNNING], at_once)
 
     def _hold(self, state: RunState, reason: str, now: float) -> list[str]:
         """Change the state and take the queued jobs out of the queue. Returns what could not be done."""
         if self.leaderboard.chains.change_state(state, HOLDABLE, reason, now) not in HOLDABLE:
             return []  # the run is over: there is nothing to hold
-        jobs = self.leaderboard.chains.snapshot(self.settings.metric.mode).open_jobs
+        jobs = self.leaderboard.chains.snapshot().open_jobs
         seen = self.cluster.evidence(jobs)  # Slurm may have put a job back that was running
         queued = [j for j in jobs if j.state is not JobState.RUNNING or seen[j.job_id] is Evidence.QUEUED]
         trouble = self.cluster.cancel(queued, now=True)
@@ -125,12 +125,12 @@ class Run(OpenedRun):
             return []
         frozen = loading.freeze(amended)
         chains = self.leaderboard.chains
-        deadline = chains.snapshot(self.settings.metric.mode).created_at + amended.total_lifetime
+        deadline = chains.snapshot().created_at + amended.total_lifetime
         surplus = chains.amend(frozen, deadline, amended.workers, "; ".join(changes), now)
         atomic.publish(self.folder / SETTINGS_NAME, lambda target: target.write(f"{frozen}\n".encode()))
         self.settings, self.version, self._cluster = amended, self.version + 1, None
         trouble = self.cluster.cancel(surplus, now=True)
-        if chains.snapshot(amended.metric.mode).state is RunState.ACTIVE:
+        if chains.snapshot().state is RunState.ACTIVE:
             changes += self.grow(now) + self.reconcile(now)
         return changes + trouble
 
@@ -139,7 +139,7 @@ class Run(OpenedRun):
         while True:
             for line in self.reconcile(clock()):
                 log.info("%s", line)
-            snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
+            snapshot = self.leaderboard.chains.snapshot()
             over = snapshot.state is not RunState.ACTIVE or stopping.lifetime_over(clock(), snapshot.deadline)
             if over and not snapshot.open_jobs:
                 return
@@ -153,7 +153,7 @@ class Run(OpenedRun):
         chains, stop = self.leaderboard.chains, StopFlag()
         while True:
             links = chains.relink([0], time.time(), self.settings.max_failures)
-            job = (links or [j for j in chains.snapshot(self.settings.metric.mode).open_jobs if j.worker_id == 0])[0]
+            job = (links or [j for j in chains.snapshot().open_jobs if j.worker_id == 0])[0]
             with apart_from_stdout():
                 ending = be_worker(self, job.token, 0, stop)
             if stop.reason or not chains.wants_successor(0, time.time(), self.settings.max_failures):
@@ -162,7 +162,7 @@ class Run(OpenedRun):
     # --- looking
 
     def board(self) -> dict[str, Any]:
-        entries = self.leaderboard.reader.entries(self.settings.metric.mode)
+        entries = self.leaderboard.reader.entries()
         for entry in entries:
             entry["promoted_at"] = iso(entry["promoted_at"])
             entry["tested_at"] = iso(entry["tested_at"])
@@ -177,7 +177,7 @@ class Run(OpenedRun):
 
     def summary(self) -> dict[str, Any]:
         """A line of `orch runs`: from the database alone."""
-        snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
+        snapshot = self.leaderboard.chains.snapshot()
         return {
             "run": self.name,
             "folder": str(self.folder),
@@ -190,7 +190,7 @@ class Run(OpenedRun):
         }
 
     def status(self) -> dict[str, Any]:
-        snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
+        snapshot = self.leaderboard.chains.snapshot()
         evidence = self.cluster.evidence(snapshot.open_jobs)
         counts = self.leaderboard.reader.counts()
         error, failed_at = self.leaderboard.reader.last_error() or (None, None)

@@ -13,18 +13,12 @@ from pydantic_core import PydanticSerializationError
 
 from orchestrator.errors import SettingsError
 from orchestrator.files import permissions
-from orchestrator.records import Policy
 from orchestrator.settings.changes import changes
 from orchestrator.settings.explain import explain, shown
 from orchestrator.settings.settings import Settings
 
 # Keys of the report's own system whose job is done by the database and the run folder now.
 OBSOLETE = ("lock_file", "lock_timeout", "state_file", "log_file", "model_name_format")
-
-
-def load_policy(text: str, version: int) -> Policy:
-    """The policy of settings as they were frozen by `freeze`."""
-    return thaw(text).policy(version)
 
 
 def freeze(settings: Settings) -> str:

@@ -108,7 +108,7 @@ class Worker:
         """Opening the trainer imports torch and loads data, which takes a while: not for a run that is over,
         and before a claim, so that none is held meanwhile."""
         now = self.clock()
-        snapshot = self.leaderboard.chains.snapshot(self.settings.metric.mode)
+        snapshot = self.leaderboard.chains.snapshot()
         return (
             not self.stop.reason and now < self._job_end and stopping.may_claim(snapshot.state, now, snapshot.deadline)
         )

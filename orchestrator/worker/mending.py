@@ -22,7 +22,7 @@ def reconcile(
 
     Returns a line for each thing that was done. The cluster is asked outside every transaction.
     """
-    snapshot = leaderboard.chains.snapshot(settings.metric.mode)
+    snapshot = leaderboard.chains.snapshot()
     if snapshot.state is not RunState.ACTIVE:
         grace_s = 0.0  # nobody waits for what is being submitted; should it come, it is cancelled
     evidence = cluster.evidence(snapshot.open_jobs)

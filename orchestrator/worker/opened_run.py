@@ -60,13 +60,11 @@ class OpenedRun:
         except SettingsError as error:
             advice = f"`orch repair {folder.absolute().name}` writes {path.name} again from the database"
             raise RunError(f"{path}: {error}. {advice}") from error
-        leaderboard = Leaderboard.open(folder, *place, loading.load_policy, connect_for_s)
+        leaderboard = Leaderboard.open(folder, *place, connect_for_s)
         if leaderboard.database.file:
             permissions.check(folder, leaderboard.database.file)
-        text, version = leaderboard.reader.settings()
-        settings = loading.thaw(text)
-        _refuse_two_locks(settings, leaderboard)
-        return cls(folder.absolute(), settings, leaderboard, version, job_main)
+        _refuse_two_locks(leaderboard.settings, leaderboard)
+        return cls(folder.absolute(), leaderboard.settings, leaderboard, leaderboard.version, job_main)
 
 
 def _refuse_two_locks(settings: Settings, leaderboard: Leaderboard) -> None:

@@ -427,7 +427,7 @@ class BoardMachine(RuleBasedStateMachine):
         if founder:
             chunk.entry = new
             new.consumed.add(0)
-        shown = {row["file"] for row in self.board.reader.entries(self.metric.mode)}
+        shown = {row["file"] for row in self.board.reader.entries()}
         evicted = [entry for entry in self._on_board() if entry.file not in shown]
         assert len(shown) <= self.num_models
         assert [entry.score for entry in evicted] == ([] if bar is None else [bar]), "one of the worst makes room"
@@ -642,7 +642,7 @@ class Scene:
 
     def entry_of(self, claim: Claim) -> dict[str, Any]:
         """The entry that this claim's candidate became."""
-        (found,) = [row for row in self.board.reader.entries("max") if row["file"] == file_of(claim)]
+        (found,) = [row for row in self.board.reader.entries() if row["file"] == file_of(claim)]
         return found
 
     def begin(self, job: Job) -> None:

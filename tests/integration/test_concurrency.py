@@ -37,14 +37,13 @@ from pathlib import Path
 import sqlalchemy
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Candidate, EpochResult
-from orchestrator.settings.loading import load_policy
 from tests.storage import _do_not_wait_for_the_disk
 
 folder, url, schema, jobs, seconds = json.loads(sys.argv[1])
 folder = Path(folder)
 
 def work(worker_id, job_id, starts, barrier):
-    leaderboard = Leaderboard.open(folder, url, schema, load_policy)
+    leaderboard = Leaderboard.open(folder, url, schema)
     if url is None:
         sqlalchemy.event.listen(leaderboard.database._engine, "connect", _do_not_wait_for_the_disk)
     board, draw, did, errors, longest = leaderboard.board, random.Random(worker_id), collections.Counter(), [], 0.0
@@ -98,10 +97,9 @@ from pathlib import Path
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Candidate, EpochResult
-from orchestrator.settings.loading import load_policy
 
 folder, url, schema, (worker_id, job_id, starts), lease_s = json.loads(sys.argv[1])
-board = Leaderboard.open(Path(folder), url, schema, load_policy).board
+board = Leaderboard.open(Path(folder), url, schema).board
 now = time.time()
 claim = board.claim(worker_id, job_id, starts, now, now + lease_s)
 file = claim.file_stem + ".pt"

@@ -95,7 +95,7 @@ def test_waiting_for_a_run_ends_though_a_killed_job_left_a_successor_that_nobody
     run.leaderboard.chains.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
     monkeypatch.setattr(launch, "MEND_EVERY_S", 0.0)
     launch._wait(run, quiet=True)
-    assert not run.leaderboard.chains.snapshot("max").open_jobs
+    assert not run.leaderboard.chains.snapshot().open_jobs
 
 
 def test_a_resume_gives_up_nothing_that_another_one_is_submitting(

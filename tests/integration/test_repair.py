@@ -99,13 +99,13 @@ def rebuilt_is_the_same(storage: Storage, script: list[list[float | str]], num_m
         for part in script:
             work(run, part)
         before = board_of(run)
-        lines = {e["file"]: line_of(run, e["checkpoint"]) for e in run.leaderboard.reader.entries("max")}
+        lines = {e["file"]: line_of(run, e["checkpoint"]) for e in run.leaderboard.reader.entries()}
         suspended = [c for c in run.leaderboard.reader.rows("chunk") if c["state"] == "suspended"]
         lose(run)
         repaired(folder)
         run = opened(folder)
         assert board_of(run) == before
-        assert {e["file"]: line_of(run, e["checkpoint"]) for e in run.leaderboard.reader.entries("max")} == lines
+        assert {e["file"]: line_of(run, e["checkpoint"]) for e in run.leaderboard.reader.entries()} == lines
         after = [c for c in run.leaderboard.reader.rows("chunk") if c["state"] == "suspended"]
         keys = ("chunk_id", "position", "suspended_file", "suspended_sha256", "profile", "worker_id")
         assert [[c[key] for key in keys] for c in after] == [[c[key] for key in keys] for c in suspended]

@@ -17,7 +17,7 @@ from orchestrator.records import Metric, Policy, Profile, StopRules
 from orchestrator.settings import loading
 from orchestrator.settings import settings as settings_module
 from orchestrator.settings.changes import changes
-from orchestrator.settings.loading import difference, freeze, load, load_policy, thaw
+from orchestrator.settings.loading import difference, freeze, load, thaw
 from orchestrator.settings.settings import Settings
 
 SETTINGS_FOLDER = Path(__file__).resolve().parents[2] / "settings"
@@ -624,7 +624,7 @@ SCHEDULE = {"name": "OneCycleLR", "epochs": 5}
 def test_a_profile_s_optimizer_and_schedule_reach_the_board_s_policy(written):
     said = {"optimizer": "AdamW", "optimizer_options": {"eps": 1e-6}, "schedule": SCHEDULE}
     settings, _ = load(written(LEAST | {"training_profiles": [ALEX | said]}))
-    (profile,) = load_policy(freeze(settings), 1).cycle
+    (profile,) = thaw(freeze(settings)).policy(1).cycle
     assert (profile.optimizer, profile.optimizer_options, profile.schedule) == ("AdamW", {"eps": 1e-6}, SCHEDULE)
     assert hash(profile) == hash(Profile("alex", 0.01, 0.9, 0.0005, "AdamW"))
 
@@ -747,7 +747,7 @@ def test_thawed_settings_are_those_that_were_frozen(part):
 
 
 def test_the_policy_is_read_from_frozen_settings(part):
-    assert load_policy(freeze(part), version=3) == part.policy(3)
+    assert thaw(freeze(part)).policy(3) == part.policy(3)
 
 
 def test_frozen_settings_that_were_damaged_are_named():
