@@ -6,11 +6,23 @@ Times are Unix seconds (UTC); a time that never comes is None.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from orchestrator.messages import one_line, shown
+
+# A name of torch's own, or a class to import.
+CLASS = re.compile(r"[A-Za-z_]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+OWN_KEYS = {"lr": "learning_rate", "momentum": "momentum", "weight_decay": "weight_decay"}
+EVERY = ("step", "epoch")
 
 Mode = Literal["max", "min"]
 LockKind = Literal["flock", "soft"]
@@ -60,25 +72,82 @@ class Evidence(StrEnum):
     UNKNOWN = "unknown"
 
 
+def _not_a_bool(value: Any) -> Any:
+    """Python and pydantic take true for 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("bool_for_number", "input should be a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_not_a_bool)]
+Line = Annotated[str, AfterValidator(one_line), Field(min_length=1, max_length=100)]
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One entry of the cycle: what a chunk trains with. Its values are plain, as JSON has them."""
+    """One entry of the cycle: what a chunk trains with. What needs torch to be checked, the job checks at launch."""
 
-    name: str
-    learning_rate: float
-    momentum: float
-    weight_decay: float
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Line
+    learning_rate: Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 0.0
     optimizer: str | None = None  # None: the job's own
-    optimizer_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    schedule: Mapping[str, Any] | None = field(default=None, hash=False)  # None: a constant learning rate
+    optimizer_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    schedule: dict[str, Any] | None = field(default=None, hash=False)  # None: a constant learning rate
+
+    @field_validator("optimizer")
+    @classmethod
+    def _check_optimizer(cls, name: str | None) -> str | None:
+        return None if name is None else checked_class(name, '"SGD", "Adam", "AdamW"')
+
+    @field_validator("optimizer_options")
+    @classmethod
+    def _check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for option, key in OWN_KEYS.items():
+            if option in options:
+                raise ValueError(f"{option!r} is the profile's own {key!r}; give it there")
+        return options
+
+    @field_validator("schedule")
+    @classmethod
+    def _check_schedule(cls, schedule: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schedule is None:
+            return None
+        if "name" not in schedule:
+            raise ValueError('"name" is missing; it says which schedule, e.g. {"name": "StepLR", "step_size": 5}')
+        checked_class(schedule["name"], '"StepLR", "OneCycleLR", "PiecewiseLinear"')
+        if schedule.get("every", EVERY[0]) not in EVERY:
+            raise ValueError(f'every: {shown(repr(schedule["every"]))}; allowed are "step" and "epoch"')
+        _check_epochs(schedule.get("epochs"))
+        return schedule
+
+
+def checked_class(name: Any, examples: str) -> str:
+    """Raises ValueError unless it could name a class of torch's, or one to import."""
+    if not isinstance(name, str) or len(name) > 300 or not CLASS.fullmatch(name):
+        raise ValueError(f'{shown(repr(name))} names no class; allowed are {examples}, ... and "package.module:Class"')
+    return name
+
+
+def _check_epochs(epochs: Any) -> None:
+    """A positive number, or (PiecewiseLinear) a list of numbers from 0 on that rises."""
+    numbers = epochs if isinstance(epochs, list) else [] if epochs is None else [0, epochs]
+    plain = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+    if not plain or any(a >= b for a, b in pairwise(numbers)):
+        allowed = "a number above 0, or a list of numbers that rises (PiecewiseLinear)"
+        raise ValueError(f"epochs: {shown(repr(epochs))}; allowed is {allowed}")
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
     """The number that the board is ordered by."""
 
-    name: str
-    mode: Mode
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: Line = "accuracy"
+    mode: Mode = "max"
 
     def key(self, score: float | None) -> float:
         """The score as a number of which more is better; scores that never enter are the least of all."""

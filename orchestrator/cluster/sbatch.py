@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.settings.explain import shown
+from orchestrator.messages import shown
 from orchestrator.settings.sbatch_values import check_option, checked_setup, is_owned, option_name
 from orchestrator.settings.settings import Settings
 

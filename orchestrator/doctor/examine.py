@@ -21,9 +21,8 @@ from orchestrator.doctor.slurm_rules import judge_slurm
 from orchestrator.doctor.two_node import Proof
 from orchestrator.errors import SettingsError
 from orchestrator.messages import counted
-from orchestrator.records import LockKind
+from orchestrator.records import LockKind, Profile
 from orchestrator.settings.loading import load
-from orchestrator.settings.profile import ProfileSettings
 from orchestrator.settings.settings import Settings, SlurmSettings
 
 WAIT_S = 900.0  # for the two-node job to start
@@ -78,7 +77,7 @@ def _settings(file: Path | None) -> tuple[Settings, list[Finding]]:
 
 def _plain() -> Settings:
     return Settings(
-        name="doctor", training_profiles=[ProfileSettings(name="none", learning_rate=1)], slurm=SlurmSettings(gpus=0)
+        name="doctor", training_profiles=[Profile(name="none", learning_rate=1)], slurm=SlurmSettings(gpus=0)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ class Run(OpenedRun):
             entry["tested_at"] = iso(entry["tested_at"])
         return {
             "run": self.name,
-            "metric": self.settings.metric.model_dump(),
+            "metric": asdict(self.settings.metric),
             "num_models": self.settings.num_models,
             "select_on": self.settings.select_on,
             "founders": len({e["founder"] for e in entries}),  # how many lineages are left

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, get_args
@@ -11,15 +11,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from orchestrator.messages import shown
+
 MOST_LINES = 40  # a screen of them
-_PASSWORD = re.compile(r"(://[^\s/:@\"']*):[^\s\"']*|(password=)[^\s&\"']*", re.IGNORECASE)
-
-
-def shown(text: str, limit: int = 80) -> str:
-    """For a message: in one line, not too long, and without the password of a URL."""
-    text = _PASSWORD.sub(lambda found: f"{found[1]}:***" if found[1] is not None else f"{found[2]}***", text)
-    text = text if len(text) <= limit else text[: limit - 3] + "..."
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def explain(source: str, error: ValidationError, model: type[BaseModel]) -> str:
@@ -37,7 +31,7 @@ def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
     place = _place(detail["loc"])
     if detail["type"] == "json_invalid":
         return f"not JSON: {detail['ctx']['error']}"
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         known = _keys_at(detail["loc"][:-1], model)
         near = get_close_matches(str(detail["loc"][-1])[:100], known, n=1, cutoff=0.5)
         allowed = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}"
@@ -73,11 +67,16 @@ def _keys_at(loc: tuple[int | str, ...], model: Any) -> list[str]:
     for part in loc:
         if isinstance(part, str) and isinstance(model, type) and issubclass(model, BaseModel):
             annotation = model.model_fields[part].annotation
-            nested = [
-                a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
-            ]
+            nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and _fields_of(a)]
             model = nested[0] if nested else None
-    return sorted(model.model_fields) if model else []
+    return _fields_of(model)
+
+
+def _fields_of(kind: Any) -> list[str]:
+    """The keys of an object in the settings, sorted; none for a plain value."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return sorted(kind.model_fields)
+    return sorted(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else []
 
 
 def _short(value: Any) -> str:

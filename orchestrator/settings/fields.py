@@ -7,7 +7,8 @@ from typing import Annotated, Any, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from orchestrator.settings.sbatch_values import one_line
+from orchestrator.messages import one_line, shown
+from orchestrator.records import CLASS
 
 # Upper bounds are there for mistakes, not for ambition: nothing that is reckoned from them overflows.
 MOST = 10**9
@@ -40,3 +41,22 @@ def _kinds(annotation: Any) -> set[Any]:
     """Every type that is named in it."""
     inner = get_args(annotation)
     return {annotation} if not inner else set().union(*(_kinds(part) for part in inner))
+
+
+LOGGERS = ("tensorboard", "wandb", "mlflow")
+
+
+def checked_logger(name: str) -> str:
+    """Raises ValueError unless it is a built-in logger's name, or could name a class to import."""
+    if name not in LOGGERS and not (len(name) <= 300 and ":" in name and CLASS.fullmatch(name)):
+        allowed = f'{", ".join(LOGGERS)} and "package.module:Class"'
+        raise ValueError(f"{shown(repr(name))} is no logger; allowed are {allowed}")
+    return name
+
+
+def checked_loggers(names: list[str]) -> list[str]:
+    """Raises ValueError if one is named twice: it would write everything twice."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{shown(repr(name))} is named {names.count(name)} times; name each logger once")
+    return names

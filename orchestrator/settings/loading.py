@@ -13,8 +13,9 @@ from pydantic_core import PydanticSerializationError
 
 from orchestrator.errors import SettingsError
 from orchestrator.files import permissions
+from orchestrator.messages import shown
 from orchestrator.settings.changes import changes
-from orchestrator.settings.explain import explain, shown
+from orchestrator.settings.explain import explain
 from orchestrator.settings.settings import Settings
 
 # Keys of the report's own system whose job is done by the database and the run folder now.

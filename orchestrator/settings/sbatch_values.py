@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.settings.explain import shown
+from orchestrator.messages import one_line, shown
 
 # orch decides these itself: by its name a job is known, by its dependency a chain holds together.
 OWNED = {
@@ -16,7 +16,6 @@ OWNED = {
 # Leases and the end of each job's work are reckoned from these.
 INSTEAD = {"time": "slurm.time_min", "signal": "slurm.signal_delay_s"}
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,59}")
-_NOT_PRINTED = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
 
 
 def option_name(name: str) -> str:
@@ -26,16 +25,6 @@ def option_name(name: str) -> str:
 def is_owned(name: str) -> bool:
     """sbatch takes the beginning of a long option for the whole."""
     return any(owned.startswith(option_name(name)) for owned in OWNED) if name else False
-
-
-def one_line(text: str, allowed: str = "") -> str:
-    """The text itself. Raises ValueError where it is not one line of characters that every file can hold."""
-    found = [c for c in _NOT_PRINTED.findall(text) if c not in allowed]
-    if found:
-        raise ValueError(
-            f"it holds the character {found[0]!r}; allowed is one line of text, without control characters"
-        )
-    return text
 
 
 def checked_additional(options: Mapping[str, Any]) -> None:

@@ -10,23 +10,28 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, Field, field_validator
 
-from orchestrator.records import Metric, Mode, Policy, Profile, StopRules, WantedLock
+from orchestrator.messages import one_line, shown
+from orchestrator.records import Metric, Policy, Profile, StopRules, WantedLock
 from orchestrator.rules import stopping
-from orchestrator.settings.explain import shown
-from orchestrator.settings.fields import MOST, Count, FilePath, Lifetime, Line, Size, Strict, Word
-from orchestrator.settings.profile import ProfileSettings, checked_logger, checked_loggers
-from orchestrator.settings.sbatch_values import checked_additional, checked_setup, one_line
+from orchestrator.settings.fields import (
+    MOST,
+    Count,
+    FilePath,
+    Lifetime,
+    Line,
+    Size,
+    Strict,
+    Word,
+    checked_logger,
+    checked_loggers,
+)
+from orchestrator.settings.sbatch_values import checked_additional, checked_setup
 
 POSTGRES = "postgresql+psycopg"
 DEFAULT_JOB = "jobs.alexnet:AlexNet"
 
 Flags = bool | list[bool]
 Logger = Annotated[str, AfterValidator(checked_logger)]
-
-
-class MetricSettings(Strict):
-    name: Annotated[Line, Field(min_length=1, max_length=100)] = "accuracy"
-    mode: Mode = "max"
 
 
 class SlurmSettings(Strict):
@@ -69,10 +74,10 @@ class Settings(Strict):
     job_params: dict[str, Any] = Field({})
 
     num_models: Count = 5
-    training_profiles: Annotated[list[ProfileSettings], Field(min_length=1)]
+    training_profiles: Annotated[list[Profile], Field(min_length=1)]
     max_batch_size: Count = 100
     epochs_per_chunk: Count = 1
-    metric: MetricSettings = MetricSettings()
+    metric: Metric = Metric()
     select_on: Literal["validation", "test"] = "validation"
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -125,8 +130,8 @@ class Settings(Strict):
 
     @field_validator("training_profiles")
     @classmethod
-    def _names_mean_one_thing(cls, profiles: list[ProfileSettings]) -> list[ProfileSettings]:
-        seen: dict[str, ProfileSettings] = {}
+    def _names_mean_one_thing(cls, profiles: list[Profile]) -> list[Profile]:
+        seen: dict[str, Profile] = {}
         for profile in profiles:
             if seen.setdefault(profile.name, profile) != profile:
                 raise ValueError(f"two profiles are named {profile.name!r} but differ; a repeat must be the same")
@@ -136,9 +141,9 @@ class Settings(Strict):
         """What of it the leaderboard needs."""
         return Policy(
             version=version,
-            metric=Metric(self.metric.name, self.metric.mode),
+            metric=self.metric,
             num_models=self.num_models,
-            cycle=tuple(Profile(**p.model_dump()) for p in self.training_profiles),
+            cycle=tuple(self.training_profiles),
             stop=StopRules(
                 stale_chunks=stopping.stale_chunks(
                     self.stop_after_stale_cycles, len(self.training_profiles), self.num_models

@@ -15,15 +15,15 @@ from orchestrator.cluster.host import host_name
 from orchestrator.cluster.inline import InlineCluster
 from orchestrator.cluster.local import LocalCluster
 from orchestrator.errors import LeaderboardError
-from orchestrator.records import JobState, RunState, Started, Submitted
+from orchestrator.records import JobState, Profile, RunState, Started, Submitted
 from orchestrator.rules.succession import EXIT_GRACE_S, ORPHANED_GRACE_S
 from orchestrator.run.run import Run
-from orchestrator.settings.settings import ProfileSettings, Settings
+from orchestrator.settings.settings import Settings
 from orchestrator.worker.mending import reconcile
 from tests.small_runs import make_run
 from tests.storage import Storage
 
-SETTINGS = Settings(name="run", training_profiles=[ProfileSettings(name="a", learning_rate=0.1)], executor="local")
+SETTINGS = Settings(name="run", training_profiles=[Profile(name="a", learning_rate=0.1)], executor="local")
 
 
 @pytest.fixture

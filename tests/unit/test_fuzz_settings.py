@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -24,8 +25,8 @@ from orchestrator.doctor.partition import need_of
 from orchestrator.errors import SettingsError
 from orchestrator.files import disk_budget
 from orchestrator.messages import iso
+from orchestrator.records import Profile
 from orchestrator.settings.loading import AMENDABLE, amend, difference, freeze, load, thaw
-from orchestrator.settings.profile import ProfileSettings
 from orchestrator.settings.settings import Settings, SlurmSettings
 from orchestrator.worker.job_main import job_main
 from tests.fuzzing import ODD_TEXT, SECRET, VERBATIM, examples, json_values, mutate, odd_scalars, to_json
@@ -40,7 +41,7 @@ BASES.append(
 KEYS = (
     *Settings.model_fields,
     *SlurmSettings.model_fields,
-    *ProfileSettings.model_fields,
+    *(field.name for field in dataclasses.fields(Profile)),
     "name",
     "learning_rate",
     "job-name",

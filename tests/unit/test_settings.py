@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from orchestrator.errors import SettingsError
 from orchestrator.records import Metric, Policy, Profile, StopRules
 from orchestrator.settings import loading
-from orchestrator.settings import settings as settings_module
 from orchestrator.settings.changes import changes
 from orchestrator.settings.loading import difference, freeze, load, thaw
 from orchestrator.settings.settings import Settings
@@ -535,7 +534,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, make, expected):
         pytest.param("executor=local", lambda s: s.executor, "local", id="a bare word is a string"),
         pytest.param('executor="local"', lambda s: s.executor, "local", id="a JSON string"),
         pytest.param("job_params={}", lambda s: s.job_params, {}, id="a JSON object"),
-        pytest.param("metric.mode=min", lambda s: s.metric, settings_module.MetricSettings(mode="min"), id="inside"),
+        pytest.param("metric.mode=min", lambda s: s.metric, Metric(mode="min"), id="inside"),
         pytest.param("slurm.qos=a=b", lambda s: s.slurm.qos, "a=b", id="only the first = counts"),
         pytest.param("slurm.setup=[]", lambda s: s.slurm.setup, [], id="into an object that the file lacks"),
         pytest.param("job_params.a.b=1", lambda s: s.job_params, {"a": {"b": 1}}, id="deep"),
