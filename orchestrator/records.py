@@ -274,7 +274,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ChainJob:
     """One link of a worker's chain."""
 
     job_id: int
@@ -354,9 +354,9 @@ class Over:
 class Started:
     """A job has begun. `successor` is the link to submit now; without one, `why_no_successor` says why."""
 
-    job: Job
+    job: ChainJob
     worker: Worker
-    successor: Job | None
+    successor: ChainJob | None
     why_no_successor: str | None
 
 
@@ -372,7 +372,7 @@ class Snapshot:
     settings_version: int
     progress: Progress
     workers: tuple[Worker, ...]
-    open_jobs: tuple[Job, ...]
+    open_jobs: tuple[ChainJob, ...]
 
 
 @dataclass(frozen=True, slots=True)

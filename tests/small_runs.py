@@ -18,7 +18,7 @@ from orchestrator.records import EpochResult, Finished, Interrupted, Started, Wo
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
-from orchestrator.worker.loop import Worker
+from orchestrator.worker.loop import JobLoop
 from orchestrator.worker.trainer import Ending, StopFlag
 from tests.storage import Storage, _do_not_wait_for_the_disk
 
@@ -96,7 +96,7 @@ def work(run: Run, script: Sequence[float | str], size_bytes: int = 0, worker_id
     stop = StopFlag()
     trainer = Scripted(script, stop, size_bytes)
     cluster = InlineCluster(run.settings)
-    worker = Worker(run.folder, run.settings, run.version, run.leaderboard, cluster, lambda: trainer, time.time, stop)
+    worker = JobLoop(run.folder, run.settings, run.version, run.leaderboard, cluster, lambda: trainer, time.time, stop)
     return worker.run(started)
 
 

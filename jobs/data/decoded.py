@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from jobs.data.augment import CenterCrop, Drawn, RandomCrop, Step, place
 from jobs.data.decode_cache import Decoded
-from jobs.data.feeds import Epoch, Feed, OwnFeed, Plan, loader_processes, plan_loader, resident_bytes
+from jobs.data.feeds import BatchPlan, Epoch, Feed, OwnFeed, loader_processes, plan_loader, resident_bytes
 from jobs.data.images import ImageFeed, ImageTensors, as_floats, draw_epoch, draws, one_example, steps_of
 from jobs.errors import JobError
 
@@ -74,7 +74,7 @@ class DecodedFeed(Feed):
         self._targets = torch.tensor(data.targets)[torch.from_numpy(chosen)].to(device)
         first = next(iter(data.steps), None)
         self._crop = first if isinstance(first, RandomCrop | CenterCrop) else None
-        self._plan = Plan()
+        self._plan = BatchPlan()
         height, width = self._crop.size if self._crop is not None else data.pictures.shapes[0].tolist()
         self._window = (height, width)
         source = _Windows(data.pictures, chosen, height, width)

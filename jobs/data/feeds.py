@@ -81,7 +81,7 @@ class LoaderFeed(Feed):
     ) -> None:
         super().__init__(batch_size, len(indices))
         self._device = device
-        self._plan = Plan()
+        self._plan = BatchPlan()
         self._loader = plan_loader(_SeededBatches(data, indices), self._plan, device, processes)
 
     def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
@@ -92,7 +92,7 @@ class LoaderFeed(Feed):
             yield to_device(batch, self._device)
 
 
-class Plan(Sampler[Any]):
+class BatchPlan(Sampler[Any]):
     """Which batches come next; the loader asks again at the start of each epoch."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class Plan(Sampler[Any]):
         return len(self.batches)
 
 
-def plan_loader(batches: Dataset[Any], plan: Plan, device: torch.device, processes: int) -> DataLoader[Any]:
+def plan_loader(batches: Dataset[Any], plan: BatchPlan, device: torch.device, processes: int) -> DataLoader[Any]:
     """Whole batches in the plan's order, some of them ahead; its processes stay."""
     return DataLoader(
         batches,

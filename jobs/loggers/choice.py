@@ -23,7 +23,7 @@ BUILT_IN = {
 }
 
 
-def check(names: Iterable[str]) -> None:
+def check_loggers(names: Iterable[str]) -> None:
     """Raises JobError for a logger that can't work here: an extra that is not installed, a class that is none."""
     for name in names:
         if name in BUILT_IN:

@@ -72,7 +72,7 @@ def complete(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def check(profile: Profile, default: str = "SGD") -> Optimizer:
+def check_optimizer(profile: Profile, default: str = "SGD") -> Optimizer:
     """The profile's optimizer for one parameter, which shows all that can be wrong with it. Raises JobError."""
     return make(profile, [nn.Parameter(torch.zeros(2, 2, device="cpu"))], default)
 

@@ -162,9 +162,9 @@ class Schedule:
             self._scheduler.load_state_dict(state["scheduler"])
 
 
-def check(profile: Profile, metric: Metric, default: str = "SGD") -> None:
+def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> None:
     """Try the profile's optimizer and schedule on one parameter. Raises JobError, naming what is wrong."""
-    optimizer = optimizers.check(profile, default)
+    optimizer = optimizers.check_optimizer(profile, default)
     schedule = Schedule(profile, optimizer, 2, metric)
     try:
         with _quiet():

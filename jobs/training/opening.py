@@ -43,9 +43,9 @@ def has_own_loop(job: Job) -> bool:
     return type(job).train_chunk is not Job.train_chunk
 
 
-def check(settings: Mapping[str, Any], download: bool = False) -> list[str]:
+def check_job(settings: Mapping[str, Any], download: bool = False) -> list[str]:
     """Everything of the job's that can be checked before a launch. Returns lines to tell the user. Raises JobError."""
-    choice.check(settings["loggers"])
+    choice.check_loggers(settings["loggers"])
     job = load_job(settings)
     metric = Metric(settings["metric"]["name"], settings["metric"]["mode"])
     mistakes = []
@@ -58,7 +58,7 @@ def check(settings: Mapping[str, Any], download: bool = False) -> list[str]:
         mistakes.append(f"metric.name: {metric.name!r} is not among the metrics of {type(job).__name__}: {known}")
     for profile in {profile["name"]: Profile(**profile) for profile in settings["training_profiles"]}.values():
         try:
-            schedules.check(profile, metric, job.default_optimizer)
+            schedules.check_schedule(profile, metric, job.default_optimizer)
         except JobError as error:
             mistakes.append(str(error))
     if mistakes:

@@ -22,9 +22,9 @@ import torch
 from jobs.errors import JobError
 from jobs.training.states import read
 from jobs.verify_resume.exactness import Difference, count_tensors, differences
-from jobs.verify_resume.link import NO_STOP, REFERENCE, RESUMED, Plan, write_plan
+from jobs.verify_resume.link import NO_STOP, REFERENCE, RESUMED, Trial, write_plan
 
-RunLink = Callable[[Plan, Path, str, int, int | None], dict[str, Any]]
+RunLink = Callable[[Trial, Path, str, int, int | None], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Verdict:
         return self.steps_per_epoch * self.epochs_per_chunk * self.chunks
 
 
-def in_fresh_process(plan: Plan, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
+def in_fresh_process(plan: Trial, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
     """A link as a job of a chain is: a process that knows the files only. What it prints goes to standard error.
 
     Raises JobError with the link's own message, or saying how the process ended.
@@ -99,7 +99,7 @@ def in_fresh_process(plan: Plan, root: Path, name: str, start: int, stop: int | 
     return found
 
 
-def verify(plan: Plan, say: Callable[[str], None], run_link: RunLink = in_fresh_process) -> Verdict:
+def verify(plan: Trial, say: Callable[[str], None], run_link: RunLink = in_fresh_process) -> Verdict:
     """Train, interrupt, resume and compare, in a temporary folder that is removed. say: is told how it goes on.
 
     Stops at the first state that differs. Raises JobError if the job can't be trained.

@@ -38,7 +38,7 @@ NO_STOP = -1
 
 
 @dataclass(frozen=True)
-class Plan:
+class Trial:
     """A short training: `chunks` chunks, each under the next profile of the cycle, with few batches an epoch."""
 
     settings: dict[str, Any]  # complete, as a job is given them
@@ -57,7 +57,7 @@ class Plan:
 class ShortSession(Session):
     """A Session whose epochs have few batches, and which notes what is in each."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Trial, device: torch.device) -> None:
         super().__init__(load_job(plan.settings, device, plan.cores))
         if has_own_loop(self.job):
             raise JobError(
@@ -103,7 +103,7 @@ class _Noted(Feed):
         return _Noted(other, self._notes)
 
 
-def open_short(plan: Plan) -> ShortSession:
+def open_short(plan: Trial) -> ShortSession:
     """Raises JobError if the job can't be opened, or there is no such device."""
     device = set_up(plan.settings, plan.cores)
     if plan.device == "cuda" and device.type != "cuda":
@@ -134,7 +134,7 @@ def break_points(steps_per_epoch: int, epochs_per_chunk: int, chunks: int, wante
 
 
 def train_link(
-    session: ShortSession, plan: Plan, folder: Path, start: int, stop: int | None, snapshots: Collection[int] = ()
+    session: ShortSession, plan: Trial, folder: Path, start: int, stop: int | None, snapshots: Collection[int] = ()
 ) -> dict[str, Any]:
     """Train from `start` steps on until there are `stop` (None: to the end), as a job of a chain does.
 
@@ -202,7 +202,7 @@ def _save(session: Session, path: Path) -> None:
 # --- as a process
 
 
-def write_plan(plan: Plan, root: Path) -> None:
+def write_plan(plan: Trial, root: Path) -> None:
     (root / PLAN).write_text(json.dumps(asdict(plan)), encoding="utf-8")
     for name in (REFERENCE, RESUMED):
         (root / name).mkdir()
@@ -210,7 +210,7 @@ def write_plan(plan: Plan, root: Path) -> None:
 
 def run(root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
     """One link of the plan in root. Raises whatever the job raises."""
-    plan = Plan(**json.loads((root / PLAN).read_text(encoding="utf-8")))
+    plan = Trial(**json.loads((root / PLAN).read_text(encoding="utf-8")))
     look_first_in(plan.import_paths)
     session = open_short(plan)
     batches = session.feed("train").batches

@@ -91,7 +91,7 @@ def _check_job(run: Run, changes: Sequence[str]) -> None:
     amended = loading.amend(run.settings, changes)
     kept = {"training_profiles": run.settings.training_profiles, "loggers": run.settings.loggers}
     if amended.model_copy(update=kept) != amended:
-        user_job.check(amended, run.leaderboard.reader.run_row()["import_paths"])
+        user_job.check_job(amended, run.leaderboard.reader.run_row()["import_paths"])
 
 
 def keep(

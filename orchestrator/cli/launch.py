@@ -54,7 +54,7 @@ def launch(
     from orchestrator.files.run_folder import is_run
     from orchestrator.run.launch import launch as launch_run
     from orchestrator.run.run import Run
-    from orchestrator.worker.user_job import check
+    from orchestrator.worker.user_job import check_job
 
     loaded, notes = _load(settings, set_ or [], workers, executor)
     folder = runs_dir / loaded.name
@@ -62,7 +62,7 @@ def launch(
     if existing:
         _refuse_changes(existing, loaded)
     import_paths = [str(Path.cwd())]
-    for line in notes + check(loaded, import_paths):
+    for line in notes + check_job(loaded, import_paths):
         print(line, file=sys.stderr)
     needed_gb = _disk(loaded, folder) if existing is None or dry_run else None
     if dry_run:

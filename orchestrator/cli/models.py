@@ -24,10 +24,10 @@ def prepare(
 ) -> None:
     """Fetch what a job needs from the internet (weights, data), for nodes that have none."""
     from orchestrator.settings.loading import load
-    from orchestrator.worker.user_job import check
+    from orchestrator.worker.user_job import check_job
 
     loaded, notes = load(settings, set_ or [])
-    for line in notes + check(loaded, [str(Path.cwd())], download=True):
+    for line in notes + check_job(loaded, [str(Path.cwd())], download=True):
         print(line)
 
 

@@ -13,7 +13,7 @@ from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, open_run, 
 from orchestrator.messages import counted
 
 if TYPE_CHECKING:
-    from orchestrator.run.repair import Report
+    from orchestrator.run.repair import RepairReport
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +52,7 @@ def repair(
         _print_repair(report)
 
 
-def _print_repair(report: Report) -> None:
+def _print_repair(report: RepairReport) -> None:
     print(f"{report.run}: the database is {report.condition}")
     for line in report.problems:
         print(f"  {line}")

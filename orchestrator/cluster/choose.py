@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from orchestrator.cluster.protocol import Cluster, Entry
+from orchestrator.cluster.protocol import Cluster, JobMain
 from orchestrator.settings.settings import Settings
 
 
@@ -13,7 +13,7 @@ def default_executor() -> str:
     return "slurm" if shutil.which("sbatch") else "local"
 
 
-def open_cluster(executor: str, settings: Settings, run_folder: Path, entry: Entry) -> Cluster:
+def open_cluster(executor: str, settings: Settings, run_folder: Path, entry: JobMain) -> Cluster:
     """executor: slurm, local or inline. Imports submitit only now, for it is slow to."""
     if executor == "inline":
         from orchestrator.cluster.inline import InlineCluster

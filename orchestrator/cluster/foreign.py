@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 from orchestrator.cluster.protocol import Cluster
 from orchestrator.errors import SubmissionError
-from orchestrator.records import Evidence, Job, JobState, Submitted
+from orchestrator.records import ChainJob, Evidence, JobState, Submitted
 
 
-class Bystander:
+class ForeignCluster:
     """The owner's cluster as another user has it."""
 
     chains = False  # what is broken, the owner's commands and jobs mend
@@ -24,28 +24,28 @@ class Bystander:
         self._cluster = cluster
         self._owner = owner
 
-    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
+    def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
         raise SubmissionError(f"the jobs of this run are {self._owner}'s: only {self._owner} can queue more of them")
 
-    def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
+    def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
         return
 
-    def evidence(self, jobs: Sequence[Job]) -> dict[int, Evidence]:
+    def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
         return {job.job_id: Evidence.UNKNOWN for job in jobs}
 
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+    def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
         return {}
 
-    def cancel(self, jobs: Sequence[Job], now: bool) -> list[str]:
+    def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
         running = [job.cluster_id for job in jobs if job.cluster_id and job.state is JobState.RUNNING]
         if not running:
             return []  # what is queued finds, when it starts, that it has nothing to do
         return [f"jobs {', '.join(running)} are {self._owner}'s: they end at their next look at the run"]
 
-    def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
+    def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
         return {}
 
-    def back_to_queue(self, job: Job) -> bool:
+    def back_to_queue(self, job: ChainJob) -> bool:
         return False
 
     def working_s(self) -> float:

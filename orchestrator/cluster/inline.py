@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from orchestrator.cluster.host import host_name, this_process
 from orchestrator.cluster.local import LocalCluster
-from orchestrator.records import Evidence, Job, Submitted
+from orchestrator.records import ChainJob, Evidence, Submitted
 from orchestrator.settings.settings import Settings
 
 
@@ -20,18 +20,18 @@ class InlineCluster:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
+    def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
         return [Submitted(job.job_id, str(os.getpid()), *this_process(), host_name()) for job in jobs]
 
-    def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
+    def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
         return
 
-    def evidence(self, jobs: Sequence[Job]) -> dict[int, Evidence]:
+    def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
         return LocalCluster.evidence(self, jobs)  # type: ignore[arg-type]  # the same processes
 
     _evidence = LocalCluster._evidence
 
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+    def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
         return {}
 
     cancel = LocalCluster.cancel

@@ -21,10 +21,10 @@ from typing import Any
 import psutil
 
 from orchestrator.cluster.host import created_at, find_process, host_name, send_signal
-from orchestrator.cluster.protocol import Entry
+from orchestrator.cluster.protocol import JobMain
 from orchestrator.errors import SubmissionError
 from orchestrator.files import permissions
-from orchestrator.records import Evidence, Job, JobState, Submitted
+from orchestrator.records import ChainJob, Evidence, JobState, Submitted
 from orchestrator.settings.settings import Settings
 
 GRACE_S = 60.0  # between the end of a job's working time and its hard end
@@ -38,12 +38,12 @@ class LocalCluster:
     name = "local"
     chains = True
 
-    def __init__(self, settings: Settings, run_folder: Path, entry: Entry) -> None:
+    def __init__(self, settings: Settings, run_folder: Path, entry: JobMain) -> None:
         self._settings = settings
         self._run_folder = run_folder
         self._entry = entry
 
-    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
+    def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
         import submitit
         from submitit.helpers import clean_env
 
@@ -72,7 +72,7 @@ class LocalCluster:
             raise SubmissionError(f"a local job can't be started: {error}") from error
         return taken
 
-    def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
+    def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
         if predecessor is None or predecessor.host != host_name() or predecessor.pid is None:
             return
         process = find_process(predecessor.pid, predecessor.pid_created_at)
@@ -86,10 +86,10 @@ class LocalCluster:
             if time.time() > hard_end:
                 send_signal(predecessor.pid, predecessor.pid_created_at, signal.SIGKILL)
 
-    def evidence(self, jobs: Sequence[Job]) -> dict[int, Evidence]:
+    def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
         return {job.job_id: self._evidence(job) for job in jobs}
 
-    def _evidence(self, job: Job) -> Evidence:
+    def _evidence(self, job: ChainJob) -> Evidence:
         if job.state is JobState.SUBMITTING:
             return Evidence.GONE  # its submitter died; it may be believed after the usual grace only
         if job.host is None or job.pid is None or job.host.split("/")[0] != host_name().split("/")[0]:
@@ -100,10 +100,10 @@ class LocalCluster:
             return Evidence.GONE
         return Evidence.RUNNING if job.state is JobState.RUNNING else Evidence.QUEUED
 
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+    def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
         return {}
 
-    def cancel(self, jobs: Sequence[Job], now: bool) -> list[str]:
+    def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
         trouble = []
         for job in jobs:
             if self._evidence(job) is Evidence.UNKNOWN:
@@ -114,10 +114,10 @@ class LocalCluster:
                 send_signal(job.pid, job.pid_created_at, signal.SIGKILL if kill else signal.SIGTERM)
         return trouble
 
-    def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
+    def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
         return {}
 
-    def back_to_queue(self, job: Job) -> bool:
+    def back_to_queue(self, job: ChainJob) -> bool:
         return False  # there is always room here
 
     def working_s(self) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster.protocol import Entry
+from orchestrator.cluster.protocol import JobMain
 from orchestrator.cluster.sbatch import advice, is_no_room, is_unreachable, refusal_of
 from orchestrator.cluster.slurm import (
     COMMAND_TIMEOUT_S,
@@ -105,7 +105,7 @@ class ProbeJob:
 
 @contextmanager
 def probe_job(
-    settings: Settings, folder: Path, entry: Entry, nodes: int, tasks: int, time_min: int, wait_s: float
+    settings: Settings, folder: Path, entry: JobMain, nodes: int, tasks: int, time_min: int, wait_s: float
 ) -> Iterator[ProbeJob]:
     """Queue entry(folder, 0) once on each of `tasks` tasks over `nodes` nodes, with what the settings ask of a
     worker's nodes. At the end of the block, however it comes, the job is cancelled and over.
@@ -123,7 +123,7 @@ def probe_job(
 def _submit(
     settings: Settings,
     folder: Path,
-    entry: Entry,
+    entry: JobMain,
     nodes: int,
     tasks: int,
     time_min: int,

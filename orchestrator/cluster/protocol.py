@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from orchestrator.records import Evidence, Job, Submitted
+from orchestrator.records import ChainJob, Evidence, Submitted
 
-Entry = Callable[[str, int], object]  # (run folder, worker id): all that is ever pickled
+JobMain = Callable[[str, int], object]  # (run folder, worker id): all that is ever pickled
 
 
 class Cluster(Protocol):
@@ -16,26 +16,26 @@ class Cluster(Protocol):
     name: str
     chains: bool  # do jobs queue successors?
 
-    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
+    def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
         """Queue these jobs, to start when `after` is over. All or none: raises SubmissionError."""
 
-    def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
+    def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
         """Return when the predecessor is over (at once where the cluster's queue has seen to that)."""
 
-    def evidence(self, jobs: Sequence[Job]) -> dict[int, Evidence]:
+    def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
         """What is known of each job, by job_id."""
 
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+    def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
         """The cluster's ids, by token, of jobs that were submitted by somebody who died before writing them
         down."""
 
-    def cancel(self, jobs: Sequence[Job], now: bool) -> list[str]:
+    def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
         """Ask jobs to end at the next safe point, or kill them now. Returns what could not be done."""
 
-    def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
+    def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
         """How jobs ended, in the cluster's words, by job_id, as far as it knows."""
 
-    def back_to_queue(self, job: Job) -> bool:
+    def back_to_queue(self, job: ChainJob) -> bool:
         """Put the job that this process is into the queue again, where no successor can be; False if not."""
 
     def working_s(self) -> float:

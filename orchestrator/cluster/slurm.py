@@ -16,11 +16,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster.protocol import Entry
+from orchestrator.cluster.protocol import JobMain
 from orchestrator.cluster.sbatch import Request, advice, is_no_room, is_unreachable, refusal_of, request, too_short
 from orchestrator.errors import ClusterUnreachableError, NoRoomError, SettingsError, SubmissionError
 from orchestrator.files import permissions
-from orchestrator.records import Evidence, Job, Submitted
+from orchestrator.records import ChainJob, Evidence, Submitted
 from orchestrator.settings.settings import Settings
 
 COMMAND_TIMEOUT_S = 60.0
@@ -43,7 +43,7 @@ WAITING = {
 # Of no other state anything is known: REVOKED, for one, is a job that another cluster of a federation has started.
 
 # The user's own filters and formats: with SQUEUE_PARTITION set, jobs that are alive would not be listed.
-TASTE = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMAT")
+USER_FORMAT_VARIABLES = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMAT")
 _LISTED = re.compile(r"([0-9]+(?:_[0-9]+|_\[[^|]*\])?(?:\+[0-9]+)?)\|([A-Z_0-9]+)\|([^|]*)\|(.*)")
 
 
@@ -53,7 +53,7 @@ class SlurmCluster:
     name = "slurm"
     chains = True
 
-    def __init__(self, settings: Settings, run_folder: Path, entry: Entry) -> None:
+    def __init__(self, settings: Settings, run_folder: Path, entry: JobMain) -> None:
         self._settings = settings
         self._run_folder = run_folder
         self._entry = entry
@@ -76,7 +76,7 @@ class SlurmCluster:
                 raise SettingsError(problem)
         return self._asked
 
-    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
+    def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
         import submitit
 
         base = jobs[0].base
@@ -100,7 +100,7 @@ class SlurmCluster:
                 raise SubmissionError(f"{self._run_folder / 'jobs'}: {error.strerror or error}") from error
         return [Submitted(job.job_id, it.job_id) for job, it in zip(jobs, taken, strict=True)]
 
-    def _arguments(self, jobs: Sequence[Job]) -> Iterator[tuple[str, int]]:
+    def _arguments(self, jobs: Sequence[ChainJob]) -> Iterator[tuple[str, int]]:
         return ((str(self._run_folder), job.worker_id) for job in jobs)
 
     def _refused(self, output: str, count: int) -> SubmissionError:
@@ -111,7 +111,7 @@ class SlurmCluster:
         kind = NoRoomError if is_no_room(output) else SubmissionError
         return kind(advice(output, self.request, count))
 
-    def executor(self, base: str, after: Job | None = None) -> Any:
+    def executor(self, base: str, after: ChainJob | None = None) -> Any:
         """submitit's executor with everything that is asked for."""
         import submitit
 
@@ -155,12 +155,12 @@ class SlurmCluster:
         shutil.rmtree(self._run_folder / "jobs" / "dry-run", ignore_errors=True)
         return text
 
-    def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
+    def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
         return  # afterany has seen to it
 
     # --- what Slurm says
 
-    def evidence(self, jobs: Sequence[Job]) -> dict[int, Evidence]:
+    def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
         if not jobs:
             return {}
         listed = queue()
@@ -168,7 +168,7 @@ class SlurmCluster:
             return {job.job_id: Evidence.UNKNOWN for job in jobs}
         return {job.job_id: judge(job, listed.get(job.cluster_id or ""), time.time()) for job in jobs}
 
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+    def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
         if not jobs:
             return {}
         found = {}
@@ -177,7 +177,7 @@ class SlurmCluster:
                 found[f"{listed.name.rsplit('-', 1)[-1]}-{cluster_id.partition('_')[2] or 0}"] = cluster_id
         return {job.token: found[job.token] for job in jobs if job.token in found}
 
-    def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
+    def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
         """How jobs ended, in Slurm's words, as far as its accounting knows; that lags, so else as squeue has it."""
         ids = [job.cluster_id for job in jobs if job.cluster_id]
         if not ids:
@@ -196,7 +196,7 @@ class SlurmCluster:
 
     # --- control
 
-    def cancel(self, jobs: Sequence[Job], now: bool) -> list[str]:
+    def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
         trouble = []
         evidence = self.evidence(jobs)
         for running in (False, True):
@@ -213,7 +213,7 @@ class SlurmCluster:
                     trouble.append(f"Slurm did not take the cancellation of {', '.join(ids)}; try again")
         return trouble
 
-    def back_to_queue(self, job: Job) -> bool:
+    def back_to_queue(self, job: ChainJob) -> bool:
         """Requeue the job that this process is: where a submit limit leaves no room for a successor, the same
         job goes to the queue again. Does not return if Slurm is quick."""
         return job.cluster_id is not None and run_slurm(["scontrol", "requeue", job.cluster_id]) is not None
@@ -254,7 +254,7 @@ class Listed:
     end: float | None  # when it ended, or will by its time limit
 
 
-def judge(job: Job, listed: Listed | None, now: float) -> Evidence:
+def judge(job: ChainJob, listed: Listed | None, now: float) -> Evidence:
     """What squeue's answer proves of a job. Its id alone proves nothing: ids are used again after a crash of
     the controller, so the name must be the one that it was given."""
     if listed is None or not listed.name.endswith(job.base) or listed.state in GONE:
@@ -313,7 +313,7 @@ def _when(text: str) -> float | None:
 def run_slurm(command: Sequence[str]) -> str | None:
     """A Slurm command's output, or None if it failed, took too long, or says that it was not answered (some do so
     and exit with 0)."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(TASTE)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(USER_FORMAT_VARIABLES)}
     try:
         done = subprocess.run(
             command,

@@ -84,10 +84,10 @@ def run_limits(standing: Standing) -> list[Limit]:
     return [limit for limit in found if limit]
 
 
-Candidate = tuple[Row, str, str, str, bool]  # row, column, Slurm's name, whose, shared
+LimitSource = tuple[Row, str, str, str, bool]  # row, column, Slurm's name, whose, shared
 
 
-def _first(candidates: Iterable[Candidate]) -> Limit | None:
+def _first(candidates: Iterable[LimitSource]) -> Limit | None:
     for row, column, name, of, shared in candidates:
         jobs = number(row.get(column))
         if jobs is not None:
@@ -95,9 +95,9 @@ def _first(candidates: Iterable[Candidate]) -> Limit | None:
     return None
 
 
-def _groups(standing: Standing, column: str, name: str) -> list[Candidate]:
+def _groups(standing: Standing, column: str, name: str) -> list[LimitSource]:
     """Of all jobs of a QOS, else of the user's association, else of the lowest account that has the limit."""
-    found: list[Candidate] = [(row, column, name, _qos(row), True) for row in standing.qos()]
+    found: list[LimitSource] = [(row, column, name, _qos(row), True) for row in standing.qos()]
     if standing.association:
         found.append((standing.association, column, name, f"account {standing.association.get('Account')}", False))
     return [*found, *((row, column, name, f"account {row.get('Account')}", True) for row in standing.accounts)]

@@ -37,7 +37,7 @@ LOCK_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class NodeTask:
     """What the tasks are to do, written before the job is queued."""
 
     tasks: int
@@ -51,7 +51,7 @@ class Plan:
 
 
 @dataclass
-class Report:
+class NodeReport:
     """What one task found; what is None was not reached."""
 
     task: int
@@ -85,15 +85,15 @@ def own_path(folder: Path, task: int) -> Path:
     return folder / f"from-task-{task}"
 
 
-def write_plan(folder: Path, plan: Plan) -> None:
+def write_plan(folder: Path, plan: NodeTask) -> None:
     """Raises OSError."""
     _write_json(folder / PLAN, asdict(plan))
 
 
-def read_report(folder: Path, task: int) -> Report | None:
+def read_report(folder: Path, task: int) -> NodeReport | None:
     """None if there is none (yet), or if it can't be read."""
     try:
-        return Report(**json.loads(report_path(folder, task).read_text(encoding="utf-8")))
+        return NodeReport(**json.loads(report_path(folder, task).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -102,8 +102,8 @@ def main(folder: str, _worker: int) -> None:
     """What each task of the job runs. The folder is the doctor's scratch folder, beside the runs."""
     here, task = Path(folder), int(os.environ.get("SLURM_PROCID", "0"))
     raw = json.loads((here / PLAN).read_text(encoding="utf-8"))
-    plan = Plan(**{**raw, "paths": tuple(raw["paths"])})
-    report = Report(task, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    plan = NodeTask(**{**raw, "paths": tuple(raw["paths"])})
+    report = NodeReport(task, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
 
     def save() -> None:
         with contextlib.suppress(OSError):  # the next one may succeed
@@ -116,7 +116,7 @@ def main(folder: str, _worker: int) -> None:
     save()
 
 
-def _look_at_folder(report: Report, here: Path, plan: Plan, save: Callable[[], None]) -> None:
+def _look_at_folder(report: NodeReport, here: Path, plan: NodeTask, save: Callable[[], None]) -> None:
     mount = mount_here(here)
     report.mount = asdict(mount) if mount else None
     try:
@@ -127,12 +127,12 @@ def _look_at_folder(report: Report, here: Path, plan: Plan, save: Callable[[], N
     report.written_sha256 = write_random(own_path(here, report.task))
 
 
-def _try_to_submit(report: Report, here: Path, plan: Plan, save: Callable[[], None]) -> None:
+def _try_to_submit(report: NodeReport, here: Path, plan: NodeTask, save: Callable[[], None]) -> None:
     report.squeue = job_names() is not None
     report.can_submit = asdict(ask_sbatch((here / SCRIPT).read_text(encoding="utf-8")))
 
 
-def _count(report: Report, here: Path, plan: Plan, save: Callable[[], None]) -> None:
+def _count(report: NodeReport, here: Path, plan: NodeTask, save: Callable[[], None]) -> None:
     report.met = _meet(here, plan, "count")
     if not plan.increments:
         return
@@ -145,7 +145,7 @@ def _count(report: Report, here: Path, plan: Plan, save: Callable[[], None]) -> 
     report.tallies.append(tally.to_json())
 
 
-def _meet(here: Path, plan: Plan, name: str) -> bool:
+def _meet(here: Path, plan: NodeTask, name: str) -> bool:
     """Wait until every task is here; False if one does not come."""
     task = os.environ.get("SLURM_PROCID", "0")
     (here / f"{name}-{task}").touch()
@@ -159,7 +159,7 @@ def _meet(here: Path, plan: Plan, name: str) -> bool:
     return False
 
 
-def _look_at_needs(report: Report, here: Path, plan: Plan, save: Callable[[], None]) -> None:
+def _look_at_needs(report: NodeReport, here: Path, plan: NodeTask, save: Callable[[], None]) -> None:
     report.missing = [path for path in plan.paths if not os.access(path, os.R_OK)]
     if plan.database is not None:
         report.database = database_error(plan.database, here) or ""

@@ -68,11 +68,11 @@ NOT_TRIED = Proof([], None)
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TestOutcome:
     """What came back from the nodes."""
 
     nodes: int  # that the job was on, as asked for
-    reports: tuple[node.Report | None, ...]  # one a task
+    reports: tuple[node.NodeReport | None, ...]  # one a task
     counted_in_file: int | str  # the sum, or why it can't be read
     counted_in_database: int | str
     came_back: tuple[str, ...]  # for each task: why its own file is not as it wrote it; empty: it is
@@ -109,7 +109,7 @@ def prove(needs: Needs, scratch: Path, nodes_there: int, time_min: int | None, w
     return Proof(before + judge(outcome, needs), locks_hold(outcome))
 
 
-def _run(needs: Needs, scratch: Path, nodes: int, limit_min: int, wait_s: float, say: Say) -> Outcome:
+def _run(needs: Needs, scratch: Path, nodes: int, limit_min: int, wait_s: float, say: Say) -> TestOutcome:
     _prepare(needs, scratch, limit_min)
     with _ended_by_sigterm(), probe_job(needs.settings, scratch, node.main, nodes, 2, limit_min, wait_s) as job:
         say(f"job {job.cluster_id} is queued: {nodes} nodes, {limit_min} min at most; Ctrl-C cancels it")
@@ -129,7 +129,7 @@ def _prepare(needs: Needs, scratch: Path, limit_min: int) -> None:
             write_record(scratch / node.DATABASE / DATABASE_NAME, Choice(needs.lock, "as is tried here"))
             locks.prepare_database(scratch / node.DATABASE)
     # A fifth of the job's time for each count leaves enough for the rest.
-    plan = node.Plan(2, increments, 12.0 * limit_min, sha256, needs.paths, needs.database, needs.python, needs.lock)
+    plan = node.NodeTask(2, increments, 12.0 * limit_min, sha256, needs.paths, needs.database, needs.python, needs.lock)
     node.write_plan(scratch, plan)
 
 
@@ -180,7 +180,7 @@ def _waits_too_long(state: ProbeState, waited_s: float, wait_s: float) -> str:
     return ""
 
 
-def _collect(needs: Needs, scratch: Path, nodes: int, last: ProbeState, stopped: str) -> Outcome:
+def _collect(needs: Needs, scratch: Path, nodes: int, last: ProbeState, stopped: str) -> TestOutcome:
     """Read what the tasks wrote. Files that other nodes made may take a while to appear here."""
     well = not stopped and last.state in ("", "COMPLETED")
     end = time.monotonic() + (APPEAR_S if well else APPEAR_S / 10)
@@ -201,10 +201,10 @@ def _collect(needs: Needs, scratch: Path, nodes: int, last: ProbeState, stopped:
         except (OSError, LeaderboardError) as error:
             in_database = str(error)
     back = tuple(_came_back(scratch, report) for report in reports if report)
-    return Outcome(nodes, reports, in_file, in_database, back, str(last), stopped)
+    return TestOutcome(nodes, reports, in_file, in_database, back, str(last), stopped)
 
 
-def _came_back(scratch: Path, report: node.Report) -> str:
+def _came_back(scratch: Path, report: node.NodeReport) -> str:
     if report.written_sha256 is None:
         return ""
     path = node.own_path(scratch, report.task)
@@ -218,7 +218,7 @@ def _came_back(scratch: Path, report: node.Report) -> str:
 # --- what it means
 
 
-def judge(outcome: Outcome, needs: Needs) -> list[Finding]:
+def judge(outcome: TestOutcome, needs: Needs) -> list[Finding]:
     """Everything that the nodes reported, or why they reported nothing."""
     reports = [report for report in outcome.reports if report]
     if not reports:
@@ -238,7 +238,7 @@ def judge(outcome: Outcome, needs: Needs) -> list[Finding]:
     return found
 
 
-def _nothing(outcome: Outcome) -> Finding:
+def _nothing(outcome: TestOutcome) -> Finding:
     if outcome.stopped:
         do = "try again with a longer --wait, or with another slurm.partition or qos, or ask for less (slurm.gpus)"
         return Finding("warning", TOPIC, f"nothing was tried: the job was cancelled, {outcome.stopped}", do)
@@ -250,7 +250,7 @@ def _nothing(outcome: Outcome) -> Finding:
     return Finding("error", "runs folder", what, do)
 
 
-def _folder(outcome: Outcome, reports: Sequence[node.Report]) -> list[Finding]:
+def _folder(outcome: TestOutcome, reports: Sequence[node.NodeReport]) -> list[Finding]:
     wrong = [f"on {report.host}, {report.folder_seen}" for report in reports if report.folder_seen]
     wrong += [why for why in outcome.came_back if why]
     if wrong:
@@ -269,7 +269,7 @@ def _folder(outcome: Outcome, reports: Sequence[node.Report]) -> list[Finding]:
     return found
 
 
-def _submission(reports: Sequence[node.Report], refused_here: bool) -> list[Finding]:
+def _submission(reports: Sequence[node.NodeReport], refused_here: bool) -> list[Finding]:
     topic, keep = "successors", "let `orch keep RUN` run on a login node: it queues the successors"
     for report in reports:
         if report.can_submit is None:
@@ -288,7 +288,7 @@ def _submission(reports: Sequence[node.Report], refused_here: bool) -> list[Find
     return [Finding("ok", topic, f"jobs on {' and '.join(tried)} can queue their successors")] if tried else []
 
 
-def _mounts(reports: Sequence[node.Report], flock: bool) -> list[Finding]:
+def _mounts(reports: Sequence[node.NodeReport], flock: bool) -> list[Finding]:
     """What the mount says of itself on the nodes; on login nodes it may be another."""
     found = []
     for report in reports:
@@ -301,7 +301,7 @@ def _mounts(reports: Sequence[node.Report], flock: bool) -> list[Finding]:
     return found
 
 
-def _counts(outcome: Outcome) -> list[Finding]:
+def _counts(outcome: TestOutcome) -> list[Finding]:
     """Nothing of a kind that a task did not come to: the sum is not known then."""
     reports = [report for report in outcome.reports if report]
     hosts = sorted({report.host for report in reports})
@@ -318,7 +318,7 @@ def _counts(outcome: Outcome) -> list[Finding]:
     return found
 
 
-def locks_hold(outcome: Outcome) -> bool | None:
+def locks_hold(outcome: TestOutcome) -> bool | None:
     """Between nodes. None: the test could not tell, as when both tasks were on one node."""
     reports = [report for report in outcome.reports if report]
     if outcome.counted_in_file == "not tried" or not reports:
@@ -331,7 +331,7 @@ def locks_hold(outcome: Outcome) -> bool | None:
     return True if whole and several and all(finding.level == "ok" for finding in judged) else None
 
 
-def _needs(reports: Sequence[node.Report], needs: Needs) -> list[Finding]:
+def _needs(reports: Sequence[node.NodeReport], needs: Needs) -> list[Finding]:
     found = []
     unread = _hosts_by((path, report.host) for report in reports for path in report.missing or ())
     for path, hosts in unread.items():

@@ -68,7 +68,7 @@ def make_folder(folder: Path, group: str | None) -> None:
     if group is not None:
         os.chown(folder, -1, gid)
     folder.chmod(SHARED if group is not None else PRIVATE)
-    check(folder)
+    check_permissions(folder)
 
 
 def _is_shared(folder: Path) -> bool:
@@ -116,7 +116,7 @@ def owner(folder: Path) -> str | None:
     return None if uid == os.geteuid() else user_name(uid)
 
 
-def check(folder: Path, *others: Path) -> None:
+def check_permissions(folder: Path, *others: Path) -> None:
     """Is this run's folder, and what in it is executed or says what is, safe from strangers? others: files of the
     run elsewhere. What is not there is not looked at.
 

@@ -14,7 +14,7 @@ from orchestrator.leaderboard.moves import (
     IS_HELD,
     LEASE_ENDED,
     BoardRows,
-    Situation,
+    BoardView,
     after_discard,
     consume,
     expire,
@@ -89,7 +89,7 @@ class Board:
             asker = _Asker(worker_id, job_id, starts, now, lease_until)
             return self._claim(tx, asker, look(tx, worker_id, job_id, None))
 
-    def _claim(self, tx: Connection, asker: _Asker, situation: Situation) -> Claim | Over:
+    def _claim(self, tx: Connection, asker: _Asker, situation: BoardView) -> Claim | Over:
         standing, board, held = situation.standing, situation.board, situation.held
         policy = self._policy_of(tx, standing.settings_version)
         _check_current(standing, asker)
@@ -108,7 +108,7 @@ class Board:
             return self._resume(tx, chosen, board, policy, asker, generation)
         return self._lease(tx, situation, policy, asker, generation)
 
-    def _lease(self, tx: Connection, situation: Situation, policy: Policy, asker: _Asker, generation: int) -> Claim:
+    def _lease(self, tx: Connection, situation: BoardView, policy: Policy, asker: _Asker, generation: int) -> Claim:
         board, held = situation.board, situation.held
         choice = claiming.choose_claim(board.entries, held.founders, policy.num_models, policy.metric)
         if isinstance(choice, FoundAnew):
@@ -214,7 +214,7 @@ class Board:
     def _record(
         self,
         tx: Connection,
-        situation: Situation,
+        situation: BoardView,
         claim: Claim,
         candidate: Candidate,
         results: Sequence[dict[str, Any]],
@@ -319,7 +319,7 @@ class Board:
             self._policy = thaw(tx.execute(select(run.c.settings)).scalar_one()).policy(version)
         return self._policy
 
-    def _reap(self, tx: Connection, standing: Any, now: float) -> Situation:
+    def _reap(self, tx: Connection, standing: Any, now: float) -> BoardView:
         """Claims whose lease is over are taken back."""
         live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(IS_HELD)).all()
         late = [h.chunk_id for h in live if claiming.expired(now, h.lease_until, Evidence.UNKNOWN)]

@@ -24,8 +24,8 @@ from orchestrator.leaderboard.moves import (
 )
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, job, run, worker
 from orchestrator.records import (
+    ChainJob,
     ChunkState,
-    Job,
     JobState,
     Metric,
     Progress,
@@ -45,7 +45,7 @@ class Chains:
         self._database = database
         self._metric = metric
 
-    def add_workers(self, devices: Sequence[str | None], now: float) -> list[Job]:
+    def add_workers(self, devices: Sequence[str | None], now: float) -> list[ChainJob]:
         """New workers, numbered on, each with its first link to submit."""
         base = new_base()
         with self._database.transaction() as tx:
@@ -111,7 +111,7 @@ class Chains:
             row = tx.execute(select(job).where(job.c.job_id == mine.job_id)).one()
             return Started(job_of(row), me, link, why_not)
 
-    def _successor(self, tx: Connection, mine: Row[Any], now: float) -> Job | None:
+    def _successor(self, tx: Connection, mine: Row[Any], now: float) -> ChainJob | None:
         """A new link after this one, or None where an earlier start of this job has queued one already."""
         later = select(func.count()).where(
             job.c.worker_id == mine.worker_id, job.c.link > mine.link, job.c.state.in_(OPEN)
@@ -129,7 +129,7 @@ class Chains:
         live = select(chunk.c.chunk_id).where(chunk.c.worker_id == mine.worker_id, chunk.c.state == ChunkState.LIVE)
         expire(tx, tx.execute(live).scalars().all(), NO_WORD, now)
 
-    def find(self, token: str, worker_id: int) -> tuple[Job | None, Job | None]:
+    def find(self, token: str, worker_id: int) -> tuple[ChainJob | None, ChainJob | None]:
         """The job with this token, and the one that it follows."""
         with self._database.transaction() as tx:
             mine = tx.execute(select(job).where(job.c.token == token, job.c.worker_id == worker_id)).one_or_none()
@@ -142,7 +142,7 @@ class Chains:
         with self._database.transaction() as tx:
             return [worker_of(w) for w in tx.execute(select(worker).order_by(worker.c.worker_id)).all()]
 
-    def submitted(self, taken: Iterable[Submitted]) -> list[Job]:
+    def submitted(self, taken: Iterable[Submitted]) -> list[ChainJob]:
         """The cluster has taken these jobs. One that has begun already knows better what it is.
 
         Returns those that were cancelled meanwhile: the caller takes them out of the queue again.
@@ -167,7 +167,7 @@ class Chains:
                         unwanted.append(replace(job_of(row), **place))
         return unwanted
 
-    def close(self, jobs: Sequence[Job], state: JobState, reason: str, now: float) -> None:
+    def close(self, jobs: Sequence[ChainJob], state: JobState, reason: str, now: float) -> None:
         """LOST: the cluster did not take them, their chains are broken until somebody mends them. CANCELLED: not
         wanted any more; should one begin all the same, it does nothing."""
         with self._database.transaction() as tx:
@@ -178,7 +178,9 @@ class Chains:
                 if not begun:
                     close_link(tx, it.job_id, state, reason, now)
 
-    def end(self, mine: Job, outcome: str, error: bool, now: float, max_failures: int) -> tuple[Job | None, str | None]:
+    def end(
+        self, mine: ChainJob, outcome: str, error: bool, now: float, max_failures: int
+    ) -> tuple[ChainJob | None, str | None]:
         """A job ends by its own will. Returns its open successor, and why that one is not wanted if so.
 
         An unwanted successor is marked cancelled here; the caller cancels it on the cluster.
@@ -207,7 +209,7 @@ class Chains:
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
             return succession.should_resubmit(RunState(state.state), now, state.deadline, me, max_failures) is None
 
-    def back_to_queue(self, mine: Job, successor: Job, now: float) -> bool:
+    def back_to_queue(self, mine: ChainJob, successor: ChainJob, now: float) -> bool:
         """This very job is queued again in place of a successor, for which there is no room."""
         with self._database.transaction() as tx:
             done = tx.execute(
@@ -225,8 +227,8 @@ class Chains:
 
     def apply_mend(
         self,
-        lost: Sequence[Job],
-        adopt: Sequence[tuple[Job, str]],
+        lost: Sequence[ChainJob],
+        adopt: Sequence[tuple[ChainJob, str]],
         now: float,
         reasons: Mapping[int, str] | None = None,
     ) -> None:
@@ -247,10 +249,10 @@ class Chains:
                 )
             settle(tx, now)
 
-    def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[Job]:
+    def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[ChainJob]:
         """New links for chains that have none open, as far as the rules still want them."""
         base = new_base()
-        links: list[Job] = []
+        links: list[ChainJob] = []
         with self._database.transaction() as tx:
             state = tx.execute(select(run.c.state, run.c.deadline)).one()
             for worker_id in worker_ids:
@@ -310,7 +312,7 @@ class Chains:
         with self._database.transaction() as tx:
             tx.execute(update(worker).where(worker.c.worker_id < workers).values(failures=0, stopped=None))
 
-    def amend(self, settings: str, deadline: float, workers: int, what: str, now: float) -> list[Job]:
+    def amend(self, settings: str, deadline: float, workers: int, what: str, now: float) -> list[ChainJob]:
         """Write amended settings down. Workers beyond their number stop; their queued jobs are returned."""
         with self._database.transaction() as tx:
             tx.execute(

@@ -16,7 +16,7 @@ from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.engine import Database, is_damage
 from orchestrator.leaderboard.links import OPEN
 from orchestrator.leaderboard.moves import job_of
-from orchestrator.records import ChunkState, Job, JobState, RunState
+from orchestrator.records import ChainJob, ChunkState, JobState, RunState
 
 STATES = {"run": RunState, "job": JobState, "chunk": ChunkState}
 
@@ -130,7 +130,7 @@ def run_row(database: Database) -> RunRow | None:
     return RunRow(row.settings, tuple(paths), row.created_at) if whole else None
 
 
-def open_jobs(database: Database) -> list[Job]:
+def open_jobs(database: Database) -> list[ChainJob]:
     """Of a damaged database, the jobs that were not over; none where that can't be read."""
     job = schema.job
     try:

@@ -6,13 +6,13 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from orchestrator.leaderboard.moves import expire, log_event, set_state
 from orchestrator.leaderboard.schema import chunk, job, run, worker
-from orchestrator.records import ChunkState, Job, JobState, RunState
+from orchestrator.records import ChainJob, ChunkState, JobState, RunState
 from orchestrator.rules import stopping
 
 OPEN = (JobState.SUBMITTING, JobState.QUEUED, JobState.RUNNING)
 
 
-def add_link(tx: Connection, worker_id: int, after_job_id: int | None, token: str, now: float) -> Job:
+def add_link(tx: Connection, worker_id: int, after_job_id: int | None, token: str, now: float) -> ChainJob:
     last = tx.execute(select(func.max(job.c.link)).where(job.c.worker_id == worker_id)).scalar_one()
     link = 0 if last is None else last + 1
     job_id = tx.execute(
@@ -26,7 +26,7 @@ def add_link(tx: Connection, worker_id: int, after_job_id: int | None, token: st
             submitted_at=now,
         )
     ).inserted_primary_key[0]  # type: ignore[index]
-    return Job(job_id, worker_id, link, token, JobState.SUBMITTING, after_job_id=after_job_id, submitted_at=now)
+    return ChainJob(job_id, worker_id, link, token, JobState.SUBMITTING, after_job_id=after_job_id, submitted_at=now)
 
 
 def close_link(

@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, event, job, run, worker
 from orchestrator.leaderboard.statements import Statement
-from orchestrator.records import ChunkState, Entry, Job, JobState, RunState, Worker
+from orchestrator.records import ChainJob, ChunkState, Entry, JobState, RunState, Worker
 from orchestrator.rules import claiming
 
 CONSUMED = (ChunkState.PROMOTED, ChunkState.DISCARDED)
@@ -177,7 +177,7 @@ def read_board(tx: Connection, held: Held | None = None) -> BoardRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Situation:
+class BoardView:
     """What a claim or a result begins from."""
 
     standing: Any  # a row of _STANDING
@@ -185,14 +185,14 @@ class Situation:
     held: Held
 
 
-def look(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> Situation:
+def look(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> BoardView:
     return look_again(tx, _STANDING.first(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id))
 
 
-def look_again(tx: Connection, standing: Any) -> Situation:
+def look_again(tx: Connection, standing: Any) -> BoardView:
     """At the board, with what is known already of the rest."""
     held = count_held(tx)
-    return Situation(standing, read_board(tx, held), held)
+    return BoardView(standing, read_board(tx, held), held)
 
 
 def progress_of(standing: Any) -> dict[str, int]:
@@ -200,7 +200,7 @@ def progress_of(standing: Any) -> dict[str, int]:
     return {"epochs": standing.epochs, "chunks_since_promotion": standing.chunks_since_promotion}
 
 
-def after_discard(before: Situation, standing: Any, floor: int) -> Situation:
+def after_discard(before: BoardView, standing: Any, floor: int) -> BoardView:
     """What `look_again` would give after a live chunk was discarded, whose entry (if it has one) has this floor now.
     Only the end of the first lease may be too early: it may have been this chunk's."""
     board, held, entry_id = before.board, before.held, standing.entry_id
@@ -211,7 +211,7 @@ def after_discard(before: Situation, standing: Any, floor: int) -> Situation:
         else e
         for e in board.entries
     ]
-    return Situation(standing, replace(board, entries=entries), replace(held, by_entry=by_entry))
+    return BoardView(standing, replace(board, entries=entries), replace(held, by_entry=by_entry))
 
 
 def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int], set[int]]:
@@ -306,9 +306,9 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def job_of(row: Row[Any]) -> Job:
+def job_of(row: Row[Any]) -> ChainJob:
     values = dict(row._mapping)
-    return Job(**(values | {"state": JobState(values["state"])}))
+    return ChainJob(**(values | {"state": JobState(values["state"])}))
 
 
 def worker_of(row: Row[Any]) -> Worker:

@@ -12,7 +12,7 @@ from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.links import OPEN
 from orchestrator.leaderboard.moves import IS_HELD, ON_BOARD, REAPED, job_of, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, event, job, run
-from orchestrator.records import ChunkState, Job, JobState, Metric
+from orchestrator.records import ChainJob, ChunkState, JobState, Metric
 
 later_job = job.alias("later")
 
@@ -104,7 +104,7 @@ class Reader:
             rows = tx.execute(select(job.c.worker_id, job.c.token, job.c.state).order_by(job.c.worker_id, job.c.link))
             return [(r.worker_id, r.token, r.state in OPEN) for r in rows.all()]
 
-    def never_begun(self) -> list[Job]:
+    def never_begun(self) -> list[ChainJob]:
         """Jobs that were given up before they began. One that is in the queue all the same is a stray: a
         controller that crashed may remember a job that it had forgotten."""
         with self._database.transaction() as tx:
@@ -112,7 +112,7 @@ class Reader:
             rows = tx.execute(select(job).where(given_up, job.c.started_at.is_(None), job.c.cluster_id.is_not(None)))
             return [job_of(row) for row in rows.all()]
 
-    def awaited(self, ended_before: float) -> list[Job]:
+    def awaited(self, ended_before: float) -> list[ChainJob]:
         """Jobs that ended by their own word before this time, and whose successor has not begun."""
         after = later_job
         with self._database.transaction() as tx:

@@ -13,7 +13,7 @@ from orchestrator import __version__
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.moves import NOT_KNOWN, log_event
-from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, Plan, Record
+from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, RebuildPlan, Record
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job, run, worker
 from orchestrator.records import ChunkState, JobState, RunState
 
@@ -32,7 +32,7 @@ class Origin:
     devices: Sequence[str | None]  # of the workers that the settings want
 
 
-def rebuild(database: Database, origin: Origin, plan: Plan, kept: str | None, now: float) -> None:
+def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | None, now: float) -> None:
     """Make the tables and fill them: all of it or nothing. kept: where the old database is, if anywhere.
 
     Raises LeaderboardError.
@@ -51,7 +51,7 @@ def rebuild(database: Database, origin: Origin, plan: Plan, kept: str | None, no
             _move_sequences(tx, database.schema_name)
 
 
-def _add_run(tx: Connection, origin: Origin, plan: Plan, now: float) -> None:
+def _add_run(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) -> None:
     tx.execute(
         insert(run).values(
             run_id=1,
@@ -72,7 +72,7 @@ def _add_run(tx: Connection, origin: Origin, plan: Plan, now: float) -> None:
     )
 
 
-def _add_workers(tx: Connection, origin: Origin, plan: Plan, now: float) -> None:
+def _add_workers(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) -> None:
     """Each with a lost link: a job of before the repair that is alive after all must not find a new one under its
     own key."""
     wanted = len(origin.devices)
@@ -95,7 +95,7 @@ def _add_workers(tx: Connection, origin: Origin, plan: Plan, now: float) -> None
         )
 
 
-def _add_chunks(tx: Connection, plan: Plan, now: float) -> None:
+def _add_chunks(tx: Connection, plan: RebuildPlan, now: float) -> None:
     """Finished and suspended ones; what they refer to comes later."""
     for made in plan.checkpoints:
         record = made.record
@@ -125,7 +125,7 @@ def _chunk(record: Record) -> dict[str, Any]:
     }
 
 
-def _add_checkpoints(tx: Connection, plan: Plan, ids: Mapping[str, int]) -> None:
+def _add_checkpoints(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) -> None:
     in_use = {record.parent_file for record in plan.suspended}
     for made in plan.checkpoints:
         record = made.record
@@ -149,7 +149,7 @@ def _add_checkpoints(tx: Connection, plan: Plan, ids: Mapping[str, int]) -> None
         )
 
 
-def _add_entries(tx: Connection, plan: Plan, ids: Mapping[str, int]) -> dict[str, int]:
+def _add_entries(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) -> dict[str, int]:
     """In the order in which they came, which decides among equals. Their keys, by file."""
     came = sorted(plan.checkpoints, key=lambda c: (c.record.created_at, c.record.generation))
     entries = {c.record.file: number for number, c in enumerate(came, start=1)}
@@ -168,7 +168,9 @@ def _add_entries(tx: Connection, plan: Plan, ids: Mapping[str, int]) -> dict[str
     return entries
 
 
-def _add_references(tx: Connection, plan: Plan, ids: Mapping[str, int], entries: Mapping[str, int], now: float) -> None:
+def _add_references(
+    tx: Connection, plan: RebuildPlan, ids: Mapping[str, int], entries: Mapping[str, int], now: float
+) -> None:
     """Whose position each chunk has consumed; and the positions of which nothing is known, given back."""
     for record in (*(c.record for c in plan.checkpoints), *plan.suspended):
         if record.parent_file:

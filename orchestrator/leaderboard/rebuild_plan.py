@@ -135,7 +135,7 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RebuildPlan:
     """What is written into the new database."""
 
     checkpoints: tuple[Rebuilt, ...] = ()  # parents before their children
@@ -186,7 +186,7 @@ class _Family:
 
 def plan(
     records: Sequence[Record], names: Iterable[str], num_models: int, metric: Metric, cycle: Sequence[Profile]
-) -> Plan:
+) -> RebuildPlan:
     """The board that follows from the records of files that are complete. Raises CheckpointError if they contradict
     each other.
 
@@ -210,7 +210,7 @@ def plan(
         )
         for record in ordered
     )
-    return Plan(
+    return RebuildPlan(
         rebuilt,
         tuple(suspended),
         tuple(_gaps(family, suspended, cycle)),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.messages import counted
-from orchestrator.records import Evidence, Job, JobState, RunState, Worker
+from orchestrator.records import ChainJob, Evidence, JobState, RunState, Worker
 from orchestrator.rules.stopping import lifetime_over
 
 
@@ -33,8 +33,8 @@ def jobs_at_most(total_lifetime_s: float, eon_lifetime_s: float) -> int:
 class Mend:
     """What brings the database and the cluster together again."""
 
-    lost: tuple[Job, ...]  # their jobs are gone: close them, reap their claims
-    adopt: tuple[tuple[Job, str], ...]  # submitted, but its worker died before it could write the cluster's id
+    lost: tuple[ChainJob, ...]  # their jobs are gone: close them, reap their claims
+    adopt: tuple[tuple[ChainJob, str], ...]  # submitted, but its worker died before it could write the cluster's id
     resubmit: tuple[int, ...]  # workers whose chain is broken
 
 
@@ -53,7 +53,7 @@ ORPHANED_GRACE_S = 10.0
 
 def mend(
     workers: Sequence[Worker],
-    open_jobs: Sequence[Job],
+    open_jobs: Sequence[ChainJob],
     evidence: Mapping[int, Evidence],
     found_ids: Mapping[str, str],
     now: float,
@@ -69,7 +69,7 @@ def mend(
     on_their_way = {job.job_id: job for job in open_jobs if job.state is JobState.SUBMITTING and job.cluster_id is None}
     alive = {job.job_id for job in open_jobs} - {job.job_id for job in gone} - on_their_way.keys()
     adopt = tuple((job, found_ids[job.token]) for job in on_their_way.values() if job.token in found_ids)
-    lost: dict[int, Job] = {}
+    lost: dict[int, ChainJob] = {}
     for job in gone:
         if job.job_id in on_their_way:
             orphaned = job.after_job_id is not None and job.after_job_id not in alive
@@ -81,7 +81,7 @@ def mend(
     return Mend(tuple(lost.values()), adopt, tuple(w.worker_id for w in workers if w.worker_id not in held))
 
 
-def unwanted(state: RunState, open_jobs: Sequence[Job], evidence: Mapping[int, Evidence]) -> list[Job]:
+def unwanted(state: RunState, open_jobs: Sequence[ChainJob], evidence: Mapping[int, Evidence]) -> list[ChainJob]:
     """Jobs that wait in the queue of a run that starts no work any more. One that had begun is there if Slurm put
     it back (a node failed, it was preempted) after the others were taken out."""
     if state is RunState.ACTIVE:

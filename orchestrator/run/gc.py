@@ -28,7 +28,7 @@ _TEMPORARY = re.compile(r"\.tmp-.+-\d+|\.repair-.+")
 
 
 @dataclass
-class Report:
+class CollectionReport:
     """What was deleted, or would be."""
 
     run: str
@@ -52,9 +52,9 @@ class Report:
         self.freed_bytes[kind] += size
 
 
-def collect(run: Run, dry_run: bool, now: float) -> Report:
+def collect(run: Run, dry_run: bool, now: float) -> CollectionReport:
     """Raises LeaderboardError: without the database nothing is known to be unneeded."""
-    report = Report(run.name, dry_run)
+    report = CollectionReport(run.name, dry_run)
     files = run.folder / "checkpoints"
     collectable = checkpoints.collectable(files, run.leaderboard.reader.references) if files.is_dir() else []
     for name in collectable:
@@ -72,7 +72,7 @@ def collect(run: Run, dry_run: bool, now: float) -> Report:
     return report
 
 
-def _collect_curves(run: Run, report: Report, now: float) -> None:
+def _collect_curves(run: Run, report: CollectionReport, now: float) -> None:
     folders = [path for part in SERIES_FOLDERS for path in _listed(run.folder / "logs" / part) if path.is_dir()]
     ages_s = {path.name: now - _touched(path) for path in folders}
     old = set(collecting.old_series(ages_s, (), CURVES_KEPT_S))

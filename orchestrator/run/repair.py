@@ -24,7 +24,7 @@ from orchestrator.leaderboard.engine import Database, journal_of
 from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, open_jobs, run_row
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.leaderboard.rebuild import Origin, rebuild
-from orchestrator.leaderboard.rebuild_plan import Plan, Record
+from orchestrator.leaderboard.rebuild_plan import RebuildPlan, Record
 from orchestrator.locking import choice
 from orchestrator.messages import counted, iso
 from orchestrator.records import Evidence, WantedLock
@@ -36,7 +36,7 @@ PARTS = ("checkpoints", "jobs", "logs")
 
 
 @dataclass
-class Report:
+class RepairReport:
     """What was found and done, or would be."""
 
     run: str
@@ -58,21 +58,21 @@ class _Found:
     unusable: dict[str, str]  # files, and why
 
 
-def repair(folder: Path, dry_run: bool, force: bool, now: float) -> Report:
+def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport:
     """Repair the run in folder. force: although the cluster does not say whether jobs of it are alive.
 
     Raises RunError if jobs are alive or may be, or if there is too little left to go by; LeaderboardError if the
     database can't be looked at, or was written by another version.
     """
     folder = folder.absolute()
-    permissions.check(folder)
+    permissions.check_permissions(folder)
     written, trouble = _settings(folder)
     place = (written.database, written.database_schema) if written else (None, None)
     database = Database(place[0], folder, place[1])
     health = examine(database)
     for part in PARTS if not dry_run else ():
         (folder / part).mkdir(exist_ok=True)  # somebody may have deleted what was empty
-    report = Report(folder.name, dry_run, str(health.condition), list(health.problems))
+    report = RepairReport(folder.name, dry_run, str(health.condition), list(health.problems))
     if health.condition is Condition.HEALTHY:
         try:
             board = Leaderboard.open(folder, *place)
@@ -128,7 +128,7 @@ def _entries_that_differ(folder: Path, board: Leaderboard) -> list[str]:
     return lines
 
 
-def _mend(folder: Path, board: Leaderboard, trouble: str, report: Report, now: float) -> None:
+def _mend(folder: Path, board: Leaderboard, trouble: str, report: RepairReport, now: float) -> None:
     """Take damaged entries off the board, and write lost settings again."""
     text, _ = board.reader.settings()
     if trouble:
@@ -207,7 +207,7 @@ def _salvage(database: Database) -> RunRow | None:
 
 
 def _rebuild(
-    folder: Path, settings: Settings, database: Database, salvaged: RunRow | None, report: Report, now: float
+    folder: Path, settings: Settings, database: Database, salvaged: RunRow | None, report: RepairReport, now: float
 ) -> None:
     stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
     found = _read(folder / "checkpoints")
@@ -291,7 +291,9 @@ def _origin(
     return Origin(settings.name, text, import_paths, launched_at, deadline, devices), notes
 
 
-def _rebuild_file(database: Database, origin: Origin, plan: Plan, stamp: str, report: Report, now: float) -> None:
+def _rebuild_file(
+    database: Database, origin: Origin, plan: RebuildPlan, stamp: str, report: RepairReport, now: float
+) -> None:
     """Write the new file beside the old one, whole, then put it in its place."""
     file = database.file
     assert file is not None, "not on a server"
@@ -319,7 +321,7 @@ def _rebuild_file(database: Database, origin: Origin, plan: Plan, stamp: str, re
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _keep(source: Path, target: Path, report: Report) -> None:
+def _keep(source: Path, target: Path, report: RepairReport) -> None:
     source.rename(target)
     report.kept.append(str(target))
 
@@ -348,7 +350,7 @@ def _identity(file: Path) -> tuple[int, int, int] | None:
 
 
 def _rebuild_on_server(
-    folder: Path, settings: Settings, origin: Origin, plan: Plan, report: Report, now: float
+    folder: Path, settings: Settings, origin: Origin, plan: RebuildPlan, report: RepairReport, now: float
 ) -> None:
     """Into a new schema: what is left of the old one stays as it is."""
     moved = settings.model_copy(update={"database_schema": new_schema(settings.name)})

@@ -19,7 +19,7 @@ from orchestrator.cluster.host import gpus, this_process
 from orchestrator.cluster.place import Place, this_place
 from orchestrator.files import permissions
 from orchestrator.leaderboard.engine import JOB_CONNECTS_FOR_S
-from orchestrator.worker.loop import Worker
+from orchestrator.worker.loop import JobLoop
 from orchestrator.worker.opened_run import OpenedRun
 from orchestrator.worker.trainer import Ending, StopFlag
 from orchestrator.worker.user_job import import_ahead
@@ -166,7 +166,7 @@ def be_worker(run: OpenedRun, token: str, worker_id: int, stop: StopFlag, team: 
             opened.append(open_trainer(run.settings, run.cluster.cores(), run.folder))
         return opened[0]
 
-    worker = Worker(run.folder, run.settings, run.version, run.leaderboard, run.cluster, open_trainer, time.time, stop)
+    worker = JobLoop(run.folder, run.settings, run.version, run.leaderboard, run.cluster, open_trainer, time.time, stop)
     ending = worker.run(started)
     for trainer in opened:
         _close(trainer)

@@ -26,11 +26,11 @@ from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.messages import counted
 from orchestrator.records import (
     Candidate,
+    ChainJob,
     Claim,
     EpochResult,
     Finished,
     Interrupted,
-    Job,
     JobState,
     Over,
     Started,
@@ -47,7 +47,7 @@ log = logging.getLogger("orch")
 
 
 @dataclass
-class Worker:
+class JobLoop:
     """One job of one chain."""
 
     folder: Path  # the run's
@@ -62,7 +62,7 @@ class Worker:
     def __post_init__(self) -> None:
         self.files = self.folder / "checkpoints"
         self._trainer: Trainer | None = None
-        self._unsubmitted: Job | None = None
+        self._unsubmitted: ChainJob | None = None
         self._next: Claim | Over | None = None  # claimed with the last result
         self._durations_s: list[float] = []  # of chunks, latest last
         self._origin: dict[str, object] | None = None
@@ -113,7 +113,7 @@ class Worker:
             not self.stop.reason and now < self._job_end and stopping.may_claim(snapshot.state, now, snapshot.deadline)
         )
 
-    def _finish(self, job: Job, ending: Ending) -> None:
+    def _finish(self, job: ChainJob, ending: Ending) -> None:
         chains, max_failures = self.leaderboard.chains, self.settings.max_failures
         if chains.wants_successor(job.worker_id, self.clock(), max_failures):
             self._insist_on_successor(job)
@@ -133,7 +133,7 @@ class Worker:
             chains.stop_worker(job.worker_id, reason, self.clock())
         log.info("job ends: %s", ending.outcome)
 
-    def _submit_successor(self, job: Job) -> bool:
+    def _submit_successor(self, job: ChainJob) -> bool:
         """Queue the successor, which is written down already. If the cluster does not take it, another try is
         made before each chunk and at the end; then any peer, or `orch status`, mends the chain.
 
@@ -153,7 +153,7 @@ class Worker:
         self._unsubmitted = None
         return True
 
-    def _insist_on_successor(self, job: Job) -> None:
+    def _insist_on_successor(self, job: ChainJob) -> None:
         """The last chance of this job: try for minutes where the cluster does not answer. If it is killed
         meanwhile, nothing is lost but the chain's place, which any peer or `orch status` restores."""
         retrying = Retrying(
@@ -166,7 +166,7 @@ class Worker:
 
     # --- the loop
 
-    def _work(self, job: Job) -> Ending:
+    def _work(self, job: ChainJob) -> Ending:
         self._durations_s = self.leaderboard.reader.recent_chunk_seconds()
         chunks = failed = 0
         while True:
@@ -209,7 +209,7 @@ class Worker:
         self._job_end = min(self._job_end, self._began + self.settings.eon_lifetime)
         log.info("the settings were amended (version %d)", self.version)
 
-    def _chunk(self, claim: Claim, job: Job) -> bool | Ending:
+    def _chunk(self, claim: Claim, job: ChainJob) -> bool | Ending:
         """One chunk: was it finished, or how did it fail?"""
         work = self._prepare(claim)
         if work is None:
@@ -292,7 +292,7 @@ class Worker:
         self._remove(claim, garbage)
         log.info("chunk %d is suspended after %d steps of an epoch", claim.chunk_id, result.steps)
 
-    def _offer(self, claim: Claim, result: Finished, job: Job, started: float) -> None:
+    def _offer(self, claim: Claim, result: Finished, job: ChainJob, started: float) -> None:
         """Publish the checkpoint if it would be admitted; the transaction decides again. If there is time for
         another chunk, that is claimed with it."""
         metric = self.settings.policy(0).metric

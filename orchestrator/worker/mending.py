@@ -6,7 +6,7 @@ from __future__ import annotations
 from orchestrator.cluster.protocol import Cluster
 from orchestrator.errors import SubmissionError
 from orchestrator.leaderboard.leaderboard import Leaderboard
-from orchestrator.records import Job, JobState, RunState
+from orchestrator.records import ChainJob, JobState, RunState
 from orchestrator.rules import succession
 from orchestrator.settings.settings import Settings
 
@@ -49,7 +49,7 @@ def reconcile(
     return done
 
 
-def submit_links(leaderboard: Leaderboard, cluster: Cluster, links: list[Job], now: float) -> list[str]:
+def submit_links(leaderboard: Leaderboard, cluster: Cluster, links: list[ChainJob], now: float) -> list[str]:
     """Submit links that are written down; close those that the cluster does not take."""
     if not links:
         return []
@@ -62,7 +62,7 @@ def submit_links(leaderboard: Leaderboard, cluster: Cluster, links: list[Job], n
     return [f"worker {j.worker_id} got a new job" for j in links]
 
 
-def _gone(job: Job, how: str | None) -> str:
+def _gone(job: ChainJob, how: str | None) -> str:
     """For a job that died before it could say anything itself, its output is all there is to go by."""
     said = f"its job is gone ({how})" if how else "its job is gone"
     return said if job.started_at is not None else f"{said}; what it printed is in jobs/{job.base}*"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Self
 
 from orchestrator.cluster.choose import open_cluster
-from orchestrator.cluster.foreign import Bystander
-from orchestrator.cluster.protocol import Cluster, Entry
+from orchestrator.cluster.foreign import ForeignCluster
+from orchestrator.cluster.protocol import Cluster, JobMain
 from orchestrator.errors import RunError, SettingsError
 from orchestrator.files import permissions
 from orchestrator.files.run_folder import DATABASE_NAME, SETTINGS_NAME, without_its_files
@@ -22,7 +22,7 @@ class OpenedRun:
     """Its settings, its leaderboard and its cluster."""
 
     def __init__(
-        self, folder: Path, settings: Settings, leaderboard: Leaderboard, version: int, job_main: Entry
+        self, folder: Path, settings: Settings, leaderboard: Leaderboard, version: int, job_main: JobMain
     ) -> None:
         self.folder = folder
         self.settings = settings
@@ -37,16 +37,16 @@ class OpenedRun:
         if self._cluster is None:
             cluster = open_cluster(self.settings.executor or "local", self.settings, self.folder, self._job_main)
             owner = permissions.owner(self.folder)
-            self._cluster = cluster if owner is None else Bystander(cluster, owner)
+            self._cluster = cluster if owner is None else ForeignCluster(cluster, owner)
         return self._cluster
 
     @classmethod
-    def opened(cls, folder: Path, job_main: Entry, connect_for_s: float = CONNECT_FOR_S) -> Self:
+    def opened(cls, folder: Path, job_main: JobMain, connect_for_s: float = CONNECT_FOR_S) -> Self:
         """job_main: what each job of the run executes. connect_for_s: see Database.
 
         Raises RunError if there is no run in folder or strangers may write to it,
         LeaderboardError if its database can't be used."""
-        permissions.check(folder)
+        permissions.check_permissions(folder)
         path = folder / SETTINGS_NAME
         place: tuple[str | None, str | None] = (None, None)
         try:
@@ -62,7 +62,7 @@ class OpenedRun:
             raise RunError(f"{path}: {error}. {advice}") from error
         leaderboard = Leaderboard.open(folder, *place, connect_for_s)
         if leaderboard.database.file:
-            permissions.check(folder, leaderboard.database.file)
+            permissions.check_permissions(folder, leaderboard.database.file)
         _refuse_two_locks(leaderboard.settings, leaderboard)
         return cls(folder.absolute(), leaderboard.settings, leaderboard, leaderboard.version, job_main)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.worker.trainer import Trainer
 
 
-def check(settings: Settings, import_paths: Sequence[str], download: bool = False) -> list[str]:
+def check_job(settings: Settings, import_paths: Sequence[str], download: bool = False) -> list[str]:
     """Import the job and let it check what it needs. Lines for the user. Raises JobSpecError."""
     look_first_in(import_paths)
     from jobs.errors import JobError
@@ -33,7 +33,7 @@ def check(settings: Settings, import_paths: Sequence[str], download: bool = Fals
             return []
         from jobs.training import opening  # imports torch
 
-        return opening.check(settings.model_dump(mode="json"), download)
+        return opening.check_job(settings.model_dump(mode="json"), download)
 
 
 def checkpoint_bytes(settings: Settings) -> int | str:
@@ -122,19 +122,19 @@ def verify_resume(
     """Is resume exact for this job, here? What was found, as `orch verify-resume --json` prints it.
 
     say: is told how it goes on, a line at a time. Raises JobSpecError if the job can't be trained."""
-    for line in check(settings, import_paths):
+    for line in check_job(settings, import_paths):
         say(line)
     from jobs.errors import JobError
     from jobs.imports import brings_own_trainer
     from jobs.verify_resume.check import as_json, verify
-    from jobs.verify_resume.link import Plan
+    from jobs.verify_resume.link import Trial
 
     if brings_own_trainer(settings.job):
         raise JobSpecError(
             f"job {settings.job}: it brings a trainer of its own (open_trainer), whose files orch can't read; "
             "verify-resume is for classes derived from jobs.job.Job"
         )
-    plan = Plan(
+    plan = Trial(
         settings=settings.model_dump(mode="json"),
         import_paths=[*import_paths],
         cores=settings.cores_per_worker or len(os.sched_getaffinity(0)),

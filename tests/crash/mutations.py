@@ -16,7 +16,7 @@ from orchestrator.leaderboard import board, engine, results
 from orchestrator.leaderboard.schema import chunk
 from orchestrator.records import ChunkState, Claim
 from orchestrator.rules import admission, collecting
-from orchestrator.worker.loop import Worker
+from orchestrator.worker.loop import JobLoop
 
 
 def _no_sync_of_the_file() -> None:
@@ -131,7 +131,7 @@ def _no_checksum() -> None:
 
 
 def _no_successor() -> None:
-    Worker._submit_successor = lambda self, job: True
+    JobLoop._submit_successor = lambda self, job: True
 
 
 # What is taken away: the kind of fault that must bring it to light, and how it is done.

@@ -14,12 +14,12 @@ from orchestrator.leaderboard import chains
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import (
     Candidate,
+    ChainJob,
     Claim,
     EpochResult,
     Evidence,
     Finished,
     Interrupted,
-    Job,
     Outcome,
     Over,
     Started,
@@ -29,7 +29,7 @@ from orchestrator.records import (
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
-from orchestrator.worker.loop import Worker
+from orchestrator.worker.loop import JobLoop
 from orchestrator.worker.trainer import Ending, StopFlag
 
 STEPS, TICK_S, JOB_S, LIMIT_S = 8, 0.05, 2.0, 900.0
@@ -91,31 +91,31 @@ class Queue:
         )
         return next((j["token"] for j in self.listed() if j["state"] == "queued"), None)
 
-    def submit(self, jobs: Sequence[Job], after: Job | None) -> list[Submitted]:
+    def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
         self.file.write_text(json.dumps([*self.listed(), *({"token": j.token, "state": "queued"} for j in jobs)]))
         return [Submitted(j.job_id, f"c-{j.token}") for j in jobs]
 
-    def evidence(self, jobs: Sequence[Job]) -> dict[int, Evidence]:
+    def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
         states = {j["token"]: j["state"] for j in self.listed()}
         known = {"queued": Evidence.QUEUED, "running": Evidence.RUNNING}
         return {j.job_id: known.get(states.get(j.token, "gone"), Evidence.GONE) for j in jobs}
 
-    def find(self, jobs: Sequence[Job]) -> dict[str, str]:
+    def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
         alive = {j["token"] for j in self.listed() if j["state"] != "gone"}
         return {j.token: f"c-{j.token}" for j in jobs if j.token in alive}
 
-    def cancel(self, jobs: Sequence[Job], now: bool) -> list[str]:
+    def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
         for job in jobs:
             self.mark(job.token, "gone")
         return []
 
-    def endings(self, jobs: Sequence[Job]) -> dict[int, str]:
+    def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
         return {}
 
-    def back_to_queue(self, job: Job) -> bool:
+    def back_to_queue(self, job: ChainJob) -> bool:
         return False
 
-    def wait_turn(self, predecessor: Job | None, should_stop: Callable[[], bool]) -> None:
+    def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
         return
 
     def working_s(self) -> float:
@@ -192,7 +192,7 @@ class World:
             return started
         self._watch(run.leaderboard)
         trainer = Scripted()
-        worker = Worker(
+        worker = JobLoop(
             run.folder, run.settings, run.version, run.leaderboard, queue, lambda: trainer, clock, StopFlag()
         )
         ending = worker.run(started)

@@ -32,7 +32,7 @@ from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.board import Board
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.leaderboard.moves import look
-from orchestrator.records import Candidate, Claim, EpochResult, Job, Metric, Over, Started
+from orchestrator.records import Candidate, ChainJob, Claim, EpochResult, Metric, Over, Started
 from orchestrator.settings.settings import Settings
 from tests.storage import Storage
 
@@ -57,7 +57,7 @@ def make_board(storage: Storage, folder: Path, mode: str = "max", num_models: in
     return storage.make(folder, settings, durable=False)
 
 
-def begin(board: Leaderboard, job: Job, now: float) -> Started | str:
+def begin(board: Leaderboard, job: ChainJob, now: float) -> Started | str:
     return board.chains.start(job.token, job.worker_id, f"c{job.job_id}", "node", 1, 0.0, now, max_failures=NEVER)
 
 
@@ -126,9 +126,9 @@ class ModelChunk:
 class ModelWorker:
     """A chain: the job that works, the one that waits, and all that ever were."""
 
-    waiting: Job | None
-    running: Job | None = None
-    past: list[Job] = field(default_factory=list)
+    waiting: ChainJob | None
+    running: ChainJob | None = None
+    past: list[ChainJob] = field(default_factory=list)
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +195,7 @@ class BoardMachine(RuleBasedStateMachine):
 
     # --- jobs begin and end
 
-    def _started(self, worker: ModelWorker, job: Job, started: Started | str) -> None:
+    def _started(self, worker: ModelWorker, job: ChainJob, started: Started | str) -> None:
         assert isinstance(started, Started), started
         if worker.running is not None and worker.running.job_id != job.job_id:
             worker.past.append(worker.running)
@@ -313,7 +313,7 @@ class BoardMachine(RuleBasedStateMachine):
         claim = self.board.board.claim(job.worker_id, job.job_id, job.starts, self.now, self.now + LEASE_S)
         self._claimed(job, claim)
 
-    def _claimed(self, job: Job, claim: Claim | Over) -> None:
+    def _claimed(self, job: ChainJob, claim: Claim | Over) -> None:
         assert isinstance(claim, Claim)
         self._take([chunk for chunk in self._live() if self.now > chunk.lease_until])
         assert claim.generation > self.generation, "generations are never used twice"
@@ -627,8 +627,8 @@ class Scene:
 
     storage: Storage
     board: Leaderboard
-    running: list[Job]
-    waiting: list[Job]
+    running: list[ChainJob]
+    waiting: list[ChainJob]
     now: float = 1000.0
 
     def claim(self, worker_id: int = 0) -> Claim:
@@ -645,7 +645,7 @@ class Scene:
         (found,) = [row for row in self.board.reader.entries() if row["file"] == file_of(claim)]
         return found
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: ChainJob) -> None:
         started = begin(self.board, job, self.now)
         assert isinstance(started, Started)
         self.running[job.worker_id] = started.job

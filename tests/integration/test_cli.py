@@ -31,7 +31,7 @@ from orchestrator.cli.main import main
 from orchestrator.errors import JobSpecError
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
-from orchestrator.worker.user_job import check
+from orchestrator.worker.user_job import check_job
 from tests.invariants import violations
 from tests.small_runs import make_run
 from tests.storage import Storage
@@ -165,7 +165,7 @@ def test_what_is_wrong_with_the_metric_and_each_profile_is_said_at_once(tmp_path
     metric = {"name": "acuracy", "mode": "max"}
     settings, _ = load(tmp_path / write_settings(tmp_path, training_profiles=profiles, metric=metric))
     with pytest.raises(JobSpecError) as caught:
-        check(settings, [str(tmp_path)])
+        check_job(settings, [str(tmp_path)])
     about_the_metric, first, second = str(caught.value).splitlines()
     assert about_the_metric == "metric.name: 'acuracy' is not among the metrics of Digits: accuracy, loss"
     assert "Adamm" in first
@@ -177,7 +177,7 @@ def test_a_class_without_a_model_or_data_is_refused(tmp_path: Path) -> None:
     write_job(tmp_path, "from jobs.job import Job\nclass Mine(Job):\n    pass\n")
     settings, _ = load(tmp_path / write_settings(tmp_path, job="mine:Mine", job_params={}))
     with pytest.raises(JobSpecError, match=r"^Mine has no model; .*\nMine has no data; "):
-        check(settings, [str(tmp_path)])
+        check_job(settings, [str(tmp_path)])
 
 
 def test_a_model_that_can_not_be_made_here_is_told_with_its_error(tmp_path: Path, orch_here: Here) -> None:
@@ -243,7 +243,7 @@ def test_a_job_that_can_not_be_used_is_an_error_that_says_why(
         write_job(tmp_path, code)
     settings, _ = load(tmp_path / write_settings(tmp_path, job=job, job_params={}))
     with pytest.raises(JobSpecError, match=message):
-        check(settings, [str(tmp_path)])
+        check_job(settings, [str(tmp_path)])
 
 
 def test_a_job_that_can_not_be_imported_leaves_nothing_behind(tmp_path: Path) -> None:

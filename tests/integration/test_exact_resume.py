@@ -27,7 +27,7 @@ from jobs.training.states import read
 from jobs.verify_resume import link as link_module
 from jobs.verify_resume.check import Verdict, as_json, in_fresh_process, verify
 from jobs.verify_resume.exactness import count_tensors, differences
-from jobs.verify_resume.link import NO_STOP, Plan, ShortSession, break_points, train_link, write_plan
+from jobs.verify_resume.link import NO_STOP, ShortSession, Trial, break_points, train_link, write_plan
 from orchestrator.cli.main import main
 from orchestrator.settings.settings import Settings
 
@@ -51,10 +51,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def plan_for(job: str = "Noisy", chunks: int = CHUNKS, interruptions: int = 4, **changes: Any) -> Plan:
+def plan_for(job: str = "Noisy", chunks: int = CHUNKS, interruptions: int = 4, **changes: Any) -> Trial:
     named = job if ":" in job else f"tests.integration.resume_jobs:{job}"
     given = SETTINGS | {"job": named} | changes
-    return Plan(
+    return Trial(
         settings=Settings.model_validate(given).model_dump(mode="json"),
         import_paths=[],
         cores=1,
@@ -81,7 +81,7 @@ def scramble(seed: int) -> None:
 
 
 def link(
-    plan: Plan, folder: Path, start: int, stop: int | None, snapshots: Collection[int] = (), seed: int | None = None
+    plan: Trial, folder: Path, start: int, stop: int | None, snapshots: Collection[int] = (), seed: int | None = None
 ) -> dict[str, Any]:
     """What a process of its own would do, in this one: another Session, another job, other random states."""
     torch.set_num_threads(1)
@@ -183,7 +183,7 @@ def test_interruptions_lie_within_the_training_and_are_as_many_as_asked_for(
 # --- the verdict, with links in this process
 
 
-def in_this_process(plan: Plan, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
+def in_this_process(plan: Trial, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
     scramble(7 + start)
     torch.use_deterministic_algorithms(False)  # as it is in a process that begins
     link_module.main(root, name, start, NO_STOP if stop is None else stop)
@@ -213,7 +213,7 @@ def verdict_on(job: str, chunks: int = 2, **changes: Any) -> Verdict:
         pytest.param(plan_for("Averaged", precision="fp16", training_profiles=ONE_CYCLE), id="fp16, AdamW, one cycle"),
     ],
 )
-def test_a_job_whose_checkpoint_is_complete_is_exact(plan: Plan) -> None:
+def test_a_job_whose_checkpoint_is_complete_is_exact(plan: Trial) -> None:
     said: list[str] = []
     verdict = verify(plan, said.append, in_this_process)
     assert verdict.exact

@@ -30,7 +30,7 @@ OLD_S, YOUNG_S = gc.ORPHANED_S + 60, gc.ORPHANED_S - 60
 SCRIPT = [0.3, 0.5, 0.4, 0.6, 0.1, 0.2, 0.7]
 
 
-def collect(run: Run, dry_run: bool = False) -> gc.Report:
+def collect(run: Run, dry_run: bool = False) -> gc.CollectionReport:
     return gc.collect(run, dry_run, time.time())
 
 

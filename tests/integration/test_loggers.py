@@ -185,7 +185,7 @@ def test_a_full_disk_turns_a_logger_off_and_the_chunk_is_trained(
 
 def test_what_is_no_logger_is_refused_at_launch() -> None:
     with pytest.raises(JobSpecError, match="loggers: 'not_there:Mine': not_there can't be imported"):
-        user_job.check(Settings.model_validate(settings("not_there:Mine")), [])
+        user_job.check_job(Settings.model_validate(settings("not_there:Mine")), [])
 
 
 # --- a user's own
@@ -197,7 +197,7 @@ def test_the_example_of_the_docs_is_a_logger(tmp_path: Path, monkeypatch: pytest
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     (tmp_path / "my_module.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    user_job.check(Settings.model_validate(settings("my_module:MyLogger")), [str(tmp_path)])
+    user_job.check_job(Settings.model_validate(settings("my_module:MyLogger")), [str(tmp_path)])
     job = Job(tmp_path, "my_module:MyLogger")
     (tmp_path / "logs").mkdir()
     job.train(work(tmp_path))

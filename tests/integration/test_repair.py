@@ -29,7 +29,7 @@ from orchestrator.files import checkpoints
 from orchestrator.leaderboard.engine import is_damage
 from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP
 from orchestrator.records import Candidate, EpochResult, Started
-from orchestrator.run.repair import Report, repair
+from orchestrator.run.repair import RepairReport, repair
 from orchestrator.run.run import Run
 from tests.integration.test_local_chains import processes_of, until
 from tests.invariants import violations
@@ -50,7 +50,7 @@ def orch(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> su
     )  # fmt: skip
 
 
-def repaired(folder: Path, dry_run: bool = False, force: bool = False) -> Report:
+def repaired(folder: Path, dry_run: bool = False, force: bool = False) -> RepairReport:
     return repair(folder, dry_run, force, time.time())
 
 

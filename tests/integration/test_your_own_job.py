@@ -18,12 +18,12 @@ import torch
 from jobs.data import randomness
 from jobs.errors import JobError
 from jobs.job import ChunkContext, ChunkInterrupted, ChunkResult, Job, JobContext
-from jobs.training.opening import check, has_own_loop, load_job, open_session
+from jobs.training.opening import check_job, has_own_loop, load_job, open_session
 from jobs.training.own_loop import OwnLoop
 from jobs.training.session import Session
 from jobs.training.states import export, read
 from jobs.verify_resume.exactness import first_difference
-from jobs.verify_resume.link import Plan, open_short
+from jobs.verify_resume.link import Trial, open_short
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
@@ -92,7 +92,7 @@ def test_every_settings_block_is_valid() -> None:
     for body in [body for language, body in BLOCKS if language == "json"]:
         given = json.loads(body)
         profile = given if "learning_rate" in given else given["training_profiles"][0]
-        check(settings("jobs.digits:Digits", training_profiles=[profile]))
+        check_job(settings("jobs.digits:Digits", training_profiles=[profile]))
 
 
 # --- other libraries: modules that are called as theirs are stand in for them, for they need not be installed
@@ -196,7 +196,7 @@ def test_jobs_of_other_libraries_train_as_the_page_shows_them(
         (folder / f"{name}.py").write_text(text)
     rate = {"name": "one", "learning_rate": 0.05, "optimizer": optimizer}
     given = settings(f"theirs:{job}", training_profiles=[rate])
-    assert check(given) == []
+    assert check_job(given) == []
     one = open_session(given, cores=1)
     work = Work(Profile(**given["training_profiles"][0]), 8, seed=1, repeat=0, parent=None, suspended=None)
     result = one.train(work, lambda: False, lambda _epoch: None)
@@ -387,7 +387,7 @@ def test_an_observer_is_told_of_epochs(tmp_path: Path) -> None:
 
 
 def test_steps_of_an_own_loop_can_t_be_counted_by_verify_resume() -> None:
-    plan = Plan(
+    plan = Trial(
         settings(f"{__name__}:Walk"), [], 1, "cpu", chunks=1, epochs_per_chunk=1, steps_per_epoch=2, interruptions=1
     )
     with pytest.raises(JobError, match="it has a loop of its own"):

@@ -721,7 +721,7 @@ def test_a_tally_survives_json():
 NEEDS = two_node.Needs(settings(), "#!/bin/sh\n", (), None, gpu=True)
 
 
-def report(task: int, **changes: Any) -> node.Report:
+def report(task: int, **changes: Any) -> node.NodeReport:
     values = {
         "task": task,
         "host": f"n{task + 1}",
@@ -736,10 +736,10 @@ def report(task: int, **changes: Any) -> node.Report:
         "python": {"python": "3.11.7", "versions": VERSIONS, "built_for_cuda": "12.4", "gpus": ["H200"], "error": None},
         "done": True,
     }
-    return node.Report(**(values | changes))
+    return node.NodeReport(**(values | changes))
 
 
-def outcome(first: dict[str, Any] | None, second: dict[str, Any] | None, **changes: Any) -> two_node.Outcome:
+def outcome(first: dict[str, Any] | None, second: dict[str, Any] | None, **changes: Any) -> two_node.TestOutcome:
     reports = (
         None if first is None else report(0, **first),
         None if second is None else report(1, **{"python": None} | second),
@@ -752,7 +752,7 @@ def outcome(first: dict[str, Any] | None, second: dict[str, Any] | None, **chang
         "came_back": ("", ""),
         "ended": "COMPLETED",
     }
-    return two_node.Outcome(**(values | changes))
+    return two_node.TestOutcome(**(values | changes))
 
 
 REFUSED = {"taken": False, "said": "sbatch: error: Access/permission denied"}

@@ -15,7 +15,7 @@ from orchestrator.cluster.probe import ProbeJob
 from orchestrator.cluster.slurm import GONE, WAITING, WORKING, SlurmCluster, judge, queue, read_queue, run_slurm
 from orchestrator.doctor import limits, slurm_facts
 from orchestrator.doctor.partition import max_minutes, need_of, read_config, read_nodes, read_pairs
-from orchestrator.records import Evidence, Job, JobState
+from orchestrator.records import ChainJob, Evidence, JobState
 from orchestrator.settings.settings import Settings
 from orchestrator.worker.job_main import job_main
 from tests.fuzzing import ODD_TEXT, examples
@@ -26,8 +26,8 @@ SETTINGS = Settings.model_validate(
 )
 
 
-def job(cluster_id: str = "7_0") -> Job:
-    return Job(job_id=1, worker_id=0, link=0, token=f"{BASE}-0", state=JobState.RUNNING, cluster_id=cluster_id)
+def job(cluster_id: str = "7_0") -> ChainJob:
+    return ChainJob(job_id=1, worker_id=0, link=0, token=f"{BASE}-0", state=JobState.RUNNING, cluster_id=cluster_id)
 
 
 states = st.sampled_from(sorted(GONE | WORKING | WAITING | {"COMPLETING", "REVOKED", "NEW_IN_SLURM_99", "RUNNI", ""}))

@@ -15,7 +15,7 @@ from jobs.data import images
 from jobs.errors import JobError
 from jobs.job import JobContext
 from jobs.lenet5 import LeNet5
-from jobs.training.opening import check
+from jobs.training.opening import check_job
 from orchestrator.records import Profile
 from orchestrator.settings.loading import load
 
@@ -80,7 +80,7 @@ def test_a_launch_takes_the_options_of_the_default_optimizer_and_no_others(
     changes = {"training_source_dir": str(tmp_path), "training_profiles": [PROFILE | {"optimizer_options": options}]}
     settings, _ = load(ROOT / "settings/lenet5_constant.json", **changes)
     with pytest.raises(JobError, match=message) if message else nullcontext():
-        check(settings.model_dump(mode="json"))
+        check_job(settings.model_dump(mode="json"))
 
 
 @pytest.mark.parametrize("shift", [0, 2])

@@ -362,7 +362,7 @@ def test_an_extra_that_is_not_installed_is_an_error_that_says_how(
 ) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda package: None)
     with pytest.raises(JobError) as caught:
-        choice.check([name])
+        choice.check_loggers([name])
     assert str(caught.value) == (
         f"loggers: {name!r} needs the package {name}, which is not installed here. Say: pip install {install}; or take "
         f'{name!r} out of "loggers"'
@@ -380,7 +380,7 @@ def test_an_extra_that_is_not_installed_is_an_error_that_says_how(
 )
 def test_what_is_no_logger_is_an_error_that_says_why(name: str, problem: str) -> None:
     with pytest.raises(JobError) as caught:
-        choice.check(["tensorboard", name])
+        choice.check_loggers(["tensorboard", name])
     assert problem in str(caught.value)
 
 

@@ -106,14 +106,14 @@ def test_what_needs_no_gradient_is_left_out_with_groups_that_are_empty_then() ->
 )
 def test_what_is_wrong_is_one_clear_error(given: Profile, message: str) -> None:
     with pytest.raises(JobError, match=message) as raised:
-        optimizers.check(given)
+        optimizers.check_optimizer(given)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay"])
 def test_the_profiles_own_numbers_are_no_options(option: str) -> None:
     with pytest.raises(JobError, match=f"{option!r} is no option of it"):
-        optimizers.check(Profile("p", 0.1, 0.9, 0.0, "SGD", {option: 0.5}))
+        optimizers.check_optimizer(Profile("p", 0.1, 0.9, 0.0, "SGD", {option: 0.5}))
 
 
 # --- steps

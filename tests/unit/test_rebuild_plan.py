@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import CheckpointError
-from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, Plan, Record, parse, plan
+from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, RebuildPlan, Record, parse, plan
 from orchestrator.records import Metric, Profile
 
 CYCLE = [Profile(name, 0.1, 0.9, 0.0) for name in ("a", "b", "c")]
@@ -35,11 +35,11 @@ def suspended(generation: int, parent: int | None = None, position: int = 0, **m
     return record(generation, None, parent, position, kind="suspended", **more)
 
 
-def planned(*records: Record, num_models: int = 2, metric: Metric = MAX, names: tuple[str, ...] = ()) -> Plan:
+def planned(*records: Record, num_models: int = 2, metric: Metric = MAX, names: tuple[str, ...] = ()) -> RebuildPlan:
     return plan(records, names, num_models, metric, CYCLE)
 
 
-def board(result: Plan) -> list[int]:
+def board(result: RebuildPlan) -> list[int]:
     return [c.record.generation for c in result.board]
 
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from orchestrator.messages import counted
 from orchestrator.records import (
+    ChainJob,
     Claim,
     Discard,
     Entry,
     Evidence,
     FoundAnew,
-    Job,
     JobState,
     Metric,
     Profile,
@@ -621,10 +621,10 @@ SUBMITTED_AT, NOW = 1000.0, 2000.0
 
 def job(
     job_id: int, worker_id: int, state: JobState, submitted_at: float | None = SUBMITTED_AT, after: int | None = None
-) -> Job:
+) -> ChainJob:
     cluster_id = None if state is JobState.SUBMITTING else str(100 + job_id)
     token = f"t{job_id}"
-    return Job(
+    return ChainJob(
         job_id, worker_id, job_id, token, state, cluster_id=cluster_id, submitted_at=submitted_at, after_job_id=after
     )
 

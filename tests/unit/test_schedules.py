@@ -284,17 +284,17 @@ def test_piecewise_linear_is_its_corners_and_between_two_of_them(
 )
 def test_what_is_wrong_is_one_clear_error(schedule: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message) as raised:
-        schedules.check(profile(schedule), ACCURACY)
+        schedules.check_schedule(profile(schedule), ACCURACY)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("schedule", [None, *(case[0] for case in CASES)], ids=str)
 def test_what_is_right_passes_the_check(schedule: dict[str, Any] | None) -> None:
-    schedules.check(profile(schedule), ACCURACY)
+    schedules.check_schedule(profile(schedule), ACCURACY)
 
 
 def test_a_plateau_may_say_the_mode_that_the_metric_has() -> None:
-    schedules.check(profile({"name": "ReduceLROnPlateau", "mode": "min"}), Metric("loss", "min"))
+    schedules.check_schedule(profile({"name": "ReduceLROnPlateau", "mode": "min"}), Metric("loss", "min"))
 
 
 class LambdaLR(Halving):
@@ -302,9 +302,9 @@ class LambdaLR(Halving):
 
 
 def test_a_user_s_own_class_may_have_the_name_of_one_of_torch_s() -> None:
-    schedules.check(profile({"name": f"{__name__}:LambdaLR"}), ACCURACY)
+    schedules.check_schedule(profile({"name": f"{__name__}:LambdaLR"}), ACCURACY)
 
 
 def test_one_cycle_needs_an_optimizer_with_momentum() -> None:
     with pytest.raises(JobError, match="schedule OneCycleLR: optimizer must support momentum"):
-        schedules.check(profile({"name": "OneCycleLR", "epochs": 3}, "Adagrad"), ACCURACY)
+        schedules.check_schedule(profile({"name": "OneCycleLR", "epochs": 3}, "Adagrad"), ACCURACY)
