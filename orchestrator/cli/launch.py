@@ -103,7 +103,9 @@ def _disk(settings: Settings, folder: Path) -> float | None:
     from orchestrator.files import disk_budget
     from orchestrator.worker.user_job import checkpoint_bytes
 
-    needed_gb, lines = disk_budget.demand(settings, checkpoint_bytes(settings), folder)
+    needed_gb, lines = disk_budget.demand(
+        settings.num_models, settings.workers, settings.max_disk_gb, checkpoint_bytes(settings), folder
+    )
     for line in lines:
         print(line, file=sys.stderr)
     return needed_gb

@@ -13,7 +13,6 @@ from orchestrator.errors import NoSpaceError, SettingsError
 from orchestrator.files import checkpoints
 from orchestrator.messages import counted
 from orchestrator.rules import collecting
-from orchestrator.settings.settings import Settings
 
 GB = 1e9
 
@@ -90,7 +89,9 @@ def gb(size_bytes: float) -> str:
 # --- before a launch
 
 
-def demand(settings: Settings, checkpoint_bytes: int | str, folder: Path) -> tuple[float | None, list[str]]:
+def demand(
+    num_models: int, workers: int, budget_gb: float | None, checkpoint_bytes: int | str, folder: Path
+) -> tuple[float | None, list[str]]:
     """About how many GB the run's checkpoints will take, None where a checkpoint's size is unknown (checkpoint_bytes
     says why); and lines to tell the user. folder: of the run, which need not be there.
 
@@ -98,14 +99,14 @@ def demand(settings: Settings, checkpoint_bytes: int | str, folder: Path) -> tup
     """
     if isinstance(checkpoint_bytes, str):
         return None, [f"disk: unknown, since {checkpoint_bytes}"]
-    count = collecting.checkpoints_at_most(settings.num_models, settings.workers)
+    count = collecting.checkpoints_at_most(num_models, workers)
     wanted = count * checkpoint_bytes
     each = f"about {gb(checkpoint_bytes)} GB each"
     lines = [f"disk: about {gb(wanted)} GB at most, for {counted(count, 'checkpoint')} of {each}"]
-    if settings.max_disk_gb is not None and settings.max_disk_gb * GB < wanted:
+    if budget_gb is not None and budget_gb * GB < wanted:
         raise SettingsError(
-            f"max_disk_gb: {settings.max_disk_gb:g} is less than what the run needs, about {gb(wanted)}: {count} "
-            f"checkpoints ({settings.num_models} on the board, 2 for each of {counted(settings.workers, 'worker')}) of "
+            f"max_disk_gb: {budget_gb:g} is less than what the run needs, about {gb(wanted)}: {count} "
+            f"checkpoints ({num_models} on the board, 2 for each of {counted(workers, 'worker')}) of "
             f"{each}. Allow more, or choose fewer models or workers"
         )
     free = shutil.disk_usage(_existing(folder)).free

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from jobs.imports import look_first_in
 from orchestrator.errors import DamagedCheckpointError, JobSpecError, RunError, StaleClaimError
 from orchestrator.files import checkpoints
 from orchestrator.files.atomic import publish
@@ -39,6 +38,8 @@ def test_models(
 
 def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
     """A function from a checkpoint's file to its metrics on the test set."""
+    from jobs.imports import look_first_in
+
     look_first_in(run.leaderboard.reader.run_row()["import_paths"])
     from jobs.errors import JobError
     from jobs.training.opening import open_session

@@ -14,7 +14,6 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jobs.imports import look_first_in
 from orchestrator.cluster.host import gpus, this_process
 from orchestrator.cluster.place import Place, this_place
 from orchestrator.files import permissions
@@ -131,6 +130,8 @@ def be_worker(run: OpenedRun, token: str, worker_id: int, stop: StopFlag, team: 
     if stop.reason:
         return Ending(f"stopped by {stop.reason} before it began")
     run = OpenedRun.opened(run.folder, job_main, JOB_CONNECTS_FOR_S)  # it may have been amended during the wait
+    from jobs.imports import look_first_in
+
     look_first_in(run.leaderboard.reader.run_row()["import_paths"])
     ahead = None
     if run.leaderboard.chains.wants_successor(worker_id, time.time(), run.settings.max_failures):  # there is work

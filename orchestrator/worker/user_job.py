@@ -14,7 +14,6 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.imports import look_first_in
 from orchestrator.errors import JobSpecError, OrchError
 from orchestrator.settings.settings import Settings
 
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
 def check_job(settings: Settings, import_paths: Sequence[str], download: bool = False) -> list[str]:
     """Import the job and let it check what it needs. Lines for the user. Raises JobSpecError."""
+    from jobs.imports import look_first_in
+
     look_first_in(import_paths)
     from jobs.errors import JobError
     from jobs.imports import brings_own_trainer

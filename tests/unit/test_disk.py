@@ -30,6 +30,10 @@ ROOT = Path(__file__).parents[2]
 STEM = "g{0:08d}-c{0:08d}"
 
 
+def demand(of: Settings, checkpoint_bytes: int | str, folder: Path) -> tuple[float | None, list[str]]:
+    return disk_budget.demand(of.num_models, of.workers, of.max_disk_gb, checkpoint_bytes, folder)
+
+
 def settings(**changes: Any) -> Settings:
     profiles = [{"name": "a", "learning_rate": 0.1}]
     return Settings.model_validate({"name": "run", "training_profiles": profiles} | changes)
@@ -120,7 +124,7 @@ def test_a_disk_that_takes_no_more_is_one_clear_error_and_nothing_is_left(
 
 
 def test_the_demand_counts_the_board_and_two_for_each_worker(tmp_path: Path) -> None:
-    needed, lines = disk_budget.demand(settings(num_models=5, workers=3), 10**6, tmp_path / "runs" / "run")
+    needed, lines = demand(settings(num_models=5, workers=3), 10**6, tmp_path / "runs" / "run")
     assert needed == pytest.approx(0.011)
     assert lines == ["disk: about 0.0110 GB at most, for 11 checkpoints of about 0.00100 GB each"]
 
@@ -128,19 +132,19 @@ def test_the_demand_counts_the_board_and_two_for_each_worker(tmp_path: Path) -> 
 def test_a_budget_that_is_less_than_the_demand_is_refused_with_both_figures(tmp_path: Path) -> None:
     small = settings(num_models=5, workers=3, max_disk_gb=0.01)
     with pytest.raises(SettingsError, match=r"^max_disk_gb: 0\.01 is less than what the run needs, about 0\.0110:"):
-        disk_budget.demand(small, 10**6, tmp_path)
-    assert disk_budget.demand(settings(num_models=5, workers=3, max_disk_gb=0.011), 10**6, tmp_path)[0] is not None
+        demand(small, 10**6, tmp_path)
+    assert demand(settings(num_models=5, workers=3, max_disk_gb=0.011), 10**6, tmp_path)[0] is not None
 
 
 def test_less_free_space_than_the_demand_is_a_warning(tmp_path: Path) -> None:
-    _, lines = disk_budget.demand(settings(), 10**17, tmp_path)
+    _, lines = demand(settings(), 10**17, tmp_path)
     assert lines[1].startswith(f"warning: {tmp_path} has ")
     assert lines[1].endswith(" GB free, less than the run needs")
 
 
 def test_where_a_checkpoint_s_size_is_unknown_it_says_so(tmp_path: Path) -> None:
     said = None, ["disk: unknown, since the job brings a trainer of its own"]
-    assert disk_budget.demand(settings(max_disk_gb=1e-9), "the job brings a trainer of its own", tmp_path) == said
+    assert demand(settings(max_disk_gb=1e-9), "the job brings a trainer of its own", tmp_path) == said
 
 
 # --- how large a checkpoint is

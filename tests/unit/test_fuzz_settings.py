@@ -75,7 +75,7 @@ def check_usable(settings: Settings, place: Path) -> None:
     assert thaw(freeze(settings)) == settings
     settings.policy(1)
     assert iso(time.time() + settings.total_lifetime)
-    disk_budget.demand(settings, 1000, place)
+    disk_budget.demand(settings.num_models, settings.workers, settings.max_disk_gb, 1000, place)
     asked = request(settings, None)
     need_of(asked, settings.gpus_per_worker)
     on_slurm = settings.model_copy(update={"executor": "slurm", "slurm_file": None})
