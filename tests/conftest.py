@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 
 from orchestrator.files import permissions
-from tests import postgres
-from tests.storage import Storage
+from tests.support import postgres
+from tests.support.storage import Storage
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ from orchestrator.worker.trainer import Ending
 from tests.crash.disk import VARIANTS, Disk, write_tree
 from tests.crash.mutations import MUTATIONS
 from tests.crash.world import World, dump
-from tests.invariants import violations
+from tests.support.invariants import violations
 
 OFF, COUNT, KILL, STOP, FAIL_ONCE, FAIL_ON = range(6)
 # What a call of this kind fails with, in turn; EROFS stays, the others pass.

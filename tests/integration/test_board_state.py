@@ -34,7 +34,7 @@ from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.leaderboard.moves import look
 from orchestrator.records import Candidate, ChainJob, Claim, EpochResult, Metric, Over, Started
 from orchestrator.settings.settings import Settings
-from tests.storage import Storage
+from tests.support.storage import Storage
 
 CYCLE = ["a", "b", "a", "c"]
 MAX_CHUNK_ATTEMPTS = 2

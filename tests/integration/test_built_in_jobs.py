@@ -21,8 +21,8 @@ from jobs.data import randomness
 from jobs.resnet18 import BREEDS
 from orchestrator.cli.main import main
 from orchestrator.run.run import Run
-from tests import curves, real_data
-from tests.invariants import violations
+from tests.support import curves, real_data
+from tests.support.invariants import violations
 
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")

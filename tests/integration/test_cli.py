@@ -32,9 +32,9 @@ from orchestrator.errors import JobSpecError
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
 from orchestrator.worker.user_job import check_job
-from tests.invariants import violations
-from tests.small_runs import make_run
-from tests.storage import Storage
+from tests.support.invariants import violations
+from tests.support.small_runs import make_run
+from tests.support.storage import Storage
 
 ORCH = Path(sys.executable).with_name("orch")
 

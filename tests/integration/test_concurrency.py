@@ -19,8 +19,8 @@ from orchestrator.files import checkpoints
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Claim, Started
 from orchestrator.settings.settings import Settings
-from tests import invariants
-from tests.storage import TABLES, Storage
+from tests.support import invariants
+from tests.support.storage import TABLES, Storage
 
 # A bound against starvation, far above what a busy machine needs for one round of all processes.
 PATIENCE_S = 10.0
@@ -37,7 +37,7 @@ from pathlib import Path
 import sqlalchemy
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Candidate, EpochResult
-from tests.storage import _do_not_wait_for_the_disk
+from tests.support.storage import _do_not_wait_for_the_disk
 
 folder, url, schema, jobs, seconds = json.loads(sys.argv[1])
 folder = Path(folder)

@@ -15,7 +15,7 @@ from jobs.training.session import Session
 from jobs.training.states import read
 from orchestrator.records import Finished, Interrupted, Profile, Work
 from orchestrator.settings.loading import load
-from tests import real_data
+from tests.support import real_data
 
 ROOT = Path(__file__).parents[2]
 SEED = 5  # of the founder

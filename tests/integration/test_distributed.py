@@ -13,7 +13,7 @@ import torch
 
 from jobs.training.distributed import dismiss
 from jobs.training.states import read
-from tests.integration.distributed import (
+from tests.support.distributed_jobs import (
     STEPS,
     Dicts,
     Noisy,

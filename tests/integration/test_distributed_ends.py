@@ -20,7 +20,7 @@ from jobs.training.distributed import dismiss, own_gpu
 from jobs.training.ranks import RankLostError, Ranks, meet
 from orchestrator.cluster import host
 from orchestrator.run.run import Run
-from tests.integration.distributed import (
+from tests.support.distributed_jobs import (
     AT_ONCE_S,
     ROOT,
     Unlucky,
@@ -31,7 +31,7 @@ from tests.integration.distributed import (
     team_of,
     train,
 )
-from tests.invariants import violations
+from tests.support.invariants import violations
 
 ORCH = Path(sys.executable).with_name("orch")
 

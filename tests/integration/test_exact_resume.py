@@ -37,7 +37,7 @@ TOTAL = CHUNKS * PER_CHUNK
 
 SETTINGS: dict[str, Any] = {
     "name": "resume",
-    "job": "tests.integration.resume_jobs:Noisy",
+    "job": "tests.support.resume_jobs:Noisy",
     "job_params": {"width": 2},
     "cores_per_worker": 1,
     "max_batch_size": 16,
@@ -52,7 +52,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def plan_for(job: str = "Noisy", chunks: int = CHUNKS, interruptions: int = 4, **changes: Any) -> Trial:
-    named = job if ":" in job else f"tests.integration.resume_jobs:{job}"
+    named = job if ":" in job else f"tests.support.resume_jobs:{job}"
     given = SETTINGS | {"job": named} | changes
     return Trial(
         settings=Settings.model_validate(given).model_dump(mode="json"),
@@ -353,7 +353,7 @@ def verify_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
     """`orch verify-resume` in a folder of its own: its exit code and its two outputs."""
     (tmp_path / "temporary").mkdir()
     (tmp_path / "work").mkdir()
-    shutil.copy(Path(__file__).with_name("resume_jobs.py"), tmp_path / "work" / "mine.py")
+    shutil.copy(Path(__file__).parents[2] / "tests" / "support" / "resume_jobs.py", tmp_path / "work" / "mine.py")
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

@@ -21,9 +21,9 @@ from orchestrator.run.launch import launch
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
 from tests.integration.test_local_chains import processes_of
-from tests.invariants import violations
-from tests.small_runs import CUT, ROOT, board_of, make_run, work
-from tests.storage import Storage
+from tests.support.invariants import violations
+from tests.support.small_runs import CUT, ROOT, board_of, make_run, work
+from tests.support.storage import Storage
 
 ORCH = Path(sys.executable).with_name("orch")
 OLD_S, YOUNG_S = gc.ORPHANED_S + 60, gc.ORPHANED_S - 60
@@ -243,7 +243,8 @@ def quick(folder: Path, **changes: Any) -> Path:
     file = folder / "quick.json"
     profiles = [{"name": "a", "learning_rate": 0.1}, {"name": "b", "learning_rate": 0.01}]
     settings = {
-        "job": "tests.slurm.quick:Quick", "job_params": {"seconds": 0.05}, "training_profiles": profiles, "workers": 2,
+        "job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.05}, "training_profiles": profiles,
+        "workers": 2,
         "num_models": 3, "eon_lifetime": 0.5, "total_lifetime": 300, "stop_after_stale_cycles": None,
         "stop_after_epochs": 40, "executor": "local", "max_failures": 50,
     }  # fmt: skip

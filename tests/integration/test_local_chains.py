@@ -21,7 +21,7 @@ from orchestrator.errors import OrchError
 from orchestrator.run.launch import launch as launch_run
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
-from tests.invariants import violations
+from tests.support.invariants import violations
 
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
@@ -57,7 +57,7 @@ DIGITS = ROOT / "settings/digits.json"
 def quick(tmp_path: Path) -> Path:
     """A settings file like digits.json, of a job that waits where others train."""
     file = tmp_path / "digits.json"
-    job = {"job": "tests.slurm.quick:Quick", "job_params": {"seconds": 0.1}}
+    job = {"job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.1}}
     file.write_text(json.dumps(json.loads(DIGITS.read_text()) | job))
     return file
 

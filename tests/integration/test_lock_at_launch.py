@@ -20,12 +20,12 @@ from orchestrator.locking.choice import Choice, record_path, write_record
 from orchestrator.locking.soft_lock import SoftLock
 from orchestrator.run.launch import launch
 from orchestrator.run.run import Run
-from tests.invariants import violations
+from tests.support.invariants import violations
 
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
 QUICK = {
-    "job": "tests.slurm.quick:Quick",
+    "job": "tests.support.quick_job:Quick",
     "job_params": {"seconds": 0.05},
     "num_models": 3,
     "training_profiles": [{"name": "a", "learning_rate": 0.1}, {"name": "b", "learning_rate": 0.01}],

@@ -23,8 +23,8 @@ from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Wo
 from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
 from orchestrator.worker import user_job
-from tests.curves import READERS, Curves, needed
 from tests.integration.test_local_chains import processes_of
+from tests.support.curves import READERS, Curves, needed
 
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")

@@ -20,8 +20,8 @@ from orchestrator.rules.succession import EXIT_GRACE_S, ORPHANED_GRACE_S
 from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
 from orchestrator.worker.mending import reconcile
-from tests.small_runs import make_run
-from tests.storage import Storage
+from tests.support.small_runs import make_run
+from tests.support.storage import Storage
 
 SETTINGS = Settings(name="run", training_profiles=[Profile(name="a", learning_rate=0.1)], executor="local")
 

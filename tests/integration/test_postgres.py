@@ -27,11 +27,11 @@ from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
 from orchestrator.worker.job_main import be_worker
 from orchestrator.worker.trainer import StopFlag
-from tests import postgres
 from tests.integration.test_local_chains import processes_of, until, working
-from tests.invariants import violations
-from tests.small_runs import make_run
-from tests.storage import Storage
+from tests.support import postgres
+from tests.support.invariants import violations
+from tests.support.small_runs import make_run
+from tests.support.storage import Storage
 
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
@@ -55,7 +55,8 @@ def settings_file(folder: Path, server: postgres.Postgres | None, **changes: Any
     file = folder / "quick.json"
     profiles = [{"name": "a", "learning_rate": 0.1}, {"name": "b", "learning_rate": 0.01}]
     settings = {
-        "job": "tests.slurm.quick:Quick", "job_params": {"seconds": 0.2}, "training_profiles": profiles, "workers": 2,
+        "job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.2}, "training_profiles": profiles,
+        "workers": 2,
         "num_models": 3, "eon_lifetime": 4, "total_lifetime": 300, "stop_after_stale_cycles": None,
         "stop_after_epochs": 40, "executor": "local", "max_failures": 50,
     }  # fmt: skip

@@ -32,9 +32,9 @@ from orchestrator.records import Candidate, EpochResult, Started
 from orchestrator.run.repair import RepairReport, repair
 from orchestrator.run.run import Run
 from tests.integration.test_local_chains import processes_of, until
-from tests.invariants import violations
-from tests.small_runs import CUT, ROOT, board_of, lose, make_run, opened, work
-from tests.storage import Storage
+from tests.support.invariants import violations
+from tests.support.small_runs import CUT, ROOT, board_of, lose, make_run, opened, work
+from tests.support.storage import Storage
 
 ORCH = Path(sys.executable).with_name("orch")
 SQLITE = Storage(None)
@@ -632,7 +632,8 @@ def launched(storage: Storage, tmp_path: Path) -> Iterator[Path]:
     """A run with two local workers that trains for real; all its processes are killed at the end."""
     profiles = [{"name": "a", "learning_rate": 0.1}, {"name": "b", "learning_rate": 0.01}]
     settings = {
-        "job": "tests.slurm.quick:Quick", "job_params": {"seconds": 0.1}, "training_profiles": profiles, "workers": 2,
+        "job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.1}, "training_profiles": profiles,
+        "workers": 2,
         "num_models": 3, "eon_lifetime": 3, "total_lifetime": 300, "stop_after_stale_cycles": None,
         "stop_after_epochs": 40, "executor": "local", "max_failures": 50,
     }  # fmt: skip

@@ -35,7 +35,7 @@ AS_ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not AS_ROOT, reason="only root can make files of another user")
 QUICK = {
     "name": "quick",
-    "job": "tests.slurm.quick:Quick",
+    "job": "tests.support.quick_job:Quick",
     "job_params": {"seconds": 0.05},
     "num_models": 2,
     "training_profiles": [{"name": "a", "learning_rate": 0.1}],
@@ -195,7 +195,7 @@ def as_nobody(script: str, *arguments: object) -> str:
     prologue = (
         "import os, sys, time, pathlib\n"
         "import orchestrator.worker.job_main, orchestrator.run.run, orchestrator.cluster.local\n"
-        "import submitit, sqlite3, sqlalchemy.dialects.sqlite.pysqlite, filelock, tests.slurm.quick\n"
+        "import submitit, sqlite3, sqlalchemy.dialects.sqlite.pysqlite, filelock, tests.support.quick_job\n"
         "from orchestrator.run.run import Run\n"
         "from orchestrator.errors import OrchError\n"
         "from orchestrator.files import permissions\n"

@@ -27,7 +27,7 @@ from jobs.verify_resume.link import Trial, open_short
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
-from tests.invariants import violations
+from tests.support.invariants import violations
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "your-own-job.md").read_text(encoding="utf-8")

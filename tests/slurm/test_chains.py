@@ -16,8 +16,8 @@ from devcluster import DevCluster
 from orchestrator.cluster.slurm import SlurmCluster
 from orchestrator.errors import ClusterUnreachableError, OrchError, SettingsError, SubmissionError
 from orchestrator.run.run import Run
-from tests.invariants import violations
-from tests.slurm.helpers import QUICK, ROOT, epochs, jobs, launch, over, settings, until, worked
+from tests.support.invariants import violations
+from tests.support.slurm_runs import QUICK, ROOT, epochs, jobs, launch, over, settings, until, worked
 
 
 def times_of(cluster: DevCluster, run: Run) -> dict[str, tuple[float, float]]:

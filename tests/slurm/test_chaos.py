@@ -18,8 +18,8 @@ import pytest
 from devcluster import DevCluster
 
 from orchestrator.run.run import Run
-from tests.invariants import violations
-from tests.slurm.helpers import epochs, jobs, launch, over, settings, until, worked
+from tests.support.invariants import violations
+from tests.support.slurm_runs import epochs, jobs, launch, over, settings, until, worked
 
 FAULTS = int(os.environ.get("ORCH_CHAOS_FAULTS", "12"))
 SEED = int(os.environ.get("ORCH_CHAOS_SEED", "1"))

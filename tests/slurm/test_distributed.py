@@ -13,11 +13,11 @@ import pytest
 from devcluster import DevCluster
 
 from orchestrator.run.run import Run
-from tests.invariants import violations
-from tests.slurm.helpers import epochs, jobs, launch, over, settings, until, worked
+from tests.support.invariants import violations
+from tests.support.slurm_runs import epochs, jobs, launch, over, settings, until, worked
 
 TWO_GPUS: dict[str, Any] = {
-    "job": "tests.integration.distributed:Watched",
+    "job": "tests.support.distributed_jobs:Watched",
     "gpus_per_worker": 2,
     "slurm": {"gpus": 2, "cpus": 1, "mem_gb": 1},
     "eon_lifetime": 200,

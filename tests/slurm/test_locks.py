@@ -8,8 +8,8 @@ import pytest
 from devcluster import DevCluster
 
 from orchestrator.doctor.examine import examine
-from tests.invariants import violations
-from tests.slurm.helpers import QUICK, jobs, launch, over, settings, until
+from tests.support.invariants import violations
+from tests.support.slurm_runs import QUICK, jobs, launch, over, settings, until
 
 
 def test_chains_of_jobs_share_the_soft_lock_that_was_chosen_at_launch(cluster: DevCluster, tmp_path):

@@ -12,8 +12,8 @@ import psutil
 import pytest
 from devcluster import DevCluster
 
-from tests.invariants import violations
-from tests.slurm.helpers import epochs, jobs, launch, over, settings, until, worked
+from tests.support.invariants import violations
+from tests.support.slurm_runs import epochs, jobs, launch, over, settings, until, worked
 
 WORKERS = 8
 LINKS = int(os.environ.get("ORCH_LINKS", "4"))

@@ -7,7 +7,7 @@ import stat
 
 from devcluster import DevCluster
 
-from tests.slurm.helpers import launch, over, settings, until
+from tests.support.slurm_runs import launch, over, settings, until
 
 
 def test_job_logs_and_pickles_are_the_user_s_alone(cluster: DevCluster, tmp_path):

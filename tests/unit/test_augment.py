@@ -32,7 +32,7 @@ from jobs.data.augment import (
 )
 from jobs.data.images import cifar10
 from jobs.errors import JobError
-from tests.real_data import cifar10_root
+from tests.support.real_data import cifar10_root
 
 DRAWS = 4000
 

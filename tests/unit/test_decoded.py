@@ -28,7 +28,7 @@ from jobs.data.decode_cache import Decoded, decoded
 from jobs.data.decoded import DecodedFeed, DecodedImages
 from jobs.data.images import ImageFeed
 from jobs.errors import JobError
-from tests.real_data import pets_root
+from tests.support.real_data import pets_root
 
 CPU = torch.device("cpu")
 SIZE = 20  # the shorter side

@@ -212,7 +212,7 @@ def test_a_model_that_needs_its_values_is_made_on_the_cpu() -> None:
 
 
 def test_a_job_with_a_trainer_of_its_own_has_an_unknown_size() -> None:
-    unknown = user_job.checkpoint_bytes(settings(job="tests.slurm.quick:Quick"))
+    unknown = user_job.checkpoint_bytes(settings(job="tests.support.quick_job:Quick"))
     assert unknown == "the job brings a trainer of its own"
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.cli.main import main
-from tests.fuzzing import SECRET, examples
+from tests.support.fuzzing import SECRET, examples
 
 LOOKING = ("status", "leaderboard", "runs")
 COMMANDS = (

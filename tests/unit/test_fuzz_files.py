@@ -23,7 +23,7 @@ from orchestrator.locking.proof import LOCKS
 from orchestrator.locking.soft_lock import HeldError, SoftLock
 from orchestrator.records import Metric, Profile
 from orchestrator.rules import collecting
-from tests.fuzzing import ODD_TEXT, examples, json_values, mutate, odd_scalars, to_json
+from tests.support.fuzzing import ODD_TEXT, examples, json_values, mutate, odd_scalars, to_json
 
 CYCLE = [Profile(name, 0.1, 0.9, 0.0) for name in ("a", "b", "c")]
 FIELDS = (*Record.model_fields, "unknown")

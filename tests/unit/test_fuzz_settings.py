@@ -29,7 +29,7 @@ from orchestrator.records import Profile
 from orchestrator.settings.loading import AMENDABLE, amend, difference, freeze, load, thaw
 from orchestrator.settings.settings import Settings, SlurmSettings
 from orchestrator.worker.job_main import job_main
-from tests.fuzzing import ODD_TEXT, SECRET, VERBATIM, examples, json_values, mutate, odd_scalars, to_json
+from tests.support.fuzzing import ODD_TEXT, SECRET, VERBATIM, examples, json_values, mutate, odd_scalars, to_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "settings"
 BASES = [json.loads((FOLDER / f"{name}.json").read_text()) for name in ("part1", "part3", "digits")]

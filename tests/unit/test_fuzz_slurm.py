@@ -18,7 +18,7 @@ from orchestrator.doctor.partition import max_minutes, need_of, read_config, rea
 from orchestrator.records import ChainJob, Evidence, JobState
 from orchestrator.settings.settings import Settings
 from orchestrator.worker.job_main import job_main
-from tests.fuzzing import ODD_TEXT, examples
+from tests.support.fuzzing import ODD_TEXT, examples
 
 BASE = "0123456789abcdef"
 SETTINGS = Settings.model_validate(

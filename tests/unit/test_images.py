@@ -28,7 +28,7 @@ from jobs.training.ranks import Ranks
 from jobs.training.session import Session
 from orchestrator.records import Finished, Interrupted, Profile, Work
 from orchestrator.settings.settings import Settings
-from tests.real_data import cifar10_root, mnist_root
+from tests.support.real_data import cifar10_root, mnist_root
 
 CPU = torch.device("cpu")
 COUNT, BATCH = 67, 8

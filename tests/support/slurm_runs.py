@@ -13,7 +13,7 @@ from orchestrator.settings.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 QUICK: dict[str, Any] = {
-    "job": "tests.slurm.quick:Quick",
+    "job": "tests.support.quick_job:Quick",
     "executor": "slurm",
     "num_models": 4,
     "training_profiles": [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack.py"
+UNPACK = Path(__file__).resolve().parents[3] / "shared" / "data" / "unpack.py"
 CACHE = Path(tempfile.gettempdir()) / f"orch-test-data-{os.getuid()}"
 
 

@@ -20,9 +20,9 @@ from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
 from orchestrator.worker.loop import JobLoop
 from orchestrator.worker.trainer import Ending, StopFlag
-from tests.storage import Storage, _do_not_wait_for_the_disk
+from tests.support.storage import Storage, _do_not_wait_for_the_disk
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CUT = "cut"  # instead of a score: the chunk is interrupted
 CYCLE = ["a", "b", "a", "c"]
 
