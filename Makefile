@@ -4,16 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-long lint cluster-up cluster-down chaos crashes fuzz three-days bench clean
+.PHONY: help install demo test test-quick test-long lint wheel cluster-up cluster-down chaos crashes fuzz three-days bench clean
 
 help:
-	@echo "make demo          train the digits population with 2 local workers, and test its models"
-	@echo "make test          style, types and the tests (make test-long: those that wait for minutes)"
-	@echo "make install       the virtual environment alone"
-	@echo "make cluster-up    a real Slurm cluster on this machine (cluster-down ends it)"
+	@echo "make demo          train handwritten digits with 2 local workers, and test the best models"
+	@echo "make test          style, types and all tests but the long ones; COVERAGE=1: with a floor on coverage"
+	@echo "make test-quick    the unit tests and one run from launch to export, for the everyday loop (about a minute)"
+	@echo "make test-long     the tests that wait for minutes"
+	@echo "make lint          style and types"
+	@echo "make install       the virtual environment only"
+	@echo "make wheel         build the wheel and try it in an environment of its own"
+	@echo "make cluster-up    start a real Slurm cluster on this machine; make cluster-down ends it"
 	@echo "make chaos         minutes of faults against a run on such a cluster"
-	@echo "make crashes       every fault at every call of a job that changes a file (minutes)"
-	@echo "make fuzz          odd input of every kind, other each time (minutes)"
+	@echo "make crashes       every fault at every file operation of a job (minutes)"
+	@echo "make fuzz          random input of every kind (minutes)"
 	@echo "make three-days    864 jobs in 8 chains on such a cluster"
 	@echo "make bench         the benchmarks; each writes JSON"
 
@@ -37,11 +41,24 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# CI sets COVERAGE=1. Jobs are processes of their own; the tests that kill them lose what those had covered.
+COVERED := $(if $(COVERAGE),--cov --cov-report=term --cov-fail-under=85)
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long" $(COVERED)
+
+test-quick: install
+	$(BIN)/python -m pytest -q -n 2 -m quick
 
 test-long: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long
+
+wheel: install
+	rm -rf dist build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel dist/*.whl
+	cd build && PYTHONPATH=wheel ../$(BIN)/python -c 'import orchestrator.cli.main, jobs.digits; \
+		assert orchestrator.__file__.startswith("$(CURDIR)/build"), orchestrator.__file__'
 
 bench: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,bench]'
@@ -67,4 +84,4 @@ three-days: install
 	ORCH_LINKS=108 $(BIN)/python -m pytest tests/slurm/test_three_days.py -s
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
