@@ -41,7 +41,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# CI sets COVERAGE=1. Jobs are processes of their own; the tests that kill them lose what those had covered.
+# CI sets COVERAGE=1. What jobs run in processes of their own is not counted.
 COVERED := $(if $(COVERAGE),--cov --cov-report=term --cov-fail-under=85)
 
 test: lint

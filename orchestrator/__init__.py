@@ -1,3 +1,3 @@
 """orch: a Slurm-native, coordinator-free population trainer."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
