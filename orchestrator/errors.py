@@ -9,7 +9,7 @@ OrchError                       what every caller may catch; `orch` prints it an
 ├── CheckpointError             a checkpoint can't be used or written
 │   ├── DamagedCheckpointError  the file is missing or its bytes have changed
 │   └── NoSpaceError            the run's disk budget has no room for it
-├── SubmissionError             the cluster did not take the jobs; its `refusal` says of which kind
+├── SubmissionError             the cluster did not take the jobs; its `refusal` gives the reason
 │   ├── NoRoomError             a submit limit has no room for more jobs now
 │   └── ClusterUnreachableError the cluster does not answer
 └── JobSpecError                the user's job class can't be imported or lacks something

@@ -204,7 +204,7 @@ def test_a_run_folder_that_lost_both_its_files_says_how_to_get_it_back(tmp_path:
     for command in (("launch", file), ("status", "quick"), ("repair", "quick")):
         code, _, said = orch_here(tmp_path, *command)
         assert code == 2
-        assert "runs/quick is not a run: it has neither settings.json nor orch.db, but checkpoints." in said
+        assert "runs/quick is not a run: it has neither settings.json nor orch.db, but it has checkpoints." in said
         assert "`orch repair quick`" in said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,23 @@ from orchestrator.locking.choice import Choice, decide, lock_of, read_record, re
 from orchestrator.locking.flock import FairFileLock
 from orchestrator.locking.mounts import mount_of
 from orchestrator.locking.soft_lock import SoftLock
+from orchestrator.records import LockKind
 
 ONE, SEVERAL = False, True
-HOLD = {"flock": "", "soft": ""}
-NO_LINKS = {"flock": "", "soft": "hard links unavailable"}
-NO_FLOCK = {"flock": "7 of 50 updates under it were lost", "soft": ""}
-NOTHING = {"flock": "7 of 50 updates under it were lost", "soft": "hard links unavailable"}
+Problems = Mapping[LockKind, str | None]
+HOLD: Problems = {"flock": None, "soft": None}
+NO_LINKS: Problems = {"flock": None, "soft": "hard links unavailable"}
+NO_FLOCK: Problems = {"flock": "7 of 50 updates under it were lost", "soft": None}
+NOTHING: Problems = {"flock": "7 of 50 updates under it were lost", "soft": "hard links unavailable"}
 
 
-def decided(fstype: str, options: str, several: bool, wanted: str = "auto", proofs: dict[str, str] = HOLD) -> str:
+def decided(fstype: str, options: str, several: bool, wanted: str = "auto", proofs: Problems = HOLD) -> str:
     """The kind, or the refusal's text."""
     line = f"36 25 0:40 / /runs rw,relatime shared:1 - {fstype} server:/runs {options}"
-    choice = decide(mount_of(line, "/runs/a"), several, wanted, proofs)
-    return choice if isinstance(choice, str) else choice.kind
+    try:
+        return decide(mount_of(line, "/runs/a"), several, wanted, proofs.__getitem__).kind
+    except LockError as error:
+        return str(error)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +105,7 @@ def test_a_refusal_names_the_mount_and_what_else_can_be_done(several, wanted, pr
 
 
 def test_where_the_kernel_names_no_mount_the_proof_alone_decides():
-    assert decide(None, ONE, "auto", HOLD) == Choice("soft", "proven on this file system")
+    assert decide(None, ONE, "auto", HOLD.__getitem__) == Choice("soft", "proven on this file system")
 
 
 # --- kept with the run -------------------------------------------------------------------------------
