@@ -31,7 +31,7 @@ from orchestrator.locking.soft_lock import SoftLock
 from orchestrator.records import LockKind
 
 Counted = Literal["lock", "database"]
-Access = tuple[Callable[[], int], Callable[[int], None]]  # read and write the number, while the lock is held
+Access = tuple[Callable[[], int], Callable[[int], object]]  # read and write the number, while the lock is held
 LOCKS: Mapping[LockKind, type[FairFileLock] | type[SoftLock]] = {"flock": FairFileLock, "soft": SoftLock}
 
 PAUSE_S = 0.001  # between reading and writing: without protection, another process writes in this time

@@ -18,7 +18,7 @@ from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.locking import choice
 from orchestrator.run.run import Run
 from orchestrator.settings import loading
-from orchestrator.settings.settings import Settings, is_server, new_schema
+from orchestrator.settings.settings import Settings, new_schema
 
 
 def launch(
@@ -38,7 +38,7 @@ def launch(
         raise RunError(
             f"{folder} exists already; launch again to go on with it" if is_run(folder) else without_its_files(folder)
         )
-    own_schema = is_server(settings.database) and settings.database_schema is None
+    own_schema = settings.uses_server and settings.database_schema is None
     if own_schema:
         settings = settings.model_copy(update={"database_schema": new_schema(settings.name)})
     building = folder.with_name(f".{folder.name}-{os.getpid()}")

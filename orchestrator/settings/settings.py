@@ -137,8 +137,17 @@ class Settings(Strict):
                 raise ValueError(f"two profiles are named {profile.name!r} but differ; a repeat must be the same")
         return profiles
 
+    @property
+    def uses_server(self) -> bool:
+        """Is the database a server? Then the tables need a schema, and no lock on a file."""
+        return self.database is not None and not self.database.startswith("sqlite")
+
+    @property
+    def data_folders(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(path for path in (self.training_source_dir, self.testing_source_dir) if path))
+
     def policy(self, version: int) -> Policy:
-        """What of it the leaderboard needs."""
+        """The part of the settings that the leaderboard needs."""
         return Policy(
             version=version,
             metric=self.metric,
@@ -180,10 +189,6 @@ def checked_database(url: str) -> str:
             "PGPASSWORD or in ~/.pgpass"
         )
     return url
-
-
-def is_server(database: str | None) -> bool:
-    return database is not None and not database.startswith("sqlite")
 
 
 def new_schema(run_name: str) -> str:
