@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.cluster.host import gpus
-from orchestrator.cluster.slurm import SlurmCluster
+from orchestrator.cluster.slurm import SlurmQueue
 from orchestrator.doctor import machine, node, partition, two_node
 from orchestrator.doctor.findings import Finding, Level
 from orchestrator.doctor.slurm_facts import SlurmFacts, ask_slurm, has_slurm
@@ -158,7 +158,7 @@ def _slurm(
         return [
             Finding("error", "slurm", f"not looked at, for nothing can be written beside the runs: {scratch}", do)
         ], two_node.NOT_TRIED
-    cluster = SlurmCluster(settings, scratch, node.main)
+    cluster = SlurmQueue(settings, scratch, node.main)
     try:
         facts = ask_slurm(cluster, settings.name, settings.workers)
     except SettingsError as error:

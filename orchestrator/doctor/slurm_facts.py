@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.cluster.probe import Answer, ask_sbatch, job_names
-from orchestrator.cluster.slurm import SlurmCluster, run_slurm
+from orchestrator.cluster.slurm import SlurmQueue, run_slurm
 from orchestrator.doctor.limits import Row, Standing, rows
 from orchestrator.doctor.partition import Node, read_config, read_nodes, read_pairs
 
@@ -52,7 +52,7 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def ask_slurm(cluster: SlurmCluster, run_name: str, workers: int) -> SlurmFacts:
+def ask_slurm(cluster: SlurmQueue, run_name: str, workers: int) -> SlurmFacts:
     """cluster: with the settings' request. Raises SettingsError if its slurm_file can't be read."""
     version = run_slurm(["sinfo", "--version"])
     config = read_config(run_slurm(["scontrol", "show", "config"]))

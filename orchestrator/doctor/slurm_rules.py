@@ -7,6 +7,7 @@ from orchestrator.doctor import limits
 from orchestrator.doctor.findings import Finding
 from orchestrator.doctor.partition import Need, judge_partition, judge_working_time
 from orchestrator.doctor.slurm_facts import SlurmFacts
+from orchestrator.errors import Refusal
 
 
 def judge_slurm(
@@ -54,7 +55,7 @@ def _judge_answer(facts: SlurmFacts, asked: Request, workers: int) -> Finding:
     assert facts.answer is not None, "asked before it is judged"
     if facts.answer.taken:
         return Finding("ok", "submission", f"sbatch --test-only takes the run's jobs: {workers} of them")
-    if facts.answer.unreachable:
+    if facts.answer.refusal is Refusal.UNREACHABLE:
         return Finding("error", "slurm", f"Slurm does not answer: {facts.answer.said}", "try again; `scontrol ping`")
     what = f"sbatch --test-only refuses the run's jobs. {advice(facts.answer.said, asked, workers)}"
     return Finding("error", "submission", what, "change the settings as said, and look again")

@@ -12,12 +12,11 @@ from pathlib import Path
 from types import FrameType
 
 from orchestrator.cluster.probe import Answer, ProbeJob, ProbeState, probe_job
-from orchestrator.cluster.sbatch import is_no_room
 from orchestrator.doctor import locks, node
 from orchestrator.doctor.findings import Finding
 from orchestrator.doctor.locks import judge_counts, lock_advice
 from orchestrator.doctor.machine import PythonFacts, judge_python
-from orchestrator.errors import LeaderboardError, OrchError, SubmissionError
+from orchestrator.errors import LeaderboardError, OrchError, Refusal, SubmissionError
 from orchestrator.files.run_folder import DATABASE_NAME
 from orchestrator.locking import proof
 from orchestrator.locking.choice import Choice, write_record
@@ -29,8 +28,6 @@ TIME_MIN = 10  # the job's limit, where the partition allows it; it needs about 
 POLL_S = 1.0
 OVER_S = 90.0  # Slurm takes a while to end a job after its limit
 APPEAR_S = 70.0  # for a job's last files to appear here: attribute caches of NFS are up to a minute old
-# sbatch's words where a job may not have two nodes.
-TOO_MANY_NODES = ("Node count specification invalid", "Requested node configuration is not available", "node count")
 # Slurm's reasons for a job that waits for ever as it is.
 HOPELESS = (
     "PartitionDown", "PartitionInactive", "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints",
@@ -97,7 +94,7 @@ def prove(needs: Needs, scratch: Path, nodes_there: int, time_min: int | None, w
         try:
             outcome = _run(needs, scratch, nodes, limit_min, wait_s, say)
         except SubmissionError as error:
-            if nodes == 1 or not any(words in str(error) for words in TOO_MANY_NODES):
+            if nodes == 1 or error.refusal is not Refusal.TOO_MANY_NODES:
                 raise
             what = f"a job on two nodes is refused, so one node was tried: {error}"
             do = "use a slurm.partition, qos or account that allows two nodes for the test"
@@ -111,7 +108,10 @@ def prove(needs: Needs, scratch: Path, nodes_there: int, time_min: int | None, w
 
 def _run(needs: Needs, scratch: Path, nodes: int, limit_min: int, wait_s: float, say: Say) -> TestOutcome:
     _prepare(needs, scratch, limit_min)
-    with _ended_by_sigterm(), probe_job(needs.settings, scratch, node.main, nodes, 2, limit_min, wait_s) as job:
+    with (
+        _ended_by_sigterm(),
+        probe_job(needs.settings, scratch, node.main, nodes=nodes, tasks=2, time_min=limit_min, wait_s=wait_s) as job,
+    ):
         say(f"job {job.cluster_id} is queued: {nodes} nodes, {limit_min} min at most; Ctrl-C cancels it")
         last, stopped = _wait(job, limit_min, wait_s, say)
     return _collect(needs, scratch, nodes, last, stopped)
@@ -278,7 +278,7 @@ def _submission(reports: Sequence[node.NodeReport], refused_here: bool) -> list[
         if not answer.taken and refused_here:
             what = "whether jobs can queue their successors is not known: sbatch refuses these jobs here, too"
             return [Finding("note", topic, what, "change the settings so that they are taken, and test again")]
-        if not answer.taken and not is_no_room(answer.said):
+        if answer.refusal not in (None, Refusal.NO_ROOM):
             what = f"a job on {report.host} can't queue its successor: {answer.said[-300:]}"
             return [Finding("warning", topic, what, keep)]
         if not report.squeue:
