@@ -36,7 +36,7 @@ def resume(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
     for line in opened.resume(time.time()):
         print(line)
     status = opened.status()
-    if opened.cluster.chains and not has_jobs(status):
+    if opened.queue.chains and not has_jobs(status):
         reasons = {worker["outcome"] for worker in status["workers"] if worker["outcome"]}
         raise RunError(
             f"{opened.name} is active, but none of its workers has a job: {'; '.join(reasons) or 'none was taken'}. "

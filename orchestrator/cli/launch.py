@@ -75,7 +75,7 @@ def launch(
     for line in run.resume(time.time()) if existing else []:
         print(line, file=sys.stderr)
     workers_ = counted(run.settings.workers, "worker")
-    print(f"{run.name}: {workers_}, {run.cluster.name} executor, in {run.folder}", file=sys.stderr)
+    print(f"{run.name}: {workers_}, {run.queue.name} executor, in {run.folder}", file=sys.stderr)
     if loaded.executor == "inline":
         print(f"worker 0 ended: {run.work_inline().outcome}", file=sys.stderr)
     elif wait:
@@ -173,10 +173,10 @@ def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float
 def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
     """What sbatch is given, and what it costs at most."""
     from orchestrator.cluster.sbatch import gpu_count
-    from orchestrator.cluster.slurm import SlurmCluster
+    from orchestrator.cluster.slurm import SlurmQueue
     from orchestrator.worker.job_main import job_main
 
-    cluster = SlurmCluster(settings, folder.absolute(), job_main)
+    cluster = SlurmQueue(settings, folder.absolute(), job_main)
     gpus = cluster.request.options.get("gpus-per-node", settings.gpus_per_worker)
     return {
         "time_limit_min": cluster.request.time_min,
@@ -195,7 +195,7 @@ def _wait(run: Run, quiet: bool) -> None:
 
     console = Console(stderr=True, quiet=quiet)
     waiting = _Waiting(run, console)
-    look_every_s = 0.5 if run.cluster.name == "local" else 5.0  # a controller has other users
+    look_every_s = 0.5 if run.queue.name == "local" else 5.0  # a controller has other users
     answered_at = time.monotonic()
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:

@@ -54,8 +54,8 @@ def examine(
         findings += proof.findings
         findings += machine.judge_folder(folder)
         findings += machine.judge_locks(folder, several_nodes, settings.uses_server, proof.locks_hold)
-        if settings.database is not None and isinstance(scratch, Path):
-            findings.append(_judge_database(settings, runs_dir, scratch))
+        if settings.database is not None:
+            findings.append(_judge_database(settings, runs_dir))
     findings += [_judge_data(path) for path in settings.data_folders]
     findings += machine.judge_disk(folder)
     findings.append(machine.judge_home(machine.look_at_home()))
@@ -70,7 +70,7 @@ def _read_settings(file: Path | None) -> tuple[Settings, list[Finding]]:
     )
     if file is None:
         what = "no settings file is given: what follows is for a worker that asks for nothing"
-        return minimal, [Finding("note", "settings", what, "orch doctor settings/YOURS.json looks at what they ask for")]
+        return minimal, [Finding("note", "settings", what, "`orch doctor settings/YOURS.json` examines your settings")]
     try:
         settings, notes = load(file)
     except SettingsError as error:
@@ -139,13 +139,13 @@ def _room_for_test(wanted: object, facts: SlurmFacts) -> tuple[int, int]:
     return len(up), min((*limits, two_node.TIME_MIN))
 
 
-def _judge_database(settings: Settings, runs_dir: Path, scratch: Path) -> Finding:
+def _judge_database(settings: Settings, runs_dir: Path) -> Finding:
     """The database that the settings name. A file's own folder is not looked at."""
     url = str(settings.database)
     if not settings.uses_server:
         what = f"database {url} is a separate file; the locks that were tried are those in {runs_dir}"
         return Finding("note", "database", what, "give the folder of that file as --runs-dir to try its locks")
-    error = node.database_error(url, scratch)
+    error = node.database_error(url, runs_dir)
     if error is None:
         return Finding("ok", "database", "the database server answers")
     return Finding("error", "database", error, 'start the server, or correct "database"')

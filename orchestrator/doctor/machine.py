@@ -97,7 +97,7 @@ def nearest_folder(path: Path) -> Path:
 def look_at_folder(
     runs_dir: Path, scratch: Path | OSError, several_nodes: bool, wanted: WantedLock | None
 ) -> FolderFacts:
-    """scratch: a folder beside the runs, or why it can't be made. wanted: the settings' lock; None: no lock is needed."""
+    """scratch: a folder beside the runs, or why there is none. wanted: the settings' lock; None: no lock is needed."""
     folder = nearest_folder(runs_dir)
     lock, lock_error = None, None
     if isinstance(scratch, Path) and wanted is not None:

@@ -82,9 +82,7 @@ class FairFileLock:
     def release(self) -> None:
         if self._fd is not None:
             fd, self._fd = self._fd, None
-            fcntl.flock(
-                fd, fcntl.LOCK_UN
-            )  # closing is not enough if a forked child has it open, too
+            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough if a forked child has it open, too
             os.close(fd)
 
     def _leave_queue(self) -> None:

@@ -10,6 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+from orchestrator.cluster.protocol import JobQueue, ThisJob
+from orchestrator.files.run_folder import FOLDERS, SETTINGS_NAME
 from orchestrator.leaderboard import chains
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import (
@@ -30,7 +32,7 @@ from orchestrator.run.run import Run
 from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
 from orchestrator.worker.loop import JobLoop
-from orchestrator.worker.trainer import Ending, StopFlag
+from orchestrator.worker.trainer import Ending, StopFlag, Trainer
 
 STEPS, TICK_S, JOB_S, LIMIT_S = 8, 0.05, 2.0, 900.0
 BETWEEN_JOBS_S = 1000.0  # longer than a lease
@@ -43,7 +45,7 @@ SETTINGS = Settings.model_validate(
 )  # fmt: skip
 
 
-class Scripted:
+class Scripted(Trainer):
     """A trainer: every other chunk is better than its parent, the others are hopeless."""
 
     def __init__(self) -> None:
@@ -68,11 +70,10 @@ class Scripted:
         target.write(json.dumps(self.state).encode())
 
 
-class Queue:
+class Queue(JobQueue):
     """What Slurm knows, in a file elsewhere: a list of {"token", "state": queued, running or gone}."""
 
     name = "slurm"
-    chains = True
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -109,14 +110,9 @@ class Queue:
             self.mark(job.token, "gone")
         return []
 
-    def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
-        return {}
 
-    def back_to_queue(self, job: ChainJob) -> bool:
-        return False
-
-    def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
-        return
+class Job(ThisJob):
+    """The world's job: it works for JOB_S."""
 
     def working_s(self) -> float:
         return JOB_S
@@ -131,7 +127,7 @@ class Queue:
         return 1
 
     def token(self) -> str:
-        raise AssertionError("the world says which job it is")
+        raise AssertionError("the world gives the job its token")
 
     def identity(self) -> tuple[str, str]:
         return "c", "node"
@@ -163,16 +159,16 @@ class World:
 
     def open(self) -> Run:
         run = Run.open(self.run_folder)
-        run._cluster = self.queue
+        run._queue = self.queue
         return run
 
     def found(self) -> None:
         """A run with its first job in the queue."""
         self.run_folder.mkdir(parents=True, mode=0o700)
-        for part in ("checkpoints", "jobs", "logs"):
+        for part in FOLDERS:
             (self.run_folder / part).mkdir(mode=0o700)
         text = freeze(SETTINGS)
-        (self.run_folder / "settings.json").write_text(text)
+        (self.run_folder / SETTINGS_NAME).write_text(text)
         Leaderboard.create(self.run_folder, None, None, SETTINGS.name, text, [], self.now(), self.now() + 1e9)
         self.open().resume(self.now())
 
@@ -192,10 +188,7 @@ class World:
             return started
         self._watch(run.leaderboard)
         trainer = Scripted()
-        worker = JobLoop(
-            run.folder, run.settings, run.version, run.leaderboard, queue, lambda: trainer, clock, StopFlag()
-        )
-        ending = worker.run(started)
+        ending = JobLoop(run, Job(SETTINGS), lambda: trainer, clock, StopFlag()).work(started)
         queue.mark(token, "gone")
         return ending
 

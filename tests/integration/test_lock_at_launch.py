@@ -114,7 +114,7 @@ def test_a_flock_that_does_nothing_is_seen_before_the_run_starts(orch, tmp_path,
 def test_a_process_that_would_take_another_lock_does_not_open_the_run(tmp_path):
     run = launched(tmp_path, lock="soft")
     write_record(run.leaderboard.database.file, Choice("flock", "by hand"))
-    with pytest.raises(RunError, match="two kinds at once are none"):
+    with pytest.raises(RunError, match="mixing lock kinds gives no protection"):
         Run.open(run.folder)
     record_path(run.leaderboard.database.file).unlink()
     with pytest.raises(LockError, match="the soft lock was in use here"):

@@ -12,8 +12,8 @@ import pytest
 
 from orchestrator.cli import launch
 from orchestrator.cluster.host import host_name
-from orchestrator.cluster.inline import InlineCluster
-from orchestrator.cluster.local import LocalCluster
+from orchestrator.cluster.inline import InlineQueue
+from orchestrator.cluster.local import LocalQueue
 from orchestrator.errors import LeaderboardError
 from orchestrator.records import JobState, Profile, RunState, Started, Submitted
 from orchestrator.rules.succession import EXIT_GRACE_S, ORPHANED_GRACE_S
@@ -54,7 +54,7 @@ def test_a_job_that_does_not_end_after_its_last_word_is_killed_since_its_success
     chains.submitted([Submitted(started.successor.job_id, "2", me.pid, me.create_time(), host_name())])
     chains.end(started.job, "no time is left", False, now - since_s, 5)
 
-    reconcile(leaderboard, LocalCluster(SETTINGS, tmp_path, print), SETTINGS, now)
+    reconcile(leaderboard, LocalQueue(SETTINGS, tmp_path, print), SETTINGS, now)
     time.sleep(0.2)
     assert alive(hangs) == stays
 
@@ -79,9 +79,9 @@ def test_a_chain_whose_job_was_killed_before_it_queued_the_next_is_mended_in_sec
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
     now = time.time()
     orphan_a_successor(run, now)
-    reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + 1)
+    reconcile(run.leaderboard, InlineQueue(), run.settings, now + 1)
     assert states(run) == [JobState.LOST, JobState.SUBMITTING], "the cluster may have taken it"
-    reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + ORPHANED_GRACE_S + 1)
+    reconcile(run.leaderboard, InlineQueue(), run.settings, now + ORPHANED_GRACE_S + 1)
     assert states(run) == [JobState.LOST, JobState.LOST]
 
 
@@ -90,7 +90,7 @@ def test_waiting_for_a_run_ends_though_a_killed_job_left_a_successor_that_nobody
 ) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
     orphan_a_successor(run, time.time())
-    reconcile(run.leaderboard, run.cluster, run.settings, time.time())
+    reconcile(run.leaderboard, run.queue, run.settings, time.time())
     assert states(run) == [JobState.LOST, JobState.SUBMITTING]
     run.leaderboard.chains.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
     monkeypatch.setattr(launch, "MEND_EVERY_S", 0.0)
@@ -119,7 +119,7 @@ def test_what_was_being_submitted_when_a_run_was_paused_does_not_hold_up_its_res
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
     run.leaderboard.chains.relink([0], time.time(), 5)  # by somebody who died
     run.leaderboard.chains.change_state(RunState.PAUSED, list(RunState), None, time.time())
-    run._cluster = InlineCluster(run.settings)
+    run._queue = InlineQueue()
     run.resume(time.time())
     assert states(run)[-2:] != [JobState.SUBMITTING], "it was given up"
     assert JobState.LOST in states(run)

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.cluster.foreign import ForeignCluster
+from orchestrator.cluster.foreign import ForeignQueue
 from orchestrator.errors import RunError, SettingsError, SubmissionError
 from orchestrator.files import permissions
 from orchestrator.records import Evidence
@@ -250,13 +250,13 @@ def test_a_colleague_does_not_open_a_folder_whose_rights_are_not_those_of_its_gr
 
 def test_what_a_bystander_sees_of_jobs_proves_nothing_and_only_the_owner_queues(tmp_path):
     run = launched(tmp_path)
-    seen = ForeignCluster(run.cluster, "alice")
+    seen = ForeignQueue("inline", "alice")
     jobs = run.leaderboard.chains.snapshot().open_jobs
     assert len(jobs) == 1
     assert seen.evidence(jobs) == {jobs[0].job_id: Evidence.UNKNOWN}
     with pytest.raises(SubmissionError, match="only alice can queue"):
         seen.submit(jobs, after=None)
-    run._cluster = seen
+    run._queue = seen
     before = run.leaderboard.reader.rows("job")
     assert run.reconcile(time.time() + 10**6) == []
     assert run.leaderboard.reader.rows("job") == before

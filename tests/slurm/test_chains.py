@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from devcluster import DevCluster
 
-from orchestrator.cluster.slurm import SlurmCluster
-from orchestrator.errors import ClusterUnreachableError, OrchError, SettingsError, SubmissionError
+from orchestrator.cluster.slurm import SlurmQueue
+from orchestrator.errors import OrchError, Refusal, SettingsError, SubmissionError
 from orchestrator.run.run import Run
 from tests.support.invariants import violations
 from tests.support.slurm_runs import QUICK, ROOT, epochs, jobs, launch, over, settings, until, worked
@@ -113,7 +113,7 @@ def test_a_live_run_grows_and_shrinks(cluster: DevCluster, tmp_path: Path) -> No
         ({"slurm": {"gpus": 3}}, "gpus-per-node=3"),
         ({"slurm": {"gres": "tpu:1", "gpus": 0}}, "GPUs asked for"),
         ({"slurm": {"mem_gb": 200}}, "no node of partition .* has what a worker asks for .*mem=204800M"),
-        ({"slurm": {"constraint": "a100"}}, "slurm.constraint a100 is no feature of a node"),
+        ({"slurm": {"constraint": "a100"}}, "slurm.constraint a100 is not a feature of any node"),
         ({"slurm": {"partition": "closed"}}, "partition closed is inactive or drained"),
         ({"slurm": {"qos": "one"}, "workers": 2}, "submit limit .* leaves no room for 2 more jobs"),
         ({"workers": 1002}, "1002 workers are more than one job array may have"),
@@ -158,8 +158,9 @@ def test_a_controller_that_is_down_is_said_to_be_unreachable_and_nothing_is_lost
     run = launch(settings("down", workers=1), tmp_path)
     until("work", lambda: epochs(run) >= 1)
     cluster.stop_controller()
-    with pytest.raises(ClusterUnreachableError, match="Slurm does not answer"):
+    with pytest.raises(SubmissionError, match="Slurm does not answer") as caught:
         launch(settings("unborn"), tmp_path)
+    assert caught.value.refusal is Refusal.UNREACHABLE
     assert run.reconcile(time.time()) == [], "no answer proves nothing"
     assert not jobs(run, "lost")
     cluster.start_controller()
@@ -219,7 +220,7 @@ def test_ids_that_are_used_again_confuse_nothing(cluster: DevCluster, tmp_path: 
     until("no job", lambda: not cluster.squeue())
     known = jobs(run)[0]["cluster_id"]
     stranger = cluster.sbatch("#!/bin/bash\nsleep 60\n")
-    mine = SlurmCluster(run.settings, run.folder, entry=lambda _folder, _worker: None)
+    mine = SlurmQueue(run.settings, run.folder, job_main=lambda _folder, _worker: None)
     snapshot_job = run.leaderboard.chains.find(jobs(run)[0]["token"], 0)[0]
     assert snapshot_job is not None
     assert known != str(stranger)

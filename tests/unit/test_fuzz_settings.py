@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from orchestrator.cli.launch import _print_plan
 from orchestrator.cluster.sbatch import read_script, request
-from orchestrator.cluster.slurm import SlurmCluster
+from orchestrator.cluster.slurm import SlurmQueue
 from orchestrator.doctor.partition import need_of
 from orchestrator.errors import SettingsError
 from orchestrator.files import disk_budget
@@ -79,7 +79,7 @@ def check_usable(settings: Settings, place: Path) -> None:
     asked = request(settings, None)
     need_of(asked, settings.gpus_per_worker)
     on_slurm = settings.model_copy(update={"executor": "slurm", "slurm_file": None})
-    check_script(SlurmCluster(on_slurm, place / "run", job_main).script(2), settings.name, set(asked.options))
+    check_script(SlurmQueue(on_slurm, place / "run", job_main).script(2), settings.name, set(asked.options))
     few = on_slurm.model_copy(update={"workers": min(settings.workers, 3)})
     with redirect_stdout(io.StringIO()):
         _print_plan(few, place / "run", False, None, json=True)
@@ -215,7 +215,7 @@ def test_any_script_is_read_or_refused(place: Path, lines: list[str]) -> None:
     file = place / "job.sbatch"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
     settings = load(FOLDER / "digits.json", [f"slurm_file={file}"], executor="slurm")[0]
-    cluster = SlurmCluster(settings, place / "run", job_main)
+    cluster = SlurmQueue(settings, place / "run", job_main)
     try:
         asked = cluster.request
     except SettingsError as error:
@@ -231,7 +231,7 @@ def test_any_script_is_read_or_refused(place: Path, lines: list[str]) -> None:
 def test_a_folder_whose_name_breaks_the_script_in_two_is_refused(place: Path, name: str) -> None:
     settings = load(FOLDER / "digits.json", executor="slurm")[0]
     with pytest.raises(SettingsError, match="choose another --runs-dir"):
-        SlurmCluster(settings, place / name, job_main).script(1)
+        SlurmQueue(settings, place / name, job_main).script(1)
 
 
 def test_more_mistakes_than_a_screen_has_lines_are_counted(place: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchestrator.cluster import slurm
 from orchestrator.cluster.live_jobs import slurm_jobs
 from orchestrator.cluster.probe import ProbeJob
-from orchestrator.cluster.slurm import GONE, WAITING, WORKING, SlurmCluster, judge, queue, read_queue, run_slurm
+from orchestrator.cluster.slurm import GONE, WAITING, WORKING, SlurmQueue, judge, queue, read_queue, run_slurm
 from orchestrator.doctor import limits, slurm_facts
 from orchestrator.doctor.partition import max_minutes, need_of, read_config, read_nodes, read_pairs
 from orchestrator.records import ChainJob, Evidence, JobState
@@ -126,14 +126,14 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_slurm_that_does_not_answer_says_nothing_of_jobs(command, script: str) -> None:
     command("squeue", script)
     assert queue() is None
-    assert SlurmCluster(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.UNKNOWN}
+    assert SlurmQueue(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.UNKNOWN}
     assert slurm_jobs("run", Path("/run")) is None
-    assert not ProbeJob("1", "x").state().over
+    assert not ProbeJob("1").state().over
 
 
 def test_names_of_other_jobs_in_any_encoding_do_not_hide_a_job(command) -> None:
     command("squeue", r"printf '1|RUNNING|N/A|caf\351\r\302\205\013\n7_0|RUNNING|N/A|orch-run-" + BASE + r"\n'")
-    assert SlurmCluster(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.RUNNING}
+    assert SlurmQueue(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.RUNNING}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_the_users_own_filters_do_not_hide_jobs(command, monkeypatch: pytest.Mon
 
 def test_jobs_in_hidden_partitions_are_asked_for_too(command) -> None:
     command("squeue", 'case " $* " in *" --all "*) echo "7_0|RUNNING|N/A|orch-run-' + BASE + '";; esac')
-    assert SlurmCluster(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.RUNNING}
+    assert SlurmQueue(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.RUNNING}
 
 
 @examples(300)
@@ -161,7 +161,7 @@ def test_any_answer_of_sacct_names_endings_or_none(answer: str | None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slurm, "run_slurm", lambda _command: answer)
         patch.setattr(slurm.shutil, "which", lambda name: name)
-        said = SlurmCluster(SETTINGS, Path("/run"), job_main).endings([job()])
+        said = SlurmQueue(SETTINGS, Path("/run"), job_main).endings([job()])
     assert all(isinstance(ending, str) and ending for ending in said.values())
     if answer is not None and answer.startswith("7_0|FAILED|1:0|orch-a|b"):
         assert said == {1: "FAILED (1:0)"}
@@ -173,7 +173,7 @@ def test_any_answer_leaves_the_doctors_job_in_some_state(answer: str, listed: bo
     answer = f"{answer}\n123|RUNNING|None\n" if listed else answer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.cluster.probe.run_slurm", lambda _command: answer)
-        state = ProbeJob("123", "x").state()
+        state = ProbeJob("123").state()
     assert not (listed and state.over)
 
 
@@ -212,8 +212,8 @@ def test_the_doctor_takes_any_answer_of_any_command(answer: str, partitions: str
         patch.setattr(slurm_facts, "ask_sbatch", lambda _script: slurm_facts.Answer(False, answer))
         patch.setattr(slurm_facts, "job_names", lambda: None)
         patch.setattr(slurm_facts.shutil, "which", lambda name: name)
-        patch.setattr(SlurmCluster, "script", lambda _self, _jobs: "")
-        facts = slurm_facts.ask_slurm(SlurmCluster(SETTINGS, Path("/run"), job_main), "run", 2)
+        patch.setattr(SlurmQueue, "script", lambda _self, _jobs: "")
+        facts = slurm_facts.ask_slurm(SlurmQueue(SETTINGS, Path("/run"), job_main), "run", 2)
     limits.submit_limits(facts.standing)
     limits.judge_submission(limits.submit_limits(facts.standing), 2, facts.others, True)
     limits.judge_running(facts.standing, 2, 1, True)
