@@ -14,6 +14,7 @@ from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard.engine import Database
 from orchestrator.locking.mounts import ELSEWHERE, LockFacts, Mount, lock_facts
 from orchestrator.locking.proof import Access, Counted, Tally, count, percentile
+from orchestrator.messages import counted
 
 INCREMENTS = 300  # of each process, for each kind
 SLOW_S = 2.0  # a wait that slows training down: there are about two transactions in a chunk
@@ -68,15 +69,15 @@ def _is_busy(error: Exception) -> bool:
 # --- what the counts mean
 
 
-def judge_counts(kind: Counted, tallies: Sequence[Tally], counted: int | Unreadable, where: str) -> list[Finding]:
-    """counted: the number at the end. where: the hosts that counted, for the messages."""
+def judge_counts(kind: Counted, tallies: Sequence[Tally], final: int | Unreadable, where: str) -> list[Finding]:
+    """final: the number at the end. where: the hosts that counted, for the messages."""
     name = f"{NAMES[kind]}, {where}"
     done = sum(tally.done for tally in tallies)
     problems = _judge_errors(name, tallies)
-    if isinstance(counted, Unreadable):
-        problems.append(Finding("error", TOPIC, f"{name}: the final number can't be read: {counted.why}", ELSEWHERE))
-    elif counted != done:
-        what = f"{name}: {done - counted} of {done} updates were lost: the lock does not hold"
+    if isinstance(final, Unreadable):
+        problems.append(Finding("error", TOPIC, f"{name}: the final number can't be read: {final.why}", ELSEWHERE))
+    elif final != done:
+        what = f"{name}: {done - final} of {done} updates were lost: the lock does not hold"
         problems.append(Finding("error", TOPIC, what, ELSEWHERE))
     if problems:
         return problems
@@ -99,8 +100,8 @@ def _judge_errors(name: str, tallies: Sequence[Tally]) -> list[Finding]:
     if not kinds:
         return []
     busy = sum(tally.busy for tally in tallies)
-    locked = f"SQLite found its file locked {busy} times: its own locks do not work here. " if busy else ""
-    examples = "; ".join(f"{error} ({times} times)" for error, times in kinds.most_common(3))
+    locked = f"SQLite found its file locked {counted(busy, 'time')}: its own locks do not work here. " if busy else ""
+    examples = "; ".join(f"{error} ({counted(times, 'time')})" for error, times in kinds.most_common(3))
     return [Finding("error", TOPIC, f"{name}: {locked}{examples}", ELSEWHERE)]
 
 

@@ -8,9 +8,11 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from orchestrator.doctor.findings import Finding, Level
 from orchestrator.doctor.locks import lock_advice, quota_command
@@ -53,7 +55,7 @@ class PythonFacts:
     python: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     built_for_cuda: str | None = None
-    gpus: Sequence[str] = ()  # names of the GPUs that torch can use
+    gpus: tuple[str, ...] = ()  # names of the GPUs that torch can use
     error: str | None = None
 
 
@@ -85,7 +87,7 @@ def look_at_python(timeout_s: float = PYTHON_TIMEOUT_S) -> PythonFacts:
     line = next((line for line in done.stdout.splitlines() if line.startswith("facts:")), None)
     if line is None:
         return PythonFacts(error=f"Python ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-    return PythonFacts(**json.loads(line.removeprefix("facts:")))
+    return TypeAdapter(PythonFacts).validate_json(line.removeprefix("facts:"))
 
 
 def nearest_folder(path: Path) -> Path:

@@ -156,7 +156,7 @@ def names_of(wanted: object, partitions: Sequence[Partition]) -> list[str]:
 def judge_partition(
     wanted: object, partitions: Sequence[Partition], nodes: Sequence[Node], request: Request, need: Need
 ) -> list[Finding]:
-    """wanted: as in `names_of`. If one of several partitions fits, a job can start; the others' errors become warnings."""
+    """wanted: as in `names_of`. If one of several partitions fits, the errors of the others become warnings."""
     known = {partition["PartitionName"]: partition for partition in partitions if "PartitionName" in partition}
     judged = [_judge_one(name, known, nodes, request, need) for name in names_of(wanted, partitions)]
     if not judged:

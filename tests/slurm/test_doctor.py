@@ -192,18 +192,18 @@ def test_without_a_lock_two_nodes_lose_updates_and_that_is_reported(cluster: Dev
     proof.prepare_file(tmp_path / "counter")
     script = tmp_path / "count.py"
     script.write_text(
-        "import contextlib, json, os, pathlib, sys, time\n"
+        "import contextlib, dataclasses, json, os, pathlib, sys, time\n"
         "from orchestrator.locking import proof\n"
         "here, task = pathlib.Path(sys.argv[1]), os.environ['SLURM_PROCID']\n"
         "(here / f'ready-{task}').touch()\n"
         "while len(list(here.glob('ready-*'))) < 2: time.sleep(0.01)\n"
         "tally = proof.count_in_file(here / 'counter', contextlib.nullcontext(), 300, 60)\n"
-        "(here / f'tally-{task}').write_text(json.dumps(tally.to_json()))\n"
+        "(here / f'tally-{task}').write_text(json.dumps(dataclasses.asdict(tally)))\n"
     )
     command = f"srun {sys.executable} {script} {tmp_path}"
     job = cluster.sbatch(command, "--nodes=2", "--ntasks-per-node=1", f"--export=ALL,PYTHONPATH={ORCH.parents[2]}")
     assert cluster.wait_state(job, "COMPLETED", "FAILED", timeout_s=60) == "COMPLETED"
-    tallies = [Tally.from_json(json.loads((tmp_path / f"tally-{task}").read_text())) for task in range(2)]
+    tallies = [Tally(**json.loads((tmp_path / f"tally-{task}").read_text())) for task in range(2)]
     (finding,) = judge_counts("lock", tallies, proof.counted_in_file(tmp_path / "counter"), "between two nodes")
     assert finding.level == "error"
     assert "of 600 updates were lost: the lock does not hold" in finding.what

@@ -214,6 +214,6 @@ def test_the_doctor_takes_any_answer_of_any_command(answer: str, partitions: str
         patch.setattr(slurm_facts.shutil, "which", lambda name: name)
         patch.setattr(SlurmQueue, "script", lambda _self, _jobs: "")
         facts = slurm_facts.ask_slurm(SlurmQueue(SETTINGS, Path("/run"), job_main), "run", 2)
-    limits.submit_limits(facts.standing)
-    limits.judge_submission(limits.submit_limits(facts.standing), 2, facts.others, True)
-    limits.judge_running(facts.standing, 2, 1, True)
+    assert facts.accounting is not None
+    limits.judge_submission(limits.submit_limits(facts.accounting), 2, facts.others, True)
+    limits.judge_running(facts.accounting, 2, 1, True)

@@ -1,0 +1,118 @@
+"""What the nodes of the two-node test reported, as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.cluster.probe import Answer
+from orchestrator.doctor import node, two_node
+from orchestrator.doctor.findings import worst
+from orchestrator.doctor.locks import Unreadable
+from orchestrator.doctor.machine import PythonFacts
+from orchestrator.locking.mounts import Mount
+from tests.support.doctoring import VERSIONS, one, settings, tally
+
+NEEDS = two_node.Needs(settings(), "#!/bin/sh\n", gpu=True)
+
+
+def report(task: int, **changes: Any) -> node.NodeReport:
+    values = {
+        "task": task,
+        "host": f"n{task + 1}",
+        "folder_problem": None,
+        "written_sha256": "x",
+        "mount": Mount("/work", "nfs4", "nas:/", ("vers=4.2",)),
+        "can_submit": Answer(True, ""),
+        "squeue": True,
+        "met": True,
+        "tallies": [tally(), tally(kind="database")],
+        "missing": [],
+        "python": PythonFacts("3.11.7", VERSIONS, "12.4", ("H200",)),
+        "done": True,
+    }
+    return node.NodeReport(**(values | changes))
+
+
+def outcome(first: dict[str, Any] | None, second: dict[str, Any] | None, **changes: Any) -> two_node.TestOutcome:
+    reports = (
+        None if first is None else report(0, **first),
+        None if second is None else report(1, **{"python": None} | second),
+    )
+    values = {
+        "nodes": 2,
+        "reports": reports,
+        "counted_in_file": 600,
+        "counted_in_database": 600,
+        "wrong_files": (),
+        "ended": "COMPLETED",
+    }
+    return two_node.TestOutcome(**(values | changes))
+
+
+REFUSED = Answer(False, "sbatch: error: Access/permission denied")
+FULL = Answer(False, "sbatch: error: QOSMaxSubmitJobPerUserLimit")
+
+
+@pytest.mark.parametrize(
+    ("given", "level", "topic", "words", "holds"),
+    [
+        (outcome({}, {}), "ok", "lock test", "0 lost", True),
+        (outcome({}, {}, counted_in_file=590), "error", "lock test", "10 of 600 updates were lost", False),
+        (outcome({}, {}, counted_in_database=Unreadable("damaged")), "error", "lock test", "damaged", False),
+        (outcome({"can_submit": REFUSED}, {}), "warning", "successors", "permission denied", True),
+        (outcome({"can_submit": FULL}, {}), "ok", "successors", "can queue their successors", True),
+        (outcome({"squeue": False}, {}), "warning", "successors", "squeue does not answer", True),
+        (outcome({"folder_problem": "No such file"}, {}), "error", "runs folder", "not the same", True),
+        (outcome({}, {}, wrong_files=("from-task-1: gone",)), "error", "runs folder", "from-task-1", True),
+        (outcome({"met": False}, {"met": False}), "error", "runs folder", "did not see each other", None),
+        (outcome({}, {"host": "n1"}), "warning", "two-node test", "both tasks were on n1", None),
+        (outcome(None, None, ended="FAILED"), "error", "runs folder", "left nothing", None),
+        (outcome(None, None, stopped="it did not start"), "warning", "two-node test", "did not start", None),
+        (outcome({}, None, ended="TIMEOUT"), "error", "two-node test", "TIMEOUT", None),
+        (outcome({}, {"done": False, "tallies": []}, ended="TIMEOUT"), "error", "two-node test", "on n2", None),
+        (outcome({"missing": ["/data"]}, {}), "error", "data", "/data: can't be read on n1", True),
+        (
+            outcome({"database_answers": False, "database_problem": "refused"}, {}),
+            "error",
+            "database",
+            "on n1: refused",
+            True,
+        ),
+        (outcome({"python": PythonFacts(error="no torch")}, {}), "error", "python on n1", "no torch", True),
+        (
+            outcome({"mount": Mount("/l", "lustre", "m:/", ("localflock",))}, {}),
+            "error",
+            "locks",
+            "on n1: Lustre",
+            True,
+        ),
+    ],
+)
+def test_what_the_nodes_reported(given, level, topic, words, holds):
+    findings = two_node.judge(given, NEEDS)
+    assert worst(findings) == level
+    assert any(finding.topic == topic and words in finding.what for finding in findings), findings
+    assert two_node.locks_hold(given) is holds
+
+
+def test_a_node_that_can_t_submit_is_told_to_be_kept_from_a_login_node():
+    findings = two_node.judge(outcome({"can_submit": REFUSED}, {}), NEEDS)
+    assert "orch keep" in one(findings, "successors").do
+
+
+def test_a_database_server_that_does_not_answer_says_why_without_the_password(tmp_path):
+    said = node.database_error("postgresql+psycopg://me:secret@127.0.0.1:1/orch", tmp_path)
+    assert said
+    assert "secret" not in said
+    assert node.database_error(f"sqlite:///{tmp_path}/none.db", tmp_path)
+
+
+def test_a_report_survives_its_file(tmp_path):
+    assert node.read_report(tmp_path, 0) is None
+    given = report(0)
+    node.write_report(tmp_path, given)
+    assert node.read_report(tmp_path, 0) == given
+    (tmp_path / "report-0.json").write_text("{")
+    assert node.read_report(tmp_path, 0) is None
