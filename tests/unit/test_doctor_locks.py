@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import DBAPIError
 
 from orchestrator.doctor import locks
 from orchestrator.doctor.findings import Finding, worst
 from orchestrator.doctor.locks import Unreadable, judge_counts, lock_advice, quota_command
+from orchestrator.errors import LeaderboardError
 from orchestrator.locking import proof
 from orchestrator.locking.flock import FairFileLock
 from orchestrator.locking.mounts import Mount, mount_here, mount_of
@@ -197,10 +200,10 @@ def test_a_count_ends_when_its_time_is_over(tmp_path):
         ([tally(switches=0), tally(switches=0)], 600, "warning", "nothing is proven"),
         ([tally(), tally(done=200)], 500, "warning", "only 500 of 600"),
         (
-            [tally(), tally(done=299, errors=("LeaderboardError: x",), busy=1)],
+            [tally(), tally(done=299, errors=("x",), busy=1)],
             599,
             "error",
-            "found its file locked 1 times",
+            "found its file locked 1 time:",
         ),
         ([tally(waits=(3.0,)), tally(waits=(3.0,))], 600, "warning", "waits are long"),
         ([tally(), tally()], Unreadable("the database is damaged"), "error", "damaged"),
@@ -218,3 +221,26 @@ def test_what_a_count_means(tallies, counted, level, words):
 )
 def test_percentiles(values, share, expected):
     assert percentile(values, share) == expected
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["the driver's error", "SQLAlchemy's error around it"])
+def test_a_file_that_sqlite_finds_locked_is_counted_by_its_error_code(tmp_path, wrapped):
+    with sqlite3.connect(tmp_path / "file", isolation_level=None) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+
+        @contextlib.contextmanager
+        def opened() -> Iterator[proof.Access]:
+            try:
+                sqlite3.connect(tmp_path / "file", timeout=0, isolation_level=None).execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                raise LeaderboardError("no") from (DBAPIError(None, None, error) if wrapped else error)
+            yield lambda: 0, lambda _number: None
+
+        tally = proof.count("database", opened, 2, 60, locks._is_busy)
+    assert (tally.busy, tally.errors) == (2, ("LeaderboardError: no",) * 2)
+
+
+def test_other_errors_are_not_counted_as_a_locked_file(tmp_path):
+    (tmp_path / "orch.db").write_bytes(b"not a database" * 100)
+    tally = locks.count_in_database(tmp_path, 1, 60)
+    assert (tally.busy, len(tally.errors)) == (0, 1)

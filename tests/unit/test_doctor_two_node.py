@@ -74,7 +74,7 @@ FULL = Answer(False, "sbatch: error: QOSMaxSubmitJobPerUserLimit")
         (outcome({}, {"done": False, "tallies": []}, ended="TIMEOUT"), "error", "two-node test", "on n2", None),
         (outcome({"missing": ["/data"]}, {}), "error", "data", "/data: can't be read on n1", True),
         (
-            outcome({"database_answers": False, "database_problem": "refused"}, {}),
+            outcome({"database_problem": "refused"}, {}),
             "error",
             "database",
             "on n1: refused",
