@@ -21,7 +21,7 @@ def _own_umask() -> Iterator[None]:
     os.umask(before)
     yield
     os.umask(before)
-    permissions._users.clear()
+    permissions._umask_at_start = None
 
 
 @contextmanager

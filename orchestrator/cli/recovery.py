@@ -72,7 +72,7 @@ def gc(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False
     Checkpoints of no entry and no claim, temporary files, folders of old jobs (each chain's last three stay), curves of
     chunks that no model on the board comes from (after a day), and folders of launches that were killed.
     """
-    from orchestrator.files.disk_budget import gb
+    from orchestrator.messages import gb
     from orchestrator.run.gc import collect
 
     report = collect(open_run(run, runs_dir), dry_run, time.time())

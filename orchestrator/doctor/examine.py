@@ -20,6 +20,7 @@ from orchestrator.doctor.slurm_facts import SlurmFacts, ask_slurm, has_slurm
 from orchestrator.doctor.slurm_rules import judge_slurm
 from orchestrator.doctor.two_node import NOT_TRIED, Needs
 from orchestrator.errors import SettingsError
+from orchestrator.files.run_folder import nearest_folder
 from orchestrator.messages import counted
 from orchestrator.records import LockKind, Profile
 from orchestrator.settings.loading import load
@@ -84,7 +85,7 @@ def _read_settings(file: Path | None) -> tuple[Settings, list[Finding]]:
 def _scratch_folder(runs_dir: Path) -> Iterator[Path | OSError]:
     """A folder on the file system of the runs, removed at the end; or why it can't be made."""
     try:
-        folder = Path(tempfile.mkdtemp(prefix=".orch-doctor-", dir=machine.nearest_folder(runs_dir)))
+        folder = Path(tempfile.mkdtemp(prefix=".orch-doctor-", dir=nearest_folder(runs_dir.expanduser())))
     except OSError as error:
         yield error
         return

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from orchestrator.doctor.findings import Finding, Level
 from orchestrator.doctor.locks import lock_advice, quota_command
 from orchestrator.errors import LockError
+from orchestrator.files.run_folder import nearest_folder
 from orchestrator.locking.choice import Choice, choose
 from orchestrator.locking.mounts import ELSEWHERE, Mount, is_local, mount_here
 from orchestrator.records import WantedLock
@@ -90,17 +91,11 @@ def look_at_python(timeout_s: float = PYTHON_TIMEOUT_S) -> PythonFacts:
     return TypeAdapter(PythonFacts).validate_json(line.removeprefix("facts:"))
 
 
-def nearest_folder(path: Path) -> Path:
-    """The path itself, or the nearest existing folder above it; absolute, without symbolic links."""
-    path = path.expanduser().absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir()).resolve()
-
-
 def look_at_folder(
     runs_dir: Path, scratch: Path | OSError, several_nodes: bool, wanted: WantedLock | None
 ) -> FolderFacts:
     """scratch: a folder beside the runs, or why there is none. wanted: the settings' lock; None: no lock is needed."""
-    folder = nearest_folder(runs_dir)
+    folder = nearest_folder(runs_dir.expanduser()).resolve()
     lock, lock_error = None, None
     if isinstance(scratch, Path) and wanted is not None:
         try:

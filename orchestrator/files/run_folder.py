@@ -14,6 +14,12 @@ FOLDERS = (CHECKPOINTS, JOBS, LOGS)
 PARTS = (SETTINGS_NAME, DATABASE_NAME, DATABASE_NAME + LOCK_RECORD_SUFFIX, *FOLDERS)
 
 
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or the nearest existing folder above it; absolute."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def all_runs(runs_dir: Path) -> list[Path]:
     """The folders of runs, newest first. Raises RunError where runs_dir can't be listed."""
     try:

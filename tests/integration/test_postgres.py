@@ -191,11 +191,11 @@ def test_a_database_that_can_t_be_used_is_one_clear_error(
     [
         ("postgresql+psycopg://me:secret@host/db", "holds a password"),
         ("postgresql+psycopg://host/db?user=me&password=secret", "holds a password"),
-        ("postgresql://me:secret@host/db", r"'postgresql' is no database that orch knows"),
-        ("mysql://me:secret@host/db", "'mysql' is no database"),
+        ("postgresql://me:secret@host/db", "orch does not know the database 'postgresql'"),
+        ("mysql://me:secret@host/db", "does not know the database 'mysql'"),
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
-        ("secret", "is no database"),
+        ("secret", "does not know the database ''"),
     ],
 )
 def test_a_url_that_will_not_do_is_refused_and_its_password_not_repeated(

@@ -135,7 +135,7 @@ def test_the_runs_folder_itself_is_made_as_the_user_makes_folders(tmp_path, umas
 
 
 def test_an_exported_model_has_the_rights_of_the_user_s_other_files(tmp_path, monkeypatch, umask):
-    monkeypatch.setattr(permissions, "_users", [])
+    monkeypatch.setattr(permissions, "_umask_at_start", None)
     umask(0o022)
     permissions.use_umask(tmp_path)
     with permissions.users_umask():
@@ -148,7 +148,7 @@ def test_an_exported_model_has_the_rights_of_the_user_s_other_files(tmp_path, mo
 
 def test_a_file_system_that_keeps_no_rights_can_hold_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr(permissions, "PRIVATE", 0o777)  # what every folder of such a mount shows
-    with pytest.raises(RunError, match="keeps no rights: choose another --runs-dir"):
+    with pytest.raises(RunError, match="keeps no permissions: choose another --runs-dir"):
         launched(tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
 

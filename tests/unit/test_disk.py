@@ -20,6 +20,7 @@ from jobs.training.footprint import checkpoint_bytes
 from jobs.training.opening import open_session
 from orchestrator.errors import CheckpointError, NoSpaceError, SettingsError
 from orchestrator.files import checkpoints, disk_budget
+from orchestrator.messages import gb
 from orchestrator.records import Work
 from orchestrator.rules import collecting
 from orchestrator.settings.loading import load
@@ -52,13 +53,13 @@ def test_what_is_used_and_what_is_needed_fit_the_budget_or_not(used: int, needed
      (3_456_100_000_000, "3457")],
 )  # fmt: skip
 def test_a_size_is_shown_in_gb_to_three_digits(size_bytes: int, shown: str) -> None:
-    assert disk_budget.gb(size_bytes) == shown
+    assert gb(size_bytes) == shown
 
 
 @given(st.integers(1, 10**15))
 def test_a_size_is_never_shown_smaller_than_it_is(size_bytes: int) -> None:
-    assert float(disk_budget.gb(size_bytes)) * 1e9 >= size_bytes * (1 - 1e-12)
-    assert float(disk_budget.gb(size_bytes)) * 1e9 <= size_bytes * 1.0101 or size_bytes > 999e9
+    assert float(gb(size_bytes)) * 1e9 >= size_bytes * (1 - 1e-12)
+    assert float(gb(size_bytes)) * 1e9 <= size_bytes * 1.0101 or size_bytes > 999e9
 
 
 # --- before a checkpoint is written

@@ -269,7 +269,7 @@ def test_a_board_chosen_on_the_test_set_is_noted(written):
     settings, notes = load(written(LEAST | {"select_on": "test"}))
     assert settings.select_on == "test"
     assert len(notes) == 1
-    assert "no estimate of how good the models are" in notes[0]
+    assert "these scores are better than the models" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -327,8 +327,8 @@ REPEATED = [ALEX, RON, ALEX | {"momentum": 0.8}]
         ),
         pytest.param(
             {"metric": "mse"},
-            'metric: "mse" is a name alone; write {"name": "mse", "mode": "min"} if less of it is better, "max" in its '
-            "place if more of it is",
+            'metric: "mse" is only a name; write {"name": "mse", "mode": "min"} if a lower value is better, "max" '
+            "if a higher one is",
             id="a metric's name alone",
         ),
         pytest.param(
@@ -670,7 +670,7 @@ def test_a_repeat_with_another_schedule_is_no_repeat(written):
         ({"compile": "fast"}, 'compile: "fast" is not allowed'),
         (
             {"loggers": ["tensorbord"]},
-            "loggers[0]: 'tensorbord' is no logger; allowed are tensorboard, wandb, mlflow and",
+            "loggers[0]: 'tensorbord' is not a logger; allowed are tensorboard, wandb, mlflow and",
         ),
         ({"loggers": "wandb"}, 'loggers: "wandb" is not allowed'),
         (
