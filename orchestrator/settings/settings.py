@@ -19,6 +19,7 @@ from orchestrator.settings.sbatch_values import checked_additional, checked_setu
 POSTGRES = "postgresql+psycopg"
 DEFAULT_JOB = "jobs.alexnet:AlexNet"
 LOGGERS = ("tensorboard", "wandb", "mlflow")
+JOB = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 Flags = bool | list[bool]
 
@@ -36,16 +37,16 @@ class SlurmSettings(Strict):
     partition: Word | None = Field(None, description="partition, or several with commas between them")
     account: Word | None = Field(None, description="account that the jobs are charged to")
     qos: Word | None = Field(None, description="quality of service")
-    time_min: Count | None = Field(None, description="a job's time limit; default: what eon_lifetime needs")
-    gpus: Annotated[int, Field(ge=0, le=MOST)] | None = Field(None, description="GPUs; default: gpus_per_worker")
+    time_min: Count | None = Field(None, description="time limit in minutes; default: what eon_lifetime needs")
+    gpus: int | None = Field(None, ge=0, le=MOST, description="GPUs of a worker; default: gpus_per_worker")
     gres: Word | None = Field(None, description="generic resources, such as gpu:a100:1")
     cpus: Count | None = Field(None, description="CPU cores of each task")
     mem_gb: Size | None = Field(None, description="memory of each node in GiB")
-    nice: Annotated[int, Field(ge=0, le=2**31)] | None = Field(None, description="lowers the jobs' priority")
+    nice: int | None = Field(None, ge=0, le=2**31, description="how much to lower the jobs' priority")
     constraint: Word | None = Field(None, description="features that a node must have")
     exclude: Word | None = Field(None, description="nodes that jobs must not run on")
     throttle: Count | None = Field(None, description="how many jobs of the first array may run at the same time")
-    signal_delay_s: Count | None = Field(None, description="warning before the time limit; default: 60")
+    signal_delay_s: Count | None = Field(None, description="seconds from Slurm's warning to the time limit; default: 60")
     setup: list[str] = Field([], description="shell commands that a job runs before it starts")
     additional_parameters: dict[str, Any] = Field({}, description="other long options of sbatch")
 
@@ -65,34 +66,26 @@ class SlurmSettings(Strict):
 class Settings(Strict):
     """Everything that defines a run. Lifetimes are in seconds."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
-        description="the run's name and its folder's; default: the settings file's name"
-    )
-    job: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=300)] = Field(
-        DEFAULT_JOB, description="module:Class in the current folder, or installed"
-    )
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="the run and its folder")
+    job: str = Field(DEFAULT_JOB, pattern=JOB, max_length=300, description="module:Class of the model and its data")
     job_params: dict[str, Any] = Field({}, description="the job's own parameters")
 
     num_models: Count = Field(5, description="slots of the leaderboard")
-    training_profiles: Annotated[list[Profile], Field(min_length=1)] = Field(
-        description="the cycle of profiles, in order; repeats are allowed, and after the last one it starts again"
-    )
+    training_profiles: list[Profile] = Field(min_length=1, description="the cycle, in order; repeats are allowed")
     max_batch_size: Count = Field(100, description="examples in a batch")
     epochs_per_chunk: Count = Field(1, description="epochs of a chunk, after which the board decides")
     metric: Metric = Field(Metric(), description="the number that orders the board; mode is max or min")
     select_on: Literal["validation", "test"] = Field(
-        "validation", description="data that scores the models; test scores are biased"
+        "validation", description="the data that models are chosen on; with test, the scores are too good"
     )
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="share of the training set; fixed by the seed"
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="seed of the split and the initial weights")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training set, stratified by class")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the split and the initial weights")
     deterministic: bool = Field(False, description="use torch's deterministic algorithms, which are slower")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="of products and convolutions; auto: bf16 or fp16 on GPUs"
+        "auto", description="number format of products and convolutions; auto: bf16, else fp16 on a GPU, fp32 on a CPU"
     )
     channels_last: Literal["auto", True, False] = Field(
-        "auto", description="memory layout; auto: if the model has 2D convolutions"
+        "auto", description="memory layout of images; auto: channels last if the model has 2D convolutions"
     )
     compile: bool = Field(False, description="compile the model with torch.compile")
     loggers: list[Annotated[str, AfterValidator(_check_logger)]] = Field(
@@ -107,29 +100,27 @@ class Settings(Strict):
     trainable_classifier: Flags = Field(True, description="AlexNet: which classifier layers are trained")
     pretrained_weights: FilePath = Field("IMAGENET1K_V1", description="a name of torchvision's weights, or a file")
 
-    workers: Annotated[int, Field(ge=1, le=100_000)] = Field(1, description="chains that train at the same time")
+    workers: int = Field(1, ge=1, le=100_000, description="chains that train at the same time")
     executor: Literal["slurm", "local", "inline"] | None = Field(
-        None, description="default: slurm if sbatch is installed, else local"
+        None, description="where jobs run; default: slurm if sbatch is installed, else local"
     )
     gpus_per_worker: Count = Field(1, description="processes of a worker that train together, with one GPU each")
-    cores_per_worker: Count | None = Field(None, description="default: what the job was given")
+    cores_per_worker: Count | None = Field(None, description="CPU cores; default: what the job was given")
     total_lifetime: Lifetime = Field(259200, description="seconds from launch to the end of the run")
     eon_lifetime: Lifetime = Field(2400, description="seconds of work in one job")
-    stop_after_stale_cycles: Count | None = Field(1, description="cycles on every slot without a promotion")
-    stop_at_score: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
-        None, description="the run ends when the best model reaches this score"
-    )
+    stop_after_stale_cycles: Count | None = Field(1, description="cycles without a promotion; null: never")
+    stop_at_score: float | None = Field(None, allow_inf_nan=False, description="of the best model, to end the run")
     stop_after_epochs: Count | None = Field(None, description="the run ends after this many epochs in total")
     max_failures: Count = Field(5, description="failures in a row that end a chain")
     max_chunk_attempts: Count = Field(3, description="failures of a profile on a model before it is skipped")
     max_disk_gb: Size | None = Field(None, description="limit for the run's folder in GB (10^9 bytes)")
     slurm_file: FilePath | None = Field(None, description="an sbatch file whose options and setup lines are used")
     slurm: SlurmSettings = Field(SlurmSettings(), description="what jobs ask of Slurm; overrides slurm_file")
-    database: str | None = Field(None, description="URL; default: a SQLite file in the run's folder")
+    database: str | None = Field(None, description="PostgreSQL or SQLite URL; default: in the run's folder")
     lock: WantedLock = Field("auto", description="the lock around the SQLite file; auto: one that is proven at launch")
     group: Line | None = Field(None, description="a Unix group whose members may read and control the run")
-    database_schema: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]*$", max_length=63)] | None = Field(
-        None, description="PostgreSQL's; default: a new one for each run"
+    database_schema: str | None = Field(
+        None, pattern=r"^[a-z_][a-z0-9_]*$", max_length=63, description="PostgreSQL schema; default: one for each run"
     )
 
     @field_validator("database")
