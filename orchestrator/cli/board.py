@@ -1,4 +1,4 @@
-"""orch leaderboard, status, runs: looking."""
+"""orch leaderboard, status, runs: show what there is."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def leaderboard(
 
 
 def status(run: RunArgument = None, runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
-    """What a run is doing. Mends chains that broke, where the cluster proves that they did."""
+    """What a run is doing. Mends chains that are proven to be broken."""
     from rich.console import Console
 
     from orchestrator.cli import tables
@@ -56,7 +56,7 @@ def status(run: RunArgument = None, runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: 
     opened = open_run(run, runs_dir)
     try:
         done = opened.reconcile(time.time())
-    except LeaderboardError as error:  # a full disk: what is there can be looked at all the same
+    except LeaderboardError as error:  # such as a full disk: the state can still be shown
         print(f"orch: nothing could be mended: {error}", file=sys.stderr)
         done = []
     state = opened.status()

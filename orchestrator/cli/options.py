@@ -37,5 +37,7 @@ def print_json(value: Any) -> None:
 
 
 def has_jobs(status: dict[str, Any]) -> bool:
-    """Does any worker of a run have a job, by what `Run.status` says?"""
-    return any(worker["state"] in ("running", "queued") for worker in status["workers"])
+    """Does any worker have a job? status: see `Run.status`."""
+    from orchestrator.run.run import WorkerState
+
+    return any(worker["state"] in (WorkerState.QUEUED, WorkerState.RUNNING) for worker in status["workers"])

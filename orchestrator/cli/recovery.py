@@ -1,4 +1,4 @@
-"""orch repair, gc: when files are damaged, lost, or too many."""
+"""orch repair, gc: for files that are damaged, lost, or not needed any more."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 Named = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of the run.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
 
 
 def repair(
@@ -30,14 +30,14 @@ def repair(
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     dry_run: DryRun = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Although it can't be known whether jobs of the run are alive.")
+        bool, typer.Option("--force", help="Repair although jobs of the run may be alive: it can't be known.")
     ] = False,
     json: Json = False,
 ) -> None:
     """Check a run's database and checkpoints; rebuild a lost or damaged database from the checkpoints' records.
 
-    A healthy database stays as it is; entries whose files are damaged leave the board. What is damaged is kept under
-    another name. Refused while jobs of the run are alive.
+    A healthy database stays as it is; entries with damaged files leave the board. Damaged files are kept under another
+    name. Refused while jobs of the run are alive.
     """
     from orchestrator.files import permissions
     from orchestrator.files.run_folder import find_run
@@ -67,10 +67,10 @@ def _print_repair(report: RepairReport) -> None:
 
 
 def gc(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False, json: Json = False) -> None:
-    """Delete files of a run that nothing refers to any more. Safe while it goes on.
+    """Delete files of a run that nothing refers to any more. Safe while its jobs work.
 
-    Checkpoints of no entry and no claim, temporary files, folders of old jobs (each chain's last three stay), curves of
-    chunks that no model on the board comes from (after a day), and folders of launches that were killed.
+    These are: checkpoints without an entry or a claim, temporary files, folders of old jobs (the last three of each
+    chain stay), curves of chunks that no model on the board comes from (after a day), and folders of killed launches.
     """
     from orchestrator.files.disk_budget import gb
     from orchestrator.run.gc import collect

@@ -31,21 +31,21 @@ def gpus() -> list[str]:
 
 
 def gpus_of(workers: Sequence[int], each: int) -> list[str | None]:
-    """What each of these workers gets of them, as a value for CUDA_VISIBLE_DEVICES; None if not even one worker
-    can have so many."""
-    found = gpus()
-    shares = [",".join(found[i : i + each]) for i in range(0, len(found) - each + 1, each)]
+    """For each worker, its share of `each` GPUs as a value for CUDA_VISIBLE_DEVICES; None if this machine has fewer.
+    Where there are more workers than shares, several workers use the same one."""
+    names = gpus()
+    shares = [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
     return [shares[worker % len(shares)] if shares else None for worker in workers]
 
 
 def host_name() -> str:
-    """This machine and its boot: after a restart no process of before is alive."""
+    """This machine's name and boot id: no process outlives a restart."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()}/{boot.read_text()[:8] if boot.exists() else ''}"
 
 
 def this_process() -> tuple[int, float]:
-    """(pid, start time): together they are never used twice."""
+    """(pid, start time): no other process ever has the same two."""
     return os.getpid(), psutil.Process().create_time()
 
 
@@ -57,7 +57,7 @@ def created_at(pid: int) -> float | None:
 
 
 def find_process(pid: int, created_at: float | None) -> psutil.Process | None:
-    """The process if it is alive and the same one; a zombie is dead."""
+    """The process, if it is alive and started at created_at; a zombie counts as dead."""
     try:
         process = psutil.Process(pid)
         if created_at is not None and abs(process.create_time() - created_at) > 0.5:

@@ -59,7 +59,7 @@ def explore(library: Path, **asked: Any) -> dict[str, Any]:
 
 @pytest.mark.timeout(7200 if EVERY else 600)
 @pytest.mark.parametrize(("fault", "shard"), [(f, shard) for f in CALLS for shard in range(SHARDS[f])])
-def test_whatever_happens_at_any_call_every_invariant_holds_and_the_run_goes_on_to_its_end(
+def test_after_a_fault_at_any_call_every_invariant_holds_and_the_run_reaches_its_end(
     library: Path, fault: str, shard: int
 ) -> None:
     found = explore(library, fault=fault, shard=shard, shards=SHARDS[fault], every=EVERY)
@@ -75,7 +75,7 @@ def test_whatever_happens_at_any_call_every_invariant_holds_and_the_run_goes_on_
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutation", [pytest.param(m, marks=() if m in SHORT else pytest.mark.long) for m in MUTATIONS])
-def test_each_safeguard_is_missed_when_it_is_taken_away(library: Path, mutation: str) -> None:
+def test_the_tests_notice_when_a_safeguard_is_removed(library: Path, mutation: str) -> None:
     found = explore(library, fault=MUTATIONS[mutation][0], mutation=mutation, stop_at_first=True)
     assert found["violations"], f"{found['points']} points, and nobody noticed"
     print(f"{mutation}: noticed after {found['points']} points: {found['violations'][0]}")

@@ -101,7 +101,7 @@ def test_any_command_line_ends_with_a_message(
     ],
     ids=["a run", "a folder", "a value", "a long folder"],
 )
-def test_bytes_that_are_no_text_are_no_traceback(here: Path, arguments: list[bytes], locale: str) -> None:
+def test_arguments_that_are_not_text_give_no_traceback(here: Path, arguments: list[bytes], locale: str) -> None:
     code = "from orchestrator.cli.main import main; main()"
     environment = os.environ | {"LC_ALL": locale, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=here, env=environment, capture_output=True)

@@ -52,7 +52,7 @@ def evidence_in(answer: str) -> Evidence:
 
 @examples(400)
 @given(before=st.lists(good_lines.filter(lambda line: not line.startswith("7_0"))), cut=st.integers(0, 60))
-def test_a_listing_that_breaks_off_proves_nothing_of_a_job_that_lives(before: list[str], cut: int) -> None:
+def test_an_incomplete_listing_proves_nothing_about_a_live_job(before: list[str], cut: int) -> None:
     whole = "".join(f"{line}\n" for line in before) + ALIVE
     assert evidence_in(whole) is Evidence.RUNNING
     broken = whole[: max(0, len(whole) - 1 - cut)]
@@ -78,7 +78,7 @@ def test_a_job_is_gone_only_if_every_line_could_be_read(answer: str) -> None:
 
 @examples(200)
 @given(garbage=lines, place=st.booleans())
-def test_a_line_that_cannot_be_read_leaves_the_others_in_doubt(garbage: str, place: bool) -> None:
+def test_one_unreadable_line_makes_the_whole_listing_prove_nothing(garbage: str, place: bool) -> None:
     """It may be the very line of the job that is looked for."""
     if read_queue(f"{garbage}\n") is not None:
         return
@@ -92,7 +92,7 @@ def test_a_state_that_orch_does_not_know_proves_nothing(state: str) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_job_that_one_cluster_of_a_federation_gave_up_runs_on_another(first: bool) -> None:
+def test_a_job_that_one_cluster_of_a_federation_revoked_runs_on_another(first: bool) -> None:
     mine, other = ALIVE, f"7_0|CANCELLED|N/A|orch-run-{BASE}\n"
     assert evidence_in(mine + other if first else other + mine) is Evidence.RUNNING
 
@@ -123,7 +123,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         pytest.param("exit 1", id="a failure"),
     ],
 )
-def test_slurm_that_does_not_answer_says_nothing_of_jobs(command, script: str) -> None:
+def test_no_answer_from_slurm_proves_nothing_about_jobs(command, script: str) -> None:
     command("squeue", script)
     assert queue() is None
     assert SlurmQueue(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.UNKNOWN}
@@ -157,7 +157,7 @@ def test_jobs_in_hidden_partitions_are_asked_for_too(command) -> None:
 @given(answer=answers | st.none())
 @example(f"7_0|FAILED|1:0|orch-a|b-{BASE}\n")
 @example("7_0\n7_0|\n7_0||||\n")
-def test_any_answer_of_sacct_names_endings_or_none(answer: str | None) -> None:
+def test_any_answer_of_sacct_gives_endings_or_none(answer: str | None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slurm, "run_slurm", lambda _command: answer)
         patch.setattr(slurm.shutil, "which", lambda name: name)
