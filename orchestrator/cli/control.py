@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, RunsDir, has_jobs, open_run
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, RunName, RunsDir, has_jobs, open_run
 from orchestrator.errors import RunError
 
 if TYPE_CHECKING:
@@ -21,16 +21,13 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-Named = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of the run.")]
-
-
-def pause(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
+def pause(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
     """Let running jobs finish their chunk, and queue no new ones, until `orch resume`."""
     opened = open_run(run, runs_dir)
     _report(opened, opened.pause(time.time()), "running jobs finish their chunk")
 
 
-def resume(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
+def resume(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
     """Go on with a run that was paused, drained, cancelled, or has failed."""
     opened = open_run(run, runs_dir)
     for line in opened.resume(time.time()):
@@ -45,14 +42,14 @@ def resume(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
     print(f"{opened.name} is active")
 
 
-def drain(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
+def drain(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
     """Let running jobs finish their chunk; when the last has ended, the run is finished."""
     opened = open_run(run, runs_dir)
     _report(opened, opened.drain(time.time()), "running jobs finish their chunk")
 
 
 def cancel(
-    run: Named,
+    run: RunName,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     now: Annotated[bool, typer.Option("--now", help="Kill the jobs, without suspending their chunk.")] = False,
 ) -> None:
@@ -62,7 +59,7 @@ def cancel(
 
 
 def amend(
-    run: Named,
+    run: RunName,
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="A new value; @FILE reads it from a JSON file.")
     ],
@@ -95,7 +92,7 @@ def _check_job(run: Run, changes: Sequence[str]) -> None:
 
 
 def keep(
-    run: Named,
+    run: RunName,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     every: Annotated[float, typer.Option(help="Seconds between two checks.", min=1)] = 60,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, has_jobs, print_json
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, Set, SettingsFile, has_jobs, print_json
 from orchestrator.errors import LeaderboardError
 from orchestrator.messages import counted
 
@@ -29,16 +29,13 @@ def register(app: typer.Typer) -> None:
 
 
 def launch(
-    settings: Annotated[Path, typer.Argument(help="A settings file (JSON).")],
+    settings: SettingsFile,
     executor: Annotated[
         str | None, typer.Option(help="slurm, local or inline. Default: slurm where sbatch is, else local.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Chains that train at the same time.")] = None,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; dots go deeper."),
-    ] = None,
+    set_: Set = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; start nothing.")
     ] = False,
@@ -115,11 +112,9 @@ def _show(run: Run, json: bool, tables: bool) -> None:
     if json:
         print_json({**run.status(), "board": run.board()})
     elif tables:
-        from rich.console import Console
-
         from orchestrator.cli import tables as shown
 
-        Console().print(shown.status(run.status()), shown.board(run.board()))
+        shown.show(shown.status(run.status()), shown.board(run.board()))
 
 
 def _refuse_changes(existing: Run, wanted: Settings) -> None:

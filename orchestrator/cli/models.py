@@ -8,20 +8,25 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunArgument, RunsDir, open_run, print_json
+from orchestrator.cli.options import (
+    DEFAULT_RUNS_DIR,
+    Json,
+    RunArgument,
+    RunsDir,
+    Set,
+    SettingsFile,
+    open_run,
+    print_json,
+)
 from orchestrator.messages import counted
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(prepare)
-    app.command()(evaluate)
-    app.command()(export)
+    for command in (prepare, evaluate, export):
+        app.command()(command)
 
 
-def prepare(
-    settings: Annotated[Path, typer.Argument(help="A settings file.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
-) -> None:
+def prepare(settings: SettingsFile, set_: Set = None) -> None:
     """Fetch what a job needs from the internet (weights, data), for nodes without internet access."""
     from orchestrator.settings.loading import load
     from orchestrator.worker.user_job import check_job
@@ -38,8 +43,6 @@ def evaluate(
     again: Annotated[bool, typer.Option("--again", help="Test entries again that were tested before.")] = False,
 ) -> None:
     """Test the models on the leaderboard on the test set, and record the results."""
-    from rich.console import Console
-
     from orchestrator.cli import tables
     from orchestrator.run.models import evaluator, logged, test_models
 
@@ -50,7 +53,7 @@ def evaluate(
     if json:
         print_json(board)
     else:
-        Console().print(tables.board(board))
+        tables.show(tables.board(board))
 
 
 def export(

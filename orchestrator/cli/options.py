@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from orchestrator.run.run import Run
 
 RunArgument = Annotated[
-    str | None,
-    typer.Argument(metavar="[RUN]", help="Name or path of a run. Left out: the newest.", show_default=False),
+    str | None, typer.Argument(metavar="[RUN]", help="Name or path of a run. Left out: the newest.", show_default=False)
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of the run.")]
+SettingsFile = Annotated[Path, typer.Argument(metavar="SETTINGS", help="A settings file (JSON).")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; dots go deeper.")
 ]
 RunsDir = Annotated[
     Path, typer.Option("--runs-dir", envvar="ORCH_RUNS_DIR", help="Where the runs are.", file_okay=False)

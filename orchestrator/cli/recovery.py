@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, open_run, print_json
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunName, RunsDir, open_run, print_json
 from orchestrator.messages import counted
 
 if TYPE_CHECKING:
@@ -21,12 +21,11 @@ def register(app: typer.Typer) -> None:
     app.command()(gc)
 
 
-Named = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of the run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
 
 
 def repair(
-    run: Named,
+    run: RunName,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     dry_run: DryRun = False,
     force: Annotated[
@@ -66,7 +65,7 @@ def _print_repair(report: RepairReport) -> None:
         print(f"note: {line}")
 
 
-def gc(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False, json: Json = False) -> None:
+def gc(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False, json: Json = False) -> None:
     """Delete files of a run that nothing refers to any more. Safe while its jobs work.
 
     These are: checkpoints without an entry or a claim, temporary files, folders of old jobs (the last three of each

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from orchestrator.messages import counted
+
+
+def show(*views: RenderableType) -> None:
+    """Print on standard output."""
+    Console().print(*views)
 
 
 def _table(title: str | None = None) -> Table:

@@ -9,18 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.options import Json, print_json
+from orchestrator.cli.options import Json, Set, SettingsFile, print_json
 from orchestrator.messages import counted
-
-HELP = (
-    "Check that resume is exact for a job on this machine: interrupted training gives the same bits as uninterrupted "
-    "training.\n\n"
-    "Trains a few steps without interruption, then the same steps with interruptions, each resumed in a new process "
-    "from the written checkpoint, and compares the whole state: model, optimizer, random states, batches and metrics. "
-    "It works in a temporary folder (TMPDIR) and touches no run.\n\n"
-    'Exit code: 0 if exact, 1 if not, 2 for errors. With "deterministic": false, too, a difference is reported with '
-    "exit code 1: that mode allows it, but the training was not the same."
-)
 
 
 class Device(StrEnum):
@@ -30,11 +20,11 @@ class Device(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    app.command("verify-resume", help=HELP)(verify_resume)
+    app.command()(verify_resume)
 
 
 def verify_resume(
-    settings: Annotated[Path, typer.Argument(help="A settings file (JSON).")],
+    settings: SettingsFile,
     steps: Annotated[
         int,
         typer.Option("--steps", min=1, metavar="N", help="Batches for each epoch, at most: a small part of the data."),
@@ -49,10 +39,18 @@ def verify_resume(
     device: Annotated[
         Device, typer.Option("--device", help="auto: a GPU if there is one, as in a job of a run.")
     ] = Device.AUTO,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
+    set_: Set = None,
     json: Json = False,
 ) -> None:
-    """Train a little twice, with and without interruptions, and compare."""
+    """Check that resume is exact for a job on this machine.
+
+    Trains a few steps without interruption, then the same steps with interruptions, each resumed in a new process from
+    the written checkpoint. Compares all bits of the state: model, optimizer, random states, batches and metrics. It
+    works in a temporary folder (TMPDIR) and touches no run.
+
+    Exit code: 0 if exact, 1 if not, 2 for errors. With "deterministic": false, too, a difference is reported with exit
+    code 1: that mode allows it, but the training was not the same.
+    """
     from orchestrator.settings.loading import load
     from orchestrator.worker.user_job import verify_resume as verify
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,16 +19,10 @@ def gpus() -> list[str]:
     if visible is not None:
         return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
     try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return []
-    return listed.stdout.split()
 
 
 def gpus_of(workers: Sequence[int], each: int) -> list[str | None]:
@@ -70,7 +65,5 @@ def find_process(pid: int, created_at: float | None) -> psutil.Process | None:
 def send_signal(pid: int | None, created_at: float | None, signum: signal.Signals) -> None:
     process = None if pid is None else find_process(pid, created_at)
     if process is not None:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.send_signal(signum)
-        except psutil.NoSuchProcess:
-            return

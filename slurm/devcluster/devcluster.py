@@ -179,7 +179,7 @@ class DevCluster(SlurmClient):
     def kill_node(self, name: str, stepd: bool = True, *, jobs: bool = False, detect: bool = False) -> None:
         """SIGKILL a node's slurmd, its slurmstepds, and with `jobs` what they run; then declare it down.
 
-        Without `jobs` the batch scripts outlive their node, unknown to Slurm: the case for which claims have generations.
+        Without `jobs` the batch scripts outlive their node, unknown to Slurm: for this case claims have generations.
         With `detect` the node is not declared down: slurmctld finds out by itself, which takes about 30 s.
         """
         self._check_node(name)

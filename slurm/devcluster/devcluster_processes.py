@@ -142,7 +142,7 @@ def reserved_ports(count: int, preferred: int | None, fixed: bool) -> Iterator[i
     """The first of `count` neighbouring free ports: the preferred ones if free, else (unless fixed) others.
 
     Within the context no other cluster that starts on this machine gets them, since the daemons listen only seconds
-    later. The reservation is a name in Linux' abstract socket namespace, which all users share; it ends with this process.
+    later. The reservation is a name in Linux' abstract socket namespace, for all users; it ends with this process.
     """
     spread = os.getpid() % len(PORT_BASES)  # clusters that start at once begin to look in different places
     others = [] if fixed else [*PORT_BASES[spread:], *PORT_BASES[:spread]]
