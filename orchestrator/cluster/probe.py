@@ -38,14 +38,8 @@ def ask_sbatch(script: str) -> Answer:
     """Would sbatch take this script now, on this machine? Queues nothing and never raises: a failure is an answer."""
     try:
         with submission_environment():
-            done = subprocess.run(
-                ["sbatch", "--test-only"],
-                input=script,
-                capture_output=True,
-                text=True,
-                timeout=COMMAND_TIMEOUT_S,
-                check=False,
-            )
+            command = ["sbatch", "--test-only"]
+            done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError) as error:
         return Answer(False, f"{type(error).__name__}: {error}")
     return Answer(done.returncode == 0, (done.stderr + done.stdout).strip())

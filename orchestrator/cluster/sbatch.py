@@ -165,49 +165,30 @@ _REFUSALS = (
 # Parts of sbatch's messages (Slurm's slurm_errno texts), and what to change.
 ADVICE = (
     ("Invalid partition name", "slurm.partition {partition}: there is no such partition; `sinfo -s` lists them"),
-    (
-        "Invalid account or account/partition combination",
-        "slurm.account {account} may not be used here (partition {partition}); `sacctmgr show associations user=$USER` "
-        "lists yours",
-    ),
+    ("Invalid account or account/partition combination",
+     "slurm.account {account} may not be used here (partition {partition}); `sacctmgr show associations user=$USER` lists yours"),
     ("Invalid account", "slurm.account {account} is not yours; `sacctmgr show associations user=$USER` lists yours"),
     ("Invalid qos", "slurm.qos {qos} is not allowed for this account; `sacctmgr show associations user=$USER` lists yours"),
-    (
-        "Requested time limit is invalid",
-        "the time limit of {time_min} min is more than partition {partition} allows (`sinfo -o '%P %l'`); lower "
-        "eon_lifetime or set slurm.time_min",
-    ),
-    (
-        "Invalid job array specification",
-        "{workers} workers are more than one job array may have (`scontrol show config | grep MaxArraySize`); lower workers",
-    ),
-    *(
-        (
-            text,
-            "the submit limit of your account or QOS leaves no room for {workers} more jobs; lower workers, or use another "
-            "slurm.qos (`sacctmgr show qos format=name,maxsubmitjobsperuser`)",
-        )
-        for text in _NO_ROOM
-    ),
-    (
-        "More processors requested than permitted",
-        "slurm.cpus {cpus-per-task} is more than a node of partition {partition} has; `sinfo -o '%P %c'` shows how many",
-    ),
-    (
-        "Requested node configuration is not available",
-        "no node of partition {partition} has what a worker asks for ({asked}); `sinfo -o '%P %c %m %G %f'` shows what they "
-        "have. slurm.gpus, slurm.cpus, slurm.mem_gb and slurm.constraint ask for less",
-    ),
+    ("Requested time limit is invalid",
+     "the time limit of {time_min} min is more than partition {partition} allows (`sinfo -o '%P %l'`); lower eon_lifetime or "
+     "set slurm.time_min"),
+    ("Invalid job array specification",
+     "{workers} workers are more than one job array may have (`scontrol show config | grep MaxArraySize`); lower workers"),
+    *((text,
+       "the submit limit of your account or QOS leaves no room for {workers} more jobs; lower workers, or use another "
+       "slurm.qos (`sacctmgr show qos format=name,maxsubmitjobsperuser`)") for text in _NO_ROOM),
+    ("More processors requested than permitted",
+     "slurm.cpus {cpus-per-task} is more than a node of partition {partition} has; `sinfo -o '%P %c'` shows how many"),
+    ("Requested node configuration is not available",
+     "no node of partition {partition} has what a worker asks for ({asked}); `sinfo -o '%P %c %m %G %f'` shows what they "
+     "have. slurm.gpus, slurm.cpus, slurm.mem_gb and slurm.constraint ask for less"),
     ("Memory specification can not be satisfied", "slurm.mem_gb is more than a node of partition {partition} has"),
-    (
-        "Invalid generic resource",
-        "the GPUs asked for ({asked}) are not known here; `sinfo -o '%P %G'` lists them, slurm.gpus=0 asks for none",
-    ),
-    (
-        "Required partition not available",
-        "partition {partition} is inactive or drained; use another slurm.partition (`sinfo -s`) or wait",
-    ),
-    ("Invalid feature specification", "slurm.constraint {constraint} is not a feature of any node; `sinfo -o '%P %f'` lists them"),
+    ("Invalid generic resource",
+     "the GPUs asked for ({asked}) are not known here; `sinfo -o '%P %G'` lists them, slurm.gpus=0 asks for none"),
+    ("Required partition not available",
+     "partition {partition} is inactive or drained; use another slurm.partition (`sinfo -s`) or wait"),
+    ("Invalid feature specification",
+     "slurm.constraint {constraint} is not a feature of any node; `sinfo -o '%P %f'` lists them"),
     ("Invalid node name", "slurm.exclude or nodelist names a node that does not exist; `sinfo -N` lists them"),
     ("Node count specification invalid", "the number of nodes asked for is not allowed in partition {partition}"),
     ("User not part of group", "partition {partition} is not open to your group; use another slurm.partition"),

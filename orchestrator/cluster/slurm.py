@@ -298,15 +298,10 @@ def _when(text: str) -> float | None:
 def run_slurm(command: Sequence[str]) -> str | None:
     """A Slurm command's output; None if it failed, took too long, or the controller did not answer (for which some
     commands exit with 0)."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(USER_FORMAT_VARIABLES)}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(USER_FORMAT_VARIABLES)}
     try:
         done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=COMMAND_TIMEOUT_S,
-            check=True,
-            env=environment,
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_TIMEOUT_S, check=True, env=env
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return None

@@ -22,10 +22,7 @@ from orchestrator.settings.settings import Settings, new_schema
 
 
 def launch(
-    settings: Settings,
-    runs_dir: Path,
-    import_paths: Sequence[str] = (),
-    clock: Callable[[], float] = time.time,
+    settings: Settings, runs_dir: Path, import_paths: Sequence[str] = (), clock: Callable[[], float] = time.time
 ) -> Run:
     """Make the run's folder and database and queue its workers. All or nothing: if no jobs are taken, the folder is
     removed again.

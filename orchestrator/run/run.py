@@ -195,7 +195,9 @@ class Run(OpenedRun):
 
     def summary(self) -> dict[str, Any]:
         """A line of `orch runs`; only the database is read."""
-        snapshot = self.leaderboard.chains.snapshot()
+        return self._summary(self.leaderboard.chains.snapshot())
+
+    def _summary(self, snapshot: Snapshot) -> dict[str, Any]:
         return {
             "run": self.name,
             "folder": str(self.folder),
@@ -213,16 +215,9 @@ class Run(OpenedRun):
         evidence = self.queue.evidence(snapshot.open_jobs)
         counts = self.leaderboard.reader.counts()
         error, failed_at = self.leaderboard.reader.last_error() or (None, None)
-        return {
-            "run": self.name,
-            "folder": str(self.folder),
-            "state": snapshot.state,
-            "reason": snapshot.reason,
-            "created_at": iso(snapshot.created_at),
-            "deadline": iso(snapshot.deadline),
+        return self._summary(snapshot) | {
             "executor": self.queue.name,
             "lock": str(self.leaderboard.database.lock_choice or "the database server's"),
-            "best": snapshot.progress.best_score,
             "workers": [_worker_status(i, row, evidence) for i, row in self.leaderboard.reader.last_jobs().items()],
             "last_error": error,
             "last_error_at": iso(failed_at),

@@ -79,11 +79,8 @@ class JobLoop:
     def _may_work(self) -> bool:
         """Opening the trainer imports torch and loads data, which takes a while. So it is not done for a run that is
         over, and it is done before a claim, which would be held meanwhile."""
-        now = self.clock()
-        snapshot = self.leaderboard.chains.snapshot()
-        return (
-            not self.stop.reason and now < self._job_end and stopping.may_claim(snapshot.state, now, snapshot.deadline)
-        )
+        now, run = self.clock(), self.leaderboard.chains.snapshot()
+        return not self.stop.reason and now < self._job_end and stopping.may_claim(run.state, now, run.deadline)
 
     def _finish(self, job: ChainJob, successor: Successor, ending: Ending) -> None:
         chains, max_failures = self.leaderboard.chains, self.run.settings.max_failures
@@ -116,14 +113,8 @@ class JobLoop:
                 claim = self.leaderboard.board.claim(job.worker_id, job.job_id, job.starts, now, self._lease_until)
             if isinstance(claim, Over):
                 return Ending(claim.reason)
-            log.info(
-                "chunk %d (generation %d): %s at position %d of %s",
-                claim.chunk_id,
-                claim.generation,
-                claim.profile.name,
-                claim.position,
-                claim.parent_file or "a founder",
-            )
+            what = (claim.profile.name, claim.position, claim.parent_file or "a founder")
+            log.info("chunk %d (generation %d): %s at position %d of %s", claim.chunk_id, claim.generation, *what)
             if claim.settings_version != self.run.version:
                 self._take_amendment()
             result = self._chunk(claim, job)
@@ -158,11 +149,9 @@ class JobLoop:
             log.error("%s", traceback.format_exc())
             message = f"{type(error).__name__}: {error}"
             failures = self.leaderboard.board.fail(claim, message, self.clock())
-            checkpoints.remove(self.files, [claim.suspended_file] if claim.suspended_file else [])
-            return Ending(
-                f"chunk {claim.chunk_id} failed ({failures} in a row): {message}",
-                final=failures >= self.run.settings.max_failures,
-            )
+            self._remove(claim)
+            outcome = f"chunk {claim.chunk_id} failed ({failures} in a row): {message}"
+            return Ending(outcome, final=failures >= self.run.settings.max_failures)
         try:
             if isinstance(result, Interrupted):
                 self._suspend(claim, result)
@@ -223,7 +212,7 @@ class JobLoop:
     def _suspend(self, claim: Claim, result: Interrupted) -> None:
         written = self._write(claim, {"kind": "suspended", "step": result.steps})
         garbage = self.leaderboard.board.suspend(claim, written.file, written.sha256, self.clock())
-        self._remove(claim, garbage)
+        self._remove(claim, *garbage)
         log.info("chunk %d is suspended after %d steps of an epoch", claim.chunk_id, result.steps)
 
     def _offer(self, claim: Claim, result: Finished, job: ChainJob, started: float) -> None:
@@ -246,15 +235,8 @@ class JobLoop:
                     "train_seconds": result.train_seconds,
                 },
             )
-        candidate = Candidate(
-            result.score,
-            result.epochs,
-            result.results,
-            result.train_seconds,
-            file=written.file if written else None,
-            sha256=written.sha256 if written else None,
-            size_bytes=written.size_bytes if written else 0,
-        )
+        file = (written.file, written.sha256, written.size_bytes) if written else ()
+        candidate = Candidate(result.score, result.epochs, result.results, result.train_seconds, *file)
         board, now = self.leaderboard.board, self.clock()
         self._durations_s.append(now - started)
         if not self.stop.reason and stopping.should_start_chunk(now, self._job_end, self._durations_s, 1):
@@ -262,8 +244,8 @@ class JobLoop:
             outcome, self._next = board.record_and_claim(claim, candidate, *at)
         else:
             outcome = board.record(claim, candidate, now)
-        garbage = outcome.collectable if outcome.promoted or not written else (*outcome.collectable, written.file)
-        self._remove(claim, garbage)
+        refused = () if outcome.promoted or not written else (written.file,)
+        self._remove(claim, *outcome.collectable, *refused)
         what = "promoted" if outcome.promoted else "discarded"
         log.info("chunk %d: %s %.6g, %s (%s)", claim.chunk_id, metric.name, result.score, what, outcome.reason)
         assert self._trainer is not None
@@ -294,5 +276,6 @@ class JobLoop:
             },
         )
 
-    def _remove(self, claim: Claim, garbage: tuple[str, ...]) -> None:
+    def _remove(self, claim: Claim, *garbage: str) -> None:
+        """Delete files, and the one that the claim was suspended in."""
         checkpoints.remove(self.files, [*garbage, *([claim.suspended_file] if claim.suspended_file else [])])

@@ -1,5 +1,5 @@
-"""A small world around one run: a queue that outlives its processes, a clock that always tells the same, a trainer
-whose scores are known before. Everything else is orch itself: its worker, its database, its files."""
+"""A small world around one run: a queue that outlives its processes, a clock that always shows the same times, and a
+trainer with known scores. Everything else is orch itself: its worker, its database and its files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SETTINGS = Settings.model_validate(
 
 
 class Scripted(Trainer):
-    """A trainer: every other chunk is better than its parent, the others are hopeless."""
+    """A trainer: every other chunk is better than its parent; the others have the score 0."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
@@ -86,7 +86,7 @@ class Queue(JobQueue):
         self.file.write_text(json.dumps([{**j, "state": state} if j["token"] == token else j for j in self.listed()]))
 
     def next_up(self) -> str | None:
-        """The first in the queue; whatever ran is gone then, as afterany has it."""
+        """The first job in the queue; the job that ran before is gone then, as with afterany."""
         self.file.write_text(
             json.dumps([{**j, "state": "gone"} if j["state"] == "running" else j for j in self.listed()])
         )
@@ -135,10 +135,10 @@ class Job(ThisJob):
 
 @dataclass
 class World:
-    """runs/world, the queue's file beside it, and what was promised to whoever watches."""
+    """runs/world, the queue's file beside it, and the results that were reported as recorded (promises)."""
 
     folder: Path  # holds runs/, queue.json and promises
-    jobs: int = 0  # that have run: the time goes on with it
+    jobs: int = 0  # that have run: the time depends on it
     promises: list[str] = field(default_factory=list)
 
     @property
@@ -193,7 +193,7 @@ class World:
         return ending
 
     def _watch(self, leaderboard: Leaderboard) -> None:
-        """What `record` has answered is a promise: it holds whatever comes after."""
+        """An answer of `record` is a promise: whatever happens later, the database must keep it."""
         board, promises = leaderboard.board, self.folder / "promises"
         record, record_and_claim = board.record, board.record_and_claim
 
@@ -226,7 +226,7 @@ class World:
         return [f"recorded and lost: chunk {promise}" for promise in made if promise not in known]
 
     def mend(self) -> Run:
-        """As `orch status` does it, when whatever ran is gone."""
+        """As `orch status` does it, after the running job has died."""
         self.jobs += 1
         same_names(self.jobs, 2)
         self.queue.next_up()
@@ -245,8 +245,8 @@ class World:
 
 
 def same_names(jobs: int, by: int) -> None:
-    """Tokens that are the same whatever crashed before: what came of different crashes can then be compared.
-    by: 1 for the job, 2 for who mends, so that no name is given twice."""
+    """Make tokens that do not depend on earlier crashes, so that the results of different crashes can be compared.
+    by: 1 for the job, 2 for the process that mends, so that no token is used twice."""
     numbers = count(1)
 
     def base() -> str:
@@ -256,7 +256,7 @@ def same_names(jobs: int, by: int) -> None:
 
 
 def dump(run: Run) -> Mapping[str, Any]:
-    """All that the run's future depends on."""
+    """Everything that the run's future depends on."""
     reader = run.leaderboard.reader
     tables = ("run", "job", "checkpoint", "entry", "chunk", "epoch", "event")
     files = {p.name: p.read_bytes().hex() for p in sorted((run.folder / "checkpoints").iterdir())}

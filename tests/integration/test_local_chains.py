@@ -22,17 +22,10 @@ from orchestrator.run.launch import launch as launch_run
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
 from tests.support.invariants import violations
+from tests.support.processes import processes_of, until
 
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
-
-
-def processes_of(folder: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(str(folder) in part for part in process.info["cmdline"] or ()):
-            found.append(process)
-    return found
 
 
 def killed(folder: Path) -> list[psutil.Process]:
@@ -69,13 +62,6 @@ def command(runs_dir: Path, file: Path, *options: str) -> list[str]:
 def launch(runs_dir: Path, *options: str, file: Path = DIGITS) -> subprocess.CompletedProcess[str]:
     line = command(runs_dir, file, *options)
     return subprocess.run(line, capture_output=True, text=True, check=True, timeout=240, cwd=ROOT)
-
-
-def until(what: str, condition: Any, timeout_s: float = 120) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {timeout_s} s for: {what}"
-        time.sleep(0.05)
 
 
 def working(run: Run) -> list[dict[str, Any]]:
@@ -196,7 +182,7 @@ def test_launch_in_a_pipe_returns_at_once(runs_dir: Path, quick: Path) -> None:
     until("every process to be gone", lambda: not processes_of(runs_dir))
 
 
-def test_a_second_launch_at_the_same_moment_makes_one_run(runs_dir: Path, quick: Path) -> None:
+def test_two_launches_at_the_same_moment_make_one_run(runs_dir: Path, quick: Path) -> None:
     line = command(runs_dir, quick, "--workers", "2")
     twins = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
     errors = [twin.communicate(timeout=60)[1] for twin in twins]
@@ -210,7 +196,7 @@ def test_a_second_launch_at_the_same_moment_makes_one_run(runs_dir: Path, quick:
     until("every process to be gone", lambda: not processes_of(runs_dir))
 
 
-def test_a_machine_that_takes_no_process_leaves_no_run_behind(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_can_not_start_a_process_leaves_no_run(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_process(*_args: Any, **_kwargs: Any) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 

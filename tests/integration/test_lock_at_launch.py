@@ -95,7 +95,7 @@ def test_launching_again_goes_on_with_the_lock_that_was_chosen_and_no_other_can_
 
 
 @pytest.mark.parametrize(("wanted", "code"), [("auto", 0), ("flock", 2)])
-def test_a_flock_that_does_nothing_is_seen_before_the_run_starts(orch, tmp_path, wanted, code):
+def test_a_flock_that_does_nothing_is_detected_before_the_run_starts(orch, tmp_path, wanted, code):
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text("import fcntl\nfcntl.flock = lambda fd, operation: None\n")
     options = ["--executor", "inline", "--set", "stop_after_epochs=3", "--set", f"lock={wanted}"]

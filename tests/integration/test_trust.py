@@ -157,7 +157,7 @@ def test_a_file_system_that_keeps_no_rights_can_hold_no_run(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("part", ["", "settings.json", "orch.db", "orch.db.lock.json", "checkpoints", "jobs", "logs"])
-def test_what_everybody_may_write_is_not_opened_and_the_error_mends_it(tmp_path, part):
+def test_a_run_that_everybody_may_write_is_not_opened_and_the_error_has_the_command_that_corrects_it(tmp_path, part):
     run = launched(tmp_path)
     (run.folder / part).chmod((run.folder / part).stat().st_mode | stat.S_IWOTH)
     with pytest.raises(RunError, match="can be written by everybody") as caught:
@@ -168,7 +168,7 @@ def test_what_everybody_may_write_is_not_opened_and_the_error_mends_it(tmp_path,
     assert Run.open(run.folder).name == "quick"
 
 
-def test_a_database_elsewhere_is_looked_at_too(tmp_path):
+def test_a_database_outside_the_run_folder_is_checked_too(tmp_path):
     run = launched(tmp_path / "runs", database=f"sqlite:///{tmp_path}/x.db")
     (tmp_path / "x.db").chmod(0o666)
     with pytest.raises(RunError, match=r"x\.db can be written by everybody"):
@@ -183,7 +183,7 @@ def test_a_folder_that_others_may_only_read_is_opened(tmp_path):
 
 @needs_root
 @pytest.mark.parametrize("part", ["", "settings.json", "orch.db", "checkpoints", "jobs"])
-def test_what_belongs_to_another_user_is_not_opened(tmp_path, part):
+def test_a_run_with_files_of_another_user_is_not_opened(tmp_path, part):
     run = launched(tmp_path)
     os.chown(run.folder / part, pwd.getpwnam("nobody").pw_uid, -1)
     with pytest.raises(RunError, match=r"belongs to nobody, and orch would execute what is in it as root.*chown -R"):
@@ -248,7 +248,7 @@ def test_a_colleague_does_not_open_a_folder_whose_rights_are_not_those_of_its_gr
     assert 'launch the run with "group" set' in as_nobody(outside, gid, run.folder)
 
 
-def test_what_a_bystander_sees_of_jobs_proves_nothing_and_only_the_owner_queues(tmp_path):
+def test_another_user_has_no_evidence_of_jobs_and_only_the_owner_queues_them(tmp_path):
     run = launched(tmp_path)
     seen = ForeignQueue("inline", "alice")
     jobs = run.leaderboard.chains.snapshot().open_jobs

@@ -1,8 +1,9 @@
-"""The development cluster does what the other tests in this folder count on, and what a real cluster does."""
+"""The development cluster does what the other tests in this folder rely on, and what a real cluster does."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import time
 from pathlib import Path
 
 import devcluster
-import devcluster_commands
 import devcluster_processes
 import pytest
 from devcluster import DevCluster, DevClusterError, Shape, wait_for
 
 SLURM = Path(devcluster.__file__).resolve().parents[1]
 SMALL = Shape(nodes=1, accounting=False)
+COMMAND = runpy.run_path(str(SLURM / "devcluster" / "__main__.py"))["main"]
 
 
 # --- jobs
@@ -295,7 +296,7 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(devcluster_processes, "DAEMON_PATH", str(tmp_path))
-    assert devcluster_commands.main(["up", "--folder", "/tmp/orch-devcluster-never"]) == 2
+    assert COMMAND(["up", "--folder", "/tmp/orch-devcluster-never"]) == 2
     message = capsys.readouterr().err
     assert "apt-get install -y mariadb-server munge slurm-client slurmctld slurmd slurmdbd" in message
     assert message.count("\n") == 1
@@ -303,7 +304,7 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(
 
 @pytest.mark.parametrize("folder", ["/tmp/" + "x" * 60, "/tmp/a folder"])
 def test_a_folder_that_sockets_cannot_have_is_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert devcluster_commands.main(["up", "--folder", folder]) == 1
+    assert COMMAND(["up", "--folder", folder]) == 1
     assert "at most 60 letters" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""A job without torch, for tests of chains: it sleeps where others train, and can be suspended like them."""
+"""A job without torch, for tests of chains: it sleeps instead of training, and can be suspended."""
 
 from __future__ import annotations
 
