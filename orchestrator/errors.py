@@ -10,8 +10,6 @@ OrchError                       what every caller may catch; `orch` prints it an
 │   ├── DamagedCheckpointError  the file is missing or its bytes have changed
 │   └── NoSpaceError            the run's disk budget has no room for it
 ├── SubmissionError             the cluster did not take the jobs; its `refusal` gives the reason
-│   ├── NoRoomError             a submit limit has no room for more jobs now
-│   └── ClusterUnreachableError the cluster does not answer
 └── JobSpecError                the user's job class can't be imported or lacks something
 """
 
@@ -23,7 +21,7 @@ from enum import StrEnum
 class Refusal(StrEnum):
     """Why a cluster did not take jobs."""
 
-    UNREACHABLE = "unreachable"  # it does not answer: the jobs may have been taken all the same
+    UNREACHABLE = "unreachable"  # it does not answer; this never means that its jobs are gone
     NO_ROOM = "no room"  # a submit limit; there may be room later
     TOO_MANY_NODES = "too many nodes"  # more nodes than a job may have here
     OTHER = "other"
@@ -71,20 +69,6 @@ class SubmissionError(OrchError):
     def __init__(self, message: str, *, refusal: Refusal = Refusal.OTHER) -> None:
         super().__init__(message)
         self.refusal = refusal
-
-
-class NoRoomError(SubmissionError):
-    """A submit limit leaves no room for more jobs just now."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, refusal=Refusal.NO_ROOM)
-
-
-class ClusterUnreachableError(SubmissionError):
-    """The cluster does not answer. This never means that its jobs are gone."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, refusal=Refusal.UNREACHABLE)
 
 
 class JobSpecError(OrchError):

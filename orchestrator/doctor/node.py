@@ -64,9 +64,6 @@ class NodeReport:
     python: machine.PythonFacts | None = None
     done: bool = False
 
-    def tally_of(self, kind: proof.Counted) -> proof.Tally | None:
-        return next((tally for tally in self.tallies if tally.kind == kind), None)
-
 
 _TASK, _REPORT = TypeAdapter(NodeTask), TypeAdapter(NodeReport)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,7 @@ class TestOutcome:
 
     nodes: int  # that the job asked for
     reports: tuple[node.NodeReport | None, ...]  # one for each task
-    counted_in_file: int | Unreadable | None  # the final number; None: not tried
-    counted_in_database: int | Unreadable | None
+    counted: Mapping[proof.Counted, int | Unreadable]  # the final numbers; empty: a server's locks are not tried
     wrong_files: tuple[str, ...]  # how a task's file differs here from what the task wrote
     ended: str  # how the job ended, in Slurm's words
     stopped: str | None = None  # why the doctor ended it; None: it ended by itself
@@ -181,17 +180,12 @@ def _wait(job: ProbeJob, limit_min: int, wait_s: float, say: Say) -> tuple[Probe
             started_at = now
         if started_at is not None and now - started_at > 60 * limit_min + OVER_S:
             return state, f"it was not over {limit_min} min after its start"
-        if started_at is None and (why := _waits_too_long(state, now - queued_at, wait_s)):
-            return state, why
+        if started_at is None and state.reason in HOPELESS and now - queued_at > HOPELESS_AFTER_S:
+            return state, f"it would never start: {state.reason}"
+        if started_at is None and now - queued_at > wait_s:
+            reason = f": {state.reason}" if state.reason else ""
+            return state, f"it did not start within {wait_s / 60:.0f} min{reason}"
         time.sleep(POLL_S)
-
-
-def _waits_too_long(state: ProbeState, waited_s: float, wait_s: float) -> str | None:
-    if waited_s > HOPELESS_AFTER_S and state.reason in HOPELESS:
-        return f"it would never start: {state.reason}"
-    if waited_s > wait_s:
-        return f"it did not start within {wait_s / 60:.0f} min{f': {state.reason}' if state.reason else ''}"
-    return None
 
 
 def _collect(needs: Needs, scratch: Path, nodes: int, last: ProbeState, stopped: str | None) -> TestOutcome:
@@ -203,18 +197,16 @@ def _collect(needs: Needs, scratch: Path, nodes: int, last: ProbeState, stopped:
         if all(report and report.done for report in reports) or time.monotonic() > end:
             break
         time.sleep(0.5)
-    in_file: int | Unreadable | None = None
-    in_database: int | Unreadable | None = None
-    if needs.server is None:
-        in_file = _final_number(proof.counted_in_file, scratch / node.COUNTER)
-        in_database = _final_number(locks.counted_in_database, scratch / node.DATABASE)
+    counted = {} if needs.server else {kind: _final_number(kind, scratch) for kind in KINDS}
     wrong = tuple(problem for report in reports if report and (problem := _file_problem(scratch, report)))
-    return TestOutcome(nodes, reports, in_file, in_database, wrong, str(last), stopped)
+    return TestOutcome(nodes, reports, counted, wrong, str(last), stopped)
 
 
-def _final_number(read: Callable[[Path], int], path: Path) -> int | Unreadable:
+def _final_number(kind: proof.Counted, scratch: Path) -> int | Unreadable:
     try:
-        return read(path)
+        if kind == "lock":
+            return proof.counted_in_file(scratch / node.COUNTER)
+        return locks.counted_in_database(scratch / node.DATABASE)
     except (OSError, ValueError, LeaderboardError) as error:
         return Unreadable(str(error))
 
@@ -312,17 +304,17 @@ def _judge_counts(outcome: TestOutcome) -> list[Finding]:
     """Only the counts that every task has made: otherwise the sum is not known."""
     where = f"between {_and(outcome.hosts)}" if len(outcome.hosts) > 1 else f"on {outcome.hosts[0]} alone"
     findings = []
-    for kind, counted in zip(KINDS, (outcome.counted_in_file, outcome.counted_in_database), strict=True):
-        tallies = [tally for report in outcome.received if (tally := report.tally_of(kind))]
-        if counted is not None and len(tallies) == len(outcome.reports):
-            findings += judge_counts(kind, tallies, counted, where)
+    for kind, final in outcome.counted.items():
+        tallies = [tally for report in outcome.received for tally in report.tallies if tally.kind == kind]
+        if len(tallies) == len(outcome.reports):
+            findings += judge_counts(kind, tallies, final, where)
     return findings
 
 
 def locks_hold(outcome: TestOutcome) -> bool | None:
     """Between nodes. None: not known, for example since both tasks were on one node."""
     reports = outcome.received
-    if outcome.counted_in_file is None or not reports:
+    if not outcome.counted or not reports:
         return None
     levels = {finding.level for finding in _judge_counts(outcome)}
     if "error" in levels:

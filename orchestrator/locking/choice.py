@@ -14,10 +14,9 @@ from pathlib import Path
 from orchestrator.errors import LockError
 from orchestrator.files.atomic import publish
 from orchestrator.files.run_folder import LOCK_RECORD_SUFFIX
-from orchestrator.locking.flock import LOCK_TIMEOUT_S, FairFileLock, lock_path
+from orchestrator.locking.flock import LOCK_TIMEOUT_S, Lock, lock_path
 from orchestrator.locking.mounts import LockFacts, Mount, lock_facts, mount_here
 from orchestrator.locking.proof import LOCKS, prove, sqlite_locks_work
-from orchestrator.locking.soft_lock import SoftLock
 from orchestrator.records import LockKind, WantedLock
 
 NAMES: Mapping[LockKind, str] = {"flock": "fair flock", "soft": "soft lock (files)"}
@@ -147,5 +146,5 @@ def read_record(database: Path) -> Choice:
     )
 
 
-def lock_of(choice: Choice, database: Path, timeout_s: float = LOCK_TIMEOUT_S) -> FairFileLock | SoftLock:
+def lock_of(choice: Choice, database: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Lock:
     return LOCKS[choice.kind](lock_path(database), timeout=timeout_s)

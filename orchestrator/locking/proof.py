@@ -26,13 +26,13 @@ from typing import Literal
 from filelock import Timeout
 
 from orchestrator.errors import LeaderboardError, LockError
-from orchestrator.locking.flock import FairFileLock
+from orchestrator.locking.flock import FairFileLock, Lock
 from orchestrator.locking.soft_lock import SoftLock
 from orchestrator.records import LockKind
 
 Counted = Literal["lock", "database"]
 Access = tuple[Callable[[], int], Callable[[int], object]]  # read and write the number, while the lock is held
-LOCKS: Mapping[LockKind, type[FairFileLock] | type[SoftLock]] = {"flock": FairFileLock, "soft": SoftLock}
+LOCKS: Mapping[LockKind, Callable[..., Lock]] = {"flock": FairFileLock, "soft": SoftLock}
 
 PAUSE_S = 0.001  # between reading and writing: without protection, another process writes in this time
 DIGITS = 12  # of the number in the file: overwriting always the same bytes never leaves a part of a number

@@ -17,12 +17,13 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 import psutil
 from filelock import SoftFileLockProtocolError, StrictSoftFileClaim, StrictSoftFileLock, Timeout
 
 from orchestrator.errors import LockError
+from orchestrator.locking.flock import Lock
 
 DEAD_CHECK_S = 0.5  # between two checks for dead claims, while waiting
 POLL_S = 0.01
@@ -40,24 +41,19 @@ class HeldError(Timeout):
         return self.advice
 
 
-class SoftLock:
-    """Same use as `FairFileLock`."""
+class SoftLock(Lock):
+    """A lock made of files; see the module."""
 
     def __init__(self, lock_file: str | os.PathLike[str], timeout: float) -> None:
-        """timeout: seconds; below 0: without limit."""
-        self.lock_file = str(lock_file)
-        self.timeout = timeout
+        super().__init__(lock_file, timeout)
         self._inner = StrictSoftFileLock(self.lock_file, poll_interval=POLL_S)
 
     @property
     def is_locked(self) -> bool:
         return self._inner.is_locked
 
-    def acquire(self, timeout: float | None = None) -> SoftLock:
-        """Wait for at most `timeout` seconds (below 0: without limit).
-
-        Raises HeldError, LockError where the lock's files are damaged or hard links are missing, and OSError.
-        """
+    def acquire(self, timeout: float | None = None) -> Self:
+        """Raises HeldError, LockError where the lock's files are damaged or hard links are missing, and OSError."""
         timeout = self.timeout if timeout is None else timeout
         end = None if timeout < 0 else time.monotonic() + timeout
         while True:
@@ -108,14 +104,6 @@ class SoftLock:
             f"(`ssh {holder.hostname.partition('?')[0]} ps -p {holder.pid}`; is its job still in squeue?), remove its "
             f"claim: rm {files}"
         )
-
-    def __enter__(self) -> SoftLock:
-        return self.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 def is_dead(claim: StrictSoftFileClaim) -> bool:

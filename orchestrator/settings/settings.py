@@ -46,7 +46,7 @@ class SlurmSettings(Strict):
     constraint: Word | None = Field(None, description="features that a node must have")
     exclude: Word | None = Field(None, description="nodes that jobs must not run on")
     throttle: Count | None = Field(None, description="how many jobs of the first array may run at the same time")
-    signal_delay_s: Count | None = Field(None, description="seconds from Slurm's warning to the time limit; default: 60")
+    signal_delay_s: Count | None = Field(None, description="seconds from warning to time limit; default: 60")
     setup: list[str] = Field([], description="shell commands that a job runs before it starts")
     additional_parameters: dict[str, Any] = Field({}, description="other long options of sbatch")
 

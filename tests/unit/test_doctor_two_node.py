@@ -43,14 +43,15 @@ def outcome(first: dict[str, Any] | None, second: dict[str, Any] | None, **chang
     values = {
         "nodes": 2,
         "reports": reports,
-        "counted_in_file": 600,
-        "counted_in_database": 600,
+        "counted": {"lock": 600, "database": 600},
         "wrong_files": (),
         "ended": "COMPLETED",
     }
     return two_node.TestOutcome(**(values | changes))
 
 
+LOST = {"lock": 590, "database": 600}
+DAMAGED = {"lock": 600, "database": Unreadable("damaged")}
 REFUSED = Answer(False, "sbatch: error: Access/permission denied")
 FULL = Answer(False, "sbatch: error: QOSMaxSubmitJobPerUserLimit")
 
@@ -59,8 +60,20 @@ FULL = Answer(False, "sbatch: error: QOSMaxSubmitJobPerUserLimit")
     ("given", "level", "topic", "words", "holds"),
     [
         (outcome({}, {}), "ok", "lock test", "0 lost", True),
-        (outcome({}, {}, counted_in_file=590), "error", "lock test", "10 of 600 updates were lost", False),
-        (outcome({}, {}, counted_in_database=Unreadable("damaged")), "error", "lock test", "damaged", False),
+        (
+            outcome({}, {}, counted=LOST),
+            "error",
+            "lock test",
+            "10 of 600 updates were lost",
+            False,
+        ),
+        (
+            outcome({}, {}, counted=DAMAGED),
+            "error",
+            "lock test",
+            "damaged",
+            False,
+        ),
         (outcome({"can_submit": REFUSED}, {}), "warning", "successors", "permission denied", True),
         (outcome({"can_submit": FULL}, {}), "ok", "successors", "can queue their successors", True),
         (outcome({"squeue": False}, {}), "warning", "successors", "squeue does not answer", True),
