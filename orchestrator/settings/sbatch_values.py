@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.messages import one_line, shown
@@ -27,7 +26,7 @@ def is_owned(name: str) -> bool:
     return any(owned.startswith(option_name(name)) for owned in OWNED) if name else False
 
 
-def checked_additional(options: Mapping[str, Any]) -> None:
+def checked_additional(options: dict[str, Any]) -> dict[str, Any]:
     """Raises ValueError for an sbatch option or a value that settings can't have."""
     for key, value in options.items():
         name = option_name(key)
@@ -36,6 +35,7 @@ def checked_additional(options: Mapping[str, Any]) -> None:
         if name in INSTEAD:
             raise ValueError(f"{key!r} is set by {INSTEAD[name]}; leave it out here")
         check_option(name, value)
+    return options
 
 
 def check_option(name: str, value: Any) -> None:
@@ -58,10 +58,11 @@ def _as_float(value: float) -> float:
         return math.inf
 
 
-def checked_setup(lines: Sequence[str]) -> None:
+def checked_setup(lines: list[str]) -> list[str]:
     """Raises ValueError for text of several lines, and for a line that sbatch would read."""
     for line in lines:
         one_line(line, allowed="\t")
         if line.startswith("#SBATCH"):
             options = "sbatch would read it. Put options into slurm.additional_parameters"
             raise ValueError(f"{shown(line, 60)!r} is not a command: {options}")
+    return lines

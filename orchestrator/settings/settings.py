@@ -31,6 +31,35 @@ def _check_logger(name: str) -> str:
     return name
 
 
+def _check_database(url: str) -> str:
+    """Raises ValueError, whose text never holds the URL's password."""
+    one_line(url)
+    try:
+        parts = urlsplit(url)
+        query = {key.lower() for key in parse_qs(parts.query, keep_blank_values=True)}
+        password = parts.password or query & {"password", "sslpassword"}
+        parts.port  # noqa: B018  # raises ValueError if it is not a number
+    except ValueError as error:  # also for brackets without an IPv6 address
+        raise ValueError(f"not a URL: {str(error).split(':')[0]}") from error
+    if parts.scheme == "sqlite":
+        if parts.path in ("", "/", "/:memory:"):
+            raise ValueError("a database in memory ends with its process; allowed is sqlite:////folder/file.db")
+    elif parts.scheme != POSTGRES:
+        raise ValueError(
+            f"orch does not know the database {parts.scheme[:40]!r}; allowed are {POSTGRES}://user@host/name and "
+            "sqlite:////folder/file.db"
+        )
+    elif password:
+        raise ValueError(
+            "the URL holds a password, which would be written to the run folder; leave it out, and set PGPASSWORD or "
+            "use ~/.pgpass"
+        )
+    return url
+
+
+DatabaseUrl = Annotated[str, AfterValidator(_check_database)]
+
+
 class SlurmSettings(Strict):
     """What each job asks of Slurm. Unset keys take the value in slurm_file, else Slurm's default."""
 
@@ -47,20 +76,12 @@ class SlurmSettings(Strict):
     exclude: Word | None = Field(None, description="nodes that jobs must not run on")
     throttle: Count | None = Field(None, description="how many jobs of the first array may run at the same time")
     signal_delay_s: Count | None = Field(None, description="seconds from warning to time limit; default: 60")
-    setup: list[str] = Field([], description="shell commands that a job runs before it starts")
-    additional_parameters: dict[str, Any] = Field({}, description="other long options of sbatch")
-
-    @field_validator("setup")
-    @classmethod
-    def _check_setup(cls, lines: list[str]) -> list[str]:
-        checked_setup(lines)
-        return lines
-
-    @field_validator("additional_parameters")
-    @classmethod
-    def _check_sbatch_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        checked_additional(options)
-        return options
+    setup: Annotated[list[str], AfterValidator(checked_setup)] = Field(
+        [], description="shell commands that a job runs before it starts"
+    )
+    additional_parameters: Annotated[dict[str, Any], AfterValidator(checked_additional)] = Field(
+        {}, description="other long options of sbatch"
+    )
 
 
 class Settings(Strict):
@@ -116,17 +137,12 @@ class Settings(Strict):
     max_disk_gb: Size | None = Field(None, description="limit for the run's folder in GB (10^9 bytes)")
     slurm_file: FilePath | None = Field(None, description="an sbatch file whose options and setup lines are used")
     slurm: SlurmSettings = Field(SlurmSettings(), description="what jobs ask of Slurm; overrides slurm_file")
-    database: str | None = Field(None, description="PostgreSQL or SQLite URL; default: in the run's folder")
+    database: DatabaseUrl | None = Field(None, description="PostgreSQL or SQLite URL; default: in the run's folder")
     lock: WantedLock = Field("auto", description="the lock around the SQLite file; auto: one that is proven at launch")
     group: Line | None = Field(None, description="a Unix group whose members may read and control the run")
     database_schema: str | None = Field(
         None, pattern=r"^[a-z_][a-z0-9_]*$", max_length=63, description="PostgreSQL schema; default: one for each run"
     )
-
-    @field_validator("database")
-    @classmethod
-    def _check_database(cls, url: str | None) -> str | None:
-        return None if url is None else checked_database(url)
 
     @field_validator("loggers")
     @classmethod
@@ -181,32 +197,6 @@ class Settings(Strict):
             max_failures=self.max_failures,
             max_chunk_attempts=self.max_chunk_attempts,
         )
-
-
-def checked_database(url: str) -> str:
-    """Raises ValueError, whose text never holds the URL's password."""
-    one_line(url)
-    try:
-        parts = urlsplit(url)
-        query = {key.lower() for key in parse_qs(parts.query, keep_blank_values=True)}
-        password = parts.password or query & {"password", "sslpassword"}
-        parts.port  # noqa: B018  # raises ValueError if it is not a number
-    except ValueError as error:  # also for brackets without an IPv6 address
-        raise ValueError(f"not a URL: {str(error).split(':')[0]}") from error
-    if parts.scheme == "sqlite":
-        if parts.path in ("", "/", "/:memory:"):
-            raise ValueError("a database in memory ends with its process; allowed is sqlite:////folder/file.db")
-    elif parts.scheme != POSTGRES:
-        raise ValueError(
-            f"orch does not know the database {parts.scheme[:40]!r}; allowed are {POSTGRES}://user@host/name and "
-            "sqlite:////folder/file.db"
-        )
-    elif password:
-        raise ValueError(
-            "the URL holds a password, which would be written to the run folder; leave it out, and set PGPASSWORD or "
-            "use ~/.pgpass"
-        )
-    return url
 
 
 def new_schema(run_name: str) -> str:
