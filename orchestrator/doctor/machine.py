@@ -145,11 +145,12 @@ def judge_python(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, host:
     missing = [name for name in PACKAGES if name not in facts.versions]
     if missing:
         findings.append(Finding("error", topic, f"not installed: {', '.join(missing)}", "pip install -e ."))
-    return [*findings, _judge_cuda(facts, gpus_listed, gpu_expected, where)]
+    return [*findings, _judge_cuda(facts, gpus_listed, gpu_expected, host)]
 
 
-def _judge_cuda(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, where: str) -> Finding:
-    topic = "cuda" if where == "here" else f"cuda {where}"
+def _judge_cuda(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, host: str | None) -> Finding:
+    where = "here" if host is None else f"on {host}"
+    topic = "cuda" if host is None else f"cuda {where}"
     level: Level = "error" if gpu_expected else "warning"
     if facts.gpus:
         what = f"{len(facts.gpus)} visible to torch (CUDA {facts.built_for_cuda}): {facts.gpus[0]}"
@@ -166,7 +167,7 @@ def _judge_cuda(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, where:
         do = "look at `srun nvidia-smi -L` with the same options: does slurm.gpus or slurm.gres name GPUs?"
         return Finding("error", topic, what, do)
     do = "usual on a login node: `orch doctor --two-node` looks at what a job sees. With --executor local, CPUs train"
-    do = do if where == "here" else "fine for CPUs; slurm.gpus asks for a GPU"
+    do = do if host is None else "fine for CPUs; slurm.gpus asks for a GPU"
     return Finding("note", topic, f"no GPU is visible to torch {where}", do)
 
 

@@ -37,8 +37,7 @@ LOCKS: Mapping[LockKind, Callable[..., Lock]] = {"flock": FairFileLock, "soft": 
 PAUSE_S = 0.001  # between reading and writing: without protection, another process writes in this time
 DIGITS = 12  # of the number in the file: overwriting always the same bytes never leaves a part of a number
 GIVE_UP_AFTER = 5  # errors in a row
-PROCESSES = 2  # that prove a lock
-INCREMENTS = 25  # of each of them
+INCREMENTS = 25  # of each of the two processes that prove a lock
 _PACKAGE_PARENT = str(Path(__file__).parents[2])  # so that a child finds orchestrator even if it is not installed
 ANSWER_S = 20.0  # for a process to answer: a busy machine starts Python slowly; a lock that hangs never answers
 
@@ -136,35 +135,37 @@ def prove(folder: Path, kind: LockKind) -> str | None:
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         prepare_file(counter)
-        children = [stack.enter_context(_child(kind, counter, lock_file)) for _ in range(PROCESSES)]
+        children = [stack.enter_context(_child(kind, counter, lock_file)) for _ in range(2)]
         try:
             return _find_problem(children, counter)
         except TimeoutError:
             return f"a process that asks for it hangs ({ANSWER_S:.0f} s without an answer)"
+        except LockError as error:
+            return str(error)
 
 
 def _find_problem(children: Sequence[_Child], counter: Path) -> str | None:
-    for order, child, expected in (
-        ("hold", children[0], "held"),
-        ("try", children[1], "refused"),
-        ("release", children[0], "released"),
-    ):
-        child.tell(order)
-        if (answer := child.answer()) != expected:
-            return "two processes got it at the same time" if answer == "held" else answer
+    """Raises TimeoutError, and LockError for a problem that a child reports."""
+    first, second = children
+    if _ask(first, "hold") != "held":
+        return f"it could not be taken within {ANSWER_S:.0f} s although no process held it"
+    if _ask(second, "try") == "held":
+        return "two processes got it at the same time"
+    _ask(first, "release")
     for child in children:
         child.tell("count")
-    answers = [child.answer() for child in children]
-    for answer in answers:
-        if not answer.isdigit():
-            return answer
-    done, counted = sum(map(int, answers)), counted_in_file(counter)
+    done, counted = sum(int(child.answer()) for child in children), counted_in_file(counter)
     return None if counted == done else f"{done - counted} of {done} updates under it were lost"
+
+
+def _ask(child: _Child, order: str) -> str:
+    child.tell(order)
+    return child.answer()
 
 
 class _Child:
     """A process that carries out orders. Each order and each answer is one line: "held", "refused", "released", a
-    number of increments, or the text of an error."""
+    number of increments, or "problem" and its text."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -176,11 +177,15 @@ class _Child:
             self._process.stdin.flush()
 
     def answer(self) -> str:
-        """Raises TimeoutError."""
+        """Raises TimeoutError, and LockError for a problem."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
             raise TimeoutError
-        return self._process.stdout.readline().decode(errors="replace").strip() or "a process that tried it died"
+        line = self._process.stdout.readline().decode(errors="replace").strip()
+        answer, _, text = line.partition(" ")
+        if not line or answer == "problem":
+            raise LockError(text or "a process that tried it died")
+        return answer
 
 
 @contextlib.contextmanager
@@ -216,7 +221,7 @@ def obey() -> None:
             return "released"
         if order == "count":
             tally = count_in_file(Path(counter), lock, INCREMENTS, ANSWER_S / 2)
-            return tally.errors[0] if tally.errors else str(tally.done)
+            return f"problem {tally.errors[0]}" if tally.errors else str(tally.done)
         lock.acquire(0.0 if order == "try" else None)
         return "held"
 
@@ -226,7 +231,7 @@ def obey() -> None:
         except Timeout:
             answer = "refused"
         except (OSError, NotImplementedError, LockError) as error:
-            answer = " ".join(str(getattr(error.__cause__, "reason", error)).split())
+            answer = "problem " + " ".join(str(getattr(error.__cause__, "reason", error)).split())
         print(answer, flush=True)
 
 
