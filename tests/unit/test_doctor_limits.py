@@ -58,7 +58,7 @@ def test_the_limits_that_apply(accounting, limits):
     assert [str(limit) for limit in submit_limits(accounting)] == limits
 
 
-def test_limits_on_running_jobs_are_others_than_those_on_submitted_ones():
+def test_running_jobs_and_submitted_jobs_have_different_limits():
     accounting = Accounting(NO_LIMITS | {"MaxJobs": "3", "MaxSubmit": "10"}, job_qos=qos(MaxSubmitPU="4"))
     assert [str(limit) for limit in run_limits(accounting)] == ["MaxJobs=3 of account lab"]
 
@@ -91,7 +91,7 @@ def test_a_limit_that_is_too_small_for_successors_says_what_happens_then():
     assert "set workers to 2 at most" in finding.do
 
 
-def test_a_limit_that_is_not_enforced_is_no_limit():
+def test_a_limit_that_is_not_enforced_is_ok():
     (finding,) = judge_submission([Limit(1, "MaxSubmitJobs", "account lab")], 4, 0, enforced=False)
     assert finding.level == "ok"
     assert "does not enforce" in finding.what

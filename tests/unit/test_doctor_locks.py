@@ -106,7 +106,7 @@ def test_this_machine_s_own_mountinfo_can_be_read(tmp_path):
         ("newfs", "rw", "warning", "does not know"),
     ],
 )
-def test_what_a_file_system_says_of_its_locks(fstype, options, level, words):
+def test_what_is_known_about_the_locks_of_a_file_system(fstype, options, level, words):
     finding = lock_advice(fstype, options.split(","))
     assert finding.level == level
     assert words in finding.what
@@ -117,7 +117,7 @@ def test_what_a_file_system_says_of_its_locks(fstype, options, level, words):
 @pytest.mark.parametrize(
     ("fstype", "command"), [("lustre", "lfs quota -hu $USER /work"), ("nfs4", "quota -s"), ("ext4", None)]
 )
-def test_how_a_quota_is_asked_for(fstype, command):
+def test_the_command_that_shows_a_quota(fstype, command):
     assert quota_command(Mount("/work", fstype, "x", ())) == command
 
 
@@ -152,14 +152,14 @@ def test_a_lock_that_holds_loses_nothing(tmp_path):
     assert proof.counted_in_file(tmp_path / "counter") == 200
 
 
-def test_no_lock_at_all_loses_updates_and_that_is_found(tmp_path):
+def test_without_a_lock_updates_are_lost_and_that_is_detected(tmp_path):
     (finding,) = count_with(contextlib.nullcontext, tmp_path / "counter")
     assert finding.level == "error"
     assert "updates were lost: the lock does not hold" in finding.what
     assert "PostgreSQL" in finding.do
 
 
-def test_a_lock_that_fails_is_an_error_and_not_tried_for_ever(tmp_path):
+def test_a_lock_that_fails_is_an_error_and_is_given_up_after_some_errors(tmp_path):
     class Refusing:
         def __enter__(self) -> None:
             raise OSError(37, "No locks available")

@@ -74,7 +74,7 @@ def test_the_disk(free_gib, files, expected):
     assert worst(machine.judge_disk(folder(free_bytes=int(free_gib * machine.GIB), free_files=files))) == expected
 
 
-def test_a_disk_with_room_tells_how_to_ask_for_the_quota():
+def test_a_disk_with_room_names_the_command_for_the_quota():
     (finding,) = machine.judge_disk(folder())
     assert "quota -s" in finding.what
 

@@ -172,7 +172,7 @@ def said_of(given: SlurmFacts, workers: int = 2, **slurm: Any) -> list[Finding]:
     return judge_slurm(given, asked, partition.need_of(asked, 1), workers, 2400)
 
 
-def test_a_cluster_that_fits_has_nothing_against_it():
+def test_a_cluster_that_fits_has_only_ok_findings():
     assert worst(said_of(facts())) == "ok"
 
 

@@ -110,7 +110,7 @@ def test_what_the_nodes_reported(given, level, topic, words, holds):
     assert two_node.locks_hold(given) is holds
 
 
-def test_a_node_that_can_t_submit_is_told_to_be_kept_from_a_login_node():
+def test_if_a_node_can_t_submit_the_advice_is_orch_keep_on_a_login_node():
     findings = two_node.judge(outcome({"can_submit": REFUSED}, {}), NEEDS)
     assert "orch keep" in one(findings, "successors").do
 

@@ -112,7 +112,7 @@ def test_where_the_kernel_names_no_mount_the_proof_alone_decides():
 
 
 @pytest.mark.parametrize(("kind", "cls"), [("flock", FairFileLock), ("soft", SoftLock)])
-def test_every_process_takes_the_lock_that_stands_beside_the_database(tmp_path, kind, cls):
+def test_every_process_takes_the_lock_that_is_recorded_beside_the_database(tmp_path, kind, cls):
     choice = Choice(kind, "proven on ext4 on /")
     write_record(tmp_path / "orch.db", choice)
     assert read_record(tmp_path / "orch.db") == choice
@@ -132,7 +132,7 @@ def test_a_record_that_is_gone_is_not_taken_for_flock_where_the_soft_lock_was_in
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"kind": "lease", "why": ""}', '{"kind": "soft", "why": "", "more": 1}'])
-def test_a_record_that_makes_no_sense_is_an_error_that_says_what_to_do(tmp_path, text):
+def test_a_damaged_record_is_an_error_that_says_what_to_do(tmp_path, text):
     record_path(tmp_path / "orch.db").write_text(text)
     with pytest.raises(LockError, match="Put it back from a backup"):
         read_record(tmp_path / "orch.db")

@@ -82,13 +82,13 @@ def test_a_lock_that_holds_is_proven_and_leaves_nothing_behind(tmp_path, kind):
         pytest.param("soft", BLIND, "two processes got it at the same time", id="names are not seen by others"),
     ],
 )
-def test_a_lock_that_does_not_hold_is_found_out(broken, kind, code, words):
+def test_a_lock_that_does_not_protect_is_detected(broken, kind, code, words):
     folder = broken(code)
     assert words in (proof.prove(folder, kind) or "")
     assert list(folder.iterdir()) == []
 
 
-def test_a_lock_that_hangs_is_found_out(broken, monkeypatch):
+def test_a_lock_that_hangs_is_detected(broken, monkeypatch):
     monkeypatch.setattr(proof, "ANSWER_S", 3.0)
     assert "hangs" in (proof.prove(broken(HANGS), "flock") or "")
 
