@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.cluster.sbatch import GRACE_S, Request, minutes
@@ -158,7 +158,10 @@ def judge_partition(
 ) -> list[Finding]:
     """wanted: as in `names_of`. If one of several partitions fits, the errors of the others become warnings."""
     known = {partition["PartitionName"]: partition for partition in partitions if "PartitionName" in partition}
-    judged = [_judge_one(name, known, nodes, request, need) for name in names_of(wanted, partitions)]
+    judged = [
+        _judge_one(name, known, [node for node in nodes if node.partition == name], request, need)
+        for name in names_of(wanted, partitions)
+    ]
     if not judged:
         what = "no partition is asked for, and the cluster has no default one"
         return [Finding("error", TOPIC, what, _one_of(known))]
@@ -174,80 +177,54 @@ def _one_of(known: Mapping[str, Partition]) -> str:
 def _judge_one(
     name: str, known: Mapping[str, Partition], nodes: Sequence[Node], request: Request, need: Need
 ) -> list[Finding]:
-    row = known.get(name)
-    if row is None:
+    if name not in known:
         return [Finding("error", TOPIC, f"there is no partition {name}", _one_of(known))]
-    mine = [node for node in nodes if node.partition == name]
-    others = [other for other, values in known.items() if values.get("State") == "UP" and other != name]
-    longer = [other for other in others if (most := max_minutes(known[other])) is None or most >= request.time_min]
-    checks = (
-        _state(name, row, others),
-        _time(name, row, request, longer),
-        _nodes(name, mine, need),
-        _submitters(name, row),
-    )
-    findings = [finding for finding in checks if finding]
+    findings = list(_problems(name, known, nodes, request, need))
     if worst(findings) in ("ok", "note"):
-        limit = max_minutes(row)
-        most_time = f"at most {limit} min" if limit else "no time limit"
-        what = f"{name} is up: {counted(len(mine), 'node')}, {most_time}; {_asked(request, need)} fits"
+        limit = max_minutes(known[name])
+        most = f"at most {limit} min" if limit else "no time limit"
+        asked = [f"{request.time_min} min", counted(need.cpus, "CPU")]
+        asked += [counted(need.gpus, "GPU")] if need.gpus else []
+        asked += [f"{need.memory_mb} MB"] if need.memory_mb else []
+        what = f"{name} is up: {counted(len(nodes), 'node')}, {most}; a job of {', '.join(asked)} fits"
         findings.insert(0, Finding("ok", TOPIC, what))
     return findings
 
 
-def _asked(request: Request, need: Need) -> str:
-    parts = [f"{request.time_min} min", counted(need.cpus, "CPU")]
-    parts += [counted(need.gpus, "GPU")] if need.gpus else []
-    parts += [f"{need.memory_mb} MB"] if need.memory_mb else []
-    return "a job of " + ", ".join(parts)
-
-
-def _state(name: str, row: Partition, others: Sequence[str]) -> Finding | None:
-    """others: the partitions that are up."""
-    state = row.get("State", "UP")
-    if state == "UP":
-        return None
-    do = f"use another slurm.partition ({', '.join(others) or 'none is up'}), or wait until it is up"
-    return Finding("error", TOPIC, f"{name} is {state}: {STATES.get(state, 'jobs may not start')}", do)
-
-
-def _time(name: str, row: Partition, request: Request, longer: Sequence[str]) -> Finding | None:
-    """longer: the other partitions that allow the time."""
+def _problems(
+    name: str, known: Mapping[str, Partition], nodes: Sequence[Node], request: Request, need: Need
+) -> Iterator[Finding]:
+    """The partition's state, its time limit, its nodes, and where jobs may be submitted. nodes: of this partition."""
+    row = known[name]
+    others = [other for other, values in known.items() if values.get("State") == "UP" and other != name]
+    if (state := row.get("State", "UP")) != "UP":
+        do = f"use another slurm.partition ({', '.join(others) or 'none is up'}), or wait until it is up"
+        yield Finding("error", TOPIC, f"{name} is {state}: {STATES.get(state, 'jobs may not start')}", do)
     limit = max_minutes(row)
-    if limit is None or request.time_min <= limit:
-        return None
-    ways = []
-    if (work_s := 60 * limit - GRACE_S - request.signal_delay_s) > 0:
-        ways.append(f"lower eon_lifetime to {work_s} s and slurm.time_min (or slurm_file's --time) to {limit}")
-    if longer:
-        ways.append(f"use a slurm.partition that allows more ({', '.join(longer)})")
-    do = ", or ".join(ways) or "set slurm.time_min lower: no partition that is up allows this time"
-    what = f"the time limit of a job would be {request.time_min} min, and {name} allows {limit} min (MaxTime)"
-    return Finding("error", "time limit", what, do)
-
-
-def _nodes(name: str, nodes: Sequence[Node], need: Need) -> Finding | None:
-    if not nodes:
-        return Finding("error", TOPIC, f"{name} has no nodes", "use another slurm.partition; `sinfo -s` lists them")
+    if limit is not None and request.time_min > limit:
+        ways = []
+        if (work_s := 60 * limit - GRACE_S - request.signal_delay_s) > 0:
+            ways.append(f"lower eon_lifetime to {work_s} s and slurm.time_min (or slurm_file's --time) to {limit}")
+        longer = [other for other in others if (most := max_minutes(known[other])) is None or most >= request.time_min]
+        if longer:
+            ways.append(f"use a slurm.partition that allows more ({', '.join(longer)})")
+        what = f"the time limit of a job would be {request.time_min} min, and {name} allows {limit} min (MaxTime)"
+        do = ", or ".join(ways) or "set slurm.time_min lower: no partition that is up allows this time"
+        yield Finding("error", "time limit", what, do)
     fitting = [node for node in nodes if need.fits(node)]
-    if not fitting:
+    if not nodes:
+        yield Finding("error", TOPIC, f"{name} has no nodes", "use another slurm.partition; `sinfo -s` lists them")
+    elif not fitting:
         do = "ask for less (slurm.gpus, slurm.gres, slurm.cpus, slurm.mem_gb), or use another slurm.partition"
-        return Finding("error", TOPIC, f"no node of {name} has {need.missing(nodes)}", do)
-    if all(node.away for node in fitting):
+        yield Finding("error", TOPIC, f"no node of {name} has {need.missing(nodes)}", do)
+    elif all(node.away for node in fitting):
         states = ", ".join(f"{count} {state}" for state, count in Counter(node.state for node in nodes).items())
         what = f"no node of {name} that could run a worker is up ({states})"
-        return Finding("warning", TOPIC, what, "jobs wait until one is back: use another slurm.partition, or wait")
-    return None
-
-
-def _submitters(name: str, row: Partition) -> Finding | None:
-    """Some partitions take jobs from some nodes only, usually login nodes."""
-    allowed = row.get("AllocNodes", "ALL")
-    if allowed in ("ALL", ""):
-        return None
-    what = f"{name} takes jobs that are submitted on {allowed} only: a job may not be able to queue its successor"
-    do = "`orch doctor --two-node` tries it; if it can't, let `orch keep RUN` run on such a node"
-    return Finding("warning", "successors", what, do)
+        yield Finding("warning", TOPIC, what, "jobs wait until one is back: use another slurm.partition, or wait")
+    if (allowed := row.get("AllocNodes", "ALL")) not in ("ALL", ""):  # usually login nodes
+        what = f"{name} takes jobs that are submitted on {allowed} only: a job may not be able to queue its successor"
+        do = "`orch doctor --two-node` tries it; if it can't, let `orch keep RUN` run on such a node"
+        yield Finding("warning", "successors", what, do)
 
 
 def judge_working_time(eon_lifetime_s: float, request: Request) -> list[Finding]:
