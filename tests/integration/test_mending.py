@@ -21,6 +21,7 @@ from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
 from orchestrator.worker.job_main import be_worker
 from orchestrator.worker.mending import reconcile
+from orchestrator.worker.opened_run import OpenedRun
 from orchestrator.worker.trainer import StopFlag
 from tests.support.small_runs import make_run
 from tests.support.storage import Storage
@@ -157,19 +158,14 @@ def test_launch_wait_ends_if_the_outage_of_the_database_lasts(tmp_path: Path, mo
 def test_a_job_opens_its_run_once_and_uses_settings_that_were_amended_while_it_waited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = make_run(
-        Storage(None),
-        tmp_path / "run",
-        executor="inline",
-        job="tests.support.quick_job:Quick",
-        job_params={"seconds": 0.0},
-    )
+    quick = {"job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.0}}
+    made = make_run(Storage(None), tmp_path / "run", executor="inline", **quick)
     (job,) = made.leaderboard.chains.relink([0], time.time(), 5)
     run = Run.open(made.folder)
 
     def amend(*_: object) -> None:
         made.amend(["stop_after_epochs=2"], time.time())
-        monkeypatch.setattr(Run, "opened", None)  # a second opening would fail
+        monkeypatch.setattr(OpenedRun, "opened", None)  # a second opening would fail
 
     monkeypatch.setattr(InlineJob, "wait_turn", amend)
     be_worker(run, InlineJob(run.settings, job.token), 0, StopFlag())
