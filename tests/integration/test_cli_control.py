@@ -52,7 +52,7 @@ def test_an_amendment_that_ends_the_run_says_so(
     monkeypatch.setattr(Run, "reconcile", lambda *_: [])  # as while its jobs work
     code, out, _ = orch_call(tmp_path, "amend", "quick", "--set", "total_lifetime=0.001")
     assert code == 0
-    assert "quick has lasted longer than its total_lifetime already: it ends with the present chunks" in out
+    assert "quick has already lasted longer than its total_lifetime: it ends with the present chunks" in out
 
 
 # --- cancel
@@ -71,7 +71,7 @@ class Mine(Digits):
 
 @pytest.fixture
 def own_folder(tmp_path: Path) -> Iterator[Path]:
-    """Nothing that was started from it is left afterwards."""
+    """A folder; processes that were started from it are killed after the test."""
     yield tmp_path
     for process in processes_of(tmp_path):
         process.kill()
@@ -96,7 +96,7 @@ def test_a_run_continues_after_a_gentle_and_after_an_immediate_cancel(own_folder
 
     launch_and_hold()
     assert output(orch(own_folder, "cancel", "quick")) == "quick is cancelled; its board stays as it is\n"
-    hold.unlink()  # the step that it is in ends
+    hold.unlink()  # its present step ends
     gentle = status_when_all_ended()
     assert [worker["state"] for worker in gentle["workers"]] == ["ended"]
     assert (gentle["chunks"]["suspended"], gentle["expirations"]) == (1, 0)

@@ -1,4 +1,4 @@
-"""`orch launch`: what it refuses, what it makes, and how it goes on with a run that exists."""
+"""`orch launch`: what it refuses, what it makes, and how it continues a run that exists."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_other_settings_under_the_same_name_are_refused_with_what_differs(folder
     assert done.stderr.startswith("orch: quick exists already, with other settings;")
     assert done.stderr.splitlines()[1:] == ["  num_models: 2 -> 3", "  max_batch_size: 200 -> 100"]
     assert (folder / "runs/quick/settings.json").read_text() == before
-    assert events(folder / "runs/quick", "state") == 1  # that it had finished
+    assert events(folder / "runs/quick", "state") == 1  # the run had finished
 
 
 def test_a_run_that_is_over_is_not_resumed(folder: Path, orch_call: OrchCall) -> None:
@@ -268,7 +268,6 @@ def test_a_failed_run_shows_why_and_continues_when_its_job_is_corrected(tmp_path
 
 
 def test_an_inline_run_with_settings_for_two_workers_ends(tmp_path: Path, orch_call: OrchCall) -> None:
-    """A settings file for two workers, tried out in one process."""
     code, out, _ = orch_call(tmp_path, "launch", write_settings(tmp_path, workers=2), "--json")
     result = json.loads(out)
     assert (code, result["state"]) == (0, "finished")

@@ -56,7 +56,7 @@ def test_the_test_set_is_read_once_and_again_only_when_asked(folder: Path, orch_
     assert events(run, "tested") == 4
 
 
-def test_a_job_that_lost_what_it_needs_is_an_error_when_it_is_evaluated(tmp_path: Path, orch_call: OrchCall) -> None:
+def test_an_error_of_the_job_at_its_evaluation_is_reported(tmp_path: Path, orch_call: OrchCall) -> None:
     lost = "        if Path('gone').exists(): raise JobError('pretrained_weights: they are gone')\n"
     method = f"def model(self):\n{lost}        return super().model()"
     write_job(tmp_path, "from jobs.errors import JobError\n" + job_with(method))

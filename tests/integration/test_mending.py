@@ -12,14 +12,17 @@ import pytest
 
 from orchestrator.cli import launch
 from orchestrator.cluster.host import host_name
-from orchestrator.cluster.inline import InlineQueue
+from orchestrator.cluster.inline import InlineJob, InlineQueue
 from orchestrator.cluster.local import LocalQueue
 from orchestrator.errors import LeaderboardError
 from orchestrator.records import JobState, Profile, RunState, Started, Submitted
 from orchestrator.rules.succession import EXIT_GRACE_S, ORPHANED_GRACE_S
 from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
+from orchestrator.worker.job_main import be_worker
 from orchestrator.worker.mending import reconcile
+from orchestrator.worker.opened_run import OpenedRun
+from orchestrator.worker.trainer import StopFlag
 from tests.support.small_runs import make_run
 from tests.support.storage import Storage
 
@@ -50,7 +53,7 @@ def test_a_job_that_hangs_after_it_reported_its_end_is_killed_since_its_successo
     started = chains.start(job.token, 0, *place, now - since_s, 5)
     assert isinstance(started, Started)
     assert started.successor is not None
-    me = psutil.Process()  # stands for the successor, which waits
+    me = psutil.Process()  # in place of the successor, which waits
     chains.submitted([Submitted(started.successor.job_id, "2", me.pid, me.create_time(), host_name())])
     chains.end(started.job, "no time is left", False, now - since_s, 5)
 
@@ -69,7 +72,7 @@ def orphan_a_successor(run: Run, now: float) -> None:
 
 
 def states(run: Run) -> list[str]:
-    """Of the last two jobs."""
+    """The states of the last two jobs."""
     return [row["state"] for row in run.leaderboard.reader.rows("job")][-2:]
 
 
@@ -117,7 +120,7 @@ def test_a_resume_does_not_give_up_jobs_that_another_resume_is_submitting(
 
 def test_a_job_that_was_being_submitted_at_a_pause_does_not_delay_the_resume(tmp_path: Path) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
-    run.leaderboard.chains.relink([0], time.time(), 5)  # by somebody who died
+    run.leaderboard.chains.relink([0], time.time(), 5)  # whose submitter has died
     run.leaderboard.chains.change_state(RunState.PAUSED, list(RunState), None, time.time())
     run._queue = InlineQueue()
     run.resume(time.time())
@@ -150,3 +153,21 @@ def test_launch_wait_ends_if_the_outage_of_the_database_lasts(tmp_path: Path, mo
     monkeypatch.setattr(launch, "PATIENCE_S", 0.0)
     with pytest.raises(LeaderboardError, match=r"orch\.db is missing.*The run continues where it can; `orch status "):
         launch._wait(run, quiet=True)
+
+
+def test_a_job_opens_its_run_once_and_uses_settings_that_were_amended_while_it_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.0}}
+    made = make_run(Storage(None), tmp_path / "run", executor="inline", **quick)
+    (job,) = made.leaderboard.chains.relink([0], time.time(), 5)
+    run = Run.open(made.folder)
+
+    def amend(*_: object) -> None:
+        made.amend(["stop_after_epochs=2"], time.time())
+        monkeypatch.setattr(OpenedRun, "opened", None)  # a second opening would fail
+
+    monkeypatch.setattr(InlineJob, "wait_turn", amend)
+    be_worker(run, InlineJob(run.settings, job.token), 0, StopFlag())
+    assert (run.version, run.settings.stop_after_epochs) == (2, 2)
+    assert run.leaderboard.reader.counts()["epochs"] == 2

@@ -48,7 +48,7 @@ QUICK = {
 
 
 def a_group_of_mine() -> str:
-    """Root is in every group as far as rights go; take one that is not its first."""
+    """A group that is not the user's first; root has the rights of every group."""
     mine = sorted({os.getegid(), *os.getgroups()})
     gid = 100 if AS_ROOT else mine[-1]
     try:
@@ -80,7 +80,7 @@ def umask() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that other users can get to, as they can't to pytest's own."""
+    """A folder that other users can reach; pytest's own folders are private."""
     folder = Path(tempfile.mkdtemp(prefix="orch-trust-", dir="/tmp"))
     folder.chmod(0o755)
     yield folder
@@ -105,7 +105,7 @@ def test_a_new_run_has_its_rights_whatever_the_umask(tmp_path, umask, mask, shar
 
 
 @pytest.mark.parametrize(("mask", "shared", "lock"), [(0o000, False, "flock"), (0o077, True, "soft")])
-def test_whatever_local_jobs_write_has_the_run_s_rights(tmp_path, mask, shared, lock):
+def test_all_files_of_local_jobs_have_the_run_s_rights(tmp_path, mask, shared, lock):
     settings = QUICK | {"group": a_group_of_mine() if shared else None, "lock": lock, "workers": 2}
     (tmp_path / "quick.json").write_text(json.dumps(settings))
     command = [str(ORCH), "launch", "quick.json", "--executor", "local", "--wait"]
@@ -146,8 +146,8 @@ def test_an_exported_model_has_the_rights_of_the_user_s_other_files(tmp_path, mo
     assert export_entry  # what `orch export` runs inside users_umask
 
 
-def test_a_file_system_that_keeps_no_rights_can_hold_no_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(permissions, "PRIVATE", 0o777)  # what every folder of such a mount shows
+def test_a_run_is_refused_on_a_file_system_that_ignores_permissions(tmp_path, monkeypatch):
+    monkeypatch.setattr(permissions, "PRIVATE", 0o777)  # the mode of every folder on such a mount
     with pytest.raises(RunError, match="keeps no permissions: choose another --runs-dir"):
         launched(tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
@@ -177,7 +177,7 @@ def test_a_database_outside_the_run_folder_is_checked_too(tmp_path):
 
 def test_a_folder_that_others_may_only_read_is_opened(tmp_path):
     run = launched(tmp_path)
-    subprocess.run(["chmod", "-R", "go+rX,g+w", str(run.folder)], check=True)  # umask 002, as runs of old may have
+    subprocess.run(["chmod", "-R", "go+rX,g+w", str(run.folder)], check=True)  # as old runs made with umask 002
     assert Run.open(run.folder).name == "quick"
 
 
@@ -191,7 +191,7 @@ def test_a_run_with_files_of_another_user_is_not_opened(tmp_path, part):
 
 
 def as_nobody(script: str, *arguments: object) -> str:
-    """Run it as user nobody, in the group that the run is shared with. Everything is imported before the change."""
+    """Run the script as user nobody, in the group with which the run is shared. All imports come first."""
     prologue = (
         "import os, sys, time, pathlib\n"
         "import orchestrator.worker.job_main, orchestrator.run.run, orchestrator.cluster.local\n"
@@ -242,7 +242,7 @@ def test_a_colleague_does_not_open_a_folder_whose_rights_are_not_those_of_its_gr
     run = launched(open_folder / "runs")
     os.chown(run.folder, 65533, gid)
     os.chown(run.folder / "settings.json", 65533, gid)
-    run.folder.chmod(0o755)  # anybody may look, and nothing says that the group is trusted
+    run.folder.chmod(0o755)  # everybody may read, and nothing shows that the group is trusted
     (run.folder / "settings.json").chmod(0o644)
     outside = "try:\n    Run.open(folder)\nexcept OrchError as error:\n    print(error)"
     assert 'launch the run with "group" set' in as_nobody(outside, gid, run.folder)
@@ -265,7 +265,7 @@ def test_another_user_has_no_evidence_of_jobs_and_only_the_owner_queues_them(tmp
 # --- the setting -------------------------------------------------------------------------------------
 
 
-def test_a_group_that_is_not_there_is_an_error_that_names_the_user_s_own(tmp_path):
+def test_an_unknown_group_is_an_error_that_names_the_user_s_groups(tmp_path):
     (tmp_path / "quick.json").write_text(json.dumps(QUICK | {"group": "no-such-group"}))
     expected = r"quick\.json: group: there is no group 'no-such-group' on this machine; yours are"
     with pytest.raises(SettingsError, match=expected):

@@ -70,7 +70,7 @@ def test_the_ready_sbatch_files_are_accepted_and_run(cluster: DevCluster, name: 
     assert "cpu=4" in cluster.output(job) if name == "cpu.sbatch" else "GPU=0" in cluster.output(job)
 
 
-# --- ends that nobody asked for
+# --- preemption, crashes and time limits
 
 
 def test_a_preempted_job_is_warned_and_can_go_back_to_the_queue(cluster: DevCluster) -> None:
@@ -193,7 +193,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("what", REFUSALS)
-def test_sbatch_refuses_with_the_words_that_users_see(cluster: DevCluster, what: str) -> None:
+def test_sbatch_refuses_with_its_usual_messages(cluster: DevCluster, what: str) -> None:
     options, words = REFUSALS[what]
     refused = cluster.run(["sbatch", "--output=/dev/null", *options, "--wrap", "true"], check=False)
     print(f"{' '.join(options)} | {refused.returncode} | {refused.stderr.strip()}")
@@ -201,7 +201,7 @@ def test_sbatch_refuses_with_the_words_that_users_see(cluster: DevCluster, what:
     assert words in refused.stderr
 
 
-def test_a_dependency_on_a_job_that_slurm_does_not_know_holds_nothing_up(cluster: DevCluster) -> None:
+def test_a_dependency_on_an_unknown_job_delays_nothing(cluster: DevCluster) -> None:
     job = cluster.sbatch("true", "--dependency=afterany:99999999")
     assert cluster.wait_state(job, "COMPLETED", "FAILED") == "COMPLETED"
 
@@ -240,7 +240,7 @@ def test_clusters_run_side_by_side_and_leave_nothing_behind(cluster: DevCluster)
 
 
 @pytest.mark.usefixtures("slurm_packages")
-def test_a_stopped_cluster_starts_again_where_it_was() -> None:
+def test_a_stopped_cluster_keeps_its_state() -> None:
     with DevCluster.temporary(Shape(nodes=1)) as stopped:
         job = stopped.sbatch("true")
         stopped.wait_state(job, "COMPLETED")
@@ -273,9 +273,9 @@ with devcluster.DevCluster.temporary(devcluster.Shape(nodes=1, accounting=False)
         assert not abandoned.folder.exists()
 
 
-def test_only_its_own_processes_are_the_clusters(cluster: DevCluster) -> None:
+def test_only_processes_of_the_cluster_belong_to_it(cluster: DevCluster) -> None:
     log = cluster.folder / "log" / "slurmctld.log"
-    environment = cluster.env() | {"SLURM_JOB_ID": "1"}  # of somebody who pretends to be in a job
+    environment = cluster.env() | {"SLURM_JOB_ID": "1"}  # as if it were in a job
     with subprocess.Popen(["tail", "-f", log], env=environment, stdout=subprocess.DEVNULL) as reader:
         pids = {process.pid for process in cluster.processes()}
         reader.kill()
