@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from orchestrator.doctor import node, two_node
 from orchestrator.doctor.findings import worst
 from orchestrator.doctor.locks import Unreadable
 from orchestrator.doctor.machine import PythonFacts
+from orchestrator.errors import Refusal, SubmissionError
 from orchestrator.locking.mounts import Mount
 from tests.support.doctoring import VERSIONS, one, settings, tally
 
@@ -129,3 +131,25 @@ def test_a_report_survives_its_file(tmp_path):
     assert node.read_report(tmp_path, 0) == given
     (tmp_path / "report-0.json").write_text("{")
     assert node.read_report(tmp_path, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("refusal", "nodes_tried", "level"),
+    [(Refusal.TOO_MANY_NODES, [2, 1], "warning"), (Refusal.OTHER, [2], "error"), (Refusal.NO_ROOM, [2], "error")],
+)
+def test_one_node_is_tried_if_two_are_refused_whatever_the_message_says(
+    tmp_path, monkeypatch, refusal, nodes_tried, level
+):
+    tried: list[int] = []
+
+    def run(needs: two_node.Needs, scratch: Path, nodes: int, *_: object) -> two_node.TestOutcome:
+        tried.append(nodes)
+        if nodes == 2:
+            raise SubmissionError("no", refusal=refusal)
+        return outcome({}, {"host": "n1"}, nodes=1)
+
+    monkeypatch.setattr(two_node, "_run", run)
+    proof = two_node.prove(NEEDS, tmp_path, 1.0, lambda _line: None)
+    assert tried == nodes_tried
+    assert worst(proof.findings) == level
+    assert proof.locks_hold is None

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.records import Metric, Policy, Profile, StopRules
 from orchestrator.settings.loading import load
-from orchestrator.settings.settings import Settings
+from orchestrator.settings.settings import Settings, SlurmSettings
 from tests.support.settings_files import ALEX, FOLDER, LEAST, RON
 
 # --- the report's three files
@@ -247,3 +247,8 @@ def test_a_board_chosen_on_the_test_set_is_noted(written):
 def test_a_run_ends_early(written, changes, stop):
     settings, _ = load(written({"training_profiles": [ALEX, RON]} | changes))
     assert settings.policy(1).stop == stop
+
+
+@pytest.mark.parametrize("model", [Settings, SlurmSettings])
+def test_every_key_has_a_description(model):
+    assert [name for name, field in model.model_fields.items() if not field.description] == []
