@@ -66,10 +66,10 @@ bench: install
 	$(BIN)/python benchmarks/bookkeeping.py --seconds 2 --rounds 1
 
 cluster-up:
-	$(PYTHON) slurm/devcluster/devcluster.py up
+	$(PYTHON) slurm/devcluster up
 
 cluster-down:
-	$(PYTHON) slurm/devcluster/devcluster.py down
+	$(PYTHON) slurm/devcluster down
 
 chaos: install
 	ORCH_CHAOS_FAULTS=40 ORCH_CHAOS_SEED=$${SEED:-7} $(BIN)/python -m pytest tests/slurm/test_chaos.py -s

@@ -1,7 +1,7 @@
-"""Bookkeeping of chunks: claim + record through the leaderboard, by many processes at once, beside its peers.
+"""Bookkeeping of chunks: claim + record through the leaderboard, by many processes at once, compared with other stores.
 
     python benchmarks/bookkeeping.py                                  # orch, Optuna's two storages, raw sqlite3
-    python benchmarks/bookkeeping.py --history 10,1000,100000,1000000 # with so many finished chunks in the tables
+    python benchmarks/bookkeeping.py --history 10,1000,100000,1000000 # with this many finished chunks in the tables
     python benchmarks/bookkeeping.py --workers 8,64,512 --think-s 10  # workers that train between claim and record
 
 A latency is that of one chunk: its claim and its record, waits included, in seconds. Each figure is the median of
@@ -37,28 +37,28 @@ from contenders import Contender, OptunaJournal, OptunaRdb, Orch, RawSqlite  # n
 
 Figures = dict[str, Any]
 BUSY_PERCENT = 30.0
-PATIENCE_S = 300.0  # a process that does not come to the start within this is broken
+PATIENCE_S = 300.0  # a process that is not ready after this time is broken
 
 
 # --- one measurement ---------------------------------------------------------------------------------
 
 
 def rest(longest_s: float) -> None:
-    """Wait until other programs leave most of the machine alone, or for so long."""
+    """Wait until other programs use little of the machine, at most for this time."""
     end = time.monotonic() + longest_s
     while time.monotonic() < end and psutil.cpu_percent(1.0) > BUSY_PERCENT:
         pass
 
 
 def measure(contender: Contender, disk: Path, processes: int, seconds: float, think_s: float = 0.0) -> Figures:
-    """Chunks per second of so many processes, and how long one chunk's bookkeeping takes each of them."""
+    """Chunks per second of all processes together, and the time that one chunk's bookkeeping takes."""
     folder = Path(tempfile.mkdtemp(prefix=f"{contender.name}-", dir=disk))
     try:
         contender.prepare(folder, processes)
-        context = multiprocessing.get_context("fork")  # what is imported already is not imported 64 times
+        context = multiprocessing.get_context("fork")  # so that modules are not imported 64 times
         barrier = context.Barrier(processes)
         gc.collect()
-        gc.freeze()  # else each child's garbage collector copies what it shares with the others
+        gc.freeze()  # else each child's garbage collector copies shared memory
         children = [
             context.Process(target=_work, args=(contender, folder, number, barrier, seconds, think_s))
             for number in range(processes)
@@ -76,14 +76,14 @@ def measure(contender: Contender, disk: Path, processes: int, seconds: float, th
 
 
 def _work(contender: Contender, folder: Path, number: int, barrier: Barrier, seconds: float, think_s: float) -> None:
-    """One process: a chunk to warm up, then as many as fit into the time."""
+    """One process: a chunk to warm up, then as many chunks as the time allows."""
     begin, finish = contender.open(folder, number)
     finish(begin())
     draw = random.Random(number)
     waits_s, errors, counted = [], [], 0
     barrier.wait(PATIENCE_S)
     if think_s:
-        time.sleep(draw.uniform(0, think_s))  # workers of a real run are not in step
+        time.sleep(draw.uniform(0, think_s))  # workers of a real run are not synchronous
     started = time.monotonic()
     while (before := time.monotonic()) < started + seconds:
         try:
@@ -124,7 +124,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float | None:
 
 
 def median_of(rounds: Sequence[Figures]) -> Figures:
-    """Of each figure its median; of the worst things the worst."""
+    """The median of each figure, and the worst of the worst cases."""
     merged: Figures = {}
     for key in rounds[0]:
         values = [r[key] for r in rounds if r.get(key) is not None]
@@ -142,7 +142,7 @@ def median_of(rounds: Sequence[Figures]) -> Figures:
 
 
 def compare(contenders: Sequence[Contender], options: argparse.Namespace) -> Figures:
-    """Every contender at every number of processes; in turn, so that a noisy minute hits them all."""
+    """Every contender with every number of processes; in turn, so that a noisy minute affects all of them."""
     found: Figures = {}
     for processes in options.processes:
         rounds: dict[str, list[Figures]] = {c.name: [] for c in contenders}
@@ -224,7 +224,7 @@ def machine(disk: Path) -> Figures:
         "filesystem": mount.fstype if mount else None,
         "fsync_p50_s": _quantile(sorted(waits_s), 0.50),
         "fsync_p99_s": _quantile(sorted(waits_s), 0.99),
-        "load_before": round(os.getloadavg()[0], 2),  # of other programs; the figures are lower for it
+        "load_before": round(os.getloadavg()[0], 2),  # by other programs; it lowers the figures
         "python": sys.version.split()[0],
         "sqlite": sqlite3.sqlite_version,
     }
@@ -270,7 +270,7 @@ def main() -> None:
         contenders: list[Contender] = [Orch(options.database), OptunaRdb(), OptunaJournal(), RawSqlite()]
         wanted = options.only.split(",") if options.only else [c.name for c in contenders]
         section, found = f"compare-{which}", compare([c for c in contenders if c.name in wanted], options)
-    # The other questions' answers stay in the file.
+    # The file keeps the answers to the other questions.
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     result[section] = {"machine": facts, "seconds": options.seconds, "rounds": options.rounds, "figures": found}
     options.out.parent.mkdir(parents=True, exist_ok=True)

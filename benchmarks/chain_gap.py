@@ -1,4 +1,4 @@
-"""How long GPUs stand idle between two links of a chain, and from launch to the first chunk, on a real Slurm.
+"""How long GPUs are idle between two links of a chain, and from launch to the first chunk, on a real Slurm.
 
     python benchmarks/chain_gap.py [--links 8] [--out benchmarks/results/chain_gap.json]
 
@@ -33,7 +33,7 @@ WORKERS = 2
 
 
 def slurm_gaps_s(cluster: DevCluster, folder: Path, links: int) -> list[float]:
-    """In WORKERS chains of jobs that only write down when they start and end."""
+    """The gaps in WORKERS chains of jobs that only write their start and end times."""
     script = "#!/bin/bash\n#SBATCH --output=/dev/null\nsrun bash -c 'date +%s.%N >> {file}; date +%s.%N >> {file}'\n"
     files = [[folder / f"chain-{worker}-{link}" for link in range(links)] for worker in range(WORKERS)]
     for chain in files:
@@ -47,7 +47,7 @@ def slurm_gaps_s(cluster: DevCluster, folder: Path, links: int) -> list[float]:
 
 
 def import_torch_s(times: int) -> list[float]:
-    """In WORKERS processes at a time."""
+    """The time of WORKERS processes at once."""
     code = "import time; t = time.perf_counter(); import torch; print(time.perf_counter() - t)"
     seconds = []
     for _ in range(times):
@@ -57,7 +57,7 @@ def import_torch_s(times: int) -> list[float]:
 
 
 def run_gaps_s(folder: Path, links: int) -> tuple[list[float], float]:
-    """Of a real run of digits: the gaps, and the time from launch to every worker's first claim."""
+    """The gaps in a real run of digits, and the time from launch to every worker's first claim."""
     settings = Settings.model_validate(
         {
             "name": "gap", "job": "jobs.digits:Digits", "executor": "slurm", "workers": WORKERS, "eon_lifetime": 3,
@@ -82,7 +82,7 @@ def run_gaps_s(folder: Path, links: int) -> tuple[list[float], float]:
 
 
 def read_log(path: Path) -> list[tuple[float, str]]:
-    """(time, text) of each line; a traceback's lines have no time and are left out."""
+    """(time, text) of each line; lines of a traceback have no time and are left out."""
     lines = []
     for line in path.read_text().splitlines():
         when, _, text = line.partition(" INFO ")

@@ -1,4 +1,4 @@
-"""What bookkeeping.py compares: one chunk's bookkeeping of orch, and the same work of its peers.
+"""What bookkeeping.py compares: the bookkeeping of one chunk by orch, and the same work by other stores.
 
 `prepare` makes an empty store; `open`, in each process, returns the two halves of one chunk: before and after the
 training.
@@ -33,28 +33,28 @@ Finish = Callable[[Any], None]
 
 
 class Contender(Protocol):
-    """A store that many processes work with."""
+    """A store that many processes use."""
 
     name: str
 
     def prepare(self, folder: Path, workers: int) -> None: ...
 
     def drop(self, folder: Path) -> None:
-        """What is not in the folder."""
+        """Delete what is outside the folder."""
         ...
 
     def open(self, folder: Path, number: int) -> tuple[Begin, Finish]:
-        """In a process of its own. number counts the processes from 0."""
+        """Open the store in a new process. number counts the processes from 0."""
         ...
 
 
 @dataclass
 class Orch:
-    """As the worker does it: a result is recorded and the next chunk claimed in one transaction. A chunk has one
-    epoch; a tenth is promoted, on a full board."""
+    """As a worker does it: one transaction records a result and claims the next chunk. A chunk has one epoch; a tenth
+    of the chunks is promoted, on a full board."""
 
     url: str | None = None
-    history: int = 0  # chunks that are finished before the first
+    history: int = 0  # finished chunks before the first
     name: str = "orch"
     _jobs: list[Started] = field(default_factory=list)
     _schema_name: str | None = None
@@ -105,7 +105,7 @@ class Orch:
         def finish(claim: Claim) -> None:
             now = time.time()
             better = claim.bar is None or draw.random() < PROMOTED
-            score = now if better else 0.0  # the latest is the best: what is meant to be promoted is promoted
+            score = now if better else 0.0  # each promoted score is better than all before it
             epochs = claim.parent_epochs + 1
             _, after = board.record_and_claim(
                 claim,
@@ -142,7 +142,7 @@ class OptunaRdb:
     def _storage(self, folder: Path) -> Any:
         import optuna
 
-        # By default sqlite3 gives up after 5 s, which 64 processes would not live through.
+        # sqlite3 gives up after 5 s by default, which is too short for 64 processes.
         return optuna.storages.RDBStorage(
             f"sqlite:///{folder / 'optuna.db'}", engine_kwargs={"connect_args": {"timeout": 60}}
         )
@@ -172,7 +172,7 @@ class OptunaRdb:
 
 @dataclass
 class OptunaJournal(OptunaRdb):
-    """The same on a file that is only appended to."""
+    """The same with a file to which records are only appended."""
 
     name: str = "optuna-journal"
 
@@ -185,7 +185,7 @@ class OptunaJournal(OptunaRdb):
 
 @dataclass
 class RawSqlite:
-    """The floor: two durable transactions of one statement each, on a connection that stays open."""
+    """The lower bound: two durable transactions of one statement each, on a connection that stays open."""
 
     name: str = "raw-sqlite"
 
@@ -220,7 +220,7 @@ class RawSqlite:
 
 
 def add_history(board: Leaderboard, chunks: int, now: float) -> None:
-    """Finished chunks with their epochs and events; every tenth was promoted, and has lost its place since.
+    """Finished chunks with their epochs and events; every tenth was promoted, and has left the board since.
 
     The entries of one block are what the next one works on. Nothing names its own id: the database counts from 1.
     """
@@ -243,7 +243,7 @@ def add_history(board: Leaderboard, chunks: int, now: float) -> None:
         with board.database.transaction() as tx:
             tx.execute(insert(schema.job), [_job_row(link, now) for link in range(2, 3 + chunks // 100)])
             tx.execute(update(schema.run).values(generation=chunks, epochs=chunks))
-            if board.database.file is None:  # a run of this length has been through many autovacuums
+            if board.database.file is None:  # in a run of this length there were many autovacuums
                 tx.execute(text("ANALYZE"))
 
 

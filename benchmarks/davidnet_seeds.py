@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings in full: all training images are trained on, and the test set tells."""
+    """The complete settings: all training images are used for training, and the test set gives the accuracy."""
     overrides = list(options.set)
     if options.images:
         overrides += [f"job_params.train_images={options.images}"]
@@ -53,7 +53,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def first_profile(settings: dict[str, Any], epochs: int) -> Profile:
-    """With a schedule that is as much shorter as the training is than the settings' chunk."""
+    """The profile with its schedule shortened in the same ratio as the training."""
     profile = Profile(**settings["training_profiles"][0])
     if profile.schedule is None or "epochs" not in profile.schedule:
         return profile
@@ -81,7 +81,7 @@ def train(session: Session, profile: Profile, epochs: int, seed: int) -> dict[st
 
 
 def train_all(session: Session, profile: Profile, options: argparse.Namespace, say: Say) -> list[dict[str, Any]]:
-    """As many seeds as were asked for, or as the time allows."""
+    """As many seeds as were requested, or as the time allows."""
     began = time.perf_counter()
     runs: list[dict[str, Any]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
@@ -100,7 +100,7 @@ def train_all(session: Session, profile: Profile, options: argparse.Namespace, s
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """The first seed's seconds are left out where there are others: it waits for kernels to be chosen."""
+    """The seconds of the first seed count only if it is the only one, since it waits until kernels are chosen."""
     accuracies = [run["accuracy"] for run in runs]
     seconds = [run["seconds"] for run in runs[1:] or runs]
     return {

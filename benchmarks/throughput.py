@@ -1,7 +1,7 @@
-"""Images a second of the training loop, beside the same model in a plain loop: torchvision's transforms, a DataLoader.
+"""Images per second of the training loop, compared with a plain loop: torchvision's transforms and a DataLoader.
 
     python benchmarks/throughput.py --data FOLDER                      # davidnet on CIFAR-10, FOLDER its root
-    python benchmarks/throughput.py --only alexnet-part1,alexnet-part2 # on pictures that are drawn for it
+    python benchmarks/throughput.py --only alexnet-part1,alexnet-part2 # on generated pictures
     python benchmarks/throughput.py --data FOLDER --images 5000 --rounds 3 --out
 
 The contenders take turns, a round each after the other, so that what else the machine does hits all of them; figures
@@ -46,14 +46,14 @@ from orchestrator.records import EpochResult, Profile, Work  # noqa: E402
 from orchestrator.settings.loading import load  # noqa: E402
 
 CONTENDERS = ("orch", "plain", "plain-bf16")
-CLASSES = 8  # of the pictures that are drawn
-PICTURE = (375, 500)  # pixels, height and width: of an ordinary photograph of a data set
+CLASSES = 8  # of the generated pictures
+PICTURE = (375, 500)  # height and width in pixels, as of a usual photograph in a data set
 Figures = dict[str, Any]
 
 
 @dataclass
 class Case:
-    """A job's settings in full, and torchvision's own data sets of the same images."""
+    """The complete settings of a job, and torchvision's own data sets of the same images."""
 
     name: str
     settings: dict[str, Any]
@@ -86,7 +86,7 @@ def davidnet(options: argparse.Namespace, folder: Path) -> Case:
 
 
 def alexnet(name: str, options: argparse.Namespace, folder: Path) -> Case:
-    """Part 1 trains all layers; part 2 the classifier alone, on features that are frozen (here as they were drawn)."""
+    """Part 1 trains all layers; part 2 only the classifier, on frozen features (here with random weights)."""
     part = name.removeprefix("alexnet-")
     for side, count in (("train", options.images), ("test", max(CLASSES, options.images // 5))):
         if not (folder / side).exists():
@@ -155,7 +155,7 @@ class Timed(Session):
         started, steps_s = self._now(), self.steps_s
         found = super()._evaluate(predictor, split)
         self.evaluation_s += self._now() - started
-        self.steps_s = steps_s  # without the frozen layers' outputs for evaluation
+        self.steps_s = steps_s  # without computing the outputs of frozen layers for evaluation
         return found
 
     def _now(self) -> float:
@@ -180,7 +180,7 @@ def train_orch(case: Case, options: argparse.Namespace, seed: int) -> Figures:
     for split in ("train", "test"):
         session.feed(split)
     ready_s = time.perf_counter() - started
-    # The outputs of frozen layers are their forward passes, once for all.
+    # Frozen layers make their forward passes once, when their outputs are computed.
     session._frozen._compute = session._timed(session._frozen._compute)  # type: ignore[method-assign]
     results: list[EpochResult] = []
     session.train(Work(case.profile, options.epochs, seed, 0, None, None), lambda: False, results.append)
@@ -306,7 +306,7 @@ def machine(options: argparse.Namespace) -> Figures:
         "cores": options.cores,
         "cpu": torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else None,
         "gpu": gpu,
-        "load_before": round(os.getloadavg()[0], 2),  # of other programs; the figures are lower for it
+        "load_before": round(os.getloadavg()[0], 2),  # by other programs; it lowers the figures
         "torch": torch.__version__,
     }
 
@@ -317,7 +317,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     result = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
-        os.environ["SLURM_TMPDIR"] = folder  # what is decoded is not found from an earlier run
+        os.environ["SLURM_TMPDIR"] = folder  # so that decoded images of an earlier run are not used
         for name in options.only:
             case = CASES[name](options, Path(folder) / "pictures")
             found = compare(case, options)

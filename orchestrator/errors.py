@@ -1,10 +1,34 @@
-"""Errors that a user can act on. Their text is the whole message; the CLI prints it without a traceback."""
+"""Errors that a user can act on. Their text is the whole message; the CLI prints it without a traceback.
+
+OrchError                       what every caller may catch; `orch` prints it and exits with 2
+├── SettingsError               the settings are not valid
+├── RunError                    the run is missing, damaged, or in a state that does not allow the request
+├── LeaderboardError            the database can't be used
+│   └── LockError               no lock around the database can be taken, or none gives protection
+├── StaleClaimError             another worker has the claim now
+├── CheckpointError             a checkpoint can't be used or written
+│   ├── DamagedCheckpointError  the file is missing or its bytes have changed
+│   └── NoSpaceError            the run's disk budget has no room for it
+├── SubmissionError             the cluster did not take the jobs; its `refusal` gives the reason
+└── JobSpecError                the user's job class can't be imported or lacks something
+"""
 
 from __future__ import annotations
 
+from enum import StrEnum
+
+
+class Refusal(StrEnum):
+    """Why a cluster did not take jobs."""
+
+    UNREACHABLE = "unreachable"  # it does not answer; this never means that its jobs are gone
+    NO_ROOM = "no room"  # a submit limit; there may be room later
+    TOO_MANY_NODES = "too many nodes"  # more nodes than a job may have here
+    OTHER = "other"
+
 
 class OrchError(Exception):
-    """Something is wrong that the user can mend; the message says what and how. `orch` exits with 2."""
+    """Something is wrong that the user can correct; the message says what and how."""
 
 
 class SettingsError(OrchError):
@@ -20,15 +44,15 @@ class LeaderboardError(OrchError):
 
 
 class LockError(LeaderboardError):
-    """No lock can be taken around the database, or none that holds."""
+    """No lock can be taken around the database, or none that gives protection."""
 
 
 class StaleClaimError(OrchError):
-    """The claim was given to somebody else; nothing was written."""
+    """Another worker has the claim now; nothing was written."""
 
 
 class CheckpointError(OrchError):
-    """A checkpoint is missing, incomplete or not what its checksum says."""
+    """A checkpoint is missing or incomplete, or does not match its checksum."""
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -42,13 +66,9 @@ class NoSpaceError(CheckpointError):
 class SubmissionError(OrchError):
     """The cluster did not take the jobs."""
 
-
-class NoRoomError(SubmissionError):
-    """A submit limit leaves no room for more jobs just now."""
-
-
-class ClusterUnreachableError(SubmissionError):
-    """The cluster does not answer. This never means that its jobs are gone."""
+    def __init__(self, message: str, *, refusal: Refusal = Refusal.OTHER) -> None:
+        super().__init__(message)
+        self.refusal = refusal
 
 
 class JobSpecError(OrchError):

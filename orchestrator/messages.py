@@ -1,7 +1,8 @@
-"""How numbers, times and values are written for people. Text in, text out."""
+"""How numbers, times and values are shown in messages."""
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import UTC, datetime
 
@@ -9,9 +10,20 @@ _PASSWORD = re.compile(r"(://[^\s/:@\"']*):[^\s\"']*|(password=)[^\s&\"']*", re.
 _NOT_PRINTED = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
 
 
+GB = 1e9
+
+
 def counted(count: int, one: str, many: str | None = None) -> str:
     """A number with its noun: 1 epoch, 2 epochs."""
     return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
+def gb(size_bytes: float) -> str:
+    """In GB, to three digits, rounded up so that a disk of the shown size is large enough."""
+    if size_bytes <= 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(size_bytes / GB)))
+    return f"{math.ceil(size_bytes / GB * 10**digits) / 10**digits:.{digits}f}"
 
 
 def iso(at: float | None) -> str | None:
@@ -20,17 +32,17 @@ def iso(at: float | None) -> str | None:
 
 
 def shown(text: str, limit: int = 80) -> str:
-    """For a message: in one line, not too long, and without the password of a URL."""
-    text = _PASSWORD.sub(lambda found: f"{found[1]}:***" if found[1] is not None else f"{found[2]}***", text)
+    """For a message: on one line, at most `limit` characters, and without the password of a URL."""
+    text = _PASSWORD.sub(lambda match: f"{match[1]}:***" if match[1] is not None else f"{match[2]}***", text)
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def one_line(text: str, allowed: str = "") -> str:
-    """The text itself. Raises ValueError where it is not one line of characters that every file can hold."""
-    found = [c for c in _NOT_PRINTED.findall(text) if c not in allowed]
-    if found:
-        raise ValueError(
-            f"it holds the character {found[0]!r}; allowed is one line of text, without control characters"
-        )
+    """The text itself. Raises ValueError for line breaks, control characters and characters that UTF-8 can't encode."""
+    for character in _NOT_PRINTED.findall(text):
+        if character not in allowed:
+            raise ValueError(
+                f"it holds the character {character!r}; allowed is one line of text, without control characters"
+            )
     return text

@@ -16,21 +16,21 @@ from tests.support.storage import Storage
 
 @pytest.fixture(autouse=True)
 def _own_umask() -> Iterator[None]:
-    """Commands that a test calls in this very process change it for good, as they may in one of their own."""
+    """Commands change the umask of their process for good; in tests they may run in this process."""
     before = os.umask(0o022)
     os.umask(before)
     yield
     os.umask(before)
-    permissions._users.clear()
+    permissions._umask_at_start = None
 
 
 @contextmanager
 def _process_set_up_as_it_was() -> Iterator[None]:
-    """Opening a job sets its process up: threads, determinism, variables. The next test is to find nothing of it."""
+    """Opening a job changes its process: threads, determinism, variables. Undo that after the test."""
     names = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME")
     variables = {name: os.environ.get(name) for name in names}
     had = None
-    if torch := sys.modules.get("torch"):  # else nothing was set up yet, and it is slow to import
+    if torch := sys.modules.get("torch"):  # else nothing has changed yet, and torch is slow to import
         had = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     yield
     for name, value in variables.items():
@@ -71,7 +71,7 @@ def postgres_server() -> Iterator[postgres.Postgres]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def storage(request: pytest.FixtureRequest) -> Storage:
-    """Either database: what a test shows with this fixture holds for both."""
+    """Each database in turn: a test with this fixture runs on both."""
     if request.param == "sqlite":
         return Storage(None)
     return Storage(request.getfixturevalue("postgres_server").url)
@@ -79,7 +79,7 @@ def storage(request: pytest.FixtureRequest) -> Storage:
 
 @pytest.fixture(scope="module")
 def one_thread(_module_as_it_was: None) -> None:
-    """How a sum is spread over threads is part of its result; and tests run beside each other."""
+    """The result of a sum depends on the number of threads; and several tests run at the same time."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""orch leaderboard, status, runs: looking."""
+"""orch leaderboard, status, runs: show what there is."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from orchestrator.errors import LeaderboardError
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(leaderboard)
-    app.command()(status)
-    app.command()(runs)
+    for command in (leaderboard, status, runs):
+        app.command()(command)
 
 
 def leaderboard(
@@ -25,7 +24,6 @@ def leaderboard(
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every 2 seconds until Ctrl-C.")] = False,
 ) -> None:
     """The best models of a run."""
-    from rich.console import Console
     from rich.live import Live
 
     from orchestrator.cli import tables
@@ -34,11 +32,10 @@ def leaderboard(
     if json:
         print_json(opened.board())
         return
-    console = Console()
     if not watch:
-        console.print(tables.board(opened.board()))
+        tables.show(tables.board(opened.board()))
         return
-    with Live(console=console, auto_refresh=False) as live:
+    with Live(auto_refresh=False) as live:
         while True:
             try:
                 live.update(tables.board(opened.board()), refresh=True)
@@ -48,31 +45,24 @@ def leaderboard(
 
 
 def status(run: RunArgument = None, runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
-    """What a run is doing. Mends chains that broke, where the cluster proves that they did."""
-    from rich.console import Console
-
+    """What a run is doing. Mends chains that are proven to be broken."""
     from orchestrator.cli import tables
 
     opened = open_run(run, runs_dir)
     try:
         done = opened.reconcile(time.time())
-    except LeaderboardError as error:  # a full disk: what is there can be looked at all the same
+    except LeaderboardError as error:  # such as a full disk: the state can still be shown
         print(f"orch: nothing could be mended: {error}", file=sys.stderr)
         done = []
     state = opened.status()
     if json:
         print_json(state | {"mended": done})
         return
-    console = Console()
-    console.print(tables.status(state))
-    for line in done:
-        console.print(f"mended: {line}")
+    tables.show(tables.status(state), *(f"mended: {line}" for line in done))
 
 
 def runs(runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
     """All runs, newest first."""
-    from rich.console import Console
-
     from orchestrator.cli import tables
     from orchestrator.errors import OrchError
     from orchestrator.files import permissions
@@ -91,4 +81,4 @@ def runs(runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
     elif not rows:
         print(f"no runs in {runs_dir}")
     else:
-        Console().print(tables.runs(rows))
+        tables.show(tables.runs(rows))

@@ -13,8 +13,6 @@ import typer
 from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, print_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from orchestrator.doctor.findings import Finding
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
@@ -47,38 +45,28 @@ def doctor(
     except KeyboardInterrupt:
         say("stopped; nothing is left in the queue")
         raise typer.Exit(130) from None
+    levels = [finding.level for finding in findings]
+    errors, warnings = levels.count("error"), levels.count("warning")
     if json:
-        print_json(summary(findings))
+        print_json({"errors": errors, "warnings": warnings, "findings": [asdict(finding) for finding in findings]})
     else:
-        from rich.console import Console
-
-        Console().print(table(findings))
-        counts = summary(findings)
-        print(f"errors: {counts['errors']}, warnings: {counts['warnings']}")
+        _print_table(findings)
+        print(f"errors: {errors}, warnings: {warnings}")
     raise typer.Exit(exit_code(findings))
 
 
-def summary(findings: Sequence[Finding]) -> dict[str, object]:
-    """What --json prints."""
-    levels = [finding.level for finding in findings]
-    return {
-        "errors": levels.count("error"),
-        "warnings": levels.count("warning"),
-        "findings": [asdict(finding) for finding in findings],
-    }
-
-
-def table(findings: Sequence[Finding]) -> Table:
+def _print_table(findings: Sequence[Finding]) -> None:
     from rich import box
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for heading in ("level", "topic", "found -> what to do"):
-        shown.add_column(heading, no_wrap=heading == "level")
+        table.add_column(heading, no_wrap=heading == "level")
     for finding in findings:
         text = Text(finding.what)
         if finding.do:
             text.append(f"\n-> {finding.do}", style="bold")
-        shown.add_row(Text(finding.level, style=STYLES[finding.level]), finding.topic, text)
-    return shown
+        table.add_row(Text(finding.level, style=STYLES[finding.level]), finding.topic, text)
+    Console().print(table)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, has_jobs, print_json
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, Set, SettingsFile, has_jobs, print_json
 from orchestrator.errors import LeaderboardError
 from orchestrator.messages import counted
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from orchestrator.settings.settings import Settings
 
 MEND_EVERY_S = 10.0
-PATIENCE_S = 300.0  # for a database that can't be used, as a job has
-ENDED = ("converged", "finished", "cancelled", "failed", "paused")
+PATIENCE_S = 300.0  # how long to wait for a database that can't be used; a job waits as long
 
 
 def register(app: typer.Typer) -> None:
@@ -30,30 +29,28 @@ def register(app: typer.Typer) -> None:
 
 
 def launch(
-    settings: Annotated[Path, typer.Argument(help="A settings file (JSON).")],
+    settings: SettingsFile,
     executor: Annotated[
         str | None, typer.Option(help="slurm, local or inline. Default: slurm where sbatch is, else local.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Chains that train at the same time.")] = None,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; dots go deeper."),
-    ] = None,
+    set_: Set = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; start nothing.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Show the board until the run is over.")] = False,
     json: Json = False,
 ) -> None:
-    """Launch a run; launched again, it goes on where it was.
+    """Launch a run. A run that exists already is continued.
 
-    First it proves on the runs' own file system that a lock holds there; if none does, nothing is started.
+    First a lock is proven on the file system of the runs; if none works there, nothing is started.
     """
     from orchestrator.files import permissions
     from orchestrator.files.run_folder import is_run
+    from orchestrator.records import RunState
     from orchestrator.run.launch import launch as launch_run
-    from orchestrator.run.run import Run
+    from orchestrator.run.run import STOPPED, Run
     from orchestrator.worker.user_job import check_job
 
     loaded, notes = _load(settings, set_ or [], workers, executor)
@@ -75,14 +72,14 @@ def launch(
     for line in run.resume(time.time()) if existing else []:
         print(line, file=sys.stderr)
     workers_ = counted(run.settings.workers, "worker")
-    print(f"{run.name}: {workers_}, {run.cluster.name} executor, in {run.folder}", file=sys.stderr)
+    print(f"{run.name}: {workers_}, {run.queue.name} executor, in {run.folder}", file=sys.stderr)
     if loaded.executor == "inline":
         print(f"worker 0 ended: {run.work_inline().outcome}", file=sys.stderr)
     elif wait:
         _wait(run, quiet=json)
     _show(run, json, tables=wait or loaded.executor == "inline")
     state = run.summary()["state"]
-    if state == "failed" or (state in ENDED and not run.board()["entries"]):
+    if state is RunState.FAILED or (state in STOPPED and not run.board()["entries"]):
         raise typer.Exit(1)
 
 
@@ -99,7 +96,7 @@ def _load(path: Path, overrides: list[str], workers: int | None, executor: str |
 
 
 def _disk(settings: Settings, folder: Path) -> float | None:
-    """About how many GB the checkpoints will take, which the user is told; None where that is unknown."""
+    """Tell the user how many GB the checkpoints will take, about. Returns the number; None if it is unknown."""
     from orchestrator.files import disk_budget
     from orchestrator.worker.user_job import checkpoint_bytes
 
@@ -115,34 +112,33 @@ def _show(run: Run, json: bool, tables: bool) -> None:
     if json:
         print_json({**run.status(), "board": run.board()})
     elif tables:
-        from rich.console import Console
-
         from orchestrator.cli import tables as shown
 
-        Console().print(shown.status(run.status()), shown.board(run.board()))
+        shown.show(shown.status(run.status()), shown.board(run.board()))
 
 
 def _refuse_changes(existing: Run, wanted: Settings) -> None:
     from orchestrator.errors import RunError
     from orchestrator.settings.loading import difference
 
-    if wanted.lock == "auto":  # what launch chose then
+    if wanted.lock == "auto":  # the kind that the launch chose
         wanted = wanted.model_copy(update={"lock": existing.settings.lock})
-    if wanted.database_schema is None:  # each run is given one when it is made
+    if wanted.database_schema is None:  # a launch gives each run its own
         wanted = wanted.model_copy(update={"database_schema": existing.settings.database_schema})
     changed = difference(existing.settings, wanted)
     if changed:
         raise RunError(
-            f"{existing.name} exists already, with other settings; `orch resume {existing.name}` goes on with it as it "
+            f"{existing.name} exists already, with other settings; `orch resume {existing.name}` continues it as it "
             "is, `orch amend` changes it, --set name=... launches another:\n  " + "\n  ".join(changed)
         )
 
 
 def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float | None, json: bool) -> None:
-    from orchestrator.rules import claiming, succession
+    from orchestrator.rules import claiming, stopping, succession
 
-    policy = settings.policy(1)
-    first = [f"founder {i + 1}: {claiming.profile_at(0, policy.cycle).name}" for i in range(settings.workers)]
+    cycle = settings.training_profiles
+    stale_chunks = stopping.stale_chunks(settings.stop_after_stale_cycles, len(cycle), settings.num_models)
+    first = [f"founder {i + 1}: {claiming.profile_at(0, cycle).name}" for i in range(settings.workers)]
     plan: dict[str, Any] = {
         "run": settings.name,
         "folder": str(folder.absolute()),
@@ -152,9 +148,9 @@ def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float
         "jobs_at_most": settings.workers * succession.jobs_at_most(settings.total_lifetime, settings.eon_lifetime),
         "worker_hours_at_most": round(settings.workers * settings.total_lifetime / 3600, 2),
         "disk_gb_at_most_about": None if needed_gb is None else round(needed_gb, 6),
-        "stale_chunks_to_converge": policy.stop.stale_chunks,
+        "stale_chunks_to_converge": stale_chunks,
         **({} if exists else {"first_claims": first}),
-        "cycle": [p.name for p in policy.cycle],
+        "cycle": [profile.name for profile in cycle],
     }
     if settings.executor == "slurm":
         plan |= _slurm_plan(settings, folder)
@@ -171,31 +167,31 @@ def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float
 
 
 def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
-    """What sbatch is given, and what it costs at most."""
+    """The script for sbatch, and the most that the run can cost."""
     from orchestrator.cluster.sbatch import gpu_count
-    from orchestrator.cluster.slurm import SlurmCluster
+    from orchestrator.cluster.slurm import SlurmQueue
     from orchestrator.worker.job_main import job_main
 
-    cluster = SlurmCluster(settings, folder.absolute(), job_main)
-    gpus = cluster.request.options.get("gpus-per-node", settings.gpus_per_worker)
+    queue = SlurmQueue(settings, folder.absolute(), job_main)
+    gpus = queue.request.options.get("gpus-per-node", settings.gpus_per_worker)
     return {
-        "time_limit_min": cluster.request.time_min,
+        "time_limit_min": queue.request.time_min,
         "gpu_hours_at_most": round(settings.workers * gpu_count(gpus) * settings.total_lifetime / 3600, 2),
-        "script": cluster.script(settings.workers),
+        "script": queue.script(settings.workers),
     }
 
 
 def _wait(run: Run, quiet: bool) -> None:
-    """Until no job is left; meanwhile what is broken is mended. Ctrl-C ends the waiting, not the run.
+    """Wait until no job is left, and mend broken chains meanwhile. Ctrl-C ends the wait, not the run.
 
-    Raises LeaderboardError where the database can't be used for minutes (a full disk, a server that is away).
+    Raises LeaderboardError if the database can't be used for PATIENCE_S (a full disk, a server that is down).
     """
     from rich.console import Console
     from rich.live import Live
 
     console = Console(stderr=True, quiet=quiet)
     waiting = _Waiting(run, console)
-    look_every_s = 0.5 if run.cluster.name == "local" else 5.0  # a controller has other users
+    look_every_s = 0.5 if run.queue.name == "local" else 5.0  # other users need the controller too
     answered_at = time.monotonic()
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -206,34 +202,35 @@ def _wait(run: Run, quiet: bool) -> None:
                     answered_at = time.monotonic()
                 except LeaderboardError as error:
                     if time.monotonic() - answered_at > PATIENCE_S:
-                        advice = f"The run goes on where it can; `orch status {run.name}` mends what it can't"
+                        advice = f"The run continues where it can; `orch status {run.name}` mends the rest"
                         raise LeaderboardError(f"{error}. {advice}") from error
                     waiting.say(f"{error}; trying again")
                 time.sleep(look_every_s)
     except KeyboardInterrupt:
-        console.print(f"{run.name} goes on without you; `orch status {run.name}`, `orch cancel {run.name}`")
-        raise typer.Exit(130) from None  # as a shell says it of a program that Ctrl-C ended
+        console.print(f"{run.name} continues without this command; `orch status {run.name}`, `orch cancel {run.name}`")
+        raise typer.Exit(130) from None  # a shell's exit code for Ctrl-C
 
 
 class _Waiting:
-    """For a run's end."""
+    """The wait for a run's end."""
 
     def __init__(self, run: Run, console: Console) -> None:
         self._run = run
         self._console = console
-        self._said = ""
+        self._printed = ""
         self._mended_at = time.time()
 
     def say(self, line: str) -> None:
-        """Once, not at each look."""
-        if line != self._said:
+        """Print the line, unless it is the same as the last."""
+        if line != self._printed:
             self._console.print(line, highlight=False)
-            self._said = line
+            self._printed = line
 
     def is_over(self, live: Live) -> bool:
         from rich.console import Group
 
         from orchestrator.cli import tables
+        from orchestrator.run.run import STOPPED
 
         state = self._run.status()
         if self._console.is_terminal:
@@ -241,13 +238,13 @@ class _Waiting:
         else:
             self.say(_line(state))
         if not has_jobs(state):
-            return state["state"] in ENDED or not self._mend()  # nothing runs, and the rules want no new job
-        if time.time() - self._mended_at > MEND_EVERY_S:  # a killed job may leave what nobody else looks after
+            return state["state"] in STOPPED or not self._mend()  # no job is left, and the rules want no new one
+        if time.time() - self._mended_at > MEND_EVERY_S:  # a killed job may have left a broken chain
             self._mend()
         return False
 
     def _mend(self) -> bool:
-        """Was there anything to do?"""
+        """Returns whether there was anything to mend."""
         self._mended_at = time.time()
         done = self._run.reconcile(self._mended_at)
         for line in done:

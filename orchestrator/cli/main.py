@@ -1,4 +1,4 @@
-"""`orch`: parse, wire, print. One module a command group; each imports what it needs only when it is called,
+"""`orch`: parse, call, print. Each group of commands has a module. A command imports what it needs when it is called,
 so that `orch --help` answers at once."""
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ for group in (launch, board, control, models, recovery, verify, doctor):
 
 
 @app.callback(invoke_without_command=True)
-def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
-) -> None:
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True)) -> None:
     if version:
         from orchestrator import __version__
 
@@ -36,10 +34,10 @@ def _root(
 
 
 def main() -> None:
-    """The `orch` script. A mistake that the user can mend is a message and exit 2, never a traceback."""
+    """The `orch` script. A mistake that the user can correct gives a message and exit code 2, not a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be bytes that no encoding has
+            stream.reconfigure(errors="backslashreplace")  # names of files may have bytes that the encoding lacks
     try:
         app()
     except OrchError as error:

@@ -1,4 +1,4 @@
-"""orch prepare, evaluate, export: what needs the job's own code, and so torch."""
+"""orch prepare, evaluate, export: the commands that need the job's code, and so torch."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunArgument, RunsDir, open_run, print_json
+from orchestrator.cli.options import (
+    DEFAULT_RUNS_DIR,
+    Json,
+    RunArgument,
+    RunsDir,
+    Set,
+    SettingsFile,
+    open_run,
+    print_json,
+)
 from orchestrator.messages import counted
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(prepare)
-    app.command()(evaluate)
-    app.command()(export)
+    for command in (prepare, evaluate, export):
+        app.command()(command)
 
 
-def prepare(
-    settings: Annotated[Path, typer.Argument(help="A settings file.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
-) -> None:
-    """Fetch what a job needs from the internet (weights, data), for nodes that have none."""
+def prepare(settings: SettingsFile, set_: Set = None) -> None:
+    """Fetch what a job needs from the internet (weights, data), for nodes without internet access."""
     from orchestrator.settings.loading import load
     from orchestrator.worker.user_job import check_job
 
@@ -35,13 +40,9 @@ def evaluate(
     run: RunArgument = None,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     json: Json = False,
-    again: Annotated[
-        bool, typer.Option("--again", help="Read the test set again for entries that were tested.")
-    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Test entries again that were tested before.")] = False,
 ) -> None:
-    """Read the test set for the entries of the board, and record that it was read."""
-    from rich.console import Console
-
+    """Test the models on the leaderboard on the test set, and record the results."""
     from orchestrator.cli import tables
     from orchestrator.run.models import evaluator, logged, test_models
 
@@ -52,13 +53,13 @@ def evaluate(
     if json:
         print_json(board)
     else:
-        Console().print(tables.board(board))
+        tables.show(tables.board(board))
 
 
 def export(
     run: RunArgument = None,
     rank: Annotated[int, typer.Option("--rank", min=1, help="1 is the best.")] = 1,
-    out: Annotated[Path, typer.Option("--out", help="The file to write; a .json beside it says what it is.")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="The file to write; a .json file beside it describes it.")] = Path(
         "best.pt"
     ),
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
@@ -71,4 +72,4 @@ def export(
     with permissions.users_umask():
         entry = export_entry(opened, rank, out)
     print(f"{out}: rank {rank}, score {entry['score']:.6g}, {counted(entry['epochs'], 'epoch')}")
-    print(f"{out.with_suffix('.json')}: what it is and where it comes from")
+    print(f"{out.with_suffix('.json')}: its description")

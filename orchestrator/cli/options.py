@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from orchestrator.run.run import Run
 
 RunArgument = Annotated[
-    str | None,
-    typer.Argument(metavar="[RUN]", help="Name or path of a run. Left out: the newest.", show_default=False),
+    str | None, typer.Argument(metavar="[RUN]", help="Name or path of a run. Left out: the newest.", show_default=False)
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of the run.")]
+SettingsFile = Annotated[Path, typer.Argument(metavar="SETTINGS", help="A settings file (JSON).")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; dots go deeper.")
 ]
 RunsDir = Annotated[
     Path, typer.Option("--runs-dir", envvar="ORCH_RUNS_DIR", help="Where the runs are.", file_okay=False)
@@ -37,5 +41,7 @@ def print_json(value: Any) -> None:
 
 
 def has_jobs(status: dict[str, Any]) -> bool:
-    """Does any worker of a run have a job, by what `Run.status` says?"""
-    return any(worker["state"] in ("running", "queued") for worker in status["workers"])
+    """Does any worker have a job? status: see `Run.status`."""
+    from orchestrator.run.run import WorkerState
+
+    return any(worker["state"] in (WorkerState.QUEUED, WorkerState.RUNNING) for worker in status["workers"])

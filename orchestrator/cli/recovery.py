@@ -1,4 +1,4 @@
-"""orch repair, gc: when files are damaged, lost, or too many."""
+"""orch repair, gc: for files that are damaged, lost, or not needed any more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, open_run, print_json
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunName, RunsDir, open_run, print_json
 from orchestrator.messages import counted
 
 if TYPE_CHECKING:
@@ -21,23 +21,22 @@ def register(app: typer.Typer) -> None:
     app.command()(gc)
 
 
-Named = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of the run.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
 
 
 def repair(
-    run: Named,
+    run: RunName,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     dry_run: DryRun = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Although it can't be known whether jobs of the run are alive.")
+        bool, typer.Option("--force", help="Repair although jobs of the run may be alive: it can't be known.")
     ] = False,
     json: Json = False,
 ) -> None:
     """Check a run's database and checkpoints; rebuild a lost or damaged database from the checkpoints' records.
 
-    A healthy database stays as it is; entries whose files are damaged leave the board. What is damaged is kept under
-    another name. Refused while jobs of the run are alive.
+    A healthy database stays as it is; entries with damaged files leave the board. Damaged files are kept under another
+    name. Refused while jobs of the run are alive.
     """
     from orchestrator.files import permissions
     from orchestrator.files.run_folder import find_run
@@ -66,13 +65,13 @@ def _print_repair(report: RepairReport) -> None:
         print(f"note: {line}")
 
 
-def gc(run: Named, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False, json: Json = False) -> None:
-    """Delete files of a run that nothing refers to any more. Safe while it goes on.
+def gc(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False, json: Json = False) -> None:
+    """Delete files of a run that nothing refers to any more. Safe while its jobs work.
 
-    Checkpoints of no entry and no claim, temporary files, folders of old jobs (each chain's last three stay), curves of
-    chunks that no model on the board comes from (after a day), and folders of launches that were killed.
+    These are: checkpoints without an entry or a claim, temporary files, folders of old jobs (the last three of each
+    chain stay), curves of chunks that no model on the board comes from (after a day), and folders of killed launches.
     """
-    from orchestrator.files.disk_budget import gb
+    from orchestrator.messages import gb
     from orchestrator.run.gc import collect
 
     report = collect(open_run(run, runs_dir), dry_run, time.time())

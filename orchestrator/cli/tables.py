@@ -1,4 +1,4 @@
-"""What is shown in a terminal, from the same values that --json prints."""
+"""Tables for a terminal, made from the values that --json prints."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from orchestrator.messages import counted
 
 
+def show(*views: RenderableType) -> None:
+    """Print on standard output."""
+    Console().print(*views)
+
+
 def _table(title: str | None = None) -> Table:
-    """Narrow, for 80 characters."""
+    """A narrow table, for 80 characters."""
     return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
 
 
 def _add_whole(table: Table, heading: str, cells: Sequence[str]) -> None:
-    """A column that no terminal is too narrow for: the others give way, and its heading is wrapped."""
+    """Add a column that is always shown whole: other columns shrink, and its heading is wrapped."""
     width = max([min(len(heading), 10), *map(len, cells)])
     folded = Text(heading, no_wrap=False, overflow="fold")
     table.add_column(folded, justify="right", no_wrap=True, min_width=width, max_width=width)
@@ -64,7 +69,7 @@ def status(state: dict[str, Any]) -> Group:
         lines.append(Text(error, style="red"))
     lines += [Text(f"warning: {line}", style="yellow") for line in state["warnings"]]
     table = _table()
-    for heading in ("worker", "state", "job", "node", "link", "last word"):
+    for heading in ("worker", "state", "job", "node", "link", "outcome"):
         table.add_column(heading)
     for w in state["workers"]:
         table.add_row(

@@ -1,4 +1,4 @@
-"""orch verify-resume: is interrupted training bit for bit the uninterrupted one, for this job and on this machine?"""
+"""orch verify-resume: does interrupted training give the same bits as uninterrupted training, for this job here?"""
 
 from __future__ import annotations
 
@@ -9,16 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.options import Json, print_json
-
-HELP = (
-    "Check that resume is exact for a job, here: interrupted training gives bit for bit the uninterrupted one.\n\n"
-    "Trains a few steps in one go, then the same steps with interruptions, each resumed in a fresh process from the "
-    "written checkpoint, and compares the whole state: model, optimizer, random states, batches and metrics. All of it "
-    "is done in a temporary folder (TMPDIR); no run is touched.\n\n"
-    'Exit code: 0 if exact, 1 if not, 2 for errors. With "deterministic": false it is the same: a difference is '
-    "measured and reported, with exit code 1. That mode allows it, but the training was not the same."
-)
+from orchestrator.cli.options import Json, Set, SettingsFile, print_json
+from orchestrator.messages import counted
 
 
 class Device(StrEnum):
@@ -28,65 +20,73 @@ class Device(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    app.command("verify-resume", help=HELP)(verify_resume)
+    app.command()(verify_resume)
 
 
 def verify_resume(
-    settings: Annotated[Path, typer.Argument(help="A settings file (JSON).")],
+    settings: SettingsFile,
     steps: Annotated[
-        int, typer.Option("--steps", min=1, metavar="N", help="Batches of an epoch, at most: a small part of the data.")
+        int,
+        typer.Option("--steps", min=1, metavar="N", help="Batches for each epoch, at most: a small part of the data."),
     ] = 4,
     chunks: Annotated[
-        int, typer.Option("--chunks", min=1, metavar="N", help="Chunks of two epochs, each under the next profile.")
+        int, typer.Option("--chunks", min=1, metavar="N", help="Chunks of two epochs; each uses the next profile.")
     ] = 2,
     interruptions: Annotated[
-        int, typer.Option("--interruptions", min=1, metavar="N", help="How often to interrupt; each costs a process.")
+        int,
+        typer.Option("--interruptions", min=1, metavar="N", help="How often to interrupt; each starts a new process."),
     ] = 4,
     device: Annotated[
-        Device, typer.Option("--device", help="auto: a GPU where there is one, as a job of the run does.")
+        Device, typer.Option("--device", help="auto: a GPU if there is one, as in a job of a run.")
     ] = Device.AUTO,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
+    set_: Set = None,
     json: Json = False,
 ) -> None:
-    """Train a little twice, with and without interruptions, and compare."""
+    """Check that resume is exact for a job on this machine.
+
+    Trains a few steps without interruption, then the same steps with interruptions, each resumed in a new process from
+    the written checkpoint. Compares all bits of the state: model, optimizer, random states, batches and metrics. It
+    works in a temporary folder (TMPDIR) and touches no run.
+
+    Exit code: 0 if exact, 1 if not, 2 for errors. With "deterministic": false, too, a difference is reported with exit
+    code 1: that mode allows it, but the training was not the same.
+    """
     from orchestrator.settings.loading import load
     from orchestrator.worker.user_job import verify_resume as verify
 
     loaded, notes = load(settings, set_ or [])
     if loaded.gpus_per_worker > 1:
-        notes.append(f"gpus_per_worker is {loaded.gpus_per_worker}; one process is checked, on one device")
+        notes.append(f"gpus_per_worker is {loaded.gpus_per_worker}; the check uses one process on one device")
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     for note in notes:
         say(note)
-    found = verify(loaded, [str(Path.cwd())], chunks, steps, interruptions, device.value, say)
+    result = verify(loaded, [str(Path.cwd())], chunks, steps, interruptions, device.value, say)
     if json:
-        print_json(found)
+        print_json(result)
     else:
-        _print(found)
-    if not found["exact"]:
+        _print(result)
+    if not result["exact"]:
         raise typer.Exit(1)
 
 
-def _print(found: dict[str, Any]) -> None:
-    breaks = ", ".join(map(str, found["interrupted_after"])) or "none"
-    mode = "on" if found["deterministic"] else "off"
-    answer = "exact" if found["exact"] else "NOT EXACT"
-    print(f"{answer}: {found['job']}, {found['steps']} steps in {found['chunks']} chunks")
+def _print(result: dict[str, Any]) -> None:
+    breaks = ", ".join(map(str, result["interrupted_after"])) or "none"
+    mode = "on" if result["deterministic"] else "off"
+    answer = "exact" if result["exact"] else "NOT EXACT"
+    print(f"{answer}: {result['job']}, {result['steps']} steps in {result['chunks']} chunks")
     print(f"  interrupted after steps: {breaks}")
     print(
-        f"  compared: {found['tensors_compared']} tensors in {found['states_compared']} states, "
-        f"{found['batches_compared']} batches"
+        f"  compared: {result['tensors_compared']} tensors in {result['states_compared']} states, "
+        f"{result['batches_compared']} batches"
     )
-    threads = f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}"
-    print(
-        f"  on: {found['device']}, {threads}, torch {found['torch']}, deterministic mode {mode}; {found['seconds']} s"
-    )
-    if found["inexact"] is not None:
-        _print_difference(found["inexact"])
-    for line in found["advice"]:
+    where = f"{result['device']}, {counted(result['threads'], 'thread')}, torch {result['torch']}"
+    print(f"  on: {where}, deterministic mode {mode}; {result['seconds']} s")
+    if result["inexact"] is not None:
+        _print_difference(result["inexact"])
+    for line in result["advice"]:
         print(f"  - {line}")
 
 
@@ -95,13 +95,13 @@ def _print_difference(inexact: dict[str, Any]) -> None:
     print(
         f"  first difference: {first['path']} ({first['kind']}): expected {first['expected']}, found {first['found']}"
     )
-    print(f"  max abs difference: {_size(first['max_abs_difference'])} there, {_size(inexact['largest'])} in all")
+    print(f"  max abs difference: {_size(first['max_abs_difference'])} there, {_size(inexact['largest'])} overall")
     where = f"in the state after {inexact['found_after']} steps"
     print(f"  found: {where}, {f'resumed after step {since}' if since else 'before any interruption'}")
     print(f"  differs in: {', '.join(inexact['parts'])}")
     batch = inexact["first_batch"]
-    print(f"  batches: {'all the same' if batch is None else f'other ones from step {batch} on'}")
+    print(f"  batches: {'all the same' if batch is None else f'different from step {batch} on'}")
 
 
 def _size(value: float | None) -> str:
-    return "no finite number" if value is None else f"{value:.3g}"
+    return "not a finite number" if value is None else f"{value:.3g}"

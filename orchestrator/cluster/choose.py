@@ -1,11 +1,11 @@
-"""Which cluster a run uses."""
+"""Which queue a run uses. Each kind is imported only when it is opened."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from orchestrator.cluster.protocol import Cluster, JobMain
+from orchestrator.cluster.protocol import JobMain, JobQueue, ThisJob
 from orchestrator.settings.settings import Settings
 
 
@@ -13,16 +13,27 @@ def default_executor() -> str:
     return "slurm" if shutil.which("sbatch") else "local"
 
 
-def open_cluster(executor: str, settings: Settings, run_folder: Path, entry: JobMain) -> Cluster:
-    """executor: slurm, local or inline. Imports submitit only now, for it is slow to."""
-    if executor == "inline":
-        from orchestrator.cluster.inline import InlineCluster
+def open_queue(settings: Settings, run_folder: Path, job_main: JobMain) -> JobQueue:
+    """The queue of the settings' executor: slurm, local or inline."""
+    if settings.executor == "slurm":
+        from orchestrator.cluster.slurm import SlurmQueue
 
-        return InlineCluster(settings)
-    if executor == "local":
-        from orchestrator.cluster.local import LocalCluster
+        return SlurmQueue(settings, run_folder, job_main)
+    if settings.executor == "inline":
+        from orchestrator.cluster.inline import InlineQueue
 
-        return LocalCluster(settings, run_folder, entry)
-    from orchestrator.cluster.slurm import SlurmCluster
+        return InlineQueue()
+    from orchestrator.cluster.local import LocalQueue
 
-    return SlurmCluster(settings, run_folder, entry)
+    return LocalQueue(settings, run_folder, job_main)
+
+
+def open_this_job(settings: Settings) -> ThisJob:
+    """The job that this process is, as submitit started it. (An inline job is made by its caller, see InlineJob.)"""
+    if settings.executor == "slurm":
+        from orchestrator.cluster.slurm import SlurmJob
+
+        return SlurmJob(settings)
+    from orchestrator.cluster.local import LocalJob
+
+    return LocalJob(settings)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,34 +19,28 @@ def gpus() -> list[str]:
     if visible is not None:
         return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
     try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
         return []
-    return listed.stdout.split()
 
 
 def gpus_of(workers: Sequence[int], each: int) -> list[str | None]:
-    """What each of these workers gets of them, as a value for CUDA_VISIBLE_DEVICES; None if not even one worker
-    can have so many."""
-    found = gpus()
-    shares = [",".join(found[i : i + each]) for i in range(0, len(found) - each + 1, each)]
+    """For each worker, its share of `each` GPUs as a value for CUDA_VISIBLE_DEVICES; None if this machine has fewer.
+    Where there are more workers than shares, several workers use the same one."""
+    names = gpus()
+    shares = [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
     return [shares[worker % len(shares)] if shares else None for worker in workers]
 
 
 def host_name() -> str:
-    """This machine and its boot: after a restart no process of before is alive."""
+    """This machine's name and boot id: no process outlives a restart."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()}/{boot.read_text()[:8] if boot.exists() else ''}"
 
 
 def this_process() -> tuple[int, float]:
-    """(pid, start time): together they are never used twice."""
+    """(pid, start time): no other process ever has the same two."""
     return os.getpid(), psutil.Process().create_time()
 
 
@@ -57,7 +52,7 @@ def created_at(pid: int) -> float | None:
 
 
 def find_process(pid: int, created_at: float | None) -> psutil.Process | None:
-    """The process if it is alive and the same one; a zombie is dead."""
+    """The process, if it is alive and started at created_at; a zombie counts as dead."""
     try:
         process = psutil.Process(pid)
         if created_at is not None and abs(process.create_time() - created_at) > 0.5:
@@ -70,7 +65,5 @@ def find_process(pid: int, created_at: float | None) -> psutil.Process | None:
 def send_signal(pid: int | None, created_at: float | None, signum: signal.Signals) -> None:
     process = None if pid is None else find_process(pid, created_at)
     if process is not None:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.send_signal(signum)
-        except psutil.NoSuchProcess:
-            return

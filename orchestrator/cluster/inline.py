@@ -1,55 +1,44 @@
-"""One worker in this very process, for debugging."""
+"""One worker in the process that launches the run, for debugging."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from orchestrator.cluster.host import host_name, this_process
-from orchestrator.cluster.local import LocalCluster
-from orchestrator.records import ChainJob, Evidence, Submitted
+from orchestrator.cluster.local import ProcessQueue
+from orchestrator.cluster.protocol import ThisJob
+from orchestrator.records import ChainJob, Submitted
 from orchestrator.settings.settings import Settings
 
 
-class InlineCluster:
-    """One worker in this process; it has no successor and no end but the run's."""
+class InlineQueue(ProcessQueue):
+    """Takes this process as every job. Jobs have no successors."""
 
     name = "inline"
     chains = False
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-
     def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
         return [Submitted(job.job_id, str(os.getpid()), *this_process(), host_name()) for job in jobs]
 
-    def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
-        return
 
-    def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
-        return LocalCluster.evidence(self, jobs)  # type: ignore[arg-type]  # the same processes
+class InlineJob(ThisJob):
+    """A job in this process; it may work for the whole life of the run."""
 
-    _evidence = LocalCluster._evidence
+    def __init__(self, settings: Settings, token: str) -> None:
+        super().__init__(settings)
+        self._token = token
 
-    def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
-        return {}
-
-    cancel = LocalCluster.cancel
-
-    endings = LocalCluster.endings
-    back_to_queue = LocalCluster.back_to_queue
-    token = LocalCluster.token
-
-    def working_s(self) -> float:
-        return self._settings.total_lifetime
-
-    latest_work_s = working_s
-
-    def time_limit_s(self) -> float:
-        return self._settings.total_lifetime
-
-    def cores(self) -> int:
-        return self._settings.cores_per_worker or len(os.sched_getaffinity(0))
+    def token(self) -> str:
+        return self._token
 
     def identity(self) -> tuple[str, str]:
         return str(os.getpid()), host_name()
+
+    def cores(self) -> int:
+        return self.settings.cores_per_worker or len(os.sched_getaffinity(0))
+
+    def working_s(self) -> float:
+        return self.settings.total_lifetime
+
+    latest_work_s = time_limit_s = working_s

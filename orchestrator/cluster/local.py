@@ -1,8 +1,7 @@
-"""Jobs as processes of this machine, through submitit's local executor; and none at all, inline.
+"""Jobs as processes of this machine, through submitit's local executor.
 
-The local executor has no queue, so a successor is started at once, waits for its predecessor's process to
-end (however it ends), and only then begins. It also does what a cluster does at the time limit: a
-predecessor that is past its hard end is killed.
+The local executor has no queue, so a successor is started at once, waits until its predecessor's process has ended, and
+only then begins. It also enforces the time limit as a scheduler does: it kills a predecessor that is past its hard end.
 """
 
 from __future__ import annotations
@@ -21,39 +20,74 @@ from typing import Any
 import psutil
 
 from orchestrator.cluster.host import created_at, find_process, host_name, send_signal
-from orchestrator.cluster.protocol import JobMain
+from orchestrator.cluster.protocol import JobMain, JobQueue, ThisJob
 from orchestrator.errors import SubmissionError
 from orchestrator.files import permissions
+from orchestrator.files.run_folder import JOBS
 from orchestrator.records import ChainJob, Evidence, JobState, Submitted
 from orchestrator.settings.settings import Settings
 
 GRACE_S = 60.0  # between the end of a job's working time and its hard end
 _POLL_S = 0.5
-_children: list[Any] = []  # they may outlive this process, and Python must not warn of that while it lives
+_children: list[Any] = []  # kept, since Python warns when the object of a process that still runs is deleted
 
 
-class LocalCluster:
+def hard_end_s(settings: Settings) -> float:
+    """Seconds from the start of a local job to its hard end."""
+    return settings.eon_lifetime + GRACE_S
+
+
+class ProcessQueue(JobQueue):
+    """Jobs that are processes of this machine."""
+
+    def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
+        return {job.job_id: _evidence(job) for job in jobs}
+
+    def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
+        trouble = []
+        for job in jobs:
+            if _evidence(job) is Evidence.UNKNOWN:
+                trouble.append(f"job {job.cluster_id} of worker {job.worker_id} is on {job.host}: end it there")
+            else:
+                # The process of a queued job is submitit's controller, which passes the signal on to the waiting job.
+                kill = now and job.state in (JobState.RUNNING, JobState.ENDED)
+                send_signal(job.pid, job.pid_created_at, signal.SIGKILL if kill else signal.SIGTERM)
+        return trouble
+
+
+def _evidence(job: ChainJob) -> Evidence:
+    if job.state is JobState.SUBMITTING:
+        return Evidence.GONE  # its submitter died, or will write the pid soon: the caller waits before it acts
+    if job.host is None or job.pid is None or job.host.split("/")[0] != host_name().split("/")[0]:
+        return Evidence.UNKNOWN  # another machine's processes can't be seen from here
+    if job.host != host_name():
+        return Evidence.GONE  # this machine has restarted since
+    if find_process(job.pid, job.pid_created_at) is None:
+        return Evidence.GONE
+    return Evidence.RUNNING if job.state is JobState.RUNNING else Evidence.QUEUED
+
+
+class LocalQueue(ProcessQueue):
     """Worker chains on this machine."""
 
     name = "local"
-    chains = True
 
-    def __init__(self, settings: Settings, run_folder: Path, entry: JobMain) -> None:
+    def __init__(self, settings: Settings, run_folder: Path, job_main: JobMain) -> None:
         self._settings = settings
         self._run_folder = run_folder
-        self._entry = entry
+        self._job_main = job_main
 
     def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
         import submitit
         from submitit.helpers import clean_env
 
         taken: list[Submitted] = []
+        # submitit counts from the start of the process, so the wait for the predecessor is included.
+        limit_s = 2 * hard_end_s(self._settings) + GRACE_S
         try:
             with permissions.files_of(self._run_folder):
                 for job in jobs:
-                    executor = submitit.LocalExecutor(self._run_folder / "jobs" / job.token)
-                    # submitit counts from the start of the process, so the wait for the predecessor is included.
-                    limit_s = 2 * self.time_limit_s() + GRACE_S
+                    executor = submitit.LocalExecutor(self._run_folder / JOBS / job.token)
                     executor.update_parameters(
                         timeout_min=limit_s / 60,
                         signal_delay_s=int(GRACE_S),
@@ -61,8 +95,8 @@ class LocalCluster:
                         tasks_per_node=self._settings.gpus_per_worker,
                     )
                     with clean_env(), _detached():
-                        started = executor.submit(self._entry, str(self._run_folder), job.worker_id)
-                    _children[:] = [c for c in _children if c.poll() is None]  # asking reaps those that ended
+                        started = executor.submit(self._job_main, str(self._run_folder), job.worker_id)
+                    _children[:] = [c for c in _children if c.poll() is None]  # poll() reaps those that ended
                     _children.append(started._process)  # type: ignore[attr-defined]  # LocalJob has it
                     pid = int(started.job_id)
                     taken.append(Submitted(job.job_id, str(pid), pid, created_at(pid), host_name()))
@@ -71,6 +105,26 @@ class LocalCluster:
                 send_signal(done.pid, done.pid_created_at, signal.SIGKILL)
             raise SubmissionError(f"a local job can't be started: {error}") from error
         return taken
+
+
+class LocalJob(ThisJob):
+    """A process that submitit's local executor started."""
+
+    def token(self) -> str:
+        return Path(os.environ["SUBMITIT_FOLDER"]).name
+
+    def identity(self) -> tuple[str, str]:
+        return os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid())), host_name()
+
+    def cores(self) -> int:
+        cores = self.settings.cores_per_worker or len(os.sched_getaffinity(0)) // self.settings.workers
+        return max(1, cores // self.settings.gpus_per_worker)
+
+    def latest_work_s(self) -> float:
+        return self.settings.eon_lifetime + GRACE_S / 2
+
+    def time_limit_s(self) -> float:
+        return hard_end_s(self.settings)
 
     def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
         if predecessor is None or predecessor.host != host_name() or predecessor.pid is None:
@@ -86,83 +140,30 @@ class LocalCluster:
             if time.time() > hard_end:
                 send_signal(predecessor.pid, predecessor.pid_created_at, signal.SIGKILL)
 
-    def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
-        return {job.job_id: self._evidence(job) for job in jobs}
-
-    def _evidence(self, job: ChainJob) -> Evidence:
-        if job.state is JobState.SUBMITTING:
-            return Evidence.GONE  # its submitter died; it may be believed after the usual grace only
-        if job.host is None or job.pid is None or job.host.split("/")[0] != host_name().split("/")[0]:
-            return Evidence.UNKNOWN  # another machine's processes can't be seen from here
-        if job.host != host_name():
-            return Evidence.GONE  # this machine was started anew since
-        if find_process(job.pid, job.pid_created_at) is None:
-            return Evidence.GONE
-        return Evidence.RUNNING if job.state is JobState.RUNNING else Evidence.QUEUED
-
-    def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
-        return {}
-
-    def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
-        trouble = []
-        for job in jobs:
-            if self._evidence(job) is Evidence.UNKNOWN:
-                trouble.append(f"job {job.cluster_id} of worker {job.worker_id} is on {job.host}: end it there")
-            else:
-                # Of a queued job the process is submitit's controller, which hands the signal on to the one that waits.
-                kill = now and job.state in (JobState.RUNNING, JobState.ENDED)
-                send_signal(job.pid, job.pid_created_at, signal.SIGKILL if kill else signal.SIGTERM)
-        return trouble
-
-    def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
-        return {}
-
-    def back_to_queue(self, job: ChainJob) -> bool:
-        return False  # there is always room here
-
-    def working_s(self) -> float:
-        return self._settings.eon_lifetime
-
-    def latest_work_s(self) -> float:
-        return self._settings.eon_lifetime + GRACE_S / 2
-
-    def time_limit_s(self) -> float:
-        return self._settings.eon_lifetime + GRACE_S
-
-    def token(self) -> str:
-        return Path(os.environ["SUBMITIT_FOLDER"]).name
-
-    def cores(self) -> int:
-        cores = self._settings.cores_per_worker or len(os.sched_getaffinity(0)) // self._settings.workers
-        return max(1, cores // self._settings.gpus_per_worker)
-
-    def identity(self) -> tuple[str, str]:
-        return os.environ.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid())), host_name()
-
 
 @contextmanager
 def _detached() -> Iterator[None]:
-    """What is started inside outlives the terminal and the pipes of this process.
+    """Processes started inside outlive the terminal and the pipes of this process.
 
-    A child inherits the signals that are ignored (so Ctrl-C and a closed terminal end `orch launch --wait`,
-    not the jobs) and the standard files (so `orch launch | tee log` would wait for the last job to close them).
+    A child inherits the ignored signals (so Ctrl-C and a closed terminal end `orch launch --wait`, not the jobs) and
+    the standard files (else `orch launch | tee log` would wait until the last job closes them).
     """
-    in_main = threading.current_thread() is threading.main_thread()  # signals can be set nowhere else
+    in_main = threading.current_thread() is threading.main_thread()  # Python sets signals only there
     plain = (signal.SIG_DFL, signal.default_int_handler)
     signals = [s for s in (signal.SIGINT, signal.SIGHUP) if in_main and signal.getsignal(s) in plain]
     had = {s: signal.signal(s, signal.SIG_IGN) for s in signals}
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     kept = [os.dup(fd) for fd in range(3)]
-    nothing = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     try:
         for fd in range(3):
-            os.dup2(nothing, fd)
+            os.dup2(null, fd)
         yield
     finally:
         for fd, copy in enumerate(kept):
             os.dup2(copy, fd)
             os.close(copy)
-        os.close(nothing)
+        os.close(null)
         for signum, handler in had.items():
             signal.signal(signum, handler)

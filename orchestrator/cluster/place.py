@@ -14,11 +14,11 @@ class Place:
     executor: str
     rank: int
     count: int
-    meeting_file: Path  # where the processes of this start of this job find each other; no other start has it
+    meeting_file: Path  # where the processes of this start of the job meet; each start has its own
 
 
 def this_place() -> Place:
-    """From what Slurm and submitit tell in the environment."""
+    """Read from the variables that Slurm and submitit set."""
     env = os.environ
     folder, executor = Path(env["SUBMITIT_FOLDER"]), env["SUBMITIT_EXECUTOR"]
     if executor == "local":

@@ -1,4 +1,4 @@
-"""What to ask sbatch for, and what its refusals mean. Pure: text in, values out."""
+"""The options to give sbatch, and the meaning of its refusals. Pure: text in, values out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.errors import Refusal, SubmissionError
 from orchestrator.messages import shown
 from orchestrator.settings.sbatch_values import check_option, checked_setup, is_owned, option_name
 from orchestrator.settings.settings import Settings
@@ -23,15 +24,15 @@ SHORT = {
     "o": "output", "e": "error", "d": "dependency", "a": "array", "D": "chdir",
 }  # fmt: skip
 GPU_KEYS = {"gpus", "gres", "gpus-per-node", "gpus-per-task", "gpus-per-socket"}
-# A script's own command begins with one of these; the lines before it set up the environment.
+# The command of a script begins with one of these; the lines before it set up the environment.
 COMMANDS = ("srun", "python", "python3", "exec", "mpirun", "torchrun", "orch")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One worker job, as sbatch is asked for it."""
+    """What sbatch is asked for, for one worker job."""
 
-    options: Mapping[str, Any]  # long names of sbatch; True is a switch
+    options: Mapping[str, Any]  # long names of sbatch options; True: an option without a value
     time_min: int
     signal_delay_s: int
     setup: tuple[str, ...]
@@ -62,7 +63,7 @@ def _read_options(line: str) -> dict[str, Any]:
         words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
     except ValueError as error:  # a quotation mark that is not closed
         raise ValueError(f"{shown(line.strip(), 100)!r}: {error}") from error
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     while words:
         word = words.pop(0)
         if word.startswith("--"):
@@ -70,18 +71,16 @@ def _read_options(line: str) -> dict[str, Any]:
         elif len(word) >= 2 and word[0] == "-" and word[1] in SHORT:
             name, equals, value = SHORT[word[1]], word[2:], word[2:].removeprefix("=")
         else:
-            raise ValueError(f"{shown(line.strip(), 100)!r}: {shown(word, 100)!r} is no option of sbatch")
+            raise ValueError(f"{shown(line.strip(), 100)!r}: {shown(word, 100)!r} is not an sbatch option")
         if not equals and words and not words[0].startswith("-"):
             value = words.pop(0)
-        found[name] = value or True
-    return found
+        options[name] = value or True
+    return options
 
 
 def minutes(time: str) -> int:
-    """Slurm's time formats: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
-
-    Rounded up. Raises ValueError.
-    """
+    """Minutes, rounded up, of a time in one of Slurm's formats: minutes, minutes:seconds, hours:minutes:seconds,
+    days-hours[:minutes[:seconds]]. Raises ValueError."""
     match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", time.strip())
     if not match:
         raise ValueError(f"time {shown(time, 100)!r}: allowed are MIN, MIN:SEC, H:MIN:SEC and DAYS-H:MIN:SEC")
@@ -96,23 +95,23 @@ def minutes(time: str) -> int:
     return max(1, math.ceil(seconds / 60))
 
 
-LOADING_S, LEAST_WORK_S = 10.0, 10.0  # of the model and the data, and what is worth a job: the least of each
+LOADING_S, LEAST_WORK_S = 10.0, 10.0  # minimum seconds to load the model and the data, and to train in one job
 
 
 def too_short(asked: Request, eon_lifetime_s: float) -> str | None:
-    """Why a job with this time limit would be told to stop before it has trained anything; None: it would not."""
+    """Why a job with this time limit would have to stop before it has trained anything; None if it would not."""
     needed_s = asked.signal_delay_s + LOADING_S + min(eon_lifetime_s, LEAST_WORK_S)
     if 60 * asked.time_min >= needed_s:
         return None
     return (
         f"slurm.time_min: {asked.time_min} is too short: Slurm warns {asked.signal_delay_s} s before the limit "
-        f"(slurm.signal_delay_s), and loading takes some {LOADING_S:.0f} s; allowed is at least {math.ceil(needed_s / 60)}, and "
-        "left out it is what eon_lifetime needs"
+        f"(slurm.signal_delay_s), and loading takes about {LOADING_S:.0f} s; allowed is at least {math.ceil(needed_s / 60)}; "
+        "without this key the time limit is computed from eon_lifetime"
     )
 
 
 def request(settings: Settings, script: str | None) -> Request:
-    """Settings win over the script, additional_parameters over both. Raises ValueError."""
+    """Settings override the script, additional_parameters override both. Raises ValueError."""
     wanted = settings.slurm
     options, setup = read_script(script) if script is not None else ({}, [])
     warned = re.fullmatch(r"(?:[BR]+:)?\w+@(\d{1,9})", str(options.pop("signal", "")))
@@ -135,7 +134,7 @@ def request(settings: Settings, script: str | None) -> Request:
         options["gpus-per-node"] = gpus
     options.setdefault("requeue", True)  # after a preemption or the loss of its node
     options.update({option_name(name): value for name, value in wanted.additional_parameters.items()})
-    options = {name: value for name, value in options.items() if value is not False}  # false: don't ask for it
+    options = {name: value for name, value in options.items() if value is not False}  # false removes an option
     for name, value in options.items():
         check_option(name, value)
     checked_setup(setup)
@@ -143,64 +142,53 @@ def request(settings: Settings, script: str | None) -> Request:
 
 
 def gpu_count(wanted: object) -> int:
-    """Of "2", "a100:2" and "a100:2,v100:1"; a kind alone is one."""
+    """The number of GPUs in "2", "a100:2" or "a100:2,v100:1". A kind without a number counts as 1."""
     counts = [part.rpartition(":")[2] for part in str(wanted).split(",")]
     return sum(int(count) if re.fullmatch("[0-9]{1,9}", count) else 1 for count in counts)
 
 
-UNREACHABLE = (
-    "Unable to contact slurm controller", "Connection refused", "Zero Bytes were transmitted", "Socket timed out",
-    "Unable to establish control connection", "slurm_persist_conn_open", "Resource temporarily unavailable",
-    "Slurm controller not responding", "failed to fetch config", "Could not establish a configuration source", "Unable to connect",
+_NO_ROOM = ("Job violates accounting/QOS policy", "QOSMaxSubmitJob", "AssocMaxSubmitJob", "MaxSubmitJob")
+# Parts of sbatch's messages that tell the kind of a refusal; the first that matches counts.
+_REFUSALS = (
+    (Refusal.UNREACHABLE, (
+        "Unable to contact slurm controller", "Connection refused", "Zero Bytes were transmitted", "Socket timed out",
+        "Unable to establish control connection", "slurm_persist_conn_open", "Resource temporarily unavailable",
+        "Slurm controller not responding", "failed to fetch config", "Could not establish a configuration source",
+        "Unable to connect",
+    )),
+    (Refusal.NO_ROOM, _NO_ROOM),
+    (Refusal.TOO_MANY_NODES, (
+        "Node count specification invalid", "Requested node configuration is not available", "node count",
+    )),
 )  # fmt: skip
-NO_ROOM = ("Job violates accounting/QOS policy", "QOSMaxSubmitJob", "AssocMaxSubmitJob", "MaxSubmitJob")
 
-# sbatch's words (Slurm's slurm_errno texts), and what to change.
+# Parts of sbatch's messages (Slurm's slurm_errno texts), and what to change.
 ADVICE = (
     ("Invalid partition name", "slurm.partition {partition}: there is no such partition; `sinfo -s` lists them"),
-    (
-        "Invalid account or account/partition combination",
-        "slurm.account {account} may not be used here (partition {partition}); `sacctmgr show associations user=$USER` "
-        "lists yours",
-    ),
+    ("Invalid account or account/partition combination",
+     "slurm.account {account} may not be used here (partition {partition}); `sacctmgr show associations user=$USER` lists yours"),
     ("Invalid account", "slurm.account {account} is not yours; `sacctmgr show associations user=$USER` lists yours"),
     ("Invalid qos", "slurm.qos {qos} is not allowed for this account; `sacctmgr show associations user=$USER` lists yours"),
-    (
-        "Requested time limit is invalid",
-        "the time limit of {time_min} min is more than partition {partition} allows (`sinfo -o '%P %l'`); lower "
-        "eon_lifetime or set slurm.time_min",
-    ),
-    (
-        "Invalid job array specification",
-        "{workers} workers are more than one job array may have (`scontrol show config | grep MaxArraySize`); lower workers",
-    ),
-    *(
-        (
-            text,
-            "the submit limit of your account or QOS leaves no room for {workers} more jobs; lower workers, or use another "
-            "slurm.qos (`sacctmgr show qos format=name,maxsubmitjobsperuser`)",
-        )
-        for text in NO_ROOM
-    ),
-    (
-        "More processors requested than permitted",
-        "slurm.cpus {cpus-per-task} is more than a node of partition {partition} has; `sinfo -o '%P %c'` says how many",
-    ),
-    (
-        "Requested node configuration is not available",
-        "no node of partition {partition} has what a worker asks for ({asked}); `sinfo -o '%P %c %m %G %f'` says what they "
-        "have. slurm.gpus, slurm.cpus, slurm.mem_gb and slurm.constraint ask for less",
-    ),
+    ("Requested time limit is invalid",
+     "the time limit of {time_min} min is more than partition {partition} allows (`sinfo -o '%P %l'`); lower eon_lifetime or "
+     "set slurm.time_min"),
+    ("Invalid job array specification",
+     "{workers} workers are more than one job array may have (`scontrol show config | grep MaxArraySize`); lower workers"),
+    *((text,
+       "the submit limit of your account or QOS leaves no room for {workers} more jobs; lower workers, or use another "
+       "slurm.qos (`sacctmgr show qos format=name,maxsubmitjobsperuser`)") for text in _NO_ROOM),
+    ("More processors requested than permitted",
+     "slurm.cpus {cpus-per-task} is more than a node of partition {partition} has; `sinfo -o '%P %c'` shows how many"),
+    ("Requested node configuration is not available",
+     "no node of partition {partition} has what a worker asks for ({asked}); `sinfo -o '%P %c %m %G %f'` shows what they "
+     "have. slurm.gpus, slurm.cpus, slurm.mem_gb and slurm.constraint ask for less"),
     ("Memory specification can not be satisfied", "slurm.mem_gb is more than a node of partition {partition} has"),
-    (
-        "Invalid generic resource",
-        "the GPUs asked for ({asked}) are not known here; `sinfo -o '%P %G'` lists them, slurm.gpus=0 asks for none",
-    ),
-    (
-        "Required partition not available",
-        "partition {partition} is inactive or drained; use another slurm.partition (`sinfo -s`) or wait",
-    ),
-    ("Invalid feature specification", "slurm.constraint {constraint} is no feature of a node; `sinfo -o '%P %f'` lists them"),
+    ("Invalid generic resource",
+     "the GPUs asked for ({asked}) are not known here; `sinfo -o '%P %G'` lists them, slurm.gpus=0 asks for none"),
+    ("Required partition not available",
+     "partition {partition} is inactive or drained; use another slurm.partition (`sinfo -s`) or wait"),
+    ("Invalid feature specification",
+     "slurm.constraint {constraint} is not a feature of any node; `sinfo -o '%P %f'` lists them"),
     ("Invalid node name", "slurm.exclude or nodelist names a node that does not exist; `sinfo -N` lists them"),
     ("Node count specification invalid", "the number of nodes asked for is not allowed in partition {partition}"),
     ("User not part of group", "partition {partition} is not open to your group; use another slurm.partition"),
@@ -209,8 +197,8 @@ ADVICE = (
 )  # fmt: skip
 
 
-def advice(refusal: str, request: Request, workers: int) -> str:
-    """One message for a refusal: what is wrong and what to change, and sbatch's own words."""
+def advice(output: str, request: Request, workers: int) -> str:
+    """One message for a refusal: what is wrong, what to change, and sbatch's own message. output: what sbatch printed."""
     options = request.options
     words: dict[str, Any] = {
         "partition": options.get("partition", "(the default)"), "account": options.get("account", "(the default)"),
@@ -218,22 +206,30 @@ def advice(refusal: str, request: Request, workers: int) -> str:
         "cpus-per-task": options.get("cpus-per-task", "(the default)"), "time_min": request.time_min, "workers": workers,
         "asked": ", ".join(f"{k}={v}" for k, v in sorted(options.items()) if k not in ("partition", "account", "requeue")),
     }  # fmt: skip
-    said = refusal_of(refusal)
     for text, what in ADVICE:
-        if text.lower() in refusal.lower():
-            return f"{what.format(**words)}. sbatch said: {said}"
-    return f"sbatch refused the jobs: {said}"
+        if text.lower() in output.lower():
+            return f"{what.format(**words)}. sbatch said: {_reason(output)}"
+    return f"sbatch refused the jobs: {_reason(output)}"
 
 
-def refusal_of(output: str) -> str:
-    """The line of sbatch that says why."""
+def refusal_of(output: str) -> Refusal:
+    """The kind of refusal that sbatch, or another command of Slurm, has printed."""
+    printed = output.lower()
+    kinds = (kind for kind, texts in _REFUSALS if any(text.lower() in printed for text in texts))
+    return next(kinds, Refusal.OTHER)
+
+
+def refused(output: str, request: Request, workers: int) -> SubmissionError:
+    """The error for what sbatch printed when it did not take the jobs."""
+    refusal = refusal_of(output)
+    if refusal is Refusal.UNREACHABLE:
+        message = f"Slurm does not answer: {_reason(output)}. `orch doctor` shows more; --executor local runs here"
+    else:
+        message = advice(output, request, workers)
+    return SubmissionError(message, refusal=refusal)
+
+
+def _reason(output: str) -> str:
+    """The line of sbatch's output that gives the reason."""
     lines = [line.strip() for line in output.splitlines() if "error" in line.lower() and line.strip()]
     return lines[-1] if lines else output.strip().partition("\n")[0]
-
-
-def is_unreachable(output: str) -> bool:
-    return any(text.lower() in output.lower() for text in UNREACHABLE)
-
-
-def is_no_room(output: str) -> bool:
-    return any(text.lower() in output.lower() for text in NO_ROOM)

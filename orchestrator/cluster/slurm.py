@@ -1,4 +1,4 @@
-"""Jobs on a Slurm cluster, submitted through submitit, looked at through squeue and sacct."""
+"""Jobs on a Slurm cluster, submitted through submitit, listed by squeue and sacct."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster.protocol import JobMain
-from orchestrator.cluster.sbatch import Request, advice, is_no_room, is_unreachable, refusal_of, request, too_short
-from orchestrator.errors import ClusterUnreachableError, NoRoomError, SettingsError, SubmissionError
+from orchestrator.cluster.protocol import JobMain, JobQueue, ThisJob
+from orchestrator.cluster.sbatch import Request, refusal_of, refused, request, too_short
+from orchestrator.errors import Refusal, SettingsError, SubmissionError
 from orchestrator.files import permissions
+from orchestrator.files.run_folder import JOBS
 from orchestrator.records import ChainJob, Evidence, Submitted
 from orchestrator.settings.settings import Settings
 
 COMMAND_TIMEOUT_S = 60.0
-# Slurm's clean-up after a time limit (KillWait, epilog): a job is over only some time after its limit.
+# Slurm cleans up after a time limit (KillWait, epilog), so a job may end some time after its limit.
 LEASE_MARGIN_S = 300.0
-# Set for a job by Slurm itself; what is inherited from the job that submits would be wrong there.
-# A job that is being killed has its grace to write a checkpoint in; one that is still "completing" after this
-# long hangs on a node that does not answer, and what is left of it is kept out by the generations.
+# A job that is being killed has a grace time in which it writes a checkpoint. One that is still "completing" after this
+# time is on a node that does not answer; if its process lives on, its generation keeps its writes out.
 COMPLETING_S = 120.0
+# Slurm sets these for each job; values inherited from the job that submits would be wrong there.
 PER_JOB = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "TMPDIR")
 
 GONE = {
@@ -40,41 +42,43 @@ WAITING = {
     "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT",
     "POWER_UP_NODE",
 }  # fmt: skip
-# Of no other state anything is known: REVOKED, for one, is a job that another cluster of a federation has started.
+# Any other state proves nothing: for example, another cluster of a federation has started a job that is REVOKED here.
 
-# The user's own filters and formats: with SQUEUE_PARTITION set, jobs that are alive would not be listed.
+# Variables with the user's own filters and formats: SQUEUE_PARTITION, for example, would hide jobs that are alive.
 USER_FORMAT_VARIABLES = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMAT")
 _LISTED = re.compile(r"([0-9]+(?:_[0-9]+|_\[[^|]*\])?(?:\+[0-9]+)?)\|([A-Z_0-9]+)\|([^|]*)\|(.*)")
 
 
-class SlurmCluster:
+def read_request(settings: Settings) -> Request:
+    """What the settings and their slurm_file ask sbatch for. Raises SettingsError if slurm_file can't be read."""
+    file = settings.slurm_file
+    try:
+        asked = request(settings, Path(file).read_text(encoding="utf-8") if file else None)
+    except OSError as error:
+        raise SettingsError(f"slurm_file: {file}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise SettingsError(f"slurm_file: {file}: {error}") from error
+    if problem := too_short(asked, settings.eon_lifetime):
+        raise SettingsError(problem)
+    return asked
+
+
+class SlurmQueue(JobQueue):
     """Worker chains as Slurm jobs."""
 
     name = "slurm"
-    chains = True
 
-    def __init__(self, settings: Settings, run_folder: Path, entry: JobMain) -> None:
+    def __init__(self, settings: Settings, run_folder: Path, job_main: JobMain) -> None:
         self._settings = settings
         self._run_folder = run_folder
-        self._entry = entry
-        self._asked: Request | None = None
+        self._job_main = job_main
 
     # --- submission
 
-    @property
+    @cached_property
     def request(self) -> Request:
-        """Raises SettingsError if slurm_file can't be read."""
-        if self._asked is None:
-            file = self._settings.slurm_file
-            try:
-                self._asked = request(self._settings, Path(file).read_text(encoding="utf-8") if file else None)
-            except OSError as error:
-                raise SettingsError(f"slurm_file: {file}: {error.strerror or error}") from error
-            except ValueError as error:
-                raise SettingsError(f"slurm_file: {file}: {error}") from error
-            if problem := too_short(self._asked, self._settings.eon_lifetime):
-                raise SettingsError(problem)
-        return self._asked
+        """See `read_request`."""
+        return read_request(self._settings)
 
     def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
         import submitit
@@ -85,43 +89,28 @@ class SlurmCluster:
             raise SubmissionError(
                 "sbatch or srun is not on the PATH; is this a node of the cluster? Or --executor local"
             )
-        quiet = redirect_stderr(io.StringIO())  # submitit repeats sbatch's words there
-        with (
-            _environment_for_submission(),
-            quiet,
-            permissions.files_of(self._run_folder),
-        ):  # sbatch takes the umask along
+        folders, workers = [str(self._run_folder)] * len(jobs), [job.worker_id for job in jobs]
+        quiet = redirect_stderr(io.StringIO())  # submitit repeats sbatch's message there
+        with submission_environment(), quiet, permissions.files_of(self._run_folder):  # sbatch keeps the umask
             try:
-                executor = self.executor(base, after)
-                taken = executor.map_array(self._entry, *zip(*self._arguments(jobs), strict=True))
+                taken = self.executor(base, after).map_array(self._job_main, folders, workers)
             except submitit.core.utils.FailedJobError as error:
-                raise self._refused(str(error), len(jobs)) from error
+                raise refused(str(error), self.request, len(jobs)) from error
             except OSError as error:
-                raise SubmissionError(f"{self._run_folder / 'jobs'}: {error.strerror or error}") from error
+                raise SubmissionError(f"{self._run_folder / JOBS}: {error.strerror or error}") from error
         return [Submitted(job.job_id, it.job_id) for job, it in zip(jobs, taken, strict=True)]
 
-    def _arguments(self, jobs: Sequence[ChainJob]) -> Iterator[tuple[str, int]]:
-        return ((str(self._run_folder), job.worker_id) for job in jobs)
-
-    def _refused(self, output: str, count: int) -> SubmissionError:
-        if is_unreachable(output):
-            return ClusterUnreachableError(
-                f"Slurm does not answer: {refusal_of(output)}. `orch doctor` says more; --executor local runs here"
-            )
-        kind = NoRoomError if is_no_room(output) else SubmissionError
-        return kind(advice(output, self.request, count))
-
     def executor(self, base: str, after: ChainJob | None = None) -> Any:
-        """submitit's executor with everything that is asked for."""
+        """submitit's executor for one submission. base: names its folder. after: what must end before it starts."""
         import submitit
 
         asked = self.request
-        if not str(self._run_folder).isprintable():  # it stands in the script's #SBATCH lines
+        if not str(self._run_folder).isprintable():  # it is written into the script's #SBATCH lines
             raise SettingsError(
-                f"the run folder {str(self._run_folder)!r} has a line break or another character that can't be printed "
-                "in its name, and Slurm would read it in two; choose another --runs-dir"
+                f"the name of the run folder {str(self._run_folder)!r} has a line break or another character that "
+                "can't be printed, and Slurm would split it there; choose another --runs-dir"
             )
-        executor = submitit.SlurmExecutor(self._run_folder / "jobs" / base)
+        executor = submitit.SlurmExecutor(self._run_folder / JOBS / base)
         executor.update_parameters(
             job_name=f"orch-{self._settings.name}-{base}",
             time=asked.time_min,
@@ -138,27 +127,24 @@ class SlurmCluster:
         return executor
 
     def _srun_args(self) -> list[str] | None:
-        """What srun does not take over from sbatch by itself."""
+        """Options that srun does not inherit from sbatch."""
         arguments = []
-        if "cpus-per-task" in self.request.options:  # since Slurm 22.05; without it a task is bound to one core
+        if "cpus-per-task" in self.request.options:  # since Slurm 22.05, a task without it gets one core
             arguments.append(f"--cpus-per-task={self.request.options['cpus-per-task']}")
-        if self._settings.gpus_per_worker > 1:  # if one process dies, the others are of no use
+        if self._settings.gpus_per_worker > 1:  # if one process dies, the others can't go on
             arguments.append("--kill-on-bad-exit=1")
         return arguments or None
 
     def script(self, jobs: int) -> str:
-        """What sbatch would be given, to the letter but for the folder's random name."""
+        """The script that sbatch would get; only the folder's random name differs."""
         executor = self.executor("dry-run")
         if jobs > 1:
             executor.parameters["map_count"] = jobs
         text: str = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
-        shutil.rmtree(self._run_folder / "jobs" / "dry-run", ignore_errors=True)
+        shutil.rmtree(self._run_folder / JOBS / "dry-run", ignore_errors=True)
         return text
 
-    def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
-        return  # afterany has seen to it
-
-    # --- what Slurm says
+    # --- what Slurm knows of jobs
 
     def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
         if not jobs:
@@ -171,27 +157,27 @@ class SlurmCluster:
     def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
         if not jobs:
             return {}
-        found = {}
+        ids = {}  # by token
         for cluster_id, listed in (queue() or {}).items():
             if listed.state not in GONE:
-                found[f"{listed.name.rsplit('-', 1)[-1]}-{cluster_id.partition('_')[2] or 0}"] = cluster_id
-        return {job.token: found[job.token] for job in jobs if job.token in found}
+                ids[f"{listed.name.rsplit('-', 1)[-1]}-{cluster_id.partition('_')[2] or 0}"] = cluster_id
+        return {job.token: ids[job.token] for job in jobs if job.token in ids}
 
     def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
-        """How jobs ended, in Slurm's words, as far as its accounting knows; that lags, so else as squeue has it."""
+        """From Slurm's accounting; from squeue for jobs that accounting does not know yet."""
         ids = [job.cluster_id for job in jobs if job.cluster_id]
         if not ids:
             return {}
-        said = {i: (j.name, j.state) for i, j in (queue() or {}).items() if i in ids and j.state in GONE}
-        asked = ["sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode,JobName", "-j", ",".join(ids)]
-        for line in lines_of(run_slurm(asked) if shutil.which("sacct") else None) or ():
-            cluster_id, state, code, name = [*line.split("|", 3), "", "", ""][:4]  # a name may hold anything
+        ended = {i: (j.name, j.state) for i, j in (queue() or {}).items() if i in ids and j.state in GONE}
+        command = ["sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode,JobName", "-j", ",".join(ids)]
+        for line in lines_of(run_slurm(command) if shutil.which("sacct") else None) or ():
+            cluster_id, state, code, name = [*line.split("|", 3), "", "", ""][:4]  # a name may have any character
             if state.split()[:1] and state.split()[0] in GONE:
-                said[cluster_id] = (name, f"{state.split()[0]} ({code})")
+                ended[cluster_id] = (name, f"{state.split()[0]} ({code})")
         return {
-            job.job_id: said[job.cluster_id][1]
+            job.job_id: ended[job.cluster_id][1]
             for job in jobs
-            if job.cluster_id in said and said[job.cluster_id][0].endswith(job.base)
+            if job.cluster_id in ended and ended[job.cluster_id][0].endswith(job.base)
         }
 
     # --- control
@@ -214,26 +200,25 @@ class SlurmCluster:
         return trouble
 
     def back_to_queue(self, job: ChainJob) -> bool:
-        """Requeue the job that this process is: where a submit limit leaves no room for a successor, the same
-        job goes to the queue again. Does not return if Slurm is quick."""
+        """Does not return if Slurm ends this job first."""
         return job.cluster_id is not None and run_slurm(["scontrol", "requeue", job.cluster_id]) is not None
 
-    # --- the job that this process is
 
-    def working_s(self) -> float:
-        return self._settings.eon_lifetime
+class SlurmJob(ThisJob):
+    """The Slurm job that this process belongs to."""
 
     def latest_work_s(self) -> float:
-        return max(1.0, 60.0 * self.request.time_min - self.request.signal_delay_s)
+        asked = read_request(self.settings)
+        return max(1.0, 60.0 * asked.time_min - asked.signal_delay_s)
 
     def time_limit_s(self) -> float:
-        return 60.0 * self.request.time_min + LEASE_MARGIN_S
+        return 60.0 * read_request(self.settings).time_min + LEASE_MARGIN_S
 
     def cores(self) -> int:
-        processes, given = self._settings.gpus_per_worker, os.environ.get("SLURM_CPUS_PER_TASK")
-        if self._settings.cores_per_worker:
-            return max(1, self._settings.cores_per_worker // processes)
-        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", "1024"))  # of this job; not every cluster binds its tasks
+        processes, given = self.settings.gpus_per_worker, os.environ.get("SLURM_CPUS_PER_TASK")
+        if self.settings.cores_per_worker:
+            return max(1, self.settings.cores_per_worker // processes)
+        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", "1024"))  # for this job; some clusters don't bind tasks
         return int(given) if given else max(1, min(len(os.sched_getaffinity(0)), on_node // processes))
 
     def token(self) -> str:
@@ -255,8 +240,8 @@ class Listed:
 
 
 def judge(job: ChainJob, listed: Listed | None, now: float) -> Evidence:
-    """What squeue's answer proves of a job. Its id alone proves nothing: ids are used again after a crash of
-    the controller, so the name must be the one that it was given."""
+    """What squeue's answer proves about a job. An id alone proves nothing, since a crashed controller uses ids again:
+    the name must be the one that orch gave the job."""
     if listed is None or not listed.name.endswith(job.base) or listed.state in GONE:
         return Evidence.GONE
     if listed.state == "COMPLETING":
@@ -268,18 +253,18 @@ def judge(job: ChainJob, listed: Listed | None, now: float) -> Evidence:
 
 
 def queue() -> dict[str, Listed] | None:
-    """The user's jobs by id, array tasks each by itself, jobs that ended lately included.
+    """The user's jobs by id, one for each array task, with the jobs that ended recently.
 
-    None if Slurm does not answer, or not in whole: that is no evidence of anything. A job that is not listed counts
-    as gone, so nothing may be left out: not what is in hidden partitions (--all), not the rest of a listing that
-    breaks off, and not a line that can't be read, which may be the job's.
+    None, which proves nothing, if Slurm does not answer completely. A job that is not listed counts as gone, so the
+    list must have every job: also those in hidden partitions (--all). A listing that breaks off, or has a line that
+    can't be read, is not complete.
     """
     command = ["squeue", "--me", "--all", "--noheader", "--array", "--states=all", "--format=%i|%T|%e|%j"]
     return read_queue(run_slurm(command))
 
 
 def read_queue(answer: str | None) -> dict[str, Listed] | None:
-    """Of the answer to `queue`'s command."""
+    """Read what the command of `queue` printed."""
     lines = lines_of(answer)
     if lines is None:
         return None
@@ -289,14 +274,14 @@ def read_queue(answer: str | None) -> dict[str, Listed] | None:
         if match is None:
             return None
         cluster_id, state, end, name = match.groups()
-        if cluster_id not in jobs or state in WORKING | WAITING:  # a federation may list it once for each cluster
+        if cluster_id not in jobs or state in WORKING | WAITING:  # a federation may list a job once for each cluster
             jobs[cluster_id] = Listed(state, name, _when(end))
     return jobs
 
 
 def lines_of(answer: str | None) -> list[str] | None:
-    """Of a listing; None if there is none, or if it breaks off: each line ends with a newline. (str.splitlines
-    would split at other characters too, which a job's name may hold.)"""
+    """The lines of a listing; None if there is none, or if its last line has no newline, since it breaks off then.
+    (str.splitlines would also split at other characters, which a job's name may have.)"""
     if answer is None:
         return None
     *lines, rest = answer.split("\n")
@@ -306,34 +291,29 @@ def lines_of(answer: str | None) -> list[str] | None:
 def _when(text: str) -> float | None:
     try:
         return datetime.fromisoformat(text).timestamp()
-    except (ValueError, OverflowError, OSError):  # N/A, or a year that no clock has
+    except (ValueError, OverflowError, OSError):  # N/A, or a year out of range
         return None
 
 
 def run_slurm(command: Sequence[str]) -> str | None:
-    """A Slurm command's output, or None if it failed, took too long, or says that it was not answered (some do so
-    and exit with 0)."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(USER_FORMAT_VARIABLES)}
+    """A Slurm command's output; None if it failed, took too long, or the controller did not answer (for which some
+    commands exit with 0)."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(USER_FORMAT_VARIABLES)}
     try:
         done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=COMMAND_TIMEOUT_S,
-            check=True,
-            env=environment,
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_TIMEOUT_S, check=True, env=env
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
-    complaint = done.stderr.decode("utf-8", "replace")
-    if is_unreachable(complaint) or "slurm_load_" in complaint:
+    errors = done.stderr.decode("utf-8", "replace")
+    if refusal_of(errors) is Refusal.UNREACHABLE or "slurm_load_" in errors:
         return None
     return done.stdout.decode("utf-8", "replace")  # names of other jobs may be in any encoding
 
 
 @contextmanager
-def _environment_for_submission() -> Iterator[None]:
-    """A job that submits a job must not pass its own allocation on; where the cluster is, it must."""
+def submission_environment() -> Iterator[None]:
+    """Without the variables of the job that submits, but with SLURM_CONF, which says where the cluster is."""
     from submitit.helpers import clean_env
 
     conf = os.environ.get("SLURM_CONF")

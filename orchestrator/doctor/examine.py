@@ -1,6 +1,6 @@
-"""`orch doctor`: is this cluster, this file system and this environment fit to run?
+"""`orch doctor`: are this cluster, this file system and this environment fit to run?
 
-Facts are gathered first; pure functions turn them into findings, each with a level, and what to do about it.
+Facts are gathered first; pure functions judge them and return findings, each with a level and what to do.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.cluster.host import gpus
-from orchestrator.cluster.slurm import SlurmCluster
+from orchestrator.cluster.slurm import SlurmQueue
 from orchestrator.doctor import machine, node, partition, two_node
 from orchestrator.doctor.findings import Finding, Level
 from orchestrator.doctor.slurm_facts import SlurmFacts, ask_slurm, has_slurm
 from orchestrator.doctor.slurm_rules import judge_slurm
-from orchestrator.doctor.two_node import Proof
+from orchestrator.doctor.two_node import NOT_TRIED, Needs
 from orchestrator.errors import SettingsError
+from orchestrator.files.run_folder import nearest_folder
 from orchestrator.messages import counted
 from orchestrator.records import LockKind, Profile
 from orchestrator.settings.loading import load
 from orchestrator.settings.settings import Settings, SlurmSettings
 
 WAIT_S = 900.0  # for the two-node job to start
-NOT_TRIED = "`orch doctor --two-node` tries it with a short job"
+TRY_IT = "`orch doctor --two-node` tries it with a short job"
 
 
 def examine(
@@ -36,159 +37,125 @@ def examine(
     wait_s: float = WAIT_S,
     say: Callable[[str], None] = print,
 ) -> list[Finding]:
-    """Everything that can be found out. wait_s: how long the two-node job may wait to start. say: progress.
+    """Examine everything. wait_s: how long the two-node job may wait to start. say: shows progress.
 
-    Changes nothing: what it writes, it deletes, and what it queues, it waits for or cancels.
+    Changes nothing: it deletes what it writes, and waits for the jobs that it queues or cancels them.
     """
-    settings, findings = _settings(settings_file)
-    with _scratch(runs_dir) as scratch:
-        server = _server(settings)
-        several = has_slurm() and settings.executor in (None, "slurm")
-        folder = machine.look_at_folder(runs_dir, scratch, several, None if server else settings.lock)
-        kind = folder.lock.kind if folder.lock else "flock"
-        slurm, proof = _slurm(settings, settings_file is not None, scratch, two_nodes, wait_s, say, kind)
-        findings += slurm + proof.findings
+    settings, findings = _read_settings(settings_file)
+    several_nodes = has_slurm() and settings.executor in (None, "slurm")
+    with _scratch_folder(runs_dir) as scratch:
+        wanted_lock = None if settings.uses_server else settings.lock
+        folder = machine.look_at_folder(runs_dir, scratch, several_nodes, wanted_lock)
+        lock = folder.lock.kind if folder.lock else "flock"
+        slurm, needs = _examine_slurm(settings, settings_file is not None, scratch, two_nodes, lock)
+        findings += slurm
+        proof = NOT_TRIED
+        if needs and isinstance(scratch, Path):
+            proof = two_node.prove(needs, scratch, wait_s, say)
+        findings += proof.findings
         findings += machine.judge_folder(folder)
-        findings += machine.judge_locks(folder, several, server is not None, proof.locks_hold)
-        findings += _database_elsewhere(settings, runs_dir)
-        if server is not None and isinstance(scratch, Path):
-            findings.append(_database(server, scratch))
-    findings += [_data(path) for path in _data_folders(settings)]
+        findings += machine.judge_locks(folder, several_nodes, settings.uses_server, proof.locks_hold)
+        if settings.database is not None:
+            findings.append(_judge_database(settings, runs_dir))
+    findings += [_judge_data(path) for path in settings.data_folders]
     findings += machine.judge_disk(folder)
     findings.append(machine.judge_home(machine.look_at_home()))
     say("importing torch")
-    python = machine.look_at_python()
-    return findings + machine.judge_python(python, len(gpus()), gpu_expected=False, where="here")
+    return findings + machine.judge_python(machine.look_at_python(), len(gpus()), gpu_expected=False)
 
 
-def _settings(file: Path | None) -> tuple[Settings, list[Finding]]:
-    """Those of the file, or for the rest of the examination the least that there can be."""
-    if file is not None:
-        try:
-            settings, notes = load(file)
-        except SettingsError as error:
-            do = "mend the file; what follows is for a worker that asks for nothing"
-            return _plain(), [Finding("error", "settings", str(error), do)]
-        told = [Finding("note", "settings", line, "see docs/settings.md") for line in notes]
-        return settings, [Finding("ok", "settings", f"{file} is valid: {counted(settings.workers, 'worker')}"), *told]
-    what = "no settings file is given: what follows is for a worker that asks for nothing"
-    return _plain(), [Finding("note", "settings", what, "orch doctor settings/YOURS.json looks at what they ask for")]
-
-
-def _plain() -> Settings:
-    return Settings(
+def _read_settings(file: Path | None) -> tuple[Settings, list[Finding]]:
+    """The file's settings. Without a valid file, minimal ones for the rest of the examination."""
+    minimal = Settings(
         name="doctor", training_profiles=[Profile(name="none", learning_rate=1)], slurm=SlurmSettings(gpus=0)
     )
+    if file is None:
+        what = "no settings file is given: what follows is for a worker that asks for nothing"
+        return minimal, [Finding("note", "settings", what, "`orch doctor settings/YOURS.json` examines your settings")]
+    try:
+        settings, notes = load(file)
+    except SettingsError as error:
+        do = "correct the file; what follows is for a worker that asks for nothing"
+        return minimal, [Finding("error", "settings", str(error), do)]
+    findings = [Finding("ok", "settings", f"{file} is valid: {counted(settings.workers, 'worker')}")]
+    return settings, findings + [Finding("note", "settings", note, "see docs/settings.md") for note in notes]
 
 
 @contextmanager
-def _scratch(runs_dir: Path) -> Iterator[Path | str]:
-    """A folder on the file system of the runs; or why there can be none. Gone at the end."""
+def _scratch_folder(runs_dir: Path) -> Iterator[Path | OSError]:
+    """A folder on the file system of the runs, removed at the end; or why it can't be made."""
     try:
-        made = Path(tempfile.mkdtemp(prefix=".orch-doctor-", dir=machine.nearest_folder(runs_dir)))
+        folder = Path(tempfile.mkdtemp(prefix=".orch-doctor-", dir=nearest_folder(runs_dir.expanduser())))
     except OSError as error:
-        yield error.strerror or str(error)
+        yield error
         return
     try:
-        yield made
+        yield folder
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _server(settings: Settings) -> str | None:
-    """The URL of the database, if it is a server."""
-    url = settings.database
-    return url if url is not None and not url.startswith("sqlite") else None
+def _examine_slurm(
+    settings: Settings, given: bool, scratch: Path | OSError, two_nodes: bool, lock: LockKind
+) -> tuple[list[Finding], Needs | None]:
+    """What Slurm says, and what the two-node test needs; None: it is not to be run, or can't be.
+
+    given: are these the user's settings? lock: of a run that is launched here.
+    """
+    if settings.executor in ("local", "inline") and not two_nodes:
+        what = f"not looked at: the settings' executor is {settings.executor}"
+        do = "set executor to slurm, or leave it out, if jobs are to run on a cluster"
+        return [Finding("note", "slurm", what, do)], None
+    if not has_slurm():
+        what = "sbatch is not on the PATH: this machine is not part of a cluster, or Slurm's module is not loaded"
+        level: Level = "error" if two_nodes or settings.executor == "slurm" else "note"
+        do = "load it (`module load slurm`), or use --executor local: everything below holds for that"
+        return [Finding(level, "slurm", what, do)], None
+    if isinstance(scratch, OSError):
+        what = f"not looked at, since nothing can be written beside the runs: {scratch.strerror or scratch}"
+        return [Finding("error", "slurm", what, "choose another folder with --runs-dir, and look again")], None
+    queue = SlurmQueue(settings, scratch, node.main)
+    try:
+        facts = ask_slurm(queue, settings.name, settings.workers)
+    except SettingsError as error:
+        return [Finding("error", "settings", str(error), "correct slurm_file")], None
+    need = partition.need_of(queue.request, settings.gpus_per_worker)
+    findings = judge_slurm(facts, queue.request, need, settings.workers, settings.eon_lifetime if given else None)
+    if not facts.answers:
+        return findings, None
+    if not two_nodes:
+        what = "not tried: whether a compute node can queue jobs, and whether it sees the runs folder and its locks"
+        return [*findings, Finding("note", "successors", what, TRY_IT)], None
+    nodes_up, limit_min = _room_for_test(queue.request.options.get("partition"), facts)
+    refused = not facts.answer.taken
+    return findings, Needs(settings, queue.script(1), need.gpus > 0, nodes_up, limit_min, refused, lock)
 
 
-def _database(url: str, scratch: Path) -> Finding:
-    error = node.database_error(url, scratch)
+def _room_for_test(wanted: object, facts: SlurmFacts) -> tuple[int, int]:
+    """How many nodes are up where the workers run, and the time limit of the test's job in minutes."""
+    names = partition.names_of(wanted, facts.partitions)
+    rows = [row for row in facts.partitions if row.get("PartitionName") in names]
+    limits = [limit for row in rows if (limit := partition.max_minutes(row)) is not None]
+    up = {one.name for one in facts.nodes if one.partition in names and not one.away}
+    return len(up), min((*limits, two_node.TIME_MIN))
+
+
+def _judge_database(settings: Settings, runs_dir: Path) -> Finding:
+    """The database that the settings name. A file's own folder is not looked at."""
+    url = str(settings.database)
+    if not settings.uses_server:
+        what = f"database {url} is a separate file; the locks that were tried are those in {runs_dir}"
+        return Finding("note", "database", what, "give the folder of that file as --runs-dir to try its locks")
+    error = node.database_error(url, runs_dir)
     if error is None:
         return Finding("ok", "database", "the database server answers")
     return Finding("error", "database", error, 'start the server, or correct "database"')
 
 
-def _database_elsewhere(settings: Settings, runs_dir: Path) -> list[Finding]:
-    """The locks that were looked at are those of the runs folder."""
-    if settings.database is None or _server(settings) is not None:
-        return []
-    what = f"database {settings.database} is a file of its own; the locks that were looked at are those in {runs_dir}"
-    return [Finding("note", "database", what, "give the folder of that file as --runs-dir to look at its locks")]
-
-
-def _data_folders(settings: Settings) -> tuple[str, ...]:
-    """Those that the settings name."""
-    given = (settings.training_source_dir, settings.testing_source_dir)
-    return tuple(dict.fromkeys(path for path in given if path))
-
-
-def _data(path: str) -> Finding:
+def _judge_data(path: str) -> Finding:
     try:
         os.listdir(path)
     except OSError as error:
-        do = "correct it in the settings; `orch prepare SETTINGS` fetches the data of ready jobs"
+        do = "correct it in the settings; `orch prepare SETTINGS` fetches the data of built-in jobs"
         return Finding("error", "data", f"{path}: can't be read here: {error.strerror or error}", do)
     return Finding("ok", "data", f"{path} can be read here")
-
-
-# --- Slurm
-
-
-def _slurm(
-    settings: Settings,
-    given: bool,
-    scratch: Path | str,
-    two_nodes: bool,
-    wait_s: float,
-    say: Callable[[str], None],
-    lock: LockKind,
-) -> tuple[list[Finding], Proof]:
-    """What Slurm says, and what the two-node test says."""
-    if settings.executor in ("local", "inline") and not two_nodes:
-        what = f"not looked at: the settings' executor is {settings.executor}"
-        do = "set executor to slurm, or leave it out, where jobs are to run on a cluster"
-        return [Finding("note", "slurm", what, do)], two_node.NOT_TRIED
-    if not has_slurm():
-        what = "sbatch is not on the PATH: this is no node of a cluster, or its module is not loaded"
-        level: Level = "error" if two_nodes or settings.executor == "slurm" else "note"
-        do = "load it (`module load slurm`), or use --executor local: everything below holds for that"
-        return [Finding(level, "slurm", what, do)], two_node.NOT_TRIED
-    if isinstance(scratch, str):
-        do = "choose another folder with --runs-dir, and look again"
-        return [
-            Finding("error", "slurm", f"not looked at, for nothing can be written beside the runs: {scratch}", do)
-        ], two_node.NOT_TRIED
-    cluster = SlurmCluster(settings, scratch, node.main)
-    try:
-        facts = ask_slurm(cluster, settings.name, settings.workers)
-    except SettingsError as error:
-        return [Finding("error", "settings", str(error), "correct slurm_file")], two_node.NOT_TRIED
-    need = partition.need_of(cluster.request, settings.gpus_per_worker)
-    eon_lifetime_s = settings.eon_lifetime if given else None
-    found = judge_slurm(facts, cluster.request, need, settings.workers, eon_lifetime_s)
-    if not facts.answers:
-        return found, two_node.NOT_TRIED
-    if not two_nodes:
-        what = "not tried: whether a compute node can queue jobs, and whether it sees the runs folder and its locks"
-        return [*found, Finding("note", "successors", what, NOT_TRIED)], two_node.NOT_TRIED
-    usable, limit_min = _where(cluster.request.options.get("partition"), facts)
-    needs = two_node.Needs(
-        settings=settings,
-        script=cluster.script(1),
-        paths=_data_folders(settings),
-        database=_server(settings),
-        gpu=need.gpus > 0,
-        refused_here=facts.answer is not None and not facts.answer.taken,
-        lock=lock,
-    )
-    return found, two_node.prove(needs, scratch, usable, limit_min, wait_s, say)
-
-
-def _where(wanted: object, facts: SlurmFacts) -> tuple[int, int | None]:
-    """How many nodes are up where the workers run, and how many minutes a job may take there."""
-    rows = [row for row in facts.partitions if row.get("PartitionName") in str(wanted).split(",")]
-    rows = rows or [row for row in facts.partitions if row.get("Default") == "YES"]
-    names = {row.get("PartitionName") for row in rows}
-    up = {found.name for found in facts.nodes if found.partition in names and not found.away}
-    most = [limit for row in rows if (limit := partition.max_minutes(row)) is not None]
-    return len(up), min(most, default=None)

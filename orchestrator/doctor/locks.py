@@ -1,24 +1,36 @@
-"""Locks: what a mount promises, and what processes that count under the lock on several nodes show."""
+"""Locks: what a mount promises, and what happened when processes on several nodes counted under the lock."""
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.doctor.findings import Finding, Level
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard.engine import Database
 from orchestrator.locking.mounts import ELSEWHERE, LockFacts, Mount, lock_facts
-from orchestrator.locking.proof import Counted, Counting, Tally, percentile
+from orchestrator.locking.proof import Access, Counted, Tally, count, percentile
+from orchestrator.messages import counted
 
 INCREMENTS = 300  # of each process, for each kind
 SLOW_S = 2.0  # a wait that slows training down: there are about two transactions in a chunk
 NAMES: Mapping[Counted, str] = {"lock": "file lock", "database": "SQLite database"}
+TOPIC = "lock test"
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """The final number can't be read."""
+
+    why: str
 
 
 def prepare_database(folder: Path) -> None:
-    """A database as a run has it, with one table more. Raises LeaderboardError."""
+    """A run's database with one more table. Raises LeaderboardError."""
     with Database(None, folder).creation() as connection:
         connection.exec_driver_sql("CREATE TABLE doctor_counter (number INTEGER NOT NULL)")
         connection.exec_driver_sql("INSERT INTO doctor_counter VALUES (0)")
@@ -35,76 +47,73 @@ def counted_in_database(folder: Path) -> int:
 
 def count_in_database(folder: Path, times: int, limit_s: float) -> Tally:
     """Increase the number in the database, each time in one of the leaderboard's transactions."""
-    database, counting = Database(None, folder), Counting("database", times, limit_s)
-    while counting.goes_on():
-        try:
-            with database.transaction() as connection:
-                counting.inside()
-                number = counting.read(
-                    int(connection.exec_driver_sql("SELECT number FROM doctor_counter").scalar_one())
-                )
-                connection.exec_driver_sql("UPDATE doctor_counter SET number = ?", (number,))
-            counting.wrote(number)
-        except (LeaderboardError, OSError) as error:
-            counting.failed(error)
-    return counting.tally()
+    database = Database(None, folder)
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Access]:
+        with database.transaction() as connection:
+            yield (
+                lambda: int(connection.exec_driver_sql("SELECT number FROM doctor_counter").scalar_one()),
+                lambda number: connection.exec_driver_sql("UPDATE doctor_counter SET number = ?", (number,)),
+            )
+
+    return count("database", opened, times, limit_s, _is_busy)
 
 
-# --- what it means
+def _is_busy(error: Exception) -> bool:
+    """Did SQLite itself find its file locked? Both SQLAlchemy's error and the driver's can be the cause."""
+    cause = getattr(error.__cause__, "orig", error.__cause__)
+    return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
-def judge_counts(kind: Counted, tallies: Sequence[Tally], counted: int | str, where: str) -> list[Finding]:
-    """counted: the number at the end, or why it can't be read. where: between whom, for the messages."""
-    topic, name = "lock test", f"{NAMES[kind]}, {where}"
+# --- what the counts mean
+
+
+def judge_counts(kind: Counted, tallies: Sequence[Tally], final: int | Unreadable, where: str) -> list[Finding]:
+    """final: the number at the end. where: the hosts that counted, for the messages."""
+    name = f"{NAMES[kind]}, {where}"
     done = sum(tally.done for tally in tallies)
-    found = _judge_errors(name, tallies)
-    if isinstance(counted, str):
-        found.append(Finding("error", topic, f"{name}: what was counted can't be read: {counted}", ELSEWHERE))
-    elif counted != done:
-        what = f"{name}: {done - counted} of {done} updates were lost: the lock does not hold"
-        found.append(Finding("error", topic, what, ELSEWHERE))
-    if found:
-        return found
-    waits = f"{_waits(tallies)}"
-    if sum(tally.done < tally.wanted for tally in tallies):
-        what = f"{name}: only {done} of {sum(t.wanted for t in tallies)} updates were made in time ({waits})"
-        found.append(Finding("warning", topic, what, f"the file system is slow now: try again, or {ELSEWHERE}"))
-    if len(tallies) > 1 and not sum(tally.switches for tally in tallies):
-        what = f"{name}: the processes did not count at the same time, so that nothing is proven"
-        found.append(Finding("warning", topic, what, "try again"))
-    if (slow := percentile(_all_waits(tallies), 0.99)) > SLOW_S:
-        what = f"{name}: waits are long ({waits})"
-        found.append(Finding("warning", topic, what, f"a file system with less to do is better (p99 is {slow:.1f} s)"))
-    return found or [Finding("ok", topic, f"{name}: {done} updates, 0 lost; {waits}")]
+    problems = _judge_errors(name, tallies)
+    if isinstance(final, Unreadable):
+        problems.append(Finding("error", TOPIC, f"{name}: the final number can't be read: {final.why}", ELSEWHERE))
+    elif final != done:
+        what = f"{name}: {done - final} of {done} updates were lost: the lock does not hold"
+        problems.append(Finding("error", TOPIC, what, ELSEWHERE))
+    if problems:
+        return problems
+    waits = sorted(wait for tally in tallies for wait in tally.waits_s)
+    shown = _describe(waits)
+    if any(tally.done < tally.wanted for tally in tallies):
+        what = f"{name}: only {done} of {sum(t.wanted for t in tallies)} updates were made in time ({shown})"
+        problems.append(Finding("warning", TOPIC, what, f"the file system is slow now: try again, or {ELSEWHERE}"))
+    if len(tallies) > 1 and not any(tally.switches for tally in tallies):
+        what = f"{name}: the processes did not count at the same time, so nothing is proven"
+        problems.append(Finding("warning", TOPIC, what, "try again"))
+    if (p99 := percentile(waits, 0.99)) > SLOW_S:
+        do = f"use a file system with less load (p99 is {p99:.1f} s)"
+        problems.append(Finding("warning", TOPIC, f"{name}: waits are long ({shown})", do))
+    return problems or [Finding("ok", TOPIC, f"{name}: {done} updates, 0 lost; {shown}")]
 
 
 def _judge_errors(name: str, tallies: Sequence[Tally]) -> list[Finding]:
     kinds = Counter(error for tally in tallies for error in tally.errors)
-    locked = sum(many for error, many in kinds.items() if "database is locked" in error)
-    found = []
-    if locked:
-        what = f'{name}: "database is locked" {locked} times: SQLite\'s own locks do not work here'
-        found.append(Finding("error", "lock test", what, ELSEWHERE))
-    others = {error: many for error, many in kinds.items() if "database is locked" not in error}
-    if others:
-        said = "; ".join(f"{error} ({many} times)" for error, many in list(others.items())[:3])
-        found.append(Finding("error", "lock test", f"{name}: {said}", ELSEWHERE))
-    return found
+    if not kinds:
+        return []
+    busy = sum(tally.busy for tally in tallies)
+    locked = f"SQLite found its file locked {counted(busy, 'time')}: its own locks do not work here. " if busy else ""
+    examples = "; ".join(f"{error} ({counted(times, 'time')})" for error, times in kinds.most_common(3))
+    return [Finding("error", TOPIC, f"{name}: {locked}{examples}", ELSEWHERE)]
 
 
-def _all_waits(tallies: Sequence[Tally]) -> list[float]:
-    return sorted(wait for tally in tallies for wait in tally.waits_s)
-
-
-def _waits(tallies: Sequence[Tally]) -> str:
-    waits = _all_waits(tallies)
-    if not waits:
+def _describe(waits_s: Sequence[float]) -> str:
+    """waits_s: sorted."""
+    if not waits_s:
         return "no waits"
-    p50, p99, most = (1000 * value for value in (percentile(waits, 0.5), percentile(waits, 0.99), waits[-1]))
+    p50, p99, most = (1000 * wait for wait in (percentile(waits_s, 0.5), percentile(waits_s, 0.99), waits_s[-1]))
     return f"waits p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {most:.1f} ms"
 
 
-# --- what the mount itself says
+# --- what the mount itself promises
 
 QUOTA = {
     "lustre": "lfs quota -hu $USER {point}", "gpfs": "mmlsquota --block-size auto",
@@ -114,7 +123,7 @@ QUOTA = {
 
 
 def lock_advice(fstype: str, options: Sequence[str]) -> Finding:
-    """Whether flock, which the lock around SQLite uses where it can, holds between the nodes that mount this.
+    """Does flock, the lock that a run takes where it can, hold between the nodes that mount this?
 
     fstype and options: as in /proc/self/mountinfo.
     """
@@ -131,6 +140,6 @@ def _level(facts: LockFacts) -> Level:
 
 
 def quota_command(mount: Mount) -> str | None:
-    """Says how much of a quota is left, which free space does not; None where nothing is known."""
+    """A command that shows the user's quota, which may be less than the free space; None: not known."""
     command = QUOTA.get(mount.fstype)
     return command.format(point=mount.point) if command else None

@@ -1,176 +1,170 @@
-"""What the doctor's job does on a node: look, try, count, and write down after each step what came of it.
-
-A report is a file for each task, written anew after each step, so that a job which is killed or hangs has told
-how far it came.
-"""
+"""What the two-node test's job does on a node. Each task writes its report anew after each step, so that a job that is
+killed or hangs shows how far it came."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.cluster.probe import ask_sbatch, job_names
+from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.cluster.probe import Answer, ask_sbatch, job_names
 from orchestrator.doctor import locks, machine
 from orchestrator.errors import OrchError
 from orchestrator.files.atomic import publish
 from orchestrator.leaderboard.engine import Database
 from orchestrator.locking import proof
 from orchestrator.locking.mounts import Mount, mount_here
-from orchestrator.locking.proof import LOCKS
 from orchestrator.records import LockKind
 
-PLAN, FROM_LOGIN, SCRIPT = "plan.json", "from-login", "worker.sbatch"
+TASK, FROM_LOGIN, SCRIPT = "task.json", "from-login", "worker.sbatch"
 COUNTER, DATABASE = "counter", "database"  # a file, and the folder of a scratch database
-BYTES = 2**20  # of the files that are written on one side and read on the other
+BYTES = 2**20  # of each file that one machine writes and another reads
+TASKS = 2
 MEETING_S = 120.0  # how long a task waits for the others; attribute caches of NFS are up to a minute old
 LOCK_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class NodeTask:
-    """What the tasks are to do, written before the job is queued."""
+    """What the job's tasks do, written before the job is queued."""
 
-    tasks: int
-    increments: int  # 0: no count at all
+    increments: int  # 0: do not count
     counting_s: float  # the limit for each of the two counts
     sha256: str  # of the file from the login node
-    paths: tuple[str, ...]  # that a worker needs: data, the settings' files
+    paths: tuple[str, ...]  # the data that a worker reads
     database: str | None  # URL of a database server
-    python: bool  # look at torch as well
     lock: LockKind = "flock"
 
 
 @dataclass
 class NodeReport:
-    """What one task found; what is None was not reached."""
+    """The results of one task; None: not reached."""
 
     task: int
     host: str
-    folder_seen: str | None = None  # why the login node's file is not as it was written; empty: it is
+    folder_problem: str | None = None  # how the login node's file differs here; None: not at all
     written_sha256: str | None = None  # of this task's own file
-    mount: dict[str, Any] | None = None
-    can_submit: dict[str, Any] | None = None  # sbatch's Answer
+    mount: Mount | None = None
+    can_submit: Answer | None = None
     squeue: bool | None = None
     met: bool | None = None  # did it see the other tasks' files?
-    tallies: list[dict[str, Any]] = field(default_factory=list)
-    missing: list[str] | None = None  # of the paths
-    database: str | None = None  # why the server does not answer; empty: it does
-    python: dict[str, Any] | None = None
+    tallies: list[proof.Tally] = field(default_factory=list)
+    missing: list[str] | None = None  # the paths that can't be read
+    database_answers: bool | None = None
+    database_problem: str | None = None
+    python: machine.PythonFacts | None = None
     done: bool = False
 
-    def of(self, kind: proof.Counted) -> proof.Tally | None:
-        found = (proof.Tally.from_json(tally) for tally in self.tallies)
-        return next((tally for tally in found if tally.kind == kind), None)
 
-    def mount_there(self) -> Mount | None:
-        return Mount(**{**self.mount, "options": tuple(self.mount["options"])}) if self.mount else None
-
-
-def report_path(folder: Path, task: int) -> Path:
-    return folder / f"report-{task}.json"
+_TASK, _REPORT = TypeAdapter(NodeTask), TypeAdapter(NodeReport)
 
 
 def own_path(folder: Path, task: int) -> Path:
-    """The file that a task writes for the others and for the login node."""
+    """The file that a task writes for the other tasks and for the login node."""
     return folder / f"from-task-{task}"
 
 
-def write_plan(folder: Path, plan: NodeTask) -> None:
+def write_task(folder: Path, task: NodeTask) -> None:
     """Raises OSError."""
-    _write_json(folder / PLAN, asdict(plan))
+    _write(folder / TASK, _TASK.dump_json(task))
+
+
+def _report_path(folder: Path, task: int) -> Path:
+    return folder / f"report-{task}.json"
+
+
+def write_report(folder: Path, report: NodeReport) -> None:
+    """Raises OSError."""
+    _write(_report_path(folder, report.task), _REPORT.dump_json(report))
 
 
 def read_report(folder: Path, task: int) -> NodeReport | None:
     """None if there is none (yet), or if it can't be read."""
     try:
-        return NodeReport(**json.loads(report_path(folder, task).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return _REPORT.validate_json(_report_path(folder, task).read_bytes())
+    except (OSError, ValidationError):
         return None
 
 
 def main(folder: str, _worker: int) -> None:
-    """What each task of the job runs. The folder is the doctor's scratch folder, beside the runs."""
-    here, task = Path(folder), int(os.environ.get("SLURM_PROCID", "0"))
-    raw = json.loads((here / PLAN).read_text(encoding="utf-8"))
-    plan = NodeTask(**{**raw, "paths": tuple(raw["paths"])})
+    """What each task of the job runs. folder: the doctor's scratch folder, beside the runs."""
+    scratch, task = Path(folder), int(os.environ.get("SLURM_PROCID", "0"))
+    asked = _TASK.validate_json((scratch / TASK).read_bytes())
     report = NodeReport(task, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
 
     def save() -> None:
         with contextlib.suppress(OSError):  # the next one may succeed
-            _write_json(report_path(here, task), asdict(report))
+            write_report(scratch, report)
 
     for step in (_look_at_folder, _try_to_submit, _count, _look_at_needs):
         save()
-        step(report, here, plan, save)
+        step(report, scratch, asked, save)
     report.done = True
     save()
 
 
-def _look_at_folder(report: NodeReport, here: Path, plan: NodeTask, save: Callable[[], None]) -> None:
-    mount = mount_here(here)
-    report.mount = asdict(mount) if mount else None
+def _look_at_folder(report: NodeReport, scratch: Path, asked: NodeTask, save: Callable[[], None]) -> None:
+    report.mount = mount_here(scratch)
     try:
-        same = sha256_of(here / FROM_LOGIN) == plan.sha256
-        report.folder_seen = "" if same else "it has other bytes than were written"
+        same = sha256_of(scratch / FROM_LOGIN) == asked.sha256
+        report.folder_problem = None if same else "it has other bytes than were written"
     except OSError as error:
-        report.folder_seen = str(error)
-    report.written_sha256 = write_random(own_path(here, report.task))
+        report.folder_problem = str(error)
+    report.written_sha256 = write_random(own_path(scratch, report.task))
 
 
-def _try_to_submit(report: NodeReport, here: Path, plan: NodeTask, save: Callable[[], None]) -> None:
+def _try_to_submit(report: NodeReport, scratch: Path, asked: NodeTask, save: Callable[[], None]) -> None:
     report.squeue = job_names() is not None
-    report.can_submit = asdict(ask_sbatch((here / SCRIPT).read_text(encoding="utf-8")))
+    report.can_submit = ask_sbatch((scratch / SCRIPT).read_text(encoding="utf-8"))
 
 
-def _count(report: NodeReport, here: Path, plan: NodeTask, save: Callable[[], None]) -> None:
-    report.met = _meet(here, plan, "count")
-    if not plan.increments:
+def _count(report: NodeReport, scratch: Path, asked: NodeTask, save: Callable[[], None]) -> None:
+    report.met = _meet(report.task, scratch, "count")
+    if not asked.increments:
         return
-    lock = LOCKS[plan.lock](here / f"{COUNTER}.lock", timeout=LOCK_TIMEOUT_S)
+    lock = proof.LOCKS[asked.lock](scratch / f"{COUNTER}.lock", timeout=LOCK_TIMEOUT_S)
     save()
-    report.tallies.append(proof.count_in_file(here / COUNTER, lock, plan.increments, plan.counting_s).to_json())
+    report.tallies.append(proof.count_in_file(scratch / COUNTER, lock, asked.increments, asked.counting_s))
     save()
-    _meet(here, plan, "database")
-    tally = locks.count_in_database(here / DATABASE, plan.increments, plan.counting_s)
-    report.tallies.append(tally.to_json())
+    _meet(report.task, scratch, "database")
+    report.tallies.append(locks.count_in_database(scratch / DATABASE, asked.increments, asked.counting_s))
 
 
-def _meet(here: Path, plan: NodeTask, name: str) -> bool:
-    """Wait until every task is here; False if one does not come."""
-    task = os.environ.get("SLURM_PROCID", "0")
-    (here / f"{name}-{task}").touch()
+def _meet(task: int, scratch: Path, name: str) -> bool:
+    """Wait until every task has arrived; False if one does not come."""
+    (scratch / f"{name}-{task}").touch()
     end = time.monotonic() + MEETING_S
     while time.monotonic() < end:
-        # A look at the folder itself, for what was not there a moment ago may be remembered as not being there.
-        present = {entry.name for entry in here.iterdir()}
-        if all(f"{name}-{other}" in present for other in range(plan.tasks)):
+        # The folder is listed, since a network file system may remember that a name did not exist a moment ago.
+        names = {entry.name for entry in scratch.iterdir()}
+        if all(f"{name}-{other}" in names for other in range(TASKS)):
             return True
         time.sleep(0.02)
     return False
 
 
-def _look_at_needs(report: NodeReport, here: Path, plan: NodeTask, save: Callable[[], None]) -> None:
-    report.missing = [path for path in plan.paths if not os.access(path, os.R_OK)]
-    if plan.database is not None:
-        report.database = database_error(plan.database, here) or ""
+def _look_at_needs(report: NodeReport, scratch: Path, asked: NodeTask, save: Callable[[], None]) -> None:
+    report.missing = [path for path in asked.paths if not os.access(path, os.R_OK)]
+    if asked.database is not None:
+        report.database_problem = database_error(asked.database, scratch)
+        report.database_answers = report.database_problem is None
     save()
-    if plan.python and report.task == 0:
-        report.python = machine.look_at_python().to_json()
+    if report.task == 0:
+        report.python = machine.look_at_python()
 
 
 def database_error(url: str, folder: Path) -> str | None:
     """Why the database server does not answer; None: it does. Changes nothing there."""
-    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; a firewall that drops packets takes minutes
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; without it, a firewall that drops packets takes minutes
     try:
         with Database(url, folder).transaction(own_lock=False) as connection:
             connection.exec_driver_sql("SELECT 1")
@@ -181,9 +175,9 @@ def database_error(url: str, folder: Path) -> str | None:
 
 
 def write_random(path: Path) -> str:
-    """Random bytes, and their SHA-256."""
+    """Write random bytes; returns their SHA-256."""
     data = secrets.token_bytes(BYTES)
-    publish(path, lambda target: target.write(data))
+    _write(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -191,6 +185,5 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    text = json.dumps(value)
-    publish(path, lambda target: target.write(text.encode()))
+def _write(path: Path, data: bytes) -> None:
+    publish(path, lambda target: target.write(data))

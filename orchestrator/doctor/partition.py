@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.cluster.sbatch import GRACE_S, Request, minutes
@@ -12,13 +12,19 @@ from orchestrator.doctor.findings import Finding, Level, worst
 from orchestrator.messages import counted
 
 TOPIC = "partition"
-# sinfo's words for nodes that run no job now, and may again; a suffix such as * or ~ tells more.
+# sinfo's states of nodes that run no jobs now but may later; a suffix such as * or ~ says more.
 AWAY = ("down", "drain", "drained", "draining", "fail", "failing", "inval", "maint", "unknown", "future", "reboot")
+STATES = {
+    "DOWN": "it takes jobs and starts none",
+    "DRAIN": "it takes no jobs, and finishes those it has",
+    "INACTIVE": "it takes no jobs",
+}
+Partition = Mapping[str, str]  # a line of `scontrol -o show partition`
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What sinfo says of one node of one partition."""
+    """sinfo's line for one node of one partition."""
 
     name: str
     state: str
@@ -32,10 +38,9 @@ class Node:
         return self.state.rstrip("*~#!%$@^-+") in AWAY or self.state.endswith("*")
 
     def gpus(self, kind: str | None) -> int:
-        """Of that kind; None: of all kinds."""
-        without_cores = re.sub(r"\([^)]*\)", "", self.gres)
+        """The number of GPUs of that kind; None: of all kinds."""
         total = 0
-        for part in without_cores.split(","):
+        for part in re.sub(r"\([^)]*\)", "", self.gres).split(","):  # without the cores: gpu:a100:4(S:0-1)
             name, *rest = part.strip().split(":")
             if name == "gpu" and rest and rest[-1].isdigit() and (kind is None or kind in rest[:-1]):
                 total += int(rest[-1])
@@ -44,35 +49,53 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one worker's job asks of one node; 0 is nothing."""
+    """What a worker's job asks of one node; 0: nothing."""
 
     cpus: int
     memory_mb: int
     gpus: int
     gpu_kind: str | None = None
 
+    def fits(self, node: Node) -> bool:
+        enough = node.cpus >= self.cpus and node.memory_mb >= self.memory_mb
+        return enough and (not self.gpus or node.gpus(self.gpu_kind) >= self.gpus)
+
+    def missing(self, nodes: Sequence[Node]) -> str:
+        """What none of these nodes has."""
+        kind = f"{self.gpu_kind} " if self.gpu_kind else ""
+        amounts = (
+            (self.gpus, max(node.gpus(self.gpu_kind) for node in nodes), f"{kind}GPUs"),
+            (self.cpus, max(node.cpus for node in nodes), "CPUs"),
+            (self.memory_mb, max(node.memory_mb for node in nodes), "MB of memory"),
+        )
+        lacks = [f"{asked} {unit} (at most {most})" for asked, most, unit in amounts if asked > most]
+        return " and ".join(lacks) or f"all of it at once: {self.gpus} GPUs, {self.cpus} CPUs, {self.memory_mb} MB"
+
+
+# --- reading
+
 
 def read_nodes(text: str | None) -> tuple[Node, ...]:
-    """Of sinfo -N -o '%N|%T|%c|%m|%G|%R'."""
-    found = []
+    """The output of sinfo -N -o '%N|%T|%c|%m|%G|%R'."""
+    nodes = []
     for line in (text or "").splitlines():
         fields = line.split("|")
         if len(fields) == 6:
             cpus, memory = (int(re.match(r"[0-9]{0,18}", field)[0] or 0) for field in fields[2:4])  # type: ignore[index]
-            found.append(Node(fields[0], fields[1], cpus, memory, fields[4], fields[5]))
-    return tuple(found)
+            nodes.append(Node(fields[0], fields[1], cpus, memory, fields[4], fields[5]))
+    return tuple(nodes)
 
 
 def read_pairs(line: str) -> dict[str, str]:
-    """Of one line of `scontrol -o show ...`: KEY=VALUE KEY=VALUE."""
-    found = (word.partition("=") for word in line.split())
-    return {key: value for key, equals, value in found if key and equals}
+    """A line of `scontrol -o show ...`: KEY=VALUE KEY=VALUE."""
+    pairs = (word.partition("=") for word in line.split())
+    return {key: value for key, equals, value in pairs if key and equals}
 
 
 def read_config(text: str | None) -> dict[str, str]:
-    """Of `scontrol show config`: a line each, KEY = VALUE."""
-    lines = (line.partition(" = ") for line in (text or "").splitlines())
-    return {key.strip(): value.strip() for key, equals, value in lines if equals}
+    """The output of `scontrol show config`: on each line KEY = VALUE."""
+    pairs = (line.partition(" = ") for line in (text or "").splitlines())
+    return {key.strip(): value.strip() for key, equals, value in pairs if equals}
 
 
 def need_of(request: Request, tasks: int) -> Need:
@@ -83,7 +106,7 @@ def need_of(request: Request, tasks: int) -> Need:
 
 
 def _gpus_asked(options: Mapping[str, object], tasks: int) -> tuple[str | None, int]:
-    """(kind, number) of "2", "a100:2", and of gres "gpu:a100:2"."""
+    """(kind, number) from "2", "a100:2", or the gres "gpu:a100:2"."""
     for key, times in (("gpus-per-node", 1), ("gpus", 1), ("gpus-per-task", tasks)):
         if key in options:
             kind, count = _kind_and_count(str(options[key]))
@@ -97,9 +120,7 @@ def _gpus_asked(options: Mapping[str, object], tasks: int) -> tuple[str | None, 
 
 def _kind_and_count(text: str) -> tuple[str | None, int]:
     words = text.split(",")[0].replace("=", ":").split(":")
-    count = _integer(words[-1])
-    kinds = [word for word in words if not word.isdecimal()]
-    return (kinds[0] if kinds else None), count
+    return next((word for word in words if not word.isdecimal()), None), _integer(words[-1])
 
 
 def _integer(value: object) -> int:
@@ -107,153 +128,103 @@ def _integer(value: object) -> int:
 
 
 def megabytes(value: object) -> int:
-    """Of --mem: a number with K, M, G or T; M if there is none. 0 for what can't be read."""
+    """The value of --mem: a number with K, M, G or T, by default M. 0 if it can't be read."""
     match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)B?", str(value), re.IGNORECASE)
     if not match:
         return 0
     return int(int(match[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[match[2].upper()])
 
 
-def max_minutes(partition: Mapping[str, str]) -> int | None:
-    """Of MaxTime; None: no limit."""
+def max_minutes(partition: Partition) -> int | None:
+    """The partition's MaxTime; None: no limit."""
     try:
         return minutes(partition.get("MaxTime", ""))
     except ValueError:
         return None  # UNLIMITED, INFINITE
 
 
+def names_of(wanted: object, partitions: Sequence[Partition]) -> list[str]:
+    """The partitions that a job may run in. wanted: names with commas between them, None for the default one."""
+    if wanted:
+        return str(wanted).split(",")
+    return [row["PartitionName"] for row in partitions if row.get("Default") == "YES" and "PartitionName" in row]
+
+
+# --- findings
+
+
 def judge_partition(
-    wanted: str | None, partitions: Sequence[Mapping[str, str]], nodes: Sequence[Node], request: Request, need: Need
+    wanted: object, partitions: Sequence[Partition], nodes: Sequence[Node], request: Request, need: Need
 ) -> list[Finding]:
-    """wanted: the partition's name, several with commas, None for the default one. Of several, one that fits
-    is enough to start a job, so the faults of the others are warnings then."""
+    """wanted: as in `names_of`. If one of several partitions fits, the errors of the others become warnings."""
     known = {partition["PartitionName"]: partition for partition in partitions if "PartitionName" in partition}
-    names = wanted.split(",") if wanted else [name for name, row in known.items() if row.get("Default") == "YES"]
-    if not names:
-        do = f"set slurm.partition to one of {', '.join(known) or '(none is shown to you)'}"
-        return [Finding("error", TOPIC, "no partition is asked for, and the cluster has no default one", do)]
-    judged = [_judge_one(name, known, nodes, request, need) for name in names]
+    judged = [
+        _judge_one(name, known, [node for node in nodes if node.partition == name], request, need)
+        for name in names_of(wanted, partitions)
+    ]
+    if not judged:
+        what = "no partition is asked for, and the cluster has no default one"
+        return [Finding("error", TOPIC, what, _one_of(known))]
     if any(worst(findings) != "error" for findings in judged):
-        judged = [[_softer(finding) for finding in findings] for findings in judged]
+        judged = [[replace(f, level="warning") if f.level == "error" else f for f in findings] for findings in judged]
     return [finding for findings in judged for finding in findings]
 
 
-def _softer(finding: Finding) -> Finding:
-    return replace(finding, level="warning") if finding.level == "error" else finding
+def _one_of(known: Mapping[str, Partition]) -> str:
+    return f"set slurm.partition to one of {', '.join(known) or '(none is shown to you)'}"
 
 
 def _judge_one(
-    name: str, known: Mapping[str, Mapping[str, str]], nodes: Sequence[Node], request: Request, need: Need
+    name: str, known: Mapping[str, Partition], nodes: Sequence[Node], request: Request, need: Need
 ) -> list[Finding]:
-    row = known.get(name)
-    if row is None:
-        do = f"set slurm.partition to one of {', '.join(known) or '(none is shown to you)'}"
-        return [Finding("error", TOPIC, f"there is no partition {name}", do)]
-    mine = [node for node in nodes if node.partition == name]
-    checks = (
-        _state(name, row, known),
-        _time(name, row, request, known),
-        _nodes(name, mine, need),
-        _submitters(name, row),
-    )
-    found = [finding for finding in checks if finding]
-    if worst(found) in ("ok", "note"):
-        limit = max_minutes(row)
+    if name not in known:
+        return [Finding("error", TOPIC, f"there is no partition {name}", _one_of(known))]
+    findings = list(_problems(name, known, nodes, request, need))
+    if worst(findings) in ("ok", "note"):
+        limit = max_minutes(known[name])
         most = f"at most {limit} min" if limit else "no time limit"
-        found.insert(
-            0, Finding("ok", TOPIC, f"{name} is up: {counted(len(mine), 'node')}, {most}; {_asked(request, need)} fits")
-        )
-    return found
+        asked = [f"{request.time_min} min", counted(need.cpus, "CPU")]
+        asked += [counted(need.gpus, "GPU")] if need.gpus else []
+        asked += [f"{need.memory_mb} MB"] if need.memory_mb else []
+        what = f"{name} is up: {counted(len(nodes), 'node')}, {most}; a job of {', '.join(asked)} fits"
+        findings.insert(0, Finding("ok", TOPIC, what))
+    return findings
 
 
-def _asked(request: Request, need: Need) -> str:
-    parts = [f"{request.time_min} min", counted(need.cpus, "CPU")]
-    parts += [counted(need.gpus, "GPU")] if need.gpus else []
-    parts += [f"{need.memory_mb} MB"] if need.memory_mb else []
-    return "a job of " + ", ".join(parts)
-
-
-def _state(name: str, row: Mapping[str, str], known: Mapping[str, Mapping[str, str]]) -> Finding | None:
-    state = row.get("State", "UP")
-    if state == "UP":
-        return None
-    means = {
-        "DOWN": "it takes jobs and starts none",
-        "DRAIN": "it takes no jobs, and finishes those it has",
-        "INACTIVE": "it takes no jobs",
-    }
-    up = [other for other, values in known.items() if values.get("State") == "UP" and other != name]
-    do = f"use another slurm.partition ({', '.join(up) or 'none is up'}), or wait until it is up"
-    return Finding("error", TOPIC, f"{name} is {state}: {means.get(state, 'jobs may not start')}", do)
-
-
-def _time(
-    name: str, row: Mapping[str, str], request: Request, known: Mapping[str, Mapping[str, str]]
-) -> Finding | None:
+def _problems(
+    name: str, known: Mapping[str, Partition], nodes: Sequence[Node], request: Request, need: Need
+) -> Iterator[Finding]:
+    """The partition's state, its time limit, its nodes, and where jobs may be submitted. nodes: of this partition."""
+    row = known[name]
+    others = [other for other, values in known.items() if values.get("State") == "UP" and other != name]
+    if (state := row.get("State", "UP")) != "UP":
+        do = f"use another slurm.partition ({', '.join(others) or 'none is up'}), or wait until it is up"
+        yield Finding("error", TOPIC, f"{name} is {state}: {STATES.get(state, 'jobs may not start')}", do)
     limit = max_minutes(row)
-    if limit is None or request.time_min <= limit:
-        return None
-    longer = [
-        other
-        for other, values in known.items()
-        if values.get("State") == "UP" and ((most := max_minutes(values)) is None or most >= request.time_min)
-    ]
-    room_s = 60 * limit - GRACE_S - request.signal_delay_s
-    ways = (
-        [f"lower eon_lifetime to {room_s} s and slurm.time_min (or slurm_file's --time) to {limit}"]
-        if room_s > 0
-        else []
-    )
-    ways += [f"use a slurm.partition that allows more ({', '.join(longer)})"] if longer else []
-    do = ", or ".join(ways) or "no partition that is up allows this time: set slurm.time_min lower"
-    what = f"the time limit of a job would be {request.time_min} min, and {name} allows {limit} min (MaxTime)"
-    return Finding("error", "time limit", what, do)
-
-
-def _nodes(name: str, nodes: Sequence[Node], need: Need) -> Finding | None:
+    if limit is not None and request.time_min > limit:
+        ways = []
+        if (work_s := 60 * limit - GRACE_S - request.signal_delay_s) > 0:
+            ways.append(f"lower eon_lifetime to {work_s} s and slurm.time_min (or slurm_file's --time) to {limit}")
+        longer = [other for other in others if (most := max_minutes(known[other])) is None or most >= request.time_min]
+        if longer:
+            ways.append(f"use a slurm.partition that allows more ({', '.join(longer)})")
+        what = f"the time limit of a job would be {request.time_min} min, and {name} allows {limit} min (MaxTime)"
+        do = ", or ".join(ways) or "set slurm.time_min lower: no partition that is up allows this time"
+        yield Finding("error", "time limit", what, do)
+    fitting = [node for node in nodes if need.fits(node)]
     if not nodes:
-        return Finding("error", TOPIC, f"{name} has no nodes", "use another slurm.partition; `sinfo -s` lists them")
-    short = _short_of(nodes, need)
-    if short:
+        yield Finding("error", TOPIC, f"{name} has no nodes", "use another slurm.partition; `sinfo -s` lists them")
+    elif not fitting:
         do = "ask for less (slurm.gpus, slurm.gres, slurm.cpus, slurm.mem_gb), or use another slurm.partition"
-        return Finding("error", TOPIC, f"no node of {name} has {short}", do)
-    present = [node for node in nodes if not node.away]
-    if not present or _short_of(present, need):
+        yield Finding("error", TOPIC, f"no node of {name} has {need.missing(nodes)}", do)
+    elif all(node.away for node in fitting):
         states = ", ".join(f"{count} {state}" for state, count in Counter(node.state for node in nodes).items())
         what = f"no node of {name} that could run a worker is up ({states})"
-        return Finding("warning", TOPIC, what, "jobs wait until one is back: use another slurm.partition, or wait")
-    return None
-
-
-def _short_of(nodes: Sequence[Node], need: Need) -> str | None:
-    """What the nodes lack; None if one of them has everything."""
-
-    def fits(node: Node) -> bool:
-        enough = node.cpus >= need.cpus and node.memory_mb >= need.memory_mb
-        return enough and (not need.gpus or node.gpus(need.gpu_kind) >= need.gpus)
-
-    if any(fits(node) for node in nodes):
-        return None
-    kind = f"{need.gpu_kind} " if need.gpu_kind else ""
-    most_gpus, most_cpus, most_mb = (
-        max(node.gpus(need.gpu_kind) for node in nodes),
-        max(node.cpus for node in nodes),
-        max(node.memory_mb for node in nodes),
-    )
-    lacks = [f"{need.gpus} {kind}GPUs (at most {most_gpus})"] if need.gpus > most_gpus else []
-    lacks += [f"{need.cpus} CPUs (at most {most_cpus})"] if need.cpus > most_cpus else []
-    lacks += [f"{need.memory_mb} MB of memory (at most {most_mb})"] if need.memory_mb > most_mb else []
-    return " and ".join(lacks) or f"all of it at once: {need.gpus} GPUs, {need.cpus} CPUs, {need.memory_mb} MB"
-
-
-def _submitters(name: str, row: Mapping[str, str]) -> Finding | None:
-    """Partitions that take jobs from some nodes only, mostly login nodes."""
-    allowed = row.get("AllocNodes", "ALL")
-    if allowed in ("ALL", ""):
-        return None
-    what = f"{name} takes jobs that are submitted on {allowed} only: a job may not be able to queue its successor"
-    do = "`orch doctor --two-node` tries it; if it can't, let `orch keep RUN` run on such a node"
-    return Finding("warning", "successors", what, do)
+        yield Finding("warning", TOPIC, what, "jobs wait until one is back: use another slurm.partition, or wait")
+    if (allowed := row.get("AllocNodes", "ALL")) not in ("ALL", ""):  # usually login nodes
+        what = f"{name} takes jobs that are submitted on {allowed} only: a job may not be able to queue its successor"
+        do = "`orch doctor --two-node` tries it; if it can't, let `orch keep RUN` run on such a node"
+        yield Finding("warning", "successors", what, do)
 
 
 def judge_working_time(eon_lifetime_s: float, request: Request) -> list[Finding]:

@@ -1,23 +1,22 @@
-"""The two-node test: a short job that tries on the nodes themselves what a run will need there."""
+"""The two-node test: a short job that tries on the nodes themselves what a run needs there."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from orchestrator.cluster.probe import Answer, ProbeJob, ProbeState, probe_job
-from orchestrator.cluster.sbatch import is_no_room
+from orchestrator.cluster.probe import ProbeJob, ProbeState, probe_job
 from orchestrator.doctor import locks, node
 from orchestrator.doctor.findings import Finding
-from orchestrator.doctor.locks import judge_counts, lock_advice
-from orchestrator.doctor.machine import PythonFacts, judge_python
-from orchestrator.errors import LeaderboardError, OrchError, SubmissionError
+from orchestrator.doctor.locks import Unreadable, judge_counts, lock_advice
+from orchestrator.doctor.machine import judge_python
+from orchestrator.errors import LeaderboardError, OrchError, Refusal, SubmissionError
 from orchestrator.files.run_folder import DATABASE_NAME
 from orchestrator.locking import proof
 from orchestrator.locking.choice import Choice, write_record
@@ -25,43 +24,46 @@ from orchestrator.locking.mounts import ELSEWHERE
 from orchestrator.records import LockKind
 from orchestrator.settings.settings import Settings
 
-TIME_MIN = 10  # the job's limit, where the partition allows it; it needs about half a minute
+TIME_MIN = 10  # the job's limit, unless the partition allows less; it needs about half a minute
 POLL_S = 1.0
 OVER_S = 90.0  # Slurm takes a while to end a job after its limit
 APPEAR_S = 70.0  # for a job's last files to appear here: attribute caches of NFS are up to a minute old
-# sbatch's words where a job may not have two nodes.
-TOO_MANY_NODES = ("Node count specification invalid", "Requested node configuration is not available", "node count")
-# Slurm's reasons for a job that waits for ever as it is.
+# Slurm's reasons for a job that will never start.
 HOPELESS = (
     "PartitionDown", "PartitionInactive", "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints",
     "AccountNotAllowed", "QOSNotAllowed", "InvalidAccount", "InvalidQOS", "JobHeldAdmin", "JobHeldUser",
 )  # fmt: skip
 HOPELESS_AFTER_S = 10.0
 TOPIC = "two-node test"
+KINDS: tuple[proof.Counted, ...] = ("lock", "database")
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What is asked of the nodes besides the locks."""
+    """What a worker needs of a node, and what Slurm offers the test."""
 
     settings: Settings
-    script: str  # what a worker is submitted with
-    paths: tuple[str, ...]
-    database: str | None  # URL of a server
+    script: str  # a worker's batch script
     gpu: bool  # does a worker need one?
+    nodes_up: int = 2  # in the partition
+    limit_min: int = TIME_MIN  # of the job
     refused_here: bool = False  # does sbatch refuse the script on this machine, too?
-    python: bool = True
-    lock: LockKind = "flock"  # that a run would take
+    lock: LockKind = "flock"  # of a run that is launched here
+
+    @property
+    def server(self) -> str | None:
+        """The URL of the database, if it is a server."""
+        return self.settings.database if self.settings.uses_server else None
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What the test says."""
+    """The result of the test."""
 
     findings: list[Finding]
-    locks_hold: bool | None  # between nodes; None: it could not tell
+    locks_hold: bool | None  # between nodes; None: not known
 
 
 NOT_TRIED = Proof([], None)
@@ -69,73 +71,85 @@ NOT_TRIED = Proof([], None)
 
 @dataclass(frozen=True, slots=True)
 class TestOutcome:
-    """What came back from the nodes."""
+    """What the nodes sent back."""
 
-    nodes: int  # that the job was on, as asked for
-    reports: tuple[node.NodeReport | None, ...]  # one a task
-    counted_in_file: int | str  # the sum, or why it can't be read
-    counted_in_database: int | str
-    came_back: tuple[str, ...]  # for each task: why its own file is not as it wrote it; empty: it is
+    nodes: int  # that the job asked for
+    reports: tuple[node.NodeReport | None, ...]  # one for each task
+    counted: Mapping[proof.Counted, int | Unreadable]  # the final numbers; empty: a server's locks are not tried
+    wrong_files: tuple[str, ...]  # how a task's file differs here from what the task wrote
     ended: str  # how the job ended, in Slurm's words
-    stopped: str = ""  # why the doctor ended it; empty: it ended by itself
+    stopped: str | None = None  # why the doctor ended it; None: it ended by itself
+
+    @property
+    def received(self) -> list[node.NodeReport]:
+        return [report for report in self.reports if report]
+
+    @property
+    def hosts(self) -> list[str]:
+        return sorted({report.host for report in self.received})
 
 
-def prove(needs: Needs, scratch: Path, nodes_there: int, time_min: int | None, wait_s: float, say: Say) -> Proof:
-    """Run the test and judge it. scratch: a folder beside the runs. nodes_there: of the partition that are up.
-    time_min: the partition's limit on a job's time, None for none. wait_s: for the job to start.
+def prove(needs: Needs, scratch: Path, wait_s: float, say: Say) -> Proof:
+    """Run the test and judge it. scratch: a folder beside the runs. wait_s: for the job to start.
 
-    Leaves no job behind, also after Ctrl-C and SIGTERM, which it passes on. Where Slurm does not answer any more,
-    the job ends by its own limits.
+    Leaves no job behind, even after Ctrl-C and SIGTERM, which it passes on. If Slurm stops answering, the job ends by
+    its own limits.
     """
-    limit_min = min(TIME_MIN, time_min or TIME_MIN)
-    before: list[Finding] = []
-    nodes = 2 if nodes_there >= 2 else 1
+    findings: list[Finding] = []
+    nodes = 2 if needs.nodes_up >= 2 else 1
     if nodes == 1:
-        what = f"no two nodes are up where the workers run ({nodes_there}): two tasks on one node say nothing of two"
-        before.append(Finding("warning", TOPIC, what, "try again when two are up, or use another slurm.partition"))
+        what = f"no two nodes are up where the workers run ({needs.nodes_up}): one node shows nothing about two"
+        findings.append(Finding("warning", TOPIC, what, "try again when two are up, or use another slurm.partition"))
     try:
         try:
-            outcome = _run(needs, scratch, nodes, limit_min, wait_s, say)
+            outcome = _run(needs, scratch, nodes, wait_s, say)
         except SubmissionError as error:
-            if nodes == 1 or not any(words in str(error) for words in TOO_MANY_NODES):
+            if nodes == 1 or error.refusal is not Refusal.TOO_MANY_NODES:
                 raise
             what = f"a job on two nodes is refused, so one node was tried: {error}"
             do = "use a slurm.partition, qos or account that allows two nodes for the test"
-            before.append(Finding("warning", TOPIC, what, do))
-            outcome = _run(needs, scratch, 1, limit_min, wait_s, say)
+            findings.append(Finding("warning", TOPIC, what, do))
+            outcome = _run(needs, scratch, 1, wait_s, say)
     except OrchError as error:
-        do = "mend that, and try again"
-        return Proof([*before, Finding("error", TOPIC, f"the job can't be queued: {error}", do)], None)
-    return Proof(before + judge(outcome, needs), locks_hold(outcome))
+        findings.append(Finding("error", TOPIC, f"the job can't be queued: {error}", "correct that, and try again"))
+        return Proof(findings, None)
+    return Proof(findings + judge(outcome, needs), locks_hold(outcome))
 
 
-def _run(needs: Needs, scratch: Path, nodes: int, limit_min: int, wait_s: float, say: Say) -> TestOutcome:
-    _prepare(needs, scratch, limit_min)
-    with _ended_by_sigterm(), probe_job(needs.settings, scratch, node.main, nodes, 2, limit_min, wait_s) as job:
-        say(f"job {job.cluster_id} is queued: {nodes} nodes, {limit_min} min at most; Ctrl-C cancels it")
-        last, stopped = _wait(job, limit_min, wait_s, say)
+def _run(needs: Needs, scratch: Path, nodes: int, wait_s: float, say: Say) -> TestOutcome:
+    _prepare(needs, scratch)
+    probe = probe_job(
+        needs.settings, scratch, node.main, nodes=nodes, tasks=node.TASKS, time_min=needs.limit_min, wait_s=wait_s
+    )
+    with _ended_by_sigterm(), probe as job:
+        say(f"job {job.cluster_id} is queued: {nodes} nodes, {needs.limit_min} min at most; Ctrl-C cancels it")
+        last, stopped = _wait(job, needs.limit_min, wait_s, say)
     return _collect(needs, scratch, nodes, last, stopped)
 
 
-def _prepare(needs: Needs, scratch: Path, limit_min: int) -> None:
+def _prepare(needs: Needs, scratch: Path) -> None:
     """Raises LeaderboardError where the scratch database can't be made."""
-    sha256 = node.write_random(scratch / node.FROM_LOGIN)
     (scratch / node.SCRIPT).write_text(needs.script, encoding="utf-8")
-    increments = locks.INCREMENTS if needs.database is None else 0  # a server keeps its own locks
-    if increments:
+    if needs.server is None:
         proof.prepare_file(scratch / node.COUNTER)
         if not (scratch / node.DATABASE).exists():
             (scratch / node.DATABASE).mkdir()
-            write_record(scratch / node.DATABASE / DATABASE_NAME, Choice(needs.lock, "as is tried here"))
+            write_record(scratch / node.DATABASE / DATABASE_NAME, Choice(needs.lock, "of the two-node test"))
             locks.prepare_database(scratch / node.DATABASE)
-    # A fifth of the job's time for each count leaves enough for the rest.
-    plan = node.NodeTask(2, increments, 12.0 * limit_min, sha256, needs.paths, needs.database, needs.python, needs.lock)
-    node.write_plan(scratch, plan)
+    task = node.NodeTask(
+        increments=locks.INCREMENTS if needs.server is None else 0,  # a server keeps its own locks
+        counting_s=12.0 * needs.limit_min,  # a fifth of the job's time for each count leaves enough for the rest
+        sha256=node.write_random(scratch / node.FROM_LOGIN),
+        paths=needs.settings.data_folders,
+        database=needs.server,
+        lock=needs.lock,
+    )
+    node.write_task(scratch, task)
 
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that the job is cancelled."""
+    """SIGTERM ends the block in the same way as Ctrl-C, so that the job is cancelled."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -143,22 +157,22 @@ def _ended_by_sigterm() -> Iterator[None]:
     def leave(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
 
-    had = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, had)
+        signal.signal(signal.SIGTERM, before)
 
 
-def _wait(job: ProbeJob, limit_min: int, wait_s: float, say: Say) -> tuple[ProbeState, str]:
-    """Until the job is over. Returns its last state, and why it must be ended; empty if it ended by itself."""
+def _wait(job: ProbeJob, limit_min: int, wait_s: float, say: Say) -> tuple[ProbeState, str | None]:
+    """Wait until the job is over. Returns its last state, and why it must be ended (None: it ended by itself)."""
     queued_at = time.monotonic()
     started_at: float | None = None
     told = ProbeState(None)
     while True:
         state, now = job.state(), time.monotonic()
         if state.over:
-            return state, ""
+            return state, None
         if state != told and state.state:
             say(f"job {job.cluster_id}: {state}")
             told = state
@@ -166,194 +180,175 @@ def _wait(job: ProbeJob, limit_min: int, wait_s: float, say: Say) -> tuple[Probe
             started_at = now
         if started_at is not None and now - started_at > 60 * limit_min + OVER_S:
             return state, f"it was not over {limit_min} min after its start"
-        if started_at is None and (why := _waits_too_long(state, now - queued_at, wait_s)):
-            return state, why
+        if started_at is None and state.reason in HOPELESS and now - queued_at > HOPELESS_AFTER_S:
+            return state, f"it would never start: {state.reason}"
+        if started_at is None and now - queued_at > wait_s:
+            reason = f": {state.reason}" if state.reason else ""
+            return state, f"it did not start within {wait_s / 60:.0f} min{reason}"
         time.sleep(POLL_S)
 
 
-def _waits_too_long(state: ProbeState, waited_s: float, wait_s: float) -> str:
-    if waited_s > HOPELESS_AFTER_S and state.reason in HOPELESS:
-        return f"it would never start: {state.reason}"
-    if waited_s > wait_s:
-        why = f": {state.reason}" if state.reason else ""
-        return f"it did not start within {wait_s / 60:.0f} min{why}"
-    return ""
-
-
-def _collect(needs: Needs, scratch: Path, nodes: int, last: ProbeState, stopped: str) -> TestOutcome:
-    """Read what the tasks wrote. Files that other nodes made may take a while to appear here."""
-    well = not stopped and last.state in ("", "COMPLETED")
+def _collect(needs: Needs, scratch: Path, nodes: int, last: ProbeState, stopped: str | None) -> TestOutcome:
+    """Read what the tasks wrote. Files that other nodes wrote may take a while to appear here."""
+    well = stopped is None and last.state in ("", "COMPLETED")
     end = time.monotonic() + (APPEAR_S if well else APPEAR_S / 10)
     while True:
-        reports = tuple(node.read_report(scratch, task) for task in range(2))
+        reports = tuple(node.read_report(scratch, task) for task in range(node.TASKS))
         if all(report and report.done for report in reports) or time.monotonic() > end:
             break
         time.sleep(0.5)
-    in_file: int | str = "not tried"
-    in_database: int | str = "not tried"
-    if needs.database is None:
-        try:
-            in_file = proof.counted_in_file(scratch / node.COUNTER)
-        except (OSError, ValueError) as error:
-            in_file = str(error)
-        try:
-            in_database = locks.counted_in_database(scratch / node.DATABASE)
-        except (OSError, LeaderboardError) as error:
-            in_database = str(error)
-    back = tuple(_came_back(scratch, report) for report in reports if report)
-    return TestOutcome(nodes, reports, in_file, in_database, back, str(last), stopped)
+    counted = {} if needs.server else {kind: _final_number(kind, scratch) for kind in KINDS}
+    wrong = tuple(problem for report in reports if report and (problem := _file_problem(scratch, report)))
+    return TestOutcome(nodes, reports, counted, wrong, str(last), stopped)
 
 
-def _came_back(scratch: Path, report: node.NodeReport) -> str:
+def _final_number(kind: proof.Counted, scratch: Path) -> int | Unreadable:
+    try:
+        if kind == "lock":
+            return proof.counted_in_file(scratch / node.COUNTER)
+        return locks.counted_in_database(scratch / node.DATABASE)
+    except (OSError, ValueError, LeaderboardError) as error:
+        return Unreadable(str(error))
+
+
+def _file_problem(scratch: Path, report: node.NodeReport) -> str | None:
     if report.written_sha256 is None:
-        return ""
+        return None
     path = node.own_path(scratch, report.task)
     try:
         same = node.sha256_of(path) == report.written_sha256
     except OSError as error:
         return f"{path.name}: {error}"
-    return "" if same else f"{path.name} has other bytes than were written on {report.host}"
+    return None if same else f"{path.name} has other bytes than were written on {report.host}"
 
 
-# --- what it means
+# --- findings
 
 
 def judge(outcome: TestOutcome, needs: Needs) -> list[Finding]:
     """Everything that the nodes reported, or why they reported nothing."""
-    reports = [report for report in outcome.reports if report]
+    reports = outcome.received
     if not reports:
-        return [_nothing(outcome)]
-    found = _folder(outcome, reports)
-    found += _submission(reports, needs.refused_here)
-    found += _mounts(reports, flock=needs.database is None and needs.lock == "flock")
-    if needs.database is None:
-        found += _counts(outcome)
-    found += _needs(reports, needs)
+        return [_judge_silence(outcome)]
+    findings = _judge_folder(outcome) + _judge_submission(reports, needs.refused_here)
+    if needs.server is None:
+        findings += _judge_mounts(reports) if needs.lock == "flock" else []
+        findings += _judge_counts(outcome)
+    findings += _judge_needs(reports, needs)
     unfinished = [report.host for report in reports if not report.done]
     if unfinished or len(reports) < len(outcome.reports):
         how = outcome.stopped or f"it ended {outcome.ended or '(how is not known)'}"
-        what = f"the job did not come to its end on {', '.join(unfinished) or 'one node'}: {how}"
-        do = "if this comes again, locks hang or a node is broken: " + ELSEWHERE
-        found.append(Finding("error", TOPIC, what, do))
-    return found
+        what = f"the job did not come to its end on {_and(unfinished) or 'one node'}: {how}"
+        do = "if this happens again, locks hang or a node is broken: " + ELSEWHERE
+        findings.append(Finding("error", TOPIC, what, do))
+    return findings
 
 
-def _nothing(outcome: TestOutcome) -> Finding:
+def _judge_silence(outcome: TestOutcome) -> Finding:
     if outcome.stopped:
         do = "try again with a longer --wait, or with another slurm.partition or qos, or ask for less (slurm.gpus)"
         return Finding("warning", TOPIC, f"nothing was tried: the job was cancelled, {outcome.stopped}", do)
     what = f"the job ended ({outcome.ended or 'how is not known'}) and left nothing in the runs folder"
     do = (
-        "is the runs folder there on the nodes? Put it on a file system that they share (--runs-dir). Is this Python "
-        "environment there? `srun ls -d RUNS_DIR; srun which python` tell"
+        "do the nodes see the runs folder and this Python environment? `srun ls -d RUNS_DIR; srun which python` shows "
+        "it. Put the runs on a file system that the nodes share (--runs-dir)"
     )
     return Finding("error", "runs folder", what, do)
 
 
-def _folder(outcome: TestOutcome, reports: Sequence[node.NodeReport]) -> list[Finding]:
-    wrong = [f"on {report.host}, {report.folder_seen}" for report in reports if report.folder_seen]
-    wrong += [why for why in outcome.came_back if why]
-    if wrong:
-        what = f"the runs folder is not the same on all nodes: {'; '.join(wrong)}"
+def _judge_folder(outcome: TestOutcome) -> list[Finding]:
+    reports, hosts = outcome.received, outcome.hosts
+    wrong = [f"on {report.host}, {report.folder_problem}" for report in reports if report.folder_problem]
+    if wrong or outcome.wrong_files:
+        what = f"the runs folder is not the same on all nodes: {'; '.join((*wrong, *outcome.wrong_files))}"
         return [Finding("error", "runs folder", what, "put it on a file system that all nodes share (--runs-dir)")]
-    hosts = sorted({report.host for report in reports})
-    found = [
-        Finding("ok", "runs folder", f"{' and '.join(hosts)} and this machine see each other's files, byte for byte")
-    ]
+    what = f"{_and(hosts)} and this machine see each other's files, byte for byte"
+    findings = [Finding("ok", "runs folder", what)]
     if any(report.met is False for report in reports):
-        what = f"the tasks on {' and '.join(hosts)} did not see each other's new files within {node.MEETING_S:.0f} s"
-        found.append(Finding("error", "runs folder", what, ELSEWHERE))
+        what = f"the tasks on {_and(hosts)} did not see each other's new files within {node.MEETING_S:.0f} s"
+        findings.append(Finding("error", "runs folder", what, ELSEWHERE))
     if outcome.nodes > 1 and len(hosts) < 2 and len(reports) > 1:
         what = f"both tasks were on {hosts[0]}"
-        found.append(Finding("warning", TOPIC, what, "try again: a lock between two nodes was not tested"))
-    return found
+        findings.append(Finding("warning", TOPIC, what, "try again: a lock between two nodes was not tested"))
+    return findings
 
 
-def _submission(reports: Sequence[node.NodeReport], refused_here: bool) -> list[Finding]:
+def _judge_submission(reports: Sequence[node.NodeReport], refused_here: bool) -> list[Finding]:
     topic, keep = "successors", "let `orch keep RUN` run on a login node: it queues the successors"
-    for report in reports:
-        if report.can_submit is None:
-            continue
-        answer = Answer(**report.can_submit)
+    tried = [(report, report.can_submit) for report in reports if report.can_submit]
+    for report, answer in tried:
         if not answer.taken and refused_here:
             what = "whether jobs can queue their successors is not known: sbatch refuses these jobs here, too"
-            return [Finding("note", topic, what, "change the settings so that they are taken, and test again")]
-        if not answer.taken and not is_no_room(answer.said):
+            return [Finding("note", topic, what, "change the settings so that sbatch takes them, and test again")]
+        if answer.refusal not in (None, Refusal.NO_ROOM):
             what = f"a job on {report.host} can't queue its successor: {answer.said[-300:]}"
             return [Finding("warning", topic, what, keep)]
         if not report.squeue:
             what = f"squeue does not answer on {report.host}: workers there can't tell which jobs are gone"
             return [Finding("warning", topic, what, keep)]
-    tried = [report.host for report in reports if report.can_submit]
-    return [Finding("ok", topic, f"jobs on {' and '.join(tried)} can queue their successors")] if tried else []
+    what = f"jobs on {_and([report.host for report, _ in tried])} can queue their successors"
+    return [Finding("ok", topic, what)] if tried else []
 
 
-def _mounts(reports: Sequence[node.NodeReport], flock: bool) -> list[Finding]:
-    """What the mount says of itself on the nodes; on login nodes it may be another."""
-    found = []
+def _judge_mounts(reports: Sequence[node.NodeReport]) -> list[Finding]:
+    """The mount's options on the nodes, which may differ from those on a login node."""
+    findings = []
     for report in reports:
-        mount = report.mount_there()
-        if mount is None or not flock:
-            continue
-        advice = lock_advice(mount.fstype, mount.options)
-        if advice.level == "error":
-            found.append(Finding("error", "locks", f"on {report.host}: {advice.what}", advice.do))
-    return found
+        advice = lock_advice(report.mount.fstype, report.mount.options) if report.mount else None
+        if advice and advice.level == "error":
+            findings.append(Finding("error", "locks", f"on {report.host}: {advice.what}", advice.do))
+    return findings
 
 
-def _counts(outcome: TestOutcome) -> list[Finding]:
-    """Nothing of a kind that a task did not come to: the sum is not known then."""
-    reports = [report for report in outcome.reports if report]
-    hosts = sorted({report.host for report in reports})
-    where = f"between {' and '.join(hosts)}" if len(hosts) > 1 else f"on {hosts[0]} alone"
-    found = []
-    counts: tuple[tuple[proof.Counted, int | str], ...] = (
-        ("lock", outcome.counted_in_file),
-        ("database", outcome.counted_in_database),
-    )
-    for kind, counted in counts:
-        tallies = [tally for report in reports if (tally := report.of(kind))]
+def _judge_counts(outcome: TestOutcome) -> list[Finding]:
+    """Only the counts that every task has made: otherwise the sum is not known."""
+    where = f"between {_and(outcome.hosts)}" if len(outcome.hosts) > 1 else f"on {outcome.hosts[0]} alone"
+    findings = []
+    for kind, final in outcome.counted.items():
+        tallies = [tally for report in outcome.received for tally in report.tallies if tally.kind == kind]
         if len(tallies) == len(outcome.reports):
-            found += judge_counts(kind, tallies, counted, where)
-    return found
+            findings += judge_counts(kind, tallies, final, where)
+    return findings
 
 
 def locks_hold(outcome: TestOutcome) -> bool | None:
-    """Between nodes. None: the test could not tell, as when both tasks were on one node."""
-    reports = [report for report in outcome.reports if report]
-    if outcome.counted_in_file == "not tried" or not reports:
+    """Between nodes. None: not known, for example since both tasks were on one node."""
+    reports = outcome.received
+    if not outcome.counted or not reports:
         return None
-    judged = _counts(outcome)
-    if any(finding.level == "error" for finding in judged):
+    levels = {finding.level for finding in _judge_counts(outcome)}
+    if "error" in levels:
         return False
-    whole = len(reports) == len(outcome.reports) and all(report.done and report.met for report in reports)
-    several = len({report.host for report in reports}) > 1
-    return True if whole and several and all(finding.level == "ok" for finding in judged) else None
+    complete = len(reports) == len(outcome.reports) and all(report.done and report.met for report in reports)
+    return True if complete and len(outcome.hosts) > 1 and levels <= {"ok"} else None
 
 
-def _needs(reports: Sequence[node.NodeReport], needs: Needs) -> list[Finding]:
-    found = []
+def _judge_needs(reports: Sequence[node.NodeReport], needs: Needs) -> list[Finding]:
+    findings = []
     unread = _hosts_by((path, report.host) for report in reports for path in report.missing or ())
     for path, hosts in unread.items():
         do = "put it where all nodes can read it, and name it by that path"
-        found.append(Finding("error", "data", f"{path}: can't be read on {hosts}", do))
-    silent = _hosts_by((report.database, report.host) for report in reports if report.database)
+        findings.append(Finding("error", "data", f"{path}: can't be read on {hosts}", do))
+    silent = _hosts_by((report.database_problem, report.host) for report in reports if report.database_problem)
     for why, hosts in silent.items():
-        do = 'does the server of "database" take connections from compute nodes? Ask, or use SQLite'
-        found.append(Finding("error", "database", f"on {hosts}: {why}", do))
-    answered = sorted({report.host for report in reports if report.database == ""})
-    if needs.database is not None and answered and not silent:
-        found.append(Finding("ok", "database", f"the database server answers on {' and '.join(answered)}"))
+        do = 'does the server of "database" take connections from compute nodes? Ask its administrator, or use SQLite'
+        findings.append(Finding("error", "database", f"on {hosts}: {why}", do))
+    answered = sorted({report.host for report in reports if report.database_answers})
+    if answered and not silent:
+        findings.append(Finding("ok", "database", f"the database server answers on {_and(answered)}"))
     for report in reports:
         if report.python is not None:
-            found += judge_python(PythonFacts(**report.python), 0, needs.gpu, f"on {report.host}")
-    return found
+            findings += judge_python(report.python, 0, needs.gpu, report.host)
+    return findings
 
 
 def _hosts_by(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """{what: "n1 and n2"} of (what, host), each once."""
-    hosts: dict[str, list[str]] = {}
-    for what, host in pairs:
-        if host not in hosts.setdefault(what, []):
-            hosts[what].append(host)
-    return {what: " and ".join(sorted(names)) for what, names in hosts.items()}
+    """{value: "n1 and n2"} from (value, host)."""
+    hosts: dict[str, set[str]] = {}
+    for value, host in pairs:
+        hosts.setdefault(value, set()).add(host)
+    return {value: _and(sorted(names)) for value, names in hosts.items()}
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(names)

@@ -9,7 +9,7 @@ from typing import IO
 
 
 def publish(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Make a whole file appear at path, durably. Raises OSError; then path is as it was."""
+    """Write a file that appears whole, durably. Raises OSError; then path is unchanged."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with open(temporary, "wb") as target:

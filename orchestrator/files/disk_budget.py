@@ -1,26 +1,24 @@
-"""How much of the disk a run takes, and whether its budget ("max_disk_gb") has room for another checkpoint."""
+"""How much disk space a run takes, and whether its budget ("max_disk_gb") has room for another checkpoint."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO
 
 from orchestrator.errors import NoSpaceError, SettingsError
 from orchestrator.files import checkpoints
-from orchestrator.messages import counted
+from orchestrator.files.run_folder import CHECKPOINTS, nearest_folder
+from orchestrator.messages import GB, counted, gb
 from orchestrator.rules import collecting
-
-GB = 1e9
 
 References = Callable[[], tuple[Collection[str], Collection[int]]]
 
 
 class _Counter:
-    """A file that keeps nothing but its size."""
+    """A file that only counts the bytes written to it."""
 
     def __init__(self) -> None:
         self.size_bytes = 0
@@ -35,7 +33,7 @@ class _Counter:
 
 
 def used_bytes(path: Path) -> int:
-    """Of a file, or of everything in a folder. What vanishes meanwhile counts nothing."""
+    """The size of a file, or of everything in a folder. Files that are deleted meanwhile count nothing."""
     if not path.is_dir():
         return _size(path)
     return sum(_size(Path(folder, name)) for folder, _, names in os.walk(path) for name in names)
@@ -49,22 +47,21 @@ def _size(path: Path) -> int:
 
 
 def needed_bytes(files: Path, save: Callable[[IO[bytes]], None]) -> int:
-    """Of the next checkpoint: as many as the largest that is there; before there is any, it is counted."""
+    """The size of the next checkpoint: that of the largest one in the folder, or of what `save` would write."""
     largest = max((_size(path) for path in files.glob("*" + checkpoints.SUFFIX)), default=0)
     if largest:
         return largest
     counter = _Counter()
-    save(counter)  # type: ignore[arg-type]  # all that a serialiser calls are write and flush
+    save(counter)  # type: ignore[arg-type]  # serialisers only call write and flush
     return counter.size_bytes
 
 
 def make_room(folder: Path, budget_gb: float, references: References, save: Callable[[IO[bytes]], None]) -> None:
-    """See that the run in folder stays within its budget when one more checkpoint is written; files that nothing
-    refers to are collected only where they are in the way.
+    """Make sure that one more checkpoint fits in the run's budget. Unreferenced files are deleted only if it would not.
 
-    Raises NoSpaceError, which says how many GB it would take.
+    Raises NoSpaceError, which says how many GB the run would take.
     """
-    files = folder / "checkpoints"
+    files = folder / CHECKPOINTS
     needed = needed_bytes(files, save)
     if collecting.fits(used_bytes(folder), needed, budget_gb * GB):
         return
@@ -78,22 +75,14 @@ def make_room(folder: Path, budget_gb: float, references: References, save: Call
         )
 
 
-def gb(size_bytes: float) -> str:
-    """In GB, to three digits, rounded up, so that what is said to be enough is enough."""
-    if size_bytes <= 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(size_bytes / GB)))
-    return f"{math.ceil(size_bytes / GB * 10**digits) / 10**digits:.{digits}f}"
-
-
 # --- before a launch
 
 
 def demand(
     num_models: int, workers: int, budget_gb: float | None, checkpoint_bytes: int | str, folder: Path
 ) -> tuple[float | None, list[str]]:
-    """About how many GB the run's checkpoints will take, None where a checkpoint's size is unknown (checkpoint_bytes
-    says why); and lines to tell the user. folder: of the run, which need not be there.
+    """About how many GB the run's checkpoints will take, and lines to show to the user. None: not known, since the size
+    of a checkpoint is not (then checkpoint_bytes says why). folder: of the run, which need not exist.
 
     Raises SettingsError where max_disk_gb is less than that.
     """
@@ -109,16 +98,7 @@ def demand(
             f"checkpoints ({num_models} on the board, 2 for each of {counted(workers, 'worker')}) of "
             f"{each}. Allow more, or choose fewer models or workers"
         )
-    free = shutil.disk_usage(_existing(folder)).free
-    if free < wanted:
-        lines.append(f"warning: {_existing(folder)} has {gb(free)} GB free, less than the run needs")
+    folder = nearest_folder(folder)
+    if (free := shutil.disk_usage(folder).free) < wanted:
+        lines.append(f"warning: {folder} has {gb(free)} GB free, less than the run needs")
     return wanted / GB, lines
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in _upwards(folder.absolute()) if path.is_dir())
-
-
-def _upwards(folder: Path) -> Iterator[Path]:
-    yield folder
-    yield from folder.parents

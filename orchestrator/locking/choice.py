@@ -1,22 +1,22 @@
-"""Which lock stands around a run's SQLite database: chosen and proven at launch, and kept with the run.
+"""Which lock protects a run's SQLite database: chosen and proven at launch, and recorded with the run.
 
 The choice is written beside the database (`NAME.lock.json`) before the database is made, and each process reads it
-there before it takes any lock: two kinds at once would be no lock at all.
+before it takes any lock: mixing lock kinds gives no protection.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from orchestrator.errors import LockError
 from orchestrator.files.atomic import publish
-from orchestrator.locking.flock import LOCK_TIMEOUT_S, FairFileLock, lock_path
+from orchestrator.files.run_folder import LOCK_RECORD_SUFFIX
+from orchestrator.locking.flock import LOCK_TIMEOUT_S, Lock, lock_path
 from orchestrator.locking.mounts import LockFacts, Mount, lock_facts, mount_here
 from orchestrator.locking.proof import LOCKS, prove, sqlite_locks_work
-from orchestrator.locking.soft_lock import SoftLock
 from orchestrator.records import LockKind, WantedLock
 
 NAMES: Mapping[LockKind, str] = {"flock": "fair flock", "soft": "soft lock (files)"}
@@ -33,100 +33,86 @@ class Choice:
 
     kind: LockKind
     why: str
-    sqlite_locks: bool = True  # does the mount take SQLite's own locks (fcntl) too?
+    sqlite_locks: bool = True  # does the mount accept SQLite's own locks (fcntl) too?
 
     def __str__(self) -> str:
         return f"{NAMES[self.kind]}, {self.why}"
 
 
-_proven: set[tuple[int, LockKind]] = set()  # (device, kind) that this process has seen to hold
+_proven: set[tuple[int, LockKind]] = set()  # (device, kind) that this process has proven
 UNRECORDED = Choice("flock", "as no other choice is recorded")
 
 
-# --- pure
+def choose(folder: Path, several_nodes: bool, wanted: WantedLock) -> Choice:
+    """Prove locks in this folder until one protects. Takes some tenths of a second.
 
-
-def candidates(facts: LockFacts, several_nodes: bool, wanted: WantedLock) -> tuple[LockKind, ...] | str:
-    """Kinds of lock to prove, the best first; or why none can do. several_nodes: may processes of the run be on more
-    than one machine?
-
-    A proof on one machine shows nothing of two, so between nodes flock counts only where the file system is known to
-    keep it there, or where the settings say so and nothing is known to the contrary.
+    several_nodes: may processes of the run be on more than one machine? Raises LockError if no lock protects, OSError
+    where the folder can't be written or no process can be started.
     """
-    known_bad = several_nodes and not facts.local and facts.flock in ("machine", "nowhere")
-    if wanted == "flock":
-        return f'"lock" is "flock", but {facts.what}' if known_bad else ("flock",)
-    if wanted == "soft":
-        return ("soft",) if facts.links else f'"lock" is "soft", which is made of hard links, but {facts.what}'
-    if facts.local or facts.flock == "nodes":
-        return ("flock", "soft")
-    # Even where all workers are on one machine, somebody may look at the run from another.
-    found: tuple[LockKind, ...] = ("soft",) if facts.links else ()
-    if not several_nodes and facts.flock != "nowhere":
-        found = (*found, "flock")
-    return found or facts.what
+    mount = mount_here(folder.resolve())
+    return decide(mount, several_nodes, wanted, lambda kind: _prove_once(folder, kind), sqlite_locks_work(folder))
 
 
 def decide(
     mount: Mount | None,
     several_nodes: bool,
     wanted: WantedLock,
-    proofs: Mapping[LockKind, str],
+    problem_of: Callable[[LockKind], str | None],
     sqlite_locks: bool = True,
-) -> Choice | str:
-    """The lock of a run, or why there is none, and what to do.
+) -> Choice:
+    """The first lock that protects. problem_of: tries a kind on this machine; None: it protects, else why not.
 
-    proofs: why each kind that was tried on this machine does not hold; empty: it holds. sqlite_locks: does the mount
-    take SQLite's own locks?
+    Raises LockError, which names each lock's problem and what to do.
     """
     facts = lock_facts(mount.fstype, mount.options) if mount else UNKNOWN
     where = str(mount) if mount else "this file system"
-    kinds = candidates(facts, several_nodes, wanted)
-    if isinstance(kinds, str):
-        return f"{where}: {kinds}. {INSTEAD}"
+    kinds = _candidates(facts, several_nodes, wanted)
+    if not kinds:
+        links = ", which is made of hard links" if wanted == "soft" else ""
+        reason = "" if wanted == "auto" else f'"lock" is "{wanted}"{links}, but '
+        raise LockError(f"{where}: {reason}{facts.what}. {INSTEAD}")
+    problems = []
     for kind in kinds:
-        if proofs.get(kind) == "":
+        problem = problem_of(kind)
+        if problem is None:
             return Choice(kind, f"proven on {where}", sqlite_locks)
-    failed = "; ".join(f"{NAMES[kind]}: {proofs.get(kind, 'not tried')}" for kind in kinds)
+        problems.append(f"{NAMES[kind]}: {problem}")
     other = "" if len(kinds) > 1 or wanted == "auto" else ', or "lock": "auto"'
-    return f"{where}: no lock holds ({failed}). {INSTEAD}{other}"
+    raise LockError(f"{where}: no lock protects the database ({'; '.join(problems)}). {INSTEAD}{other}")
 
 
-# --- the shell around it
+def _candidates(facts: LockFacts, several_nodes: bool, wanted: WantedLock) -> tuple[LockKind, ...]:
+    """The kinds of lock to prove, the best first; empty if none can protect.
 
-
-def choose(folder: Path, several_nodes: bool, wanted: WantedLock) -> Choice:
-    """Prove locks in this folder until one holds. Takes some tenths of a second.
-
-    Raises LockError if none does, OSError where the folder can't be written or no process can be started.
+    A proof on one machine shows nothing about two, so with several nodes flock is tried only where the file system is
+    known to keep it on its servers, or where the settings ask for it and nothing speaks against it.
     """
-    mount = mount_here(folder.resolve())
-    facts = lock_facts(mount.fstype, mount.options) if mount else UNKNOWN
-    kinds = candidates(facts, several_nodes, wanted)
-    proofs: dict[LockKind, str] = {}
-    for kind in kinds if isinstance(kinds, tuple) else ():
-        proofs[kind] = _prove_once(folder, kind)
-        if not proofs[kind]:
-            break
-    choice = decide(mount, several_nodes, wanted, proofs, sqlite_locks_work(folder))
-    if isinstance(choice, str):
-        raise LockError(choice)
-    return choice
+    if wanted == "flock":
+        known_bad = several_nodes and not facts.local and facts.flock in ("machine", "nowhere")
+        return () if known_bad else ("flock",)
+    if wanted == "auto" and (facts.local or facts.flock == "nodes"):
+        return ("flock", "soft")
+    # The soft lock comes first even if all workers are on one machine: the run may be looked at from another.
+    soft: tuple[LockKind, ...] = ("soft",) if facts.links else ()
+    if wanted == "auto" and not several_nodes and facts.flock != "nowhere":
+        return (*soft, "flock")
+    return soft
 
 
-def _prove_once(folder: Path, kind: LockKind) -> str:
-    """A sweep launches many runs on one mount."""
+def _prove_once(folder: Path, kind: LockKind) -> str | None:
+    """`prove`, once for each mount: a sweep launches many runs on one."""
     place = (folder.stat().st_dev, kind)
-    if place in _proven:
-        return ""
-    problem = prove(folder, kind)
-    if not problem:
+    problem = None if place in _proven else prove(folder, kind)
+    if problem is None:
         _proven.add(place)
     return problem
 
 
+# --- the record beside the database
+
+
 def record_path(database: Path) -> Path:
-    return database.with_name(database.name + ".lock.json")
+    return database.with_name(database.name + LOCK_RECORD_SUFFIX)
 
 
 def write_record(database: Path, choice: Choice) -> None:
@@ -139,12 +125,11 @@ def read_record(database: Path) -> Choice:
     """The lock that every process takes around this database. Raises LockError where that is not known."""
     path = record_path(database)
     try:
-        value = json.loads(path.read_bytes())
-        choice = Choice(**value)
+        choice = Choice(**json.loads(path.read_bytes()))
         if choice.kind not in LOCKS:
-            problem = f"{str(choice.kind)[:80]!r} is no kind of lock that this version of orch has"
+            problem = f"{str(choice.kind)[:80]!r} is not a kind of lock that this version of orch has"
         elif not isinstance(choice.why, str) or not isinstance(choice.sqlite_locks, bool):
-            problem = '"why" is a text and "sqlite_locks" true or false'
+            problem = '"why" must be a text and "sqlite_locks" true or false'
         else:
             return choice
     except FileNotFoundError:
@@ -161,5 +146,5 @@ def read_record(database: Path) -> Choice:
     )
 
 
-def lock_of(choice: Choice, database: Path, timeout_s: float = LOCK_TIMEOUT_S) -> FairFileLock | SoftLock:
+def lock_of(choice: Choice, database: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Lock:
     return LOCKS[choice.kind](lock_path(database), timeout=timeout_s)

@@ -1,4 +1,4 @@
-"""The lock around the SQLite database: filelock's API, with a wait that is fair."""
+"""The lock around the SQLite database: filelock's API, but processes get the lock in the order in which they asked."""
 
 from __future__ import annotations
 
@@ -7,50 +7,67 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 from filelock import Timeout
 
+from orchestrator.files.run_folder import LOCK_SUFFIX
+
 LOCK_TIMEOUT_S = 300.0
-# The first in the queue looks for the lock this often: a tenth of the time that it has waited already, within these.
+# The first in the queue tries the lock again after a tenth of the time that it has waited, within these bounds.
 FIRST_POLL_S, LAST_POLL_S = 0.0001, 0.01
 
 
-class FairFileLock:
-    """A lock of `filelock.FileLock`'s kind (flock on the same file, so that each keeps the other out) behind a queue.
+class Lock(ABC):
+    """A lock around a file, to be used in a `with` block."""
 
-    FileLock polls, so under contention whoever happens to look first gets it: with 64 processes a waiter
-    was measured to wait for 1.8 s (p99) where the kernel's own queue of blocked flock calls gave 0.27 s.
-    So a process first waits, blocked in flock, for a file of its own (`NAME.queue`), and looks for the lock itself
-    while it holds that. Then it lets go of the queue: the kernel wakes the next while this one works (waking takes a
-    process half as long as a short transaction), and at most one process ever looks for the lock, often.
+    def __init__(self, lock_file: str | os.PathLike[str], timeout: float) -> None:
+        """timeout: of `acquire`, in seconds; below 0: without limit."""
+        self.lock_file = str(lock_file)
+        self.timeout = timeout
 
-    The kernel drops both when their holder dies. Neither is ever broken by age.
+    @abstractmethod
+    def acquire(self, timeout: float | None = None) -> Self:
+        """Wait for at most `timeout` seconds, by default the lock's. Raises filelock.Timeout, LockError and OSError."""
+
+    @abstractmethod
+    def release(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+class FairFileLock(Lock):
+    """flock on the same file as `filelock.FileLock`, so that the two exclude each other, but behind a queue.
+
+    FileLock polls, so under contention the order is left to chance: with 64 processes the p99 of the waits was 1.8 s,
+    against 0.27 s in the kernel's own queue of blocked flock calls. Here a process first blocks in flock on a second
+    file (`NAME.queue`). While it holds that, it polls for the lock itself, so that only one process polls and can do
+    so often. It releases the queue when it has the lock: the kernel wakes the next process in the meantime, which
+    takes half as long as a short transaction.
+
+    The kernel releases both files when their holder dies. Neither is ever released because of its age.
     """
 
     def __init__(self, lock_file: str | os.PathLike[str], timeout: float = LOCK_TIMEOUT_S) -> None:
-        self.lock_file = str(lock_file)
-        self.timeout = timeout
+        super().__init__(lock_file, timeout)
         self._queue_file = f"{self.lock_file}.queue"
         self._fd: int | None = None
-        self._queue_fd: int | None = None
 
     @property
     def is_locked(self) -> bool:
         return self._fd is not None
 
-    def acquire(self, timeout: float | None = None) -> FairFileLock:
-        """Wait for the turn, at most `timeout` seconds (below 0: for ever).
-
-        Raises filelock.Timeout, and OSError where the file system refuses the files or the lock.
-        """
+    def acquire(self, timeout: float | None = None) -> Self:
         timeout = self.timeout if timeout is None else timeout
         until = math.inf if timeout < 0 else time.monotonic() + timeout
-        fd = os.open(self._queue_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        _flock_within(fd, timeout, lambda: Timeout(self.lock_file))
-        self._queue_fd = fd
+        queue_fd = os.open(self._queue_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _flock_within(queue_fd, timeout, self.lock_file)
         try:
             first = time.monotonic()
             while not self._take():
@@ -59,11 +76,11 @@ class FairFileLock:
                     raise Timeout(self.lock_file)
                 time.sleep(min(max(FIRST_POLL_S, (now - first) / 10), LAST_POLL_S))
         finally:
-            self._leave_queue()
+            _unlock(queue_fd)
         return self
 
     def _take(self) -> bool:
-        """Without waiting. False: a program that does not queue has the lock, or has just removed its file."""
+        """Without waiting. False: a process that does not use the queue has the lock, or has just removed its file."""
         fd = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,29 +98,19 @@ class FairFileLock:
     def release(self) -> None:
         if self._fd is not None:
             fd, self._fd = self._fd, None
-            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough where a forked child has it too
-            os.close(fd)
-
-    def _leave_queue(self) -> None:
-        if self._queue_fd is not None:
-            fcntl.flock(self._queue_fd, fcntl.LOCK_UN)
-            os.close(self._queue_fd)
-            self._queue_fd = None
-
-    def __enter__(self) -> FairFileLock:
-        return self.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
+            _unlock(fd)
 
 
-def _flock_within(fd: int, timeout: float, on_timeout: Callable[[], Timeout]) -> None:
-    """Lock fd exclusively, blocked in the kernel's queue. Closes fd if that fails.
+def _unlock(fd: int) -> None:
+    fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough if a forked child has it open, too
+    os.close(fd)
 
-    flock has no time limit of its own, so a wait that has one is done by a thread, which outlives the wait
-    when the limit is reached and gives up what it then gets.
+
+def _flock_within(fd: int, timeout: float, lock_file: str) -> None:
+    """Lock fd exclusively, blocked in the kernel's queue. Closes fd if that fails. Raises Timeout and OSError.
+
+    flock has no time limit, so a thread waits. If the limit is reached first, the thread stays blocked, and closes fd
+    as soon as it gets the lock.
     """
     if timeout < 0:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -117,9 +124,9 @@ def _flock_within(fd: int, timeout: float, on_timeout: Callable[[], Timeout]) ->
         os.close(fd)
         raise
     outcome: list[OSError | None] = []
-    over = threading.Lock()  # held while there is no outcome; waited for in place of the thread's end, which is later
+    over = threading.Lock()  # held until there is an outcome, which is sooner than the thread's end
     over.acquire()
-    guard = threading.Lock()  # decides who owns fd: the waiter, or the thread once the waiter has left
+    guard = threading.Lock()  # protects `left`: fd belongs to the waiter, or to the thread once the waiter has left
     left = False
 
     def wait() -> None:
@@ -139,7 +146,7 @@ def _flock_within(fd: int, timeout: float, on_timeout: Callable[[], Timeout]) ->
     try:
         thread.start()
         over.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
-    except BaseException:  # Ctrl-C: the thread must not get the lock for somebody who does not wait any more
+    except BaseException:  # Ctrl-C: the thread must not keep a lock that is no longer waited for
         with guard:
             left = not outcome
         if not left:
@@ -148,11 +155,11 @@ def _flock_within(fd: int, timeout: float, on_timeout: Callable[[], Timeout]) ->
     with guard:
         left = not outcome
     if left:
-        raise on_timeout()
+        raise Timeout(lock_file)
     if outcome[0] is not None:
         os.close(fd)
         raise outcome[0]
 
 
 def lock_path(database: Path) -> Path:
-    return database.with_name(database.name + ".lock")
+    return database.with_name(database.name + LOCK_SUFFIX)

@@ -1,4 +1,4 @@
-"""Which file system a folder is on, and how far locks on it reach. Pure, but for `mount_here`: text in, values out."""
+"""Which file system a folder is on, and how far its locks reach. Pure except for `mount_here`."""
 
 from __future__ import annotations
 
@@ -8,29 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# nodes: between all that mount it. machine: between the processes of one node. unsure: by how its server or its
-# configuration is set, which a mount does not show. nowhere: a lock fails, or is none.
+# How far a lock reaches. nodes: between all nodes that mount it. machine: between the processes of one node. unsure: it
+# depends on the server or its configuration, which a mount does not show. nowhere: locks fail or have no effect.
 Reach = Literal["nodes", "machine", "unsure", "nowhere"]
 
-# Of one machine: its kernel keeps the locks, and no other node sees the files.
+# File systems of one machine: its kernel keeps the locks, and no other node sees the files.
 LOCAL = (
     "aufs", "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "reiserfs", "tmpfs", "xfs",
     "zfs",
 )  # fmt: skip
-# Shared, with flock kept by the servers.
+# Shared file systems whose servers keep flock.
 COHERENT = {
-    "ceph": "CephFS",
-    "fuse.ceph-fuse": "CephFS",
-    "gfs2": "GFS2",
-    "ocfs2": "OCFS2",
-    "fuse.glusterfs": "GlusterFS",
-}
-# Files that are objects in a store, or of a server that has no locks; hard links are missing or not exclusive.
+    "ceph": "CephFS", "fuse.ceph-fuse": "CephFS", "gfs2": "GFS2", "ocfs2": "OCFS2", "fuse.glusterfs": "GlusterFS",
+}  # fmt: skip
+SMB = ("cifs", "smb3", "smb2")
+# Object stores and servers without locks; hard links are missing, or two processes can make the same one.
 LOCKLESS = (
     "fuse.gcsfuse", "fuse.goofys", "fuse.rclone", "fuse.s3fs", "fuse.mount-s3", "fuse.sshfs", "fuse.blobfuse2", "pvfs2",
     "orangefs",
 )  # fmt: skip
-# Options of 9p under which a node remembers a folder's names without asking the server again.
+# Options of 9p with which a node caches a folder's names.
 LOOSE_9P = ("cache=loose", "cache=fscache", "cache=mmap", "cache=readahead")
 
 POSTGRES = 'set "database" to a PostgreSQL URL, which needs no locks of files'
@@ -56,14 +53,14 @@ class LockFacts:
     """What is known of locks on a file system."""
 
     flock: Reach
-    links: bool  # is a hard link made once only, and seen by every node at once? The soft lock is made of them
+    links: bool  # is a hard link made at most once, and visible to every node at once? The soft lock needs this
     what: str
-    do: str = ""  # what a user can do; empty: there is nothing to do
+    do: str = ""  # what a user can do; empty: nothing
     local: bool = False  # no other node sees the files
 
 
 def mount_here(path: Path) -> Mount | None:
-    """The mount that a folder is on; None where this kernel does not say."""
+    """The mount that a folder is on; None where the kernel does not show it."""
     try:
         text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
@@ -72,16 +69,11 @@ def mount_here(path: Path) -> Mount | None:
 
 
 def mount_of(mountinfo: str, path: str) -> Mount | None:
-    """The mount that an absolute path without symbolic links is on: of the mount points above it the longest,
-    and of several at one point the last, for it hides the others. None if no line fits."""
-    found: Mount | None = None
-    for line in mountinfo.split("\n"):  # the kernel escapes space, tab, newline and backslash, and no other separator
-        mount = _mount(line)
-        if mount is None or not _is_under(path, mount.point):
-            continue
-        if found is None or len(mount.point) >= len(found.point):
-            found = mount
-    return found
+    """The mount that an absolute path without symbolic links is on: the one with the longest mount point above it, and
+    the last one if several are at that point, since it hides the others. None if no line fits."""
+    mounts = map(_mount, mountinfo.split("\n"))  # not splitlines: the kernel escapes no other separator
+    above = [mount for mount in mounts if mount and _is_under(path, mount.point)]
+    return max(reversed(above), key=lambda mount: len(mount.point), default=None)
 
 
 def _mount(line: str) -> Mount | None:
@@ -95,10 +87,9 @@ def _mount(line: str) -> Mount | None:
 
 
 def _unescaped(text: str) -> str:
-    r"""The kernel writes a space as \040, and so a tab, a newline, a backslash and #. Names are bytes."""
-    raw = re.sub(
-        rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 255]), text.encode("utf-8", "surrogateescape")
-    )
+    r"""The kernel writes a space as \040, and a tab, a newline, a backslash and # in the same way. Names are bytes."""
+    raw = text.encode("utf-8", "surrogateescape")
+    raw = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 255]), raw)
     return raw.decode("utf-8", "surrogateescape")
 
 
@@ -111,10 +102,10 @@ def is_local(fstype: str) -> bool:
 
 
 def lock_facts(fstype: str, options: Sequence[str]) -> LockFacts:
-    """How far locks reach on a file system.
+    """How far locks reach on a file system. fstype and options: as in /proc/self/mountinfo.
 
-    fstype and options: as in /proc/self/mountinfo. What a mount says of itself is no proof: `locking.proof` tries it on
-    this machine, the doctor's two-node test between two.
+    What the options promise is not a proof: `locking.proof` tries the locks on this machine, the doctor's two-node test
+    between two.
     """
     if is_local(fstype):
         what = f"{fstype} is a local file system: its locks hold between processes of one machine"
@@ -129,23 +120,21 @@ def lock_facts(fstype: str, options: Sequence[str]) -> LockFacts:
     if fstype == "gpfs":
         what = "GPFS keeps locks by its token manager, across nodes"
         return LockFacts("nodes", True, what, f"nothing, unless locks are slow or lost: {PROVE}")
+    if fstype in LOCKLESS:
+        return LockFacts("nowhere", False, f"{fstype} has no locks that hold between nodes", ELSEWHERE)
+    if fstype in SMB and ("nobrl" in options or "nolock" in options):
+        what = f"{fstype} is mounted with nobrl: locks hold on one node only, and two nodes would both write"
+        return LockFacts("machine", False, what, ELSEWHERE)
     if fstype in ("beegfs", "fhgfs"):
         what = "BeeGFS checks locks between nodes only with tuneUseGlobalFileLocks=true, and false is its default"
         do = f"`grep -h tuneUseGlobalFileLocks /proc/fs/beegfs/*/config`; if it is 0 or false, {ELSEWHERE}. {PROVE}"
         return LockFacts("unsure", True, what, do)
-    if fstype in ("cifs", "smb3", "smb2"):
-        return _cifs(fstype, options)
-    if fstype == "afs":
-        what = "AFS: whether locks hold between nodes depends on its flock= mode, and with local they do not"
-        return LockFacts("unsure", True, what, f"{ELSEWHERE}. {PROVE}")
-    if fstype == "9p":
-        what = "9p: whether locks hold between machines depends on its server"
-        loose = any(option in LOOSE_9P for option in options)
-        return LockFacts("unsure", not loose, what, f"{PROVE}; if not, {ELSEWHERE}")
-    if fstype in LOCKLESS:
-        return LockFacts("nowhere", False, f"{fstype} has no locks that hold between nodes", ELSEWHERE)
-    what = f"{fstype} is a file system that orch does not know: whether its locks hold between nodes is open"
-    return LockFacts("unsure", True, what, f"{PROVE}; if not, {ELSEWHERE}")
+    what, links = {
+        **dict.fromkeys(SMB, (f"{fstype}: whether locks hold between nodes depends on its server", False)),
+        "afs": ("AFS: whether locks hold between nodes depends on its flock= mode; with local they do not", True),
+        "9p": ("9p: whether locks hold between machines depends on its server", not set(LOOSE_9P) & set(options)),
+    }.get(fstype, (f"orch does not know the file system {fstype}: its locks may not hold between nodes", True))
+    return LockFacts("unsure", links, what, f"{PROVE}; if not, {ELSEWHERE}")
 
 
 def _nfs(fstype: str, options: Sequence[str]) -> LockFacts:
@@ -158,8 +147,8 @@ def _nfs(fstype: str, options: Sequence[str]) -> LockFacts:
         return LockFacts("machine", True, what, f"{ELSEWHERE}; or ask for a mount without {option}")
     if version.startswith("4"):
         return LockFacts("nodes", True, f"NFS {version}: locks are kept by the server and hold between nodes")
-    what = f"NFS {version} keeps locks by a service of its own (lockd), on the server and on every node"
-    do = f"{PROVE}; if they hang or fail with ENOLCK, {POSTGRES} or mount it with vers=4"
+    what = f"NFS {version} keeps locks with a separate service (lockd), on the server and on every node"
+    do = f"{PROVE}; if they hang or fail with ENOLCK, {POSTGRES}, or mount it with vers=4"
     return LockFacts("nodes", True, what, do)
 
 
@@ -174,11 +163,3 @@ def _lustre(options: Sequence[str]) -> LockFacts:
         return LockFacts("nodes", True, "Lustre is mounted with flock: locks hold between nodes")
     what = "Lustre shows no flock option; without it, older clients refuse every lock"
     return LockFacts("unsure", True, what, f"{PROVE}; if not, {POSTGRES}, or ask for a mount with flock")
-
-
-def _cifs(fstype: str, options: Sequence[str]) -> LockFacts:
-    if "nobrl" in options or "nolock" in options:
-        what = f"{fstype} is mounted with nobrl: locks hold on one node only, and two nodes would both write"
-        return LockFacts("machine", False, what, ELSEWHERE)
-    what = f"{fstype}: whether locks hold between nodes depends on its server"
-    return LockFacts("unsure", False, what, f"{PROVE}; if not, {ELSEWHERE}")

@@ -1,8 +1,8 @@
-"""Does a lock hold? Processes count in one place, each number read, increased and written under the lock. Two in
-there at once lose an update, and the sum tells.
+"""Does a lock protect? Processes increase one number, each time under the lock. Two holders at once lose an update,
+which the final number shows.
 
-`prove` tries it on this machine in a fraction of a second, before a run starts; the doctor does the same between
-two nodes, for longer.
+`prove` tries this on one machine in a fraction of a second, before a run starts; the doctor's two-node test does it
+between two nodes, for longer.
 """
 
 from __future__ import annotations
@@ -19,88 +19,77 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from filelock import Timeout
 
-from orchestrator.errors import LockError
-from orchestrator.locking.flock import FairFileLock
+from orchestrator.errors import LeaderboardError, LockError
+from orchestrator.locking.flock import FairFileLock, Lock
 from orchestrator.locking.soft_lock import SoftLock
 from orchestrator.records import LockKind
 
 Counted = Literal["lock", "database"]
-LOCKS: Mapping[LockKind, type[FairFileLock] | type[SoftLock]] = {"flock": FairFileLock, "soft": SoftLock}
+Access = tuple[Callable[[], int], Callable[[int], object]]  # read and write the number, while the lock is held
+LOCKS: Mapping[LockKind, Callable[..., Lock]] = {"flock": FairFileLock, "soft": SoftLock}
 
-PAUSE_S = 0.001  # between reading and writing: without a lock that holds, somebody else comes in between
-DIGITS = 12  # of the number in the file: written in place, it is never half there
+PAUSE_S = 0.001  # between reading and writing: without protection, another process writes in this time
+DIGITS = 12  # of the number in the file: overwriting always the same bytes never leaves a part of a number
 GIVE_UP_AFTER = 5  # errors in a row
-PROCESSES = 2  # that prove a lock
-INCREMENTS = 25  # of each of them
-_HOME = str(Path(__file__).parents[2])  # where orchestrator is found, whether it is installed or not
-ANSWER_S = 20.0  # for one of them to answer: a busy machine starts Python slowly. Locks that hang take for ever
+INCREMENTS = 25  # of each of the two processes that prove a lock
+_PACKAGE_PARENT = str(Path(__file__).parents[2])  # so that a child finds orchestrator even if it is not installed
+ANSWER_S = 20.0  # for a process to answer: a busy machine starts Python slowly; a lock that hangs never answers
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What one process did."""
+    """The increments of one process."""
 
     kind: Counted
     wanted: int
-    done: int  # increments that it made
+    done: int
     switches: int  # how often another process had counted since its last increment
     waits_s: tuple[float, ...]  # for the lock or for the transaction to begin
     errors: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Tally:
-        return Tally(**{**value, "waits_s": tuple(value["waits_s"]), "errors": tuple(value["errors"])})
+    busy: int = 0  # how many of the errors are SQLite's SQLITE_BUSY
 
 
-class Counting:
-    """When to stop, and what is written down."""
+def count(
+    kind: Counted,
+    opened: Callable[[], AbstractContextManager[Access]],
+    times: int,
+    limit_s: float,
+    is_busy: Callable[[Exception], bool] = lambda error: False,
+) -> Tally:
+    """Increase the number, each time within `opened()`. limit_s: start no increment after it.
 
-    def __init__(self, kind: Counted, times: int, limit_s: float) -> None:
-        self.kind: Counted = kind
-        self.times = times
-        self._end = time.monotonic() + limit_s
-        self._attempts = self._failures = self.done = self._switches = 0
-        self._last: int | None = None
-        self._waits_s: list[float] = []
-        self._errors: list[str] = []
-
-    def goes_on(self) -> bool:
-        if self._attempts == self.times or self._failures == GIVE_UP_AFTER or time.monotonic() > self._end:
-            return False
-        self._attempts += 1
-        self._asked_at = time.monotonic()
-        return True
-
-    def inside(self) -> None:
-        self._waits_s.append(time.monotonic() - self._asked_at)
-
-    def read(self, number: int) -> int:
-        """The number to write."""
-        self._switches += self._last is not None and number != self._last
-        time.sleep(PAUSE_S)
-        return number + 1
-
-    def wrote(self, number: int) -> None:
-        self._last = number
-        self.done += 1
-        self._failures = 0
-
-    def failed(self, error: Exception) -> None:
-        self._failures += 1
-        self._errors.append(f"{type(error).__name__}: {error}"[:300])
-
-    def tally(self) -> Tally:
-        errors = tuple(self._errors)
-        return Tally(self.kind, self.times, self.done, self._switches, tuple(self._waits_s), errors)
+    Stops early after GIVE_UP_AFTER errors in a row. is_busy: which errors count as SQLITE_BUSY.
+    """
+    end = time.monotonic() + limit_s
+    done = switches = busy = failures = 0
+    last: int | None = None
+    waits_s: list[float] = []
+    errors: list[str] = []
+    for _ in range(times):
+        asked_at = time.monotonic()
+        if failures == GIVE_UP_AFTER or asked_at > end:
+            break
+        try:
+            with opened() as (read, write):
+                waits_s.append(time.monotonic() - asked_at)
+                number = read()
+                switches += last is not None and number != last
+                time.sleep(PAUSE_S)
+                write(number + 1)
+        except (OSError, ValueError, LeaderboardError) as error:  # filelock.Timeout is an OSError
+            failures += 1
+            busy += is_busy(error)
+            errors.append(f"{type(error).__name__}: {error}"[:300])
+        else:
+            last, failures = number + 1, 0
+            done += 1
+    return Tally(kind, times, done, switches, tuple(waits_s), tuple(errors), busy)
 
 
 def prepare_file(path: Path) -> None:
@@ -112,95 +101,101 @@ def counted_in_file(path: Path) -> int:
 
 
 def count_in_file(path: Path, lock: AbstractContextManager[object], times: int, limit_s: float) -> Tally:
-    """Increase the number in the file, each time under the lock. limit_s: start no increment after it."""
-    counting = Counting("lock", times, limit_s)
-    while counting.goes_on():
-        try:
-            with lock:
-                counting.inside()
-                with open(path, "r+b") as file:  # opened under the lock: NFS looks at the server then
-                    number = counting.read(int(file.read()))
-                    file.seek(0)
-                    file.write(f"{number:0{DIGITS}d}".encode("ascii"))
-            counting.wrote(number)
-        except (OSError, ValueError, LockError) as error:  # filelock.Timeout is an OSError
-            counting.failed(error)
-    return counting.tally()
+    """Increase the number in the file, each time under the lock."""
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Access]:
+        with lock, open(path, "r+b") as file:  # opened under the lock: NFS asks the server then
+
+            def write(number: int) -> None:
+                file.seek(0)
+                file.write(f"{number:0{DIGITS}d}".encode("ascii"))
+
+            yield lambda: int(file.read()), write
+
+    return count("lock", opened, times, limit_s)
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share is not above; 0 of nothing."""
+    """The smallest of these values with at least this share of them at or below it; 0 if there are none."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
 
 
 # --- the proof on this machine
 
 
-def prove(folder: Path, kind: LockKind) -> str:
-    """Why a lock of this kind does not hold in this folder between processes of this machine; empty: it holds.
+def prove(folder: Path, kind: LockKind) -> str | None:
+    """Why a lock of this kind gives no protection in this folder, between processes of this machine. None: it does.
 
-    One process holds the lock while the other is refused; then both count under it. Takes about 0.3 s; what it
-    writes is gone at the end. Raises OSError where no process can be started or nothing can be written.
+    One process holds the lock while another must be refused; then both count under it. Takes about 0.3 s and removes
+    what it writes. Raises OSError where no process can be started or nothing can be written.
     """
     scratch = Path(tempfile.mkdtemp(prefix=".lock-proof-", dir=folder))
     counter, lock_file = scratch / "counter", scratch / "lock"
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         prepare_file(counter)
-        children = [stack.enter_context(_child(kind, counter, lock_file)) for _ in range(PROCESSES)]
+        children = [stack.enter_context(_child(kind, counter, lock_file)) for _ in range(2)]
         try:
-            return _examine(children, counter)
+            return _find_problem(children, counter)
         except TimeoutError:
             return f"a process that asks for it hangs ({ANSWER_S:.0f} s without an answer)"
+        except LockError as error:
+            return str(error)
 
 
-def _examine(children: Sequence[_Child], counter: Path) -> str:
-    for order, child, expected in (
-        ("hold", children[0], "held"),
-        ("try", children[1], "refused"),
-        ("release", children[0], "released"),
-    ):
-        child.tell(order)
-        if (answer := child.answer()) != expected:
-            return "two processes got it at the same time" if answer == "held" else answer
+def _find_problem(children: Sequence[_Child], counter: Path) -> str | None:
+    """Raises TimeoutError, and LockError for a problem that a child reports."""
+    first, second = children
+    if _ask(first, "hold") != "held":
+        return f"it could not be taken within {ANSWER_S:.0f} s although no process held it"
+    if _ask(second, "try") == "held":
+        return "two processes got it at the same time"
+    _ask(first, "release")
     for child in children:
         child.tell("count")
-    answers = [child.answer() for child in children]
-    for answer in answers:
-        if not answer.isdigit():
-            return answer
-    done, counted = sum(map(int, answers)), counted_in_file(counter)
-    return "" if counted == done else f"{done - counted} of {done} updates under it were lost"
+    done, counted = sum(int(child.answer()) for child in children), counted_in_file(counter)
+    return None if counted == done else f"{done - counted} of {done} updates under it were lost"
+
+
+def _ask(child: _Child, order: str) -> str:
+    child.tell(order)
+    return child.answer()
 
 
 class _Child:
-    """A process that does what it is told, an order and an answer a line."""
+    """A process that carries out orders. Each order and each answer is one line: "held", "refused", "released", a
+    number of increments, or "problem" and its text."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
     def tell(self, order: str) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the answer says that it is dead
+        with contextlib.suppress(BrokenPipeError):  # then `answer` reports that it died
             self._process.stdin.write(f"{order}\n".encode())
             self._process.stdin.flush()
 
     def answer(self) -> str:
-        """Raises TimeoutError."""
+        """Raises TimeoutError, and LockError for a problem."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
             raise TimeoutError
-        return self._process.stdout.readline().decode(errors="replace").strip() or "a process that tried it died"
+        line = self._process.stdout.readline().decode(errors="replace").strip()
+        answer, _, text = line.partition(" ")
+        if not line or answer == "problem":
+            raise LockError(text or "a process that tried it died")
+        return answer
 
 
 @contextlib.contextmanager
 def _child(kind: LockKind, counter: Path, lock_file: Path) -> Iterator[_Child]:
-    command = [sys.executable, "-c", "from orchestrator.locking.proof import obey; obey()", kind]
+    path = os.pathsep.join([_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
     process = subprocess.Popen(
-        [*command, str(counter), str(lock_file)],
+        [sys.executable, "-c", "from orchestrator.locking.proof import obey; obey()", kind, counter, lock_file],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([_HOME, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)},
+        env={**os.environ, "PYTHONPATH": path},
     )
     try:
         yield _Child(process)
@@ -211,45 +206,37 @@ def _child(kind: LockKind, counter: Path, lock_file: Path) -> Iterator[_Child]:
             process.stdin.close()
         process.stdout.close()
         process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the file system can't be killed
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in the file system can't be killed
             process.wait(1.0)
 
 
 def obey() -> None:
-    """What a process of the proof does: hold, try, release and count, as its standard input says."""
+    """The main function of a `_Child`: read orders from standard input, answer on standard output."""
     kind, counter, lock_file = sys.argv[1:]
     lock = LOCKS[kind](lock_file, timeout=ANSWER_S)  # type: ignore[index]  # one of its keys
 
-    def held(timeout: float | None = None) -> str:
-        lock.acquire(timeout)
+    def carry_out(order: str) -> str:
+        if order == "release":
+            lock.release()
+            return "released"
+        if order == "count":
+            tally = count_in_file(Path(counter), lock, INCREMENTS, ANSWER_S / 2)
+            return f"problem {tally.errors[0]}" if tally.errors else str(tally.done)
+        lock.acquire(0.0 if order == "try" else None)
         return "held"
 
-    def released() -> str:
-        lock.release()
-        return "released"
-
-    def counted() -> str:
-        tally = count_in_file(Path(counter), lock, INCREMENTS, ANSWER_S / 2)
-        return tally.errors[0] if tally.errors else str(tally.done)
-
-    orders: Mapping[str, Callable[[], str]] = {
-        "hold": held,
-        "try": lambda: held(0.0),
-        "release": released,
-        "count": counted,
-    }
-    for order in sys.stdin:
+    for line in sys.stdin:
         try:
-            said = orders[order.strip()]()
+            answer = carry_out(line.strip())
         except Timeout:
-            said = "refused"
+            answer = "refused"
         except (OSError, NotImplementedError, LockError) as error:
-            said = " ".join(str(getattr(error.__cause__, "reason", error)).split())
-        print(said, flush=True)
+            answer = "problem " + " ".join(str(getattr(error.__cause__, "reason", error)).split())
+        print(answer, flush=True)
 
 
 def sqlite_locks_work(folder: Path) -> bool:
-    """Does the kernel take the locks here that SQLite itself sets on its file (fcntl, not flock)?"""
+    """Does the file system accept the locks that SQLite itself sets on its file (fcntl, not flock)?"""
     with tempfile.NamedTemporaryFile(prefix=".lock-proof-", dir=folder) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

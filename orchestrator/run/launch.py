@@ -18,19 +18,16 @@ from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.locking import choice
 from orchestrator.run.run import Run
 from orchestrator.settings import loading
-from orchestrator.settings.settings import Settings, is_server, new_schema
+from orchestrator.settings.settings import Settings, new_schema
 
 
 def launch(
-    settings: Settings,
-    runs_dir: Path,
-    import_paths: Sequence[str] = (),
-    clock: Callable[[], float] = time.time,
+    settings: Settings, runs_dir: Path, import_paths: Sequence[str] = (), clock: Callable[[], float] = time.time
 ) -> Run:
-    """Make the run's folder and database and queue its workers. All or nothing: where the cluster takes
-    no jobs, the folder is gone again.
+    """Make the run's folder and database and queue its workers. All or nothing: if no jobs are taken, the folder is
+    removed again.
 
-    Raises RunError if there is a run of this name, LockError if no lock holds on its file system,
+    Raises RunError if there is a run of this name, LockError if no lock works on its file system,
     LeaderboardError if the database can't be made, SubmissionError if nothing could be queued.
     """
     folder = (runs_dir / settings.name).absolute()
@@ -38,12 +35,12 @@ def launch(
         raise RunError(
             f"{folder} exists already; launch again to go on with it" if is_run(folder) else without_its_files(folder)
         )
-    own_schema = is_server(settings.database) and settings.database_schema is None
+    own_schema = settings.uses_server and settings.database_schema is None
     if own_schema:
         settings = settings.model_copy(update={"database_schema": new_schema(settings.name)})
     building = folder.with_name(f".{folder.name}-{os.getpid()}")
     now = clock()
-    with ExitStack() as undo:  # what is made here is gone again if the rest fails
+    with ExitStack() as undo:
         undo.callback(shutil.rmtree, building, ignore_errors=True)
         try:
             permissions.make_folder(building, settings.group)
@@ -58,7 +55,7 @@ def launch(
                 Leaderboard.create(*place, settings.name, frozen, import_paths, now, deadline)
                 undo.callback(Leaderboard.discard, *place, own_schema)
             sync_folder(building)
-            building.rename(folder)  # the run is there from here on, and whole
+            building.rename(folder)  # from here on the run exists, and is complete
             sync_folder(runs_dir)
         except OSError as error:
             if folder.exists():
@@ -72,12 +69,12 @@ def launch(
 
 
 def _with_lock(settings: Settings, building: Path, undo: ExitStack) -> Settings:
-    """Settings that say which lock the run has, proven on the mount and written beside its database.
+    """The settings with the lock that was proven on the mount and recorded beside the database.
 
     Raises LockError, OSError.
     """
     file = Database(settings.database, building).file
-    if file is None or file.exists():  # a server keeps its own; a file that is there is refused soon
+    if file is None or file.exists():  # a server has its own locks; an existing file is refused later
         return settings
     file.parent.mkdir(parents=True, exist_ok=True)
     chosen = choice.choose(file.parent, settings.executor == "slurm", settings.lock)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster.choose import open_cluster
+from orchestrator.cluster.choose import open_queue
 from orchestrator.cluster.host import gpus_of
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, RunError, SettingsError
 from orchestrator.files import atomic, checkpoints, permissions
@@ -188,7 +188,7 @@ def _known_jobs(folder: Path, settings: Settings, database: Database) -> tuple[l
     from orchestrator.worker.job_main import job_main
 
     named = [job for job in open_jobs(database) if job.cluster_id]
-    evidence = open_cluster(settings.executor or "local", settings, folder, job_main).evidence(named)
+    evidence = open_queue(settings, folder, job_main).evidence(named)
     alive = [job for job in named if evidence[job.job_id] in (Evidence.QUEUED, Evidence.RUNNING)]
     unknown = [job for job in named if evidence[job.job_id] is Evidence.UNKNOWN]
     return [str(job.cluster_id) for job in alive], [f"{job.cluster_id} on {job.host}" for job in unknown]

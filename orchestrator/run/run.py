@@ -1,4 +1,4 @@
-"""A run: launch, open, resume, cancel, look at. What the command line and the Python API call."""
+"""A run that exists: control it and read its state. The command line and the Python API use this class."""
 
 from __future__ import annotations
 
@@ -6,41 +6,62 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import RunError, SubmissionError
+from orchestrator.cluster.host import gpus_of
+from orchestrator.cluster.inline import InlineJob
+from orchestrator.errors import RunError
 from orchestrator.files import atomic
-from orchestrator.files.run_folder import SETTINGS_NAME
-from orchestrator.leaderboard.engine import CONNECT_FOR_S
+from orchestrator.files.run_folder import LOGS, SETTINGS_NAME
+from orchestrator.leaderboard.engine import CONNECT_FOR_S, JOB_CONNECTS_FOR_S
 from orchestrator.messages import iso
 from orchestrator.records import Evidence, JobState, RunState, Snapshot
 from orchestrator.rules import stopping, succession
 from orchestrator.settings import loading
 from orchestrator.worker.job_main import be_worker, job_main
-from orchestrator.worker.mending import reconcile
+from orchestrator.worker.mending import reconcile, submit_links
 from orchestrator.worker.opened_run import OpenedRun
 from orchestrator.worker.trainer import Ending, StopFlag
+from orchestrator.worker.user_job import apart_from_stdout
 
-HOLDABLE = (RunState.ACTIVE, RunState.PAUSED, RunState.DRAINING, RunState.CANCELLED, RunState.FAILED)
+OVER = (RunState.CONVERGED, RunState.FINISHED)  # by itself: such a run can't be paused, drained or cancelled
+STOPPED = (*OVER, RunState.PAUSED, RunState.CANCELLED, RunState.FAILED)  # no job of it works or waits for long
+HOLDABLE = tuple(state for state in RunState if state not in OVER)
 
 log = logging.getLogger("orch")
 
 
+class WorkerState(StrEnum):
+    """The state of a worker, as `orch status` shows it."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    ENDED = "ended"
+    LOST = "lost"
+
+
+_SHOWN = {
+    JobState.SUBMITTING: WorkerState.QUEUED,
+    JobState.QUEUED: WorkerState.QUEUED,
+    JobState.RUNNING: WorkerState.RUNNING,
+    JobState.ENDED: WorkerState.ENDED,
+    JobState.CANCELLED: WorkerState.ENDED,
+    JobState.LOST: WorkerState.LOST,
+}
+
+
 class Run(OpenedRun):
-    """A run that exists, with everything that the command line and the Python API do to it."""
+    """A run that exists, with everything that the command line and the Python API do with it."""
 
     @classmethod
     def open(cls, folder: Path, connect_for_s: float = CONNECT_FOR_S) -> Run:
         """See `OpenedRun.opened`."""
         return cls.opened(folder, job_main, connect_for_s)
 
-    # --- making and finding
-
     def grow(self, now: float) -> list[str]:
-        """Add the workers that the settings want and the run does not have; all of them or none."""
-        from orchestrator.cluster.host import gpus_of
-
+        """Add the workers that the run lacks: all or none. Raises SubmissionError."""
         have = len(self.leaderboard.chains.workers())
         missing = range(have, self.settings.workers)
         if not missing:
@@ -48,23 +69,19 @@ class Run(OpenedRun):
         local = self.settings.executor == "local"
         devices = gpus_of(missing, self.settings.gpus_per_worker) if local else [None for _ in missing]
         jobs = self.leaderboard.chains.add_workers(devices, now)
-        try:
-            taken = self.cluster.submit(jobs, after=None)
-        except SubmissionError as error:
-            self.leaderboard.chains.close(jobs, JobState.LOST, str(error), now)
-            raise
-        self.cluster.cancel(self.leaderboard.chains.submitted(taken), now=True)
+        submit_links(self.leaderboard, self.queue, jobs, now)
         return [f"worker {job.worker_id} joins" for job in jobs]
 
     # --- control
 
     def resume(self, now: float) -> list[str]:
-        """Start what is not running: every chain gets its job back. Idempotent; a line for each thing done.
+        """Every chain that has no job gets one. Returns a line for each thing done; may be called again at any time.
 
-        Raises RunError if the run is over: its lifetime, or a stop rule that still holds.
+        Raises RunError if the run's lifetime is over, or a stop rule still holds.
         """
         snapshot = self.refuse_if_over(now)
-        # What was being submitted when the run stopped is given up now; afterwards, another `resume` may be submitting.
+        # Jobs that were on their way to the queue when the run stopped are given up now, before the state changes:
+        # afterwards, another `resume` may be submitting jobs.
         closed = [] if snapshot.state is RunState.ACTIVE else self.reconcile(now)
         chains = self.leaderboard.chains
         chains.revive(self.settings.workers)
@@ -87,38 +104,38 @@ class Run(OpenedRun):
 
     def reconcile(self, now: float, grace_s: float = succession.SUBMITTING_GRACE_S) -> list[str]:
         """See `mending.reconcile`."""
-        return reconcile(self.leaderboard, self.cluster, self.settings, now, grace_s)
+        return reconcile(self.leaderboard, self.queue, self.settings, now, grace_s)
 
     def pause(self, now: float) -> list[str]:
-        """Running jobs finish their chunk and end; none is queued until `resume`."""
+        """Running jobs finish their chunk and end; no job is queued until `resume`."""
         return self._hold(RunState.PAUSED, "paused by the user", now)
 
     def drain(self, now: float) -> list[str]:
-        """Running jobs finish their chunk and end, and with the last of them the run is finished."""
+        """Running jobs finish their chunk and end; when the last has ended, the run is finished."""
         return self._hold(RunState.DRAINING, "drained by the user", now)
 
     def cancel(self, at_once: bool, now: float) -> list[str]:
-        """End the run: no chunk and no job starts any more. Running jobs suspend their chunk and end, or are
-        killed if at_once. Returns what could not be done."""
+        """End the run: no chunk and no job starts any more. Running jobs suspend their chunk and end, or are killed if
+        at_once. Returns a line for each failure."""
         trouble = self._hold(RunState.CANCELLED, "cancelled by the user", now)
         running = self.leaderboard.chains.snapshot().open_jobs
-        return trouble + self.cluster.cancel([j for j in running if j.state is JobState.RUNNING], at_once)
+        return trouble + self.queue.cancel([j for j in running if j.state is JobState.RUNNING], at_once)
 
     def _hold(self, state: RunState, reason: str, now: float) -> list[str]:
-        """Change the state and take the queued jobs out of the queue. Returns what could not be done."""
+        """Change the state and take the waiting jobs out of the queue. Returns a line for each failure."""
         if self.leaderboard.chains.change_state(state, HOLDABLE, reason, now) not in HOLDABLE:
-            return []  # the run is over: there is nothing to hold
+            return []
         jobs = self.leaderboard.chains.snapshot().open_jobs
-        seen = self.cluster.evidence(jobs)  # Slurm may have put a job back that was running
-        queued = [j for j in jobs if j.state is not JobState.RUNNING or seen[j.job_id] is Evidence.QUEUED]
-        trouble = self.cluster.cancel(queued, now=True)
+        evidence = self.queue.evidence(jobs)  # Slurm may have put a running job back into the queue
+        queued = [j for j in jobs if j.state is not JobState.RUNNING or evidence[j.job_id] is Evidence.QUEUED]
+        trouble = self.queue.cancel(queued, now=True)
         self.leaderboard.chains.close(queued, JobState.CANCELLED, reason, now)
         return trouble
 
     def amend(self, overrides: Sequence[str], now: float) -> list[str]:
-        """Change settings of the run, in force at each worker's next claim. A line for each change.
+        """Change settings of the run; each worker uses them from its next claim on. Returns a line for each change.
 
-        Raises SettingsError for what can't be changed or is not valid; then nothing is changed.
+        Raises SettingsError if a setting can't be changed or a value is not valid; then nothing is changed.
         """
         amended = loading.amend(self.settings, overrides)
         changes = loading.difference(self.settings, amended)
@@ -129,14 +146,14 @@ class Run(OpenedRun):
         deadline = chains.snapshot().created_at + amended.total_lifetime
         surplus = chains.amend(frozen, deadline, amended.workers, "; ".join(changes), now)
         atomic.publish(self.folder / SETTINGS_NAME, lambda target: target.write(f"{frozen}\n".encode()))
-        self.settings, self.version, self._cluster = amended, self.version + 1, None
-        trouble = self.cluster.cancel(surplus, now=True)
+        self.use(amended, self.version + 1)
+        trouble = self.queue.cancel(surplus, now=True)
         if chains.snapshot().state is RunState.ACTIVE:
             changes += self.grow(now) + self.reconcile(now)
         return changes + trouble
 
     def keep(self, every_s: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
-        """Mend chains from a login node until the run is over, where compute nodes can't submit jobs."""
+        """Mend chains from a login node until the run is over, for clusters whose compute nodes can't submit jobs."""
         while True:
             for line in self.reconcile(clock()):
                 log.info("%s", line)
@@ -147,22 +164,22 @@ class Run(OpenedRun):
             sleep(every_s)
 
     def work_inline(self) -> Ending:
-        """Be the run's only worker, in this process (the inline executor): job after job, until the run is over,
-        the worker has failed too often, or a signal says stop."""
-        from orchestrator.worker.user_job import apart_from_stdout
-
-        chains, stop = self.leaderboard.chains, StopFlag()
+        """Be the run's only worker, in this process (the inline executor): job after job, until the run is over, the
+        worker has failed too often, or a signal has stopped it."""
+        run = Run.open(self.folder, JOB_CONNECTS_FOR_S)
+        chains, stop = run.leaderboard.chains, StopFlag()
         while True:
-            links = chains.relink([0], time.time(), self.settings.max_failures)
+            links = chains.relink([0], time.time(), run.settings.max_failures)
             job = (links or [j for j in chains.snapshot().open_jobs if j.worker_id == 0])[0]
             with apart_from_stdout():
-                ending = be_worker(self, job.token, 0, stop)
-            if stop.reason or not chains.wants_successor(0, time.time(), self.settings.max_failures):
+                ending = be_worker(run, InlineJob(run.settings, job.token), 0, stop)
+            if stop.reason or not chains.wants_successor(0, time.time(), run.settings.max_failures):
                 return ending
 
-    # --- looking
+    # --- reading
 
     def board(self) -> dict[str, Any]:
+        """The leaderboard, as `orch leaderboard --json` prints it."""
         entries = self.leaderboard.reader.entries()
         for entry in entries:
             entry["promoted_at"] = iso(entry["promoted_at"])
@@ -177,12 +194,14 @@ class Run(OpenedRun):
         }
 
     def summary(self) -> dict[str, Any]:
-        """A line of `orch runs`: from the database alone."""
-        snapshot = self.leaderboard.chains.snapshot()
+        """A line of `orch runs`; only the database is read."""
+        return self._summary(self.leaderboard.chains.snapshot())
+
+    def _summary(self, snapshot: Snapshot) -> dict[str, Any]:
         return {
             "run": self.name,
             "folder": str(self.folder),
-            "state": str(snapshot.state),
+            "state": snapshot.state,
             "reason": snapshot.reason,
             "best": snapshot.progress.best_score,
             "epochs": snapshot.progress.epochs,
@@ -191,42 +210,28 @@ class Run(OpenedRun):
         }
 
     def status(self) -> dict[str, Any]:
+        """The run and its workers, as `orch status --json` prints them."""
         snapshot = self.leaderboard.chains.snapshot()
-        evidence = self.cluster.evidence(snapshot.open_jobs)
+        evidence = self.queue.evidence(snapshot.open_jobs)
         counts = self.leaderboard.reader.counts()
         error, failed_at = self.leaderboard.reader.last_error() or (None, None)
-        return {
-            "run": self.name,
-            "folder": str(self.folder),
-            "state": str(snapshot.state),
-            "reason": snapshot.reason,
-            "created_at": iso(snapshot.created_at),
-            "deadline": iso(snapshot.deadline),
-            "executor": self.cluster.name,
+        return self._summary(snapshot) | {
+            "executor": self.queue.name,
             "lock": str(self.leaderboard.database.lock_choice or "the database server's"),
-            "best": snapshot.progress.best_score,
             "workers": [_worker_status(i, row, evidence) for i, row in self.leaderboard.reader.last_jobs().items()],
             "last_error": error,
             "last_error_at": iso(failed_at),
-            "logs": str(self.folder / "logs"),
+            "logs": str(self.folder / LOGS),
             "warnings": stopping.warnings(counts["chunks"], self.settings.metric.name),
             **counts,
         }
 
 
 def _worker_status(worker_id: int, row: dict[str, Any], evidence: dict[int, Evidence]) -> dict[str, Any]:
-    states = {
-        JobState.SUBMITTING: "queued",
-        JobState.QUEUED: "queued",
-        JobState.RUNNING: "running",
-        JobState.ENDED: "ended",
-        JobState.CANCELLED: "ended",
-        JobState.LOST: "lost",
-    }
     gone = evidence.get(row["job_id"]) is Evidence.GONE and row["state"] != JobState.SUBMITTING
     return {
         "worker": worker_id,
-        "state": "lost" if gone else states[JobState(row["state"])],
+        "state": WorkerState.LOST if gone else _SHOWN[JobState(row["state"])],
         "job": row["cluster_id"],
         "node": row["host"].split("/")[0] if row["host"] else None,
         "link": row["link"],

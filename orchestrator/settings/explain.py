@@ -1,10 +1,9 @@
-"""What is wrong in JSON that people write: a line for each mistake."""
+"""The mistakes in settings as messages: a line for each."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -13,24 +12,23 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.messages import shown
 
-MOST_LINES = 40  # a screen of them
+PATTERNS = {"name": "allowed are letters, digits, '.', '_' and '-'", "job": 'allowed is "module:Class"'}
+MOST_LINES = 40  # a screen
 
 
 def explain(source: str, error: ValidationError, model: type[BaseModel]) -> str:
     """A line for each mistake: the source, the key's path, the value, and what is allowed."""
-    # A union (true or a list of them) reports each of its sides.
-    lines = list(
-        dict.fromkeys(f"{source}: {_explain_one(detail, model)}" for detail in error.errors(include_url=False))
-    )
+    details = error.errors(include_url=False)
+    lines = list(dict.fromkeys(f"{source}: {_explain_one(detail, model)}" for detail in details))
     if len(lines) > MOST_LINES:
         lines[MOST_LINES:] = [f"{source}: and {len(lines) - MOST_LINES} more mistakes"]
     return "\n".join(lines)
 
 
 def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
-    place = _place(detail["loc"])
+    place, context = _place(detail["loc"]), detail.get("ctx") or {}
     if detail["type"] == "json_invalid":
-        return f"not JSON: {detail['ctx']['error']}"
+        return f"not JSON: {context['error']}"
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         known = _keys_at(detail["loc"][:-1], model)
         near = get_close_matches(str(detail["loc"][-1])[:100], known, n=1, cutoff=0.5)
@@ -38,19 +36,19 @@ def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{place}: unknown key; {allowed}"
     if detail["type"] == "missing":
         return f"{place}: is missing and has no default"
-    message = shown(detail["msg"].removeprefix("Value error, "), 300)
-    message = message[0].lower() + message[1:]
-    context: Mapping[str, Any] = detail.get("ctx") or {}
-    if "pattern" in context:
-        message = {
-            "name": "allowed are letters, digits, '.', '_' and '-'",
-            "job": 'allowed is "module:Class"',
-        }.get(place, message)
-    if detail["type"] == "value_error":
-        return f"{place}: {message}"
-    if place.startswith("database"):  # which may hold a password, whatever its form
+    if detail["type"] == "value_error":  # raised by our own validators: the message names the value
+        return f"{place}: {_sentence(str(context['error']))}"
+    message = _sentence(detail["msg"])
+    if detail["type"] == "string_pattern_mismatch":
+        message = PATTERNS.get(place, message)
+    if place.startswith("database"):  # never show the value: it may hold a password
         return f"{place}: {message}"
     return f"{place}: {_short(detail['input'])} is not allowed; {message}"
+
+
+def _sentence(message: str) -> str:
+    message = shown(message, 300)
+    return message[0].lower() + message[1:]
 
 
 def _place(loc: tuple[int | str, ...]) -> str:
@@ -58,7 +56,7 @@ def _place(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part not in ("bool", "list[bool]"):  # pydantic's names for the sides of a union
+        elif part not in ("bool", "list[bool]"):  # pydantic's names for the alternatives of a union
             text += f".{shown(part, 60)}" if text else shown(part, 60)
     return text
 
@@ -73,7 +71,7 @@ def _keys_at(loc: tuple[int | str, ...], model: Any) -> list[str]:
 
 
 def _fields_of(kind: Any) -> list[str]:
-    """The keys of an object in the settings, sorted; none for a plain value."""
+    """The sorted keys of an object in the settings; empty for a plain value."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return sorted(kind.model_fields)
     return sorted(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else []

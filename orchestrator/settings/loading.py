@@ -18,16 +18,17 @@ from orchestrator.settings.changes import changes
 from orchestrator.settings.explain import explain
 from orchestrator.settings.settings import Settings
 
-# Keys of the report's own system whose job is done by the database and the run folder now.
+# Keys of the original system that the database and the run folder have replaced.
 OBSOLETE = ("lock_file", "lock_timeout", "state_file", "log_file", "model_name_format")
 
 
 def freeze(settings: Settings) -> str:
-    """Complete JSON: every default spelled out, so that a later version's defaults change nothing."""
+    """JSON with every default, so that the defaults of a later version change nothing."""
     return settings.model_dump_json(indent=2)
 
 
 def thaw(text: str) -> Settings:
+    """The settings from `freeze`. Raises SettingsError."""
     try:
         return Settings.model_validate_json(text)
     except ValidationError as error:
@@ -35,14 +36,15 @@ def thaw(text: str) -> Settings:
 
 
 def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Settings, list[str]]:
-    """Read a settings file. overrides are "key=value" with dots for depth and JSON for values; fixed ones
-    come from the command line's own options and win.
+    """Read a settings file. overrides: "key=value", with dots for depth and JSON values. fixed: values from options of
+    the command line, which take precedence; None: not given.
 
-    Returns the settings (paths absolute, from the current directory) and what the user should be told.
-    Raises SettingsError with a line for each mistake.
+    Returns the settings (with absolute paths) and notes for the user. Raises SettingsError, a line for each mistake.
     """
     source = shown(str(path), 160)
-    raw = _read(path)
+    raw = _read_json(path)
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{source}: settings are a JSON object {{...}}, not {type(raw).__name__}")
     for override in overrides:
         _override(raw, override)
     raw.update({key: value for key, value in fixed.items() if value is not None})
@@ -52,16 +54,12 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
         if isinstance(raw.get(key), str) and raw[key]:
             try:
                 raw[key] = str(Path(raw[key]).expanduser().absolute())
-            except (RuntimeError, ValueError) as error:  # ~ of a user who does not exist, or can't
+            except (RuntimeError, ValueError) as error:  # ~ of an unknown user, or not a possible path
                 raise SettingsError(f"{source}: {key}: {shown(raw[key])}: {shown(str(error), 200)}") from error
-    weights = raw.get("pretrained_weights")  # a name of torchvision's, or a file
+    weights = raw.get("pretrained_weights")  # the name of torchvision's weights, or a file
     if isinstance(weights, str) and _is_file(weights):
         raw["pretrained_weights"] = str(Path(weights).absolute())
-    try:
-        settings = Settings.model_validate(raw)
-    except ValidationError as error:
-        raise SettingsError(explain(source, error, Settings)) from error
-    _check_round_trip(settings, source)
+    settings = _validated(raw, source)
     if settings.group is not None:
         try:
             permissions.group_id(settings.group)
@@ -69,13 +67,13 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
             raise SettingsError(f"{source}: {error}") from error
     if settings.select_on == "test":
         notes.append(
-            f'{source}: select_on is "test": the board is chosen on the test set, so its scores are no estimate of '
-            'how good the models are. "validation" keeps the test set for the end.'
+            f'{source}: select_on is "test": models are chosen by their scores on the test set, so these scores are '
+            'better than the models. "validation" keeps the test set for the end.'
         )
     return settings, notes
 
 
-# What may change while a run goes on: nothing that earlier results depend on.
+# Keys that may change during a run: earlier results do not depend on them.
 AMENDABLE = (
     "training_profiles", "epochs_per_chunk", "workers", "cores_per_worker", "total_lifetime", "eon_lifetime",
     "stop_after_stale_cycles", "stop_at_score", "stop_after_epochs", "max_failures", "max_chunk_attempts",
@@ -92,87 +90,76 @@ def amend(settings: Settings, overrides: Sequence[str]) -> Settings:
             can = ", ".join(AMENDABLE)
             raise SettingsError(f"--set {shown(override, 100)}: {key} is fixed at launch; what can change: {can}")
         _override(raw, override)
+    return _validated(raw, "amended settings")
+
+
+def _validated(raw: dict[str, Any], source: str) -> Settings:
+    """Raises SettingsError. A run's settings are kept as JSON, so reading them back must give the same values."""
     try:
-        amended = Settings.model_validate(raw)
+        settings = Settings.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(explain("amended settings", error, Settings)) from error
-    _check_round_trip(amended, "amended settings")
-    return amended
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except (OSError, ValueError):  # no name that a file could have
-        return False
-
-
-def _check_round_trip(settings: Settings, source: str) -> None:
-    """A run's settings are kept as JSON, so they must come back from it as they were."""
+        raise SettingsError(explain(source, error, Settings)) from error
     try:
         same = thaw(freeze(settings)) == settings
     except (PydanticSerializationError, SettingsError, ValueError, RecursionError):
         same = False
     if not same:
         where = "job_params, training_profiles or slurm"
-        raise SettingsError(f"{source}: {where} hold a value that JSON can't keep (NaN, too deep, ...)")
+        raise SettingsError(f"{source}: {where}: a value there can't be kept as JSON (NaN, nested too deep, ...)")
+    return settings
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # not a possible name
+        return False
 
 
 def difference(old: Settings, new: Settings) -> list[str]:
-    """A line for each value that differs, as deep as it lies: "slurm.partition: old -> new"."""
+    """A line for each value that differs, such as "slurm.partition: old -> new"."""
     return changes(old.model_dump(mode="json"), new.model_dump(mode="json"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    raw = _read_json(path)
-    if not isinstance(raw, dict):
-        raise SettingsError(f"{shown(str(path), 160)}: settings are a JSON object {{...}}, not {type(raw).__name__}")
-    return raw
 
 
 def _read_json(path: Path) -> Any:
     source = shown(str(path), 160)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_twins)
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise SettingsError(f"{source}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise SettingsError(f"{source}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
-    except _TwinKeyError as error:
+    except _DuplicateKeyError as error:
         raise SettingsError(f"{source}: the key {shown(str(error))} is given twice") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, numbers of thousands of digits, nested too deep
         raise SettingsError(f"{source}: not JSON: {shown(str(error), 120)}") from error
 
 
-class _TwinKeyError(Exception):
-    """Which of two values would win is nobody's to guess."""
+class _DuplicateKeyError(Exception):
+    """Python would silently take the last value."""
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in seen:
-            raise _TwinKeyError(repr(key))
-        seen[key] = value
-    return seen
+        if key in values:
+            raise _DuplicateKeyError(repr(key))
+        values[key] = value
+    return values
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
+    """Set a value in raw, in place. Raises SettingsError."""
     path, equals, text = override.partition("=")
+    option = f"--set {shown(override, 180)!r}"
     if not equals or not path:
-        raise SettingsError(f"--set {shown(override, 180)!r}: allowed is key=value, e.g. --set workers=4")
-    if text.startswith("@"):
-        try:
-            value = _read_json(Path(text[1:]))
-        except SettingsError as error:
-            raise SettingsError(f"--set {shown(override, 180)!r}: {error}") from error
-    else:
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text  # a bare word is a string
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"--set {shown(override, 180)!r}: {error}") from error
+        raise SettingsError(f"{option}: allowed is key=value, e.g. --set workers=4")
+    try:
+        value = _read_json(Path(text[1:])) if text.startswith("@") else json.loads(text)
+    except json.JSONDecodeError:
+        value = text  # a bare word is a string
+    except (SettingsError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{option}: {error}") from error
     *parents, last = path.split(".")
     node: Any = raw
     for key in parents:
@@ -182,7 +169,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     elif _is_index(node, last):
         node[int(last)] = value
     else:
-        raise SettingsError(f"--set {shown(override, 180)!r}: there is nothing at {shown(path)!r} to set")
+        raise SettingsError(f"{option}: there is nothing at {shown(path)!r} to set")
 
 
 def _is_index(node: Any, key: str) -> bool:

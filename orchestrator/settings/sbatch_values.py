@@ -1,19 +1,18 @@
-"""What may stand in a batch script's #SBATCH lines. Pure: a line break in a value would begin a line of its own."""
+"""The allowed values in a batch script's #SBATCH lines, where a line break in a value would begin a new line. Pure."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.messages import one_line, shown
 
-# orch decides these itself: by its name a job is known, by its dependency a chain holds together.
+# orch sets these itself: it knows jobs by their names, and chains depend on the dependencies.
 OWNED = {
     "job-name", "output", "error", "dependency", "array", "open-mode", "nodes", "ntasks", "ntasks-per-node", "parsable",
 }  # fmt: skip
-# Leases and the end of each job's work are reckoned from these.
+# orch computes leases and the end of each job's work from these.
 INSTEAD = {"time": "slurm.time_min", "signal": "slurm.signal_delay_s"}
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,59}")
 
@@ -23,34 +22,33 @@ def option_name(name: str) -> str:
 
 
 def is_owned(name: str) -> bool:
-    """sbatch takes the beginning of a long option for the whole."""
+    """sbatch accepts abbreviations of long options."""
     return any(owned.startswith(option_name(name)) for owned in OWNED) if name else False
 
 
-def checked_additional(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option of sbatch that can't be given in settings, or not with that value."""
+def checked_additional(options: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for an sbatch option or a value that settings can't have."""
     for key, value in options.items():
         name = option_name(key)
         if is_owned(name):
-            raise ValueError(f"{shown(key, 60)!r} is decided by orch itself; leave it out")
+            raise ValueError(f"{shown(key, 60)!r} is set by orch itself; leave it out")
         if name in INSTEAD:
-            raise ValueError(f"{key!r} is asked for by {INSTEAD[name]}, which orch reckons with; leave it out here")
+            raise ValueError(f"{key!r} is set by {INSTEAD[name]}; leave it out here")
         check_option(name, value)
+    return options
 
 
 def check_option(name: str, value: Any) -> None:
     """Raises ValueError."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{shown(name, 60)!r} is no long option of sbatch; allowed are names such as 'reservation'")
+        raise ValueError(f"{shown(name, 60)!r} is not a long sbatch option; allowed are names such as 'reservation'")
     if isinstance(value, str):
         try:
             one_line(value)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     elif not isinstance(value, bool | int | float) or not math.isfinite(_as_float(value)):
-        raise ValueError(
-            f"{name}: a {type(value).__name__} is no value of an option; allowed are a text, a number or true"
-        )
+        raise ValueError(f"{name}: {type(value).__name__} is not allowed; an option is a text, a number or true")
 
 
 def _as_float(value: float) -> float:
@@ -60,11 +58,11 @@ def _as_float(value: float) -> float:
         return math.inf
 
 
-def checked_setup(lines: Sequence[str]) -> None:
-    """Raises ValueError for a line that would be more than a line, or read by sbatch."""
+def checked_setup(lines: list[str]) -> list[str]:
+    """Raises ValueError for text of several lines, and for a line that sbatch would read."""
     for line in lines:
         one_line(line, allowed="\t")
         if line.startswith("#SBATCH"):
-            raise ValueError(
-                f"{shown(line, 60)!r} is no command: sbatch would read it. Options go to slurm.additional_parameters"
-            )
+            options = "sbatch would read it. Put options into slurm.additional_parameters"
+            raise ValueError(f"{shown(line, 60)!r} is not a command: {options}")
+    return lines

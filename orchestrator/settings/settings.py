@@ -1,4 +1,4 @@
-"""JSON -> Settings, validated once; every mistake named with its place, its value and what is allowed."""
+"""The settings of a run: their keys, defaults, meanings and limits."""
 
 from __future__ import annotations
 
@@ -11,134 +11,177 @@ from urllib.parse import parse_qs, urlsplit
 from pydantic import AfterValidator, Field, field_validator
 
 from orchestrator.messages import one_line, shown
-from orchestrator.records import Metric, Policy, Profile, StopRules, WantedLock
+from orchestrator.records import CLASS, Line, Metric, Policy, Profile, StopRules, WantedLock
 from orchestrator.rules import stopping
-from orchestrator.settings.fields import (
-    MOST,
-    Count,
-    FilePath,
-    Lifetime,
-    Line,
-    Size,
-    Strict,
-    Word,
-    checked_logger,
-    checked_loggers,
-)
+from orchestrator.settings.fields import MOST, Count, FilePath, Lifetime, Size, Strict, Word
 from orchestrator.settings.sbatch_values import checked_additional, checked_setup
 
 POSTGRES = "postgresql+psycopg"
 DEFAULT_JOB = "jobs.alexnet:AlexNet"
+LOGGERS = ("tensorboard", "wandb", "mlflow")
+JOB = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 Flags = bool | list[bool]
-Logger = Annotated[str, AfterValidator(checked_logger)]
+
+
+def _check_logger(name: str) -> str:
+    if name not in LOGGERS and not (len(name) <= 300 and ":" in name and CLASS.fullmatch(name)):
+        allowed = f'{", ".join(LOGGERS)} and "package.module:Class"'
+        raise ValueError(f"{shown(repr(name))} is not a logger; allowed are {allowed}")
+    return name
+
+
+def _check_database(url: str) -> str:
+    """Raises ValueError, whose text never holds the URL's password."""
+    one_line(url)
+    try:
+        parts = urlsplit(url)
+        query = {key.lower() for key in parse_qs(parts.query, keep_blank_values=True)}
+        password = parts.password or query & {"password", "sslpassword"}
+        parts.port  # noqa: B018  # raises ValueError if it is not a number
+    except ValueError as error:  # also for brackets without an IPv6 address
+        raise ValueError(f"not a URL: {str(error).split(':')[0]}") from error
+    if parts.scheme == "sqlite":
+        if parts.path in ("", "/", "/:memory:"):
+            raise ValueError("a database in memory ends with its process; allowed is sqlite:////folder/file.db")
+    elif parts.scheme != POSTGRES:
+        raise ValueError(
+            f"orch does not know the database {parts.scheme[:40]!r}; allowed are {POSTGRES}://user@host/name and "
+            "sqlite:////folder/file.db"
+        )
+    elif password:
+        raise ValueError(
+            "the URL holds a password, which would be written to the run folder; leave it out, and set PGPASSWORD or "
+            "use ~/.pgpass"
+        )
+    return url
+
+
+DatabaseUrl = Annotated[str, AfterValidator(_check_database)]
 
 
 class SlurmSettings(Strict):
-    """What each job asks of Slurm. Unset: what slurm_file says, else the partition's defaults."""
+    """What each job asks of Slurm. Unset keys take the value in slurm_file, else Slurm's default."""
 
-    partition: Word | None = None
-    account: Word | None = None
-    qos: Word | None = None
-    time_min: Annotated[Count | None, Field(description="time limit; default: eon_lifetime and the grace")] = None
-    gpus: Annotated[int, Field(ge=0, le=MOST, description="GPUs per worker; default gpus_per_worker")] | None = None
-    gres: Word | None = None
-    cpus: Count | None = None
-    mem_gb: Size | None = None
-    nice: Annotated[int, Field(ge=0, le=2**31)] | None = None
-    constraint: Word | None = None
-    exclude: Word | None = None
-    throttle: Annotated[Count | None, Field(description="jobs of the first array that run at once")] = None
-    signal_delay_s: Annotated[Count | None, Field(description="warning before the limit; default 60")] = None
-    setup: list[str] = Field([])
-    additional_parameters: dict[str, Any] = Field({})
-
-    @field_validator("setup")
-    @classmethod
-    def _commands(cls, lines: list[str]) -> list[str]:
-        checked_setup(lines)
-        return lines
-
-    @field_validator("additional_parameters")
-    @classmethod
-    def _options_of_sbatch(cls, options: dict[str, Any]) -> dict[str, Any]:
-        checked_additional(options)
-        return options
+    partition: Word | None = Field(None, description="partition, or several with commas between them")
+    account: Word | None = Field(None, description="account that the jobs are charged to")
+    qos: Word | None = Field(None, description="quality of service")
+    time_min: Count | None = Field(None, description="time limit in minutes; default: what eon_lifetime needs")
+    gpus: int | None = Field(None, ge=0, le=MOST, description="GPUs of a worker; default: gpus_per_worker")
+    gres: Word | None = Field(None, description="generic resources, such as gpu:a100:1")
+    cpus: Count | None = Field(None, description="CPU cores of each task")
+    mem_gb: Size | None = Field(None, description="memory of each node in GiB")
+    nice: int | None = Field(None, ge=0, le=2**31, description="how much to lower the jobs' priority")
+    constraint: Word | None = Field(None, description="features that a node must have")
+    exclude: Word | None = Field(None, description="nodes that jobs must not run on")
+    throttle: Count | None = Field(None, description="how many jobs of the first array may run at the same time")
+    signal_delay_s: Count | None = Field(None, description="seconds from warning to time limit; default: 60")
+    setup: Annotated[list[str], AfterValidator(checked_setup)] = Field(
+        [], description="shell commands that a job runs before it starts"
+    )
+    additional_parameters: Annotated[dict[str, Any], AfterValidator(checked_additional)] = Field(
+        {}, description="other long options of sbatch"
+    )
 
 
 class Settings(Strict):
-    """Everything that a run is made from. Lifetimes in seconds."""
+    """Everything that defines a run. Lifetimes are in seconds."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-    job: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=300)] = DEFAULT_JOB
-    job_params: dict[str, Any] = Field({})
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="the run and its folder")
+    job: str = Field(DEFAULT_JOB, pattern=JOB, max_length=300, description="module:Class of the model and its data")
+    job_params: dict[str, Any] = Field({}, description="the job's own parameters")
 
-    num_models: Count = 5
-    training_profiles: Annotated[list[Profile], Field(min_length=1)]
-    max_batch_size: Count = 100
-    epochs_per_chunk: Count = 1
-    metric: Metric = Metric()
-    select_on: Literal["validation", "test"] = "validation"
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    deterministic: bool = False
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    channels_last: Literal["auto", True, False] = "auto"
-    compile: bool = False
-    loggers: Annotated[list[Logger], AfterValidator(checked_loggers)] = Field(["tensorboard"])
+    num_models: Count = Field(5, description="slots of the leaderboard")
+    training_profiles: list[Profile] = Field(min_length=1, description="the cycle, in order; repeats are allowed")
+    max_batch_size: Count = Field(100, description="examples in a batch")
+    epochs_per_chunk: Count = Field(1, description="epochs of a chunk, after which the board decides")
+    metric: Metric = Field(Metric(), description="the number that orders the board; mode is max or min")
+    select_on: Literal["validation", "test"] = Field(
+        "validation", description="the data that models are chosen on; with test, the scores are too good"
+    )
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training set, stratified by class")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the split and the initial weights")
+    deterministic: bool = Field(False, description="use torch's deterministic algorithms, which are slower")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="number format of products and convolutions; auto: bf16, else fp16 on a GPU, fp32 on a CPU"
+    )
+    channels_last: Literal["auto", True, False] = Field(
+        "auto", description="memory layout of images; auto: channels last if the model has 2D convolutions"
+    )
+    compile: bool = Field(False, description="compile the model with torch.compile")
+    loggers: list[Annotated[str, AfterValidator(_check_logger)]] = Field(
+        ["tensorboard"], description="where curves go: tensorboard, wandb, mlflow, or module:Class"
+    )
 
-    training_source_dir: FilePath | None = None
-    testing_source_dir: FilePath | None = None
-    pretrained_features: Flags = False
-    pretrained_classifier: Flags = False
-    trainable_features: Flags = True
-    trainable_classifier: Flags = True
-    pretrained_weights: FilePath = "IMAGENET1K_V1"
+    training_source_dir: FilePath | None = Field(None, description="folder of training images, one folder a class")
+    testing_source_dir: FilePath | None = Field(None, description="folder of test images, one folder a class")
+    pretrained_features: Flags = Field(False, description="AlexNet: which convolution layers start pretrained")
+    pretrained_classifier: Flags = Field(False, description="AlexNet: which classifier layers start pretrained")
+    trainable_features: Flags = Field(True, description="AlexNet: which convolution layers are trained")
+    trainable_classifier: Flags = Field(True, description="AlexNet: which classifier layers are trained")
+    pretrained_weights: FilePath = Field("IMAGENET1K_V1", description="a name of torchvision's weights, or a file")
 
-    workers: Annotated[int, Field(ge=1, le=100_000)] = 1
-    executor: Literal["slurm", "local", "inline"] | None = None
-    gpus_per_worker: Count = 1
-    cores_per_worker: Count | None = None
-    total_lifetime: Lifetime = 259200
-    eon_lifetime: Lifetime = 2400
-    stop_after_stale_cycles: Count | None = 1
-    stop_at_score: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    stop_after_epochs: Count | None = None
-    max_failures: Count = 5
-    max_chunk_attempts: Count = 3
-    max_disk_gb: Size | None = None
-    slurm_file: FilePath | None = None
-    slurm: SlurmSettings = SlurmSettings()
-    database: str | None = None
-    lock: WantedLock = "auto"
-    group: Annotated[Line, Field(min_length=1, max_length=100)] | None = None
-    database_schema: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]*$", max_length=63)] | None = None
+    workers: int = Field(1, ge=1, le=100_000, description="chains that train at the same time")
+    executor: Literal["slurm", "local", "inline"] | None = Field(
+        None, description="where jobs run; default: slurm if sbatch is installed, else local"
+    )
+    gpus_per_worker: Count = Field(1, description="processes of a worker that train together, with one GPU each")
+    cores_per_worker: Count | None = Field(None, description="CPU cores; default: what the job was given")
+    total_lifetime: Lifetime = Field(259200, description="seconds from launch to the end of the run")
+    eon_lifetime: Lifetime = Field(2400, description="seconds of work in one job")
+    stop_after_stale_cycles: Count | None = Field(1, description="cycles without a promotion; null: never")
+    stop_at_score: float | None = Field(None, allow_inf_nan=False, description="of the best model, to end the run")
+    stop_after_epochs: Count | None = Field(None, description="the run ends after this many epochs in total")
+    max_failures: Count = Field(5, description="failures in a row that end a chain")
+    max_chunk_attempts: Count = Field(3, description="failures of a profile on a model before it is skipped")
+    max_disk_gb: Size | None = Field(None, description="limit for the run's folder in GB (10^9 bytes)")
+    slurm_file: FilePath | None = Field(None, description="an sbatch file whose options and setup lines are used")
+    slurm: SlurmSettings = Field(SlurmSettings(), description="what jobs ask of Slurm; overrides slurm_file")
+    database: DatabaseUrl | None = Field(None, description="PostgreSQL or SQLite URL; default: in the run's folder")
+    lock: WantedLock = Field("auto", description="the lock around the SQLite file; auto: one that is proven at launch")
+    group: Line | None = Field(None, description="a Unix group whose members may read and control the run")
+    database_schema: str | None = Field(
+        None, pattern=r"^[a-z_][a-z0-9_]*$", max_length=63, description="PostgreSQL schema; default: one for each run"
+    )
 
-    @field_validator("database")
+    @field_validator("loggers")
     @classmethod
-    def _a_database_we_know(cls, url: str | None) -> str | None:
-        return None if url is None else checked_database(url)
+    def _check_loggers_are_distinct(cls, names: list[str]) -> list[str]:
+        """A logger that is named twice would write everything twice."""
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{shown(repr(name))} is named {names.count(name)} times; name each logger once")
+        return names
 
     @field_validator("metric", mode="before")
     @classmethod
-    def _a_name_and_which_way_is_up(cls, metric: Any) -> Any:
+    def _check_metric_has_mode(cls, metric: Any) -> Any:
         if isinstance(metric, str):
             name = shown(json.dumps(metric))
-            objects = f'{{"name": {name}, "mode": "min"}} if less of it is better, "max" in its place if more of it is'
-            raise ValueError(f"{name} is a name alone; write {objects}")
+            better = '"mode": "min"} if a lower value is better, "max" if a higher one is'
+            raise ValueError(f'{name} is only a name; write {{"name": {name}, {better}')
         return metric
 
     @field_validator("training_profiles")
     @classmethod
-    def _names_mean_one_thing(cls, profiles: list[Profile]) -> list[Profile]:
+    def _check_repeats_are_equal(cls, profiles: list[Profile]) -> list[Profile]:
         seen: dict[str, Profile] = {}
         for profile in profiles:
             if seen.setdefault(profile.name, profile) != profile:
                 raise ValueError(f"two profiles are named {profile.name!r} but differ; a repeat must be the same")
         return profiles
 
+    @property
+    def uses_server(self) -> bool:
+        """Is the database a server? Then the tables need a schema, and no lock on a file."""
+        return self.database is not None and not self.database.startswith("sqlite")
+
+    @property
+    def data_folders(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(path for path in (self.training_source_dir, self.testing_source_dir) if path))
+
     def policy(self, version: int) -> Policy:
-        """What of it the leaderboard needs."""
+        """The part of the settings that the leaderboard needs."""
         return Policy(
             version=version,
             metric=self.metric,
@@ -156,36 +199,6 @@ class Settings(Strict):
         )
 
 
-def checked_database(url: str) -> str:
-    """Raises ValueError, whose text never holds the URL's password."""
-    one_line(url)
-    try:
-        parts = urlsplit(url)
-        query = {key.lower() for key in parse_qs(parts.query, keep_blank_values=True)}
-        password = parts.password or query & {"password", "sslpassword"}
-        parts.port  # noqa: B018  # looked at, and raises ValueError if it is no number
-    except ValueError as error:  # brackets that are no IPv6 address
-        raise ValueError(f"not a URL: {str(error).split(':')[0]}") from error
-    if parts.scheme == "sqlite":
-        if parts.path in ("", "/", "/:memory:"):
-            raise ValueError("a database in memory is gone with its process; allowed is sqlite:////folder/file.db")
-    elif parts.scheme != POSTGRES:
-        raise ValueError(
-            f"{parts.scheme[:40]!r} is no database that orch knows; allowed are {POSTGRES}://user@host/name and "
-            "sqlite:////folder/file.db"
-        )
-    elif password:
-        raise ValueError(
-            "the URL holds a password, which would be written to the run folder; leave it out, and give it as "
-            "PGPASSWORD or in ~/.pgpass"
-        )
-    return url
-
-
-def is_server(database: str | None) -> bool:
-    return database is not None and not database.startswith("sqlite")
-
-
 def new_schema(run_name: str) -> str:
-    """A name that PostgreSQL takes unquoted, and that no other run of this name has."""
+    """A unique name that PostgreSQL accepts without quotes."""
     return f"orch_{re.sub(r'[^a-z0-9_]', '_', run_name.lower())[:40]}_{secrets.token_hex(4)}"

@@ -1,7 +1,7 @@
-"""What runs in a job: find out which one it is, wait for its turn, and be a worker.
+"""What runs in a job: find out which job this is, wait for its turn, and be a worker.
 
-With gpus_per_worker, a job has a process for each GPU. Rank 0 is the worker; the others follow it and know
-neither the database nor the queue.
+With gpus_per_worker, a job has one process for each GPU. Rank 0 is the worker; the others follow it and use neither the
+database nor the queue.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from orchestrator.cluster.choose import open_this_job
 from orchestrator.cluster.host import gpus, this_process
 from orchestrator.cluster.place import Place, this_place
+from orchestrator.cluster.protocol import ThisJob
 from orchestrator.files import permissions
+from orchestrator.files.run_folder import LOGS
 from orchestrator.leaderboard.engine import JOB_CONNECTS_FOR_S
 from orchestrator.worker.loop import JobLoop
 from orchestrator.worker.opened_run import OpenedRun
-from orchestrator.worker.trainer import Ending, StopFlag
+from orchestrator.worker.trainer import Ending, StopFlag, Trainer, WithDefaults
 from orchestrator.worker.user_job import import_ahead
 
 if TYPE_CHECKING:
@@ -32,9 +35,9 @@ log = logging.getLogger("orch")
 def job_main(run_folder: str, worker_id: int) -> str:
     """What submitit runs: one process of one job of one chain.
 
-    On Slurm it does not return: nobody reads the result that submitit would write, and Python's own end with
-    torch loaded takes a tenth of a second and more, for which the successor would wait. Neither does it where a job
-    has several processes: see leave.
+    On Slurm it does not return: the result that submitit would write is not used, and with torch loaded Python takes a
+    tenth of a second or more to end, for which the successor would wait. Nor does it return where a job has several
+    processes: see `leave`.
     """
     outcome = _work(run_folder, worker_id)
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" or this_place().count > 1:
@@ -45,8 +48,8 @@ def job_main(run_folder: str, worker_id: int) -> str:
 def leave() -> NoReturn:
     """End this process with exit code 0, now.
 
-    With its connections to other ranks broken, Python's own end may be an abort instead (a thread of gloo's that
-    wants the interpreter while it ends), for which the cluster would kill rank 0.
+    When its connections to other ranks are broken, a normal exit may abort instead (a gloo thread that needs the
+    interpreter while it ends), and Slurm would then kill rank 0.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -57,17 +60,17 @@ def leave() -> NoReturn:
 def _work(run_folder: str, worker_id: int) -> str:
     permissions.use_umask(Path(run_folder))
     stop = StopFlag()
-    stop.listen()  # followers too, which do nothing about it: rank 0 says when to stop
+    stop.listen()  # in followers too, where it has no effect: rank 0 decides when to stop
     place = this_place()
     if place.executor == "local" and os.getpgrp() != os.getpid():
-        os.setsid()  # a terminal's Ctrl-C is not for the jobs that were launched from it
-    _log_to(Path(run_folder) / "logs" / f"worker-{worker_id}.log" if place.rank == 0 else None)
-    team = Team(place) if place.count > 1 else None  # before the wait for its turn: so none waits for who is no more
+        os.setsid()  # so that Ctrl-C in the terminal of the launch does not reach this job
+    _log_to(Path(run_folder) / LOGS / f"worker-{worker_id}.log" if place.rank == 0 else None)
+    team = Team(place) if place.count > 1 else None  # before the wait, so that no rank waits for one that has died
     if team is not None and place.rank > 0:
         return team.follow()
     try:
         run = OpenedRun.opened(Path(run_folder), job_main, JOB_CONNECTS_FOR_S)
-        return be_worker(run, run.cluster.token(), worker_id, stop, team).outcome
+        return be_worker(run, open_this_job(run.settings), worker_id, stop, team).outcome
     finally:
         if team is not None:
             team.dismiss()
@@ -84,10 +87,10 @@ class Team:
             from jobs.training.distributed import own_gpu
             from jobs.training.ranks import meet
 
-            if place.executor != "local":  # there, the GPUs are known when it is this job's turn
+            if place.executor != "local":  # a local job learns its GPUs when its turn comes
                 os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(gpus(), place.rank, place.count)
             self._ranks = meet(place.rank, place.count, place.meeting_file)
-        except Exception as error:  # rank 0 goes on to where the chain can take note of it
+        except Exception as error:  # rank 0 reports it to its chain when it opens the trainer
             log.error("%s", traceback.format_exc())
             self._error = error
 
@@ -100,8 +103,8 @@ class Team:
         log.info("rank %d ends: %s", self._place.rank, ending)
         return ending
 
-    def open_trainer(self, run: OpenedRun, gpus: str | None, stop: StopFlag) -> Any:
-        """Raises what kept the processes from coming together, or from opening the job."""
+    def open_trainer(self, run: OpenedRun, cores: int, gpus: str | None, stop: StopFlag) -> Trainer:
+        """Raises the error that kept the processes from meeting, or from opening the job."""
         from jobs.training.distributed import lead
 
         if self._ranks is None:
@@ -110,9 +113,8 @@ class Team:
         def end_the_job() -> None:
             stop.reason = stop.reason or "the failure of one of its processes"
 
-        import_paths = run.leaderboard.reader.run_row()["import_paths"]
         settings = run.settings.model_dump(mode="json")
-        return lead(self._ranks, settings, run.cluster.cores(), import_paths, gpus, end_the_job, run.folder)
+        return lead(self._ranks, settings, cores, run.import_paths, gpus, end_the_job, run.folder)
 
     def dismiss(self) -> None:
         if self._ranks is not None:
@@ -121,69 +123,57 @@ class Team:
             dismiss(self._ranks)
 
 
-def be_worker(run: OpenedRun, token: str, worker_id: int, stop: StopFlag, team: Team | None = None) -> Ending:
-    """Wait for the turn of the job with this token, and do its work."""
-    job, predecessor = run.leaderboard.chains.find(token, worker_id)
+def be_worker(run: OpenedRun, this_job: ThisJob, worker_id: int, stop: StopFlag, team: Team | None = None) -> Ending:
+    """Wait for the turn of this job, and do its work."""
+    chains, token = run.leaderboard.chains, this_job.token()
+    job, predecessor = chains.find(token, worker_id)
     if job is None:
         return Ending(f"no job {token} of worker {worker_id} is known; another one took its place")
-    run.cluster.wait_turn(predecessor, lambda: stop.reason is not None)
+    run.leaderboard.database.rest()
+    this_job.wait_turn(predecessor, lambda: stop.reason is not None)
     if stop.reason:
         return Ending(f"stopped by {stop.reason} before it began")
-    run = OpenedRun.opened(run.folder, job_main, JOB_CONNECTS_FOR_S)  # it may have been amended during the wait
+    run.refresh()  # it may have been amended during the wait
+    this_job.settings = run.settings
     from jobs.imports import look_first_in
 
-    look_first_in(run.leaderboard.reader.run_row()["import_paths"])
-    ahead = None
-    if run.leaderboard.chains.wants_successor(worker_id, time.time(), run.settings.max_failures):  # there is work
-        ahead = import_ahead(run.settings.job)
-    cluster_id, host = run.cluster.identity()
-    started = run.leaderboard.chains.start(
-        token,
-        worker_id,
-        cluster_id,
-        host,
-        *this_process(),
-        time.time(),
-        run.settings.max_failures,
-        successor=run.cluster.chains,
-    )
+    look_first_in(run.import_paths)
+    max_failures, local = run.settings.max_failures, run.queue.name == "local"
+    has_work = chains.wants_successor(worker_id, time.time(), max_failures)
+    importing = import_ahead(run.settings.job) if has_work else None
+    where = (*this_job.identity(), *this_process())
+    started = chains.start(token, worker_id, *where, time.time(), max_failures, successor=run.queue.chains)
     if isinstance(started, str):
         log.warning("this job does nothing: %s", started)
         return Ending(started)
-    local = run.cluster.name == "local"
     if local:
         os.environ["CUDA_VISIBLE_DEVICES"] = started.worker.device or ""
+    opened: list[Trainer] = []
 
-    opened: list[Any] = []
-
-    def open_trainer() -> Any:
-        if ahead is not None:
-            ahead.join()
+    def open_trainer() -> Trainer:
+        if importing is not None:
+            importing.join()
         if team is not None:
-            opened.append(team.open_trainer(run, os.environ["CUDA_VISIBLE_DEVICES"] if local else None, stop))
+            visible = os.environ["CUDA_VISIBLE_DEVICES"] if local else None
+            trainer = team.open_trainer(run, this_job.cores(), visible, stop)
         else:
             from orchestrator.worker.user_job import open_trainer  # imports torch, which takes seconds
 
-            opened.append(open_trainer(run.settings, run.cluster.cores(), run.folder))
+            trainer = open_trainer(run.settings, this_job.cores(), run.folder)
+        opened.append(trainer if isinstance(trainer, Trainer) else WithDefaults(trainer))
         return opened[0]
 
-    worker = JobLoop(run.folder, run.settings, run.version, run.leaderboard, run.cluster, open_trainer, time.time, stop)
-    ending = worker.run(started)
+    ending = JobLoop(run, this_job, open_trainer, time.time, stop).work(started)
     for trainer in opened:
-        _close(trainer)
+        try:
+            trainer.close()
+        except Exception:  # the work is done and in the database
+            log.warning("the trainer could not be closed: %s", traceback.format_exc())
     return ending
 
 
-def _close(trainer: Any) -> None:
-    """Let its loggers write what is left; a trainer of the user's own need not have any."""
-    try:
-        getattr(trainer, "close", lambda: None)()
-    except Exception:  # the job's work is done and written down
-        log.warning("the trainer could not be closed: %s", traceback.format_exc())
-
-
 def _log_to(path: Path | None) -> None:
-    """A line for each thing that happens: in the process's own output and, if path is given, the worker's log."""
+    """Log to the output of this process and, if path is given, to the worker's log."""
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if path is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from orchestrator.cluster.choose import open_cluster
-from orchestrator.cluster.foreign import ForeignCluster
-from orchestrator.cluster.protocol import Cluster, JobMain
+from orchestrator.cluster.choose import open_queue
+from orchestrator.cluster.foreign import ForeignQueue
+from orchestrator.cluster.protocol import JobMain, JobQueue
 from orchestrator.errors import RunError, SettingsError
 from orchestrator.files import permissions
 from orchestrator.files.run_folder import DATABASE_NAME, SETTINGS_NAME, without_its_files
@@ -19,7 +20,7 @@ from orchestrator.settings.settings import Settings
 
 
 class OpenedRun:
-    """Its settings, its leaderboard and its cluster."""
+    """Its settings, its leaderboard and the queue of its jobs."""
 
     def __init__(
         self, folder: Path, settings: Settings, leaderboard: Leaderboard, version: int, job_main: JobMain
@@ -30,22 +31,38 @@ class OpenedRun:
         self.leaderboard = leaderboard
         self.name = settings.name
         self._job_main = job_main
-        self._cluster: Cluster | None = None
+        self._queue: JobQueue | None = None
 
     @property
-    def cluster(self) -> Cluster:
-        if self._cluster is None:
-            cluster = open_cluster(self.settings.executor or "local", self.settings, self.folder, self._job_main)
+    def queue(self) -> JobQueue:
+        """The owner's queue, or what another user may do with it."""
+        if self._queue is None:
+            queue = open_queue(self.settings, self.folder, self._job_main)
             owner = permissions.owner(self.folder)
-            self._cluster = cluster if owner is None else ForeignCluster(cluster, owner)
-        return self._cluster
+            self._queue = queue if owner is None else ForeignQueue(queue.name, owner)
+        return self._queue
+
+    @cached_property
+    def import_paths(self) -> list[str]:
+        """The folders where the job's module is looked for first."""
+        return list(self.leaderboard.reader.run_row()["import_paths"])
+
+    def refresh(self) -> None:
+        """Read the settings again, since the run may have been amended."""
+        text, version = self.leaderboard.reader.settings()
+        self.use(loading.thaw(text), version)
+
+    def use(self, settings: Settings, version: int) -> None:
+        """From now on, the run has these settings."""
+        self.settings, self.version, self._queue = settings, version, None
 
     @classmethod
     def opened(cls, folder: Path, job_main: JobMain, connect_for_s: float = CONNECT_FOR_S) -> Self:
         """job_main: what each job of the run executes. connect_for_s: see Database.
 
-        Raises RunError if there is no run in folder or strangers may write to it,
-        LeaderboardError if its database can't be used."""
+        Raises RunError if there is no run in folder or other users may write to it, LeaderboardError if its database
+        can't be used.
+        """
         permissions.check_permissions(folder)
         path = folder / SETTINGS_NAME
         place: tuple[str | None, str | None] = (None, None)
@@ -53,7 +70,7 @@ class OpenedRun:
             written = loading.thaw(path.read_text(encoding="utf-8"))
             place = (written.database, written.database_schema)
         except FileNotFoundError as error:
-            if not (folder / DATABASE_NAME).exists():  # which has the settings too
+            if not (folder / DATABASE_NAME).exists():  # it has the settings too
                 raise RunError(without_its_files(folder)) from error
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"{folder} is not a run: {path.name}: {getattr(error, 'strerror', '') or error}") from error
@@ -68,12 +85,12 @@ class OpenedRun:
 
 
 def _refuse_two_locks(settings: Settings, leaderboard: Leaderboard) -> None:
-    """Raises RunError if this process took another lock than others of the run may take."""
+    """Raises RunError if this process uses another kind of lock than the run was launched with."""
     database = leaderboard.database
     if database.file and database.lock_choice and settings.lock not in ("auto", database.lock_choice.kind):
         record = choice.record_path(database.file)
         raise RunError(
             f"{record} says {database.lock_choice.kind!r}, and the run was launched with the lock {settings.lock!r}: "
-            "two kinds at once are none. End all processes of the run, then put "
+            "mixing lock kinds gives no protection. End all processes of the run, then put "
             f'"kind": "{settings.lock}" into {record}'
         )

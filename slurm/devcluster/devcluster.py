@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """A real Slurm cluster on one machine, as root or as a plain user: for the tests, and for trying things out.
 
-    python slurm/devcluster/devcluster.py up                start it, or do nothing if it runs
-    eval "$(python slurm/devcluster/devcluster.py env)"     now sbatch, squeue and orch talk to it
-    python slurm/devcluster/devcluster.py down              stop it (wipe: and delete its folder)
+    python slurm/devcluster up                start it, or do nothing if it runs
+    eval "$(python slurm/devcluster env)"     now sbatch, squeue and orch talk to it
+    python slurm/devcluster down              stop it (wipe: and delete its folder)
 
-Everything lives in one folder. README.md beside this file says what the cluster has and what to know of it.
+Everything is in one folder. README.md in this folder describes the cluster.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ class DevCluster(SlurmClient):
         self.node_names = [f"node{number}" for number in range(1, self.shape.nodes + 1)]
         self._port = stored.port if stored else None
         self._owner = stored.owner if stored else None
-        self._children: list[subprocess.Popen[bytes]] = []  # to be reaped: nobody else can
+        self._children: list[subprocess.Popen[bytes]] = []  # this process must reap them
 
     @classmethod
     @contextlib.contextmanager
@@ -108,7 +107,7 @@ class DevCluster(SlurmClient):
     # --- the whole cluster
 
     def start(self) -> None:
-        """Start what does not run yet and return when every node takes jobs."""
+        """Start every daemon that does not run, and return when every node takes jobs."""
         check_packages(self.shape.accounting, self.shape.faketime is not None)
         with self._locked():
             stored, running = Stored.load(self.folder), self.processes()
@@ -145,7 +144,7 @@ class DevCluster(SlurmClient):
             return
         names = {path.name for path in self.folder.iterdir()}
         if names - {LOCK} and Stored.load(self.folder) is None:
-            raise DevClusterError(f"{self.folder} is not deleted: it is no cluster's folder")
+            raise DevClusterError(f"{self.folder} is not deleted: it is not a cluster's folder")
         with self._locked():
             self._cancel_before_stop()  # slurmstepd knows the processes of a job better than we do
             self._end(lambda process: True, signal.SIGKILL)
@@ -174,13 +173,13 @@ class DevCluster(SlurmClient):
         self._end(lambda process: process.program == "slurmctld")
 
     def kill_controller(self) -> None:
-        """SIGKILL slurmctld, as a crash does. What it has not saved is lost, such as a job one second old."""
+        """SIGKILL slurmctld, as a crash does. What it has not saved is lost, such as a job of the last second."""
         self._end(lambda process: process.program in ("slurmctld", "slurmscriptd"), signal.SIGKILL)
 
     def kill_node(self, name: str, stepd: bool = True, *, jobs: bool = False, detect: bool = False) -> None:
         """SIGKILL a node's slurmd, its slurmstepds, and with `jobs` what they run; then declare it down.
 
-        Without `jobs` the batch scripts outlive their node, unknown to Slurm: what fencing tokens are for.
+        Without `jobs` the batch scripts outlive their node, unknown to Slurm: for this case claims have generations.
         With `detect` the node is not declared down: slurmctld finds out by itself, which takes about 30 s.
         """
         self._check_node(name)
@@ -197,18 +196,18 @@ class DevCluster(SlurmClient):
 
         def is_up() -> bool:
             state = self.node_states()[name]
-            if "drain" in state:  # Slurm does so when it finds a job twice on a node
+            if "drain" in state:  # Slurm drains a node when it finds a job twice on it
                 self.run(["scontrol", "update", f"NodeName={name}", "State=RESUME"], check=False)
             return state in NODE_IS_UP
 
         wait_for(is_up, 60, f"{name} to be up")
 
     def clear(self) -> None:
-        """Cancel every job, and end what jobs left running on nodes that were killed."""
+        """Cancel every job, and end the processes that jobs left on killed nodes."""
         self.cancel_all()
         self._end(lambda process: process.program == "job", signal.SIGKILL)
 
-    # --- how it is done
+    # --- internal
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -227,7 +226,7 @@ class DevCluster(SlurmClient):
         self._spawn("munged", munged_command(self.folder), lambda: listens(run / "munge.sock"))
         if self.shape.accounting:
             if not (database / "installed").exists():
-                shutil.rmtree(database, ignore_errors=True)  # half of one
+                shutil.rmtree(database, ignore_errors=True)  # an incomplete installation
                 self.run(install_database_command(self.folder, self.user), timeout_s=240)
                 (database / "installed").touch()
             server, socket = mariadbd_command(self.folder, self.user), run / "mysql.sock"
@@ -242,7 +241,7 @@ class DevCluster(SlurmClient):
             self.start_node(name)
 
     def _set_up_accounting(self) -> None:
-        """The controller wants to find its cluster, and the user an account, when it starts."""
+        """The cluster and the user's account must be in the database before the controller starts."""
         done = self.folder / "mysql" / "set-up"
         if done.exists():
             return
@@ -262,7 +261,8 @@ class DevCluster(SlurmClient):
     ) -> None:
         """Start a daemon, unless it runs, and return when it is ready.
 
-        It does not fork away, so that its pid is known, and is out of the reach of this terminal's Ctrl-C.
+        It stays a child of this process, so that its pid is known, in a session of its own, so that Ctrl-C in this
+        terminal does not reach it.
         """
         program, _, node = name.partition("-")
         if self.is_running(program, node or None):
@@ -281,7 +281,7 @@ class DevCluster(SlurmClient):
             raise DevClusterError(f"{name} ended at once, exit {child.returncode} ({output}):\n{last_lines}")
 
     def _end(self, wanted: Callable[[Process], bool], number: signal.Signals = signal.SIGTERM) -> None:
-        """Signal the wanted processes and return when they are gone; SIGKILL for those that take too long."""
+        """Signal the wanted processes and return when they have ended; SIGKILL for those that take too long."""
 
         def left() -> list[Process]:
             return [process for process in self.processes() if wanted(process)]
@@ -294,18 +294,12 @@ class DevCluster(SlurmClient):
                 break
         else:
             raise DevClusterError(f"not ended: {left()}")
-        for child in self._children:  # it has closed its files, by which we know it, but may still be ending
+        for child in self._children:  # it has closed the files that identify it, but may still be ending
             if child.pid in ending:
                 child.wait(timeout=10)
 
     def _cancel_before_stop(self) -> None:
-        """Jobs end better by scancel than by our signals; what does not answer is stopped all the same."""
+        """Jobs end better by scancel than by our signals; a controller that does not answer is stopped anyway."""
         if self.is_running("slurmctld"):
             with contextlib.suppress(DevClusterError, subprocess.TimeoutExpired):
                 self.cancel_all(timeout_s=4)
-
-
-if __name__ == "__main__":
-    from devcluster_commands import main
-
-    sys.exit(main())

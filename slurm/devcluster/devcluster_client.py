@@ -1,4 +1,4 @@
-"""Asking a cluster: the Slurm clients, run against one folder's slurm.conf."""
+"""The Slurm clients, run with the slurm.conf of one folder."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 from devcluster_processes import DevClusterError, wait_for
 
-# SLURM_CONF, SLURM_JOB_ID, SBATCH_PARTITION, SQUEUE_FORMAT and their like, left in the environment by a job
-# or by a user's habits, make a client ask another cluster, submit another job or print other columns.
+# Variables such as SLURM_CONF, SLURM_JOB_ID, SBATCH_PARTITION and SQUEUE_FORMAT, set by a job or by the user, make a
+# client ask another cluster, submit another job or print other columns.
 FOREIGN_VARIABLES = ("SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT", "SCANCEL_")
 SQUEUE_COLUMNS = {"id": "%i", "name": "%j", "state": "%T", "reason": "%r", "partition": "%P", "nodes": "%N"}
 SACCT_COLUMNS = ["JobID", "JobName", "Partition", "QOS", "State", "ExitCode", "ElapsedRaw", "NodeList"]
 
 
 class SlurmClient:
-    """What one can ask the cluster in a folder, whoever started it."""
+    """Runs Slurm's clients for the cluster in a folder, whoever started it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -31,14 +31,14 @@ class SlurmClient:
         return self.folder / "etc" / "slurm.conf"
 
     def env(self) -> dict[str, str]:
-        """This process's environment, with SLURM_CONF of this cluster and nothing of any other."""
+        """The environment of this process, with SLURM_CONF of this cluster and no variable of another."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN_VARIABLES)}
         return kept | {"SLURM_CONF": str(self.conf)}
 
     def run(
         self, command: Sequence[str], *, check: bool = True, stdin: str = "", timeout_s: float = 60
     ) -> subprocess.CompletedProcess[str]:
-        """Run a client such as sbatch. Unless check is false, DevClusterError with its words if it fails."""
+        """Run a client such as sbatch. If it fails, raises DevClusterError with its message, unless check is false."""
         result = subprocess.run(
             command,
             env=self.env(),
@@ -49,19 +49,19 @@ class SlurmClient:
             check=False,
         )
         if check and result.returncode:
-            said = (result.stderr or result.stdout).strip()
-            raise DevClusterError(f"{shlex.join(command)}: exit {result.returncode}: {said}")
+            message = (result.stderr or result.stdout).strip()
+            raise DevClusterError(f"{shlex.join(command)}: exit {result.returncode}: {message}")
         return result
 
     def sbatch(self, script: str, *options: str) -> int:
-        """Submit lines of bash; the job's id. They print to output(id), unless the options say otherwise."""
+        """Submit lines of bash; returns the job's id. They print to output(id), unless the options change that."""
         jobs = self.folder / "jobs"
         place = [f"--output={jobs}/%j.out", f"--chdir={jobs}", "--open-mode=append"]
         text = script if script.startswith("#!") else f"#!/bin/bash\n{script}\n"
         return int(self.run(["sbatch", "--parsable", *place, *options], stdin=text).stdout.split(";")[0])
 
     def output(self, job: int) -> str:
-        """What a job of sbatch() has printed so far, over all its starts."""
+        """What a job of sbatch() has printed so far, in all its starts."""
         path = self.folder / "jobs" / f"{job}.out"
         return path.read_text() if path.exists() else ""
 
@@ -90,13 +90,13 @@ class SlurmClient:
         return wait_for(reached, timeout_s, f"job {job} to be {' or '.join(states)}", every_s=0.1)
 
     def wait_saved(self, job: int) -> None:
-        """Return when the controller has written down what it knows of the job, and will know it after a crash."""
+        """Return when the controller has saved what it knows of the job, and so will know it after a crash."""
         asked_at, saved = time.time(), self.folder / "state" / "job_state"
         self.run(["scontrol", "update", f"JobId={job}", "Comment=saved"])  # it saves after changes, some seconds later
         wait_for(lambda: saved.exists() and saved.stat().st_mtime > asked_at, 30, f"job {job} to be saved")
 
     def node_states(self) -> dict[str, str]:
-        """What sinfo says of each node: idle, mixed, allocated, down, ...; with * if it does not answer."""
+        """The state of each node in sinfo: idle, mixed, allocated, down, ...; with * if the node does not answer."""
         lines = self.run(["sinfo", "-h", "-N", "-p", "main", "-o", "%N %T"]).stdout.splitlines()
         return dict(line.split() for line in lines)
 

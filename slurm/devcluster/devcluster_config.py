@@ -1,4 +1,4 @@
-"""What a development cluster consists of: its shape, its files, and the command lines of its daemons."""
+"""The parts of a development cluster: its shape, its files, and the command lines of its daemons."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ACCOUNT = "research"
 
 @dataclass(frozen=True)
 class Shape:
-    """Kept in the cluster's folder, so that `down` and the next `up` need no options."""
+    """Saved in the cluster's folder, so that `down` and the next `up` need no options."""
 
     nodes: int = 4
     cpus: int = 16  # of each node; declared, not counted: the machine may have fewer
@@ -32,7 +32,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Stored:
-    """The file that makes a folder a cluster's, and says how to find the cluster again."""
+    """The file that marks a folder as a cluster's, and from which a later command finds the cluster."""
 
     shape: Shape
     port: int  # the first port in use
@@ -49,11 +49,11 @@ class Stored:
     def save(self, folder: Path) -> None:
         new = folder / "cluster.json.new"
         new.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        new.replace(folder / "cluster.json")  # whole at any time, for whoever looks for abandoned clusters
+        new.replace(folder / "cluster.json")  # complete at any time, for processes that look for abandoned clusters
 
 
 def write_files(folder: Path, shape: Shape, user: str, port: int) -> None:
-    """Everything in the folder that the daemons do not write themselves."""
+    """Write the files that the daemons do not write themselves."""
     for name in SUBFOLDERS:
         (folder / name).mkdir(exist_ok=True)
     values: dict[str, object] = asdict(shape) | {
@@ -65,7 +65,7 @@ def write_files(folder: Path, shape: Shape, user: str, port: int) -> None:
         "first_node_port": port + 2,
         "last_node_port": port + 1 + shape.nodes,
         "last_gpu": shape.gpus - 1,
-        # By the fast clock, which only the controller has, nodes answer late and credentials come old.
+        # Only the controller has the fast clock: by it, nodes answer late and credentials are old when they arrive.
         "cred_expire_s": 60 if shape.faketime else 5,
         "slurmd_timeout_s": 100 if shape.faketime else 10,
     }
@@ -95,14 +95,14 @@ def munged_command(folder: Path) -> list[str]:
         "seed-file": "run/munge.seed",
         "log-file": "log/munged.log",
     }
-    # --force: it would rather run as a user of its own, in folders of root's.
+    # --force: else munged refuses folders that do not belong to root or to the user munge.
     options = [f"--{name}={folder}/{path}" for name, path in files.items()]
     return ["munged", "--foreground", "--force", *options]
 
 
 def install_database_command(folder: Path, user: str) -> list[str]:
-    """The user of the cluster becomes the database's root, known by the socket it comes through."""
-    # A server that starts deletes the temporary tables that it finds: in a common /tmp, those of others as well.
+    """The user of the cluster becomes the database's root, who is identified by the socket."""
+    # A server that starts deletes the temporary tables in its folder: in /tmp also those of other servers.
     where = [f"--datadir={folder}/mysql", f"--tmpdir={folder}/tmp", f"--user={user}"]
     root = ["--auth-root-authentication-method=socket", f"--auth-root-socket-user={user}", "--skip-test-db"]
     return ["mariadb-install-db", "--no-defaults", *where, *root]
@@ -119,7 +119,7 @@ def mariadbd_command(folder: Path, user: str) -> list[str]:
     options = [f"--{name}={folder}/{path}" for name, path in files.items()]
     options += [f"--user={user}", "--skip-networking", "--innodb-buffer-pool-size=64M"]
     options += ["--innodb-flush-log-at-trx-commit=0"]  # a test's accounting may be lost with the machine
-    options += ["--innodb-lock-wait-timeout=900"]  # slurmdbd asks for it
+    options += ["--innodb-lock-wait-timeout=900"]  # slurmdbd requires it
     return ["mariadbd", "--no-defaults", *options]
 
 
@@ -129,17 +129,17 @@ def faketime_environment(faketime: str | None) -> dict[str, str]:
     return {
         "LD_PRELOAD": str(faketime_library()),
         "FAKETIME": faketime,
-        "FAKETIME_DONT_FAKE_MONOTONIC": "0",  # Slurm's timers wait on the monotonic clock: it must be as fast
+        "FAKETIME_DONT_FAKE_MONOTONIC": "0",  # Slurm's timers use the monotonic clock: it must be as fast
     }
 
 
 def accounting_set_up(user: str) -> list[str]:
-    """What sacctmgr does to a new database. The two QOS are there to refuse jobs."""
+    """The sacctmgr commands for a new database. Tests use the two QOS to have jobs refused."""
     return [
         f"add cluster {CLUSTER}",
         "add qos one MaxSubmitJobsPerUser=1",
         "add qos two MaxSubmitJobsPerUser=2",
         f"add account {ACCOUNT} Cluster={CLUSTER}",
         f"add user {user} Account={ACCOUNT} AdminLevel=Admin QOS=normal,one,two DefaultQOS=normal",
-        f"modify user {user} set DefaultAccount={ACCOUNT}",  # to Slurm, root has an account of its own already
+        f"modify user {user} set DefaultAccount={ACCOUNT}",  # needed for root, who has an account already
     ]

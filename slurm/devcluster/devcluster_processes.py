@@ -1,9 +1,8 @@
 """Finding and signalling the processes of a development cluster, and finding ports for them. Linux only.
 
-A process is ours when /proc shows that it holds a log file of our folder open (the daemons, slurmstepd) or
-that it runs inside a job of our slurm.conf. Nothing else is ever signalled. So there are no pid files to go
-stale, a daemon is known from its first instant on, and slurmstepd, which has no pid file and overwrites its
-environment, is known too.
+A process belongs to the cluster if /proc shows that it has a log file of the folder open (the daemons, slurmstepd) or
+that it runs inside a job of the folder's slurm.conf. No other process is ever signalled. So no pid file can be out of
+date, a daemon is recognised from its start, and so is slurmstepd, which has no pid file and overwrites its environment.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class MissingPackagesError(DevClusterError):
 
 @dataclass(frozen=True)
 class Process:
-    """A running process of the cluster: zombies do not count, they have no files and no environment."""
+    """A running process of the cluster. Zombies do not count: they have no files and no environment."""
 
     pid: int
     program: str  # one of DAEMONS, or "job" for what a batch script runs
@@ -61,7 +60,7 @@ def wait_for(condition: Callable[[], T], timeout_s: float, what: str, every_s: f
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise DevClusterError(f"waited {timeout_s:g} s in vain for {what}")
+            raise DevClusterError(f"waited {timeout_s:g} s for {what}")
         time.sleep(every_s)
     return value
 
@@ -84,7 +83,7 @@ def check_packages(accounting: bool, faketime: bool) -> None:
 
 
 def start_time(pid: int) -> str | None:
-    """The pid and its start in kernel ticks: no other process ever has both. None when it does not run."""
+    """The pid and its start in kernel ticks: no other process ever has the same two. None if it does not run."""
     try:
         fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -99,7 +98,7 @@ def find_processes(folder: Path) -> list[Process]:
 
 
 def identify(pid: int, folder: Path) -> Process | None:
-    """The process as one of the cluster in the folder, or None when it is not (or no longer) one."""
+    """The process, if it belongs to the cluster in the folder; else None."""
     proc = Path("/proc", str(pid))
     try:
         name = (proc / "comm").read_text().strip()
@@ -127,7 +126,7 @@ def _open_log(proc: Path, folder: Path) -> str | None:
 
 
 def send_signal(processes: Iterable[Process], number: signal.Signals, folder: Path) -> None:
-    """Signal processes of the cluster. A pid that became another process's in the meantime is left alone."""
+    """Signal processes of the cluster. A pid that another process has got in the meantime is not signalled."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             handle = os.pidfd_open(process.pid)
@@ -142,8 +141,8 @@ def send_signal(processes: Iterable[Process], number: signal.Signals, folder: Pa
 def reserved_ports(count: int, preferred: int | None, fixed: bool) -> Iterator[int]:
     """The first of `count` neighbouring free ports: the preferred ones if free, else (unless fixed) others.
 
-    While the context lasts no other start on this machine gets them: the daemons listen only seconds later.
-    The reservation is a name in Linux' abstract socket namespace, common to all users, and ends with us.
+    Within the context no other cluster that starts on this machine gets them, since the daemons listen only seconds
+    later. The reservation is a name in Linux' abstract socket namespace, for all users; it ends with this process.
     """
     spread = os.getpid() % len(PORT_BASES)  # clusters that start at once begin to look in different places
     others = [] if fixed else [*PORT_BASES[spread:], *PORT_BASES[:spread]]
@@ -160,7 +159,7 @@ def reserved_ports(count: int, preferred: int | None, fixed: bool) -> Iterator[i
 
 
 def listens(address: int | Path) -> bool:
-    """Does somebody take connections on the port of this machine, or on the unix socket?"""
+    """Does a process take connections on the port of this machine, or on the unix socket?"""
     family = socket.AF_INET if isinstance(address, int) else socket.AF_UNIX
     with socket.socket(family) as probe:
         return probe.connect_ex(("127.0.0.1", address) if isinstance(address, int) else str(address)) == 0
@@ -168,7 +167,7 @@ def listens(address: int | Path) -> bool:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Slurm does: old ones may linger
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Slurm does: closed connections may linger
         try:
             probe.bind(("", port))
         except OSError:

@@ -1,7 +1,7 @@
-"""What a power cut leaves of a folder, from the journal that faults.c keeps: pure, but for reading the journal.
+"""The state of a folder after a power cut, computed from the journal that faults.c writes.
 
-A file's bytes are on the disk when fsync of the file has returned, its name when fsync of its folder has. What was
-not synced may be there or not, each by itself: the ways in which it may be are the variants.
+A file's bytes are on the disk when fsync of the file has returned, its name when fsync of its folder has returned. All
+other bytes and names may be on the disk or not, independently: VARIANTS has the cases that are tried.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Tree = Mapping[str, bytes]  # by path
 
 @dataclass
 class Disk:
-    """Names and bytes, twice: as programs see them, and as the disk has them."""
+    """Names and bytes, as programs see them and as the disk has them."""
 
     names: dict[str, int]  # inode by path
     names_synced: dict[str, int]
@@ -27,7 +27,7 @@ class Disk:
 
     @classmethod
     def of(cls, folder: Path) -> Disk:
-        """A folder that is on the disk as it is."""
+        """A folder that is completely on the disk."""
         files = {str(p): p for p in folder.rglob("*") if p.is_file()}
         names = {name: path.stat().st_ino for name, path in files.items()}
         return cls(dict(names), dict(names), {names[name]: path.read_bytes() for name, path in files.items()})
@@ -63,7 +63,7 @@ class Disk:
         self.names_synced.update({n: i for n, i in self.names.items() if str(PurePath(n).parent) == folder})
 
     def after_power_cut(self, variant: str, seed: int) -> Tree:
-        """The files that are found when the power is back. `replay` and `look` first."""
+        """The files after the power cut. Call `replay` and `look` first."""
         draw = random.Random(seed)
         names = self.names_synced if variant in ("nothing unsynced", "bytes without names") else self.names
         if variant == "some pages" and draw.random() < 0.5:
@@ -83,7 +83,7 @@ class Disk:
         return mixed[:size]
 
     def look(self, folder: Path) -> None:
-        """The bytes at the moment of the cut, of what has a name."""
+        """Read the bytes of all named files at the moment of the power cut."""
         for name, inode in self.names.items():
             path = Path(name)
             if folder in path.parents and path.exists():
@@ -91,7 +91,7 @@ class Disk:
 
 
 def write_tree(folder: Path, tree: Tree) -> None:
-    """Make the files of this folder those of the tree; the folders stay."""
+    """Make the files in this folder the same as the tree's; the folders stay."""
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         if str(path) not in tree or path.read_bytes() != tree[str(path)]:
             path.unlink()

@@ -1,10 +1,10 @@
-"""Every fault at every point, and what comes of each. Run in a process that has faults.c preloaded:
+"""Make every fault at every point, and check the result. Run in a process that has faults.c preloaded:
 
     LD_PRELOAD=faults.so python -m tests.crash.explore '{"fault": "kill", "shard": 0, "shards": 1}'
 
 A point is one call that changes a file of the run. The job under test does: start, submit the successor, reconcile,
 collect, and chunks that are promoted (evicting another), discarded and suspended; the next job goes on with the
-suspended one. Each point gets processes of its own, forked from this one, which has everything imported.
+suspended chunk. Each point has its own processes, forked from this one, which has imported everything.
 
 Prints one JSON object: how many points and states there were, and a line for each violation.
 """
@@ -38,14 +38,14 @@ from tests.crash.world import World, dump
 from tests.support.invariants import violations
 
 OFF, COUNT, KILL, STOP, FAIL_ONCE, FAIL_ON = range(6)
-# What a call of this kind fails with, in turn; EROFS stays, the others pass.
+# The errors of a call of each kind, used in turn. EROFS stays for all later calls, the others are for one call.
 ERRORS = {
     "create": (errno.ENOSPC, errno.EACCES), "open": (errno.EACCES, errno.EIO), "open-truncate": (errno.EACCES,),
     "write": (errno.ENOSPC, errno.EIO), "pwrite": (errno.ENOSPC, errno.EIO), "truncate": (errno.EIO,),
     "fsync": (errno.EIO, errno.ENOSPC), "rename": (errno.EACCES, errno.ENOSPC), "unlink": (errno.EACCES, errno.EIO),
     "mkdir": (errno.ENOSPC,),
 }  # fmt: skip
-# Before these calls a process can die (or be stopped) and leave what it did not leave before an earlier one.
+# A process that dies (or is stopped) before one of these calls can leave other files than before an earlier call.
 CHANGES = ("create", "open-truncate", "write", "pwrite", "truncate", "rename", "unlink", "mkdir")
 CALLS = {
     "kill": CHANGES,
@@ -54,10 +54,10 @@ CALLS = {
     "power cut": (*CHANGES, "fsync"),
     "error": tuple(ERRORS),
 }
-# In the short form, one in so many: pages of the database are most of the calls and the least different.
+# In the short form, one of so many calls: most calls write pages of the database, and they differ least.
 ONE_IN = {"pwrite": 10, "open": 4}
 STRIDE = 37  # prime
-JOBS = (1, 2)  # under test: the first ends with a suspended chunk, the second begins with it
+JOBS = (1, 2)  # the jobs under test: the first ends with a suspended chunk, the second begins with it
 
 
 @dataclass
@@ -77,11 +77,11 @@ class Explorer:
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.place = Path(tempfile.mkdtemp(prefix="orch-crash-", dir=memory))
         self.found = Findings()
-        self.known: dict[str, list[str]] = {}  # what came of a state, by its digest
+        self.known: dict[str, list[str]] = {}  # the violations after each state, by the digest of the state
         self.mutation = mutation
 
     def take_away(self) -> None:
-        """In the process under test: whoever looks at it afterwards is whole."""
+        """Remove the safeguard in the process under test; the checks afterwards run with all safeguards."""
         if self.mutation is not None:
             MUTATIONS[self.mutation][1]()
 
@@ -110,7 +110,7 @@ class Explorer:
     # --- the scenes
 
     def prepare(self, jobs: int) -> Path:
-        """A run whose next job is number `jobs`, with a file of a dead worker to collect."""
+        """A run whose next job has number `jobs`, with a file of a dead worker that the job will collect."""
         scene = self.place / f"scene-{jobs}"
         world = World(self.place / "now")
         shutil.rmtree(world.folder, ignore_errors=True)
@@ -181,7 +181,7 @@ class Explorer:
         if self.fault == "truncated" and not self.every:
             wanted = wanted[::3]
         wanted.append(len(kinds) + 1)
-        # Not one after the other: what is wrong is mostly wrong over a stretch of calls, and so is met soon.
+        # In a scattered order: a bug mostly affects several calls in a row, so it is hit early.
         return [wanted[i * STRIDE % len(wanted)] for i in range(len(wanted))] if len(wanted) % STRIDE else wanted
 
     def at_point(self, scene: Path, jobs: int, point: int, kind: str) -> None:
@@ -204,7 +204,7 @@ class Explorer:
             self.truncate(World(self.place / "now", jobs + 1), point, where)
 
     def inject(self, world: World, how: int, point: int, code: int = 0, shadow: Path | None = None) -> tuple[int, Any]:
-        """The job, in a process of its own, with this fault at this call; see `forked`."""
+        """Run the job in a new process, with this fault at this call; see `forked`."""
 
         def work() -> Any:
             self.take_away()
@@ -251,7 +251,7 @@ class Explorer:
         self.check(World(world.folder, jobs + 1), where)
 
     def zombie(self, scene: Path, jobs: int, point: int, where: str) -> None:
-        """The job is stopped, given up, the run goes on to its end; then the job wakes up and goes on."""
+        """The job is stopped and given up, and the run reaches its end; then the job continues."""
         world = self.world(scene, jobs)
         reader, writer = os.pipe()
         pid = os.fork()
@@ -275,7 +275,7 @@ class Explorer:
                 later.mend()
                 later.work()
 
-            # Stopped inside its critical section it holds the lock, and everybody waits for it: that is no zombie.
+            # A job that was stopped while it held the lock is not a zombie: all others wait for it.
             if self.holds_no_lock(world):
                 _, problem = self.forked(go_on)
                 if problem is not None:
@@ -299,17 +299,17 @@ class Explorer:
         return True
 
     def truncate(self, world: World, point: int, where: str) -> None:
-        """And the disk lost the end of a checkpoint."""
+        """The disk has also lost the end of a checkpoint."""
         files = sorted((world.run_folder / "checkpoints").glob("*.pt"))
         if files:
             victim = files[point % len(files)]
             victim.write_bytes(victim.read_bytes()[: -1 - point % 7])
             self.check(world, f"{where}, {victim.name} truncated", damaged=True)
 
-    # --- what must hold
+    # --- checks
 
     def check(self, world: World, where: str, damaged: bool = False) -> None:
-        """Reopen, mend, look at every invariant; then on to the end of the run, and look again."""
+        """Reopen, mend and check every invariant; then continue to the end of the run and check again."""
         self.found.checks += 1
 
         def look() -> tuple[str, list[str]]:
@@ -332,12 +332,12 @@ class Explorer:
         self.found.violations += [f"{where}, at the end: {line}" for line in self.known[state]]
 
     def go_on(self, world: World) -> list[str]:
-        """To the end of the run, and look again."""
+        """Continue to the end of the run and check again."""
 
         def finish() -> None:
-            if self.fault == "truncated":  # what comes after the fault is under test here
+            if self.fault == "truncated":  # here, what comes after the fault is under test
                 self.take_away()
-                run = world.mend()  # and goes on long enough for every entry to be worked on, and looked at, again
+                run = world.mend()  # long enough that each entry is used, and so checked, again
                 run.amend(["stop_after_epochs=20"], world.now())
                 run.resume(world.now())
             world.finish()
@@ -356,18 +356,18 @@ class Explorer:
 
 
 def torn(folder: Path) -> list[str]:
-    """Files that have their final name and are not whole. (The scripted trainer's checkpoints are JSON too.)"""
+    """Files that have their final name and are incomplete. (The scripted trainer's checkpoints are JSON too.)"""
     found = []
     for path in folder.glob("g*"):
         try:
             json.loads(path.read_bytes())
         except ValueError:
-            found.append(f"1: {path.name} is there and not whole")
+            found.append(f"1: {path.name} is incomplete")
     return found
 
 
 def main() -> None:
-    logging.getLogger("orch").addHandler(logging.NullHandler())  # what the jobs say of their faults
+    logging.getLogger("orch").addHandler(logging.NullHandler())  # the jobs' messages about their faults
     logging.getLogger("orch").propagate = False
     asked = json.loads(sys.argv[1])
     first = asked.get("stop_at_first", False)

@@ -16,7 +16,6 @@ from orchestrator.leaderboard import board, engine, results
 from orchestrator.leaderboard.schema import chunk
 from orchestrator.records import ChunkState, Claim
 from orchestrator.rules import admission, collecting
-from orchestrator.worker.loop import JobLoop
 
 
 def _no_sync_of_the_file() -> None:
@@ -128,10 +127,6 @@ def _collect_what_is_on_the_board() -> None:
 
 def _no_checksum() -> None:
     checkpoints.verify = lambda folder, file, sha256: folder / file
-
-
-def _no_successor() -> None:
-    JobLoop._submit_successor = lambda self, job: True
 
 
 # What is taken away: the kind of fault that must bring it to light, and how it is done.

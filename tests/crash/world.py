@@ -1,5 +1,5 @@
-"""A small world around one run: a queue that outlives its processes, a clock that always tells the same, a trainer
-whose scores are known before. Everything else is orch itself: its worker, its database, its files."""
+"""A small world around one run: a queue that outlives its processes, a clock that always shows the same times, and a
+trainer with known scores. Everything else is orch itself: its worker, its database and its files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+from orchestrator.cluster.protocol import JobQueue, ThisJob
+from orchestrator.files.run_folder import FOLDERS, SETTINGS_NAME
 from orchestrator.leaderboard import chains
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import (
@@ -30,7 +32,7 @@ from orchestrator.run.run import Run
 from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
 from orchestrator.worker.loop import JobLoop
-from orchestrator.worker.trainer import Ending, StopFlag
+from orchestrator.worker.trainer import Ending, StopFlag, Trainer
 
 STEPS, TICK_S, JOB_S, LIMIT_S = 8, 0.05, 2.0, 900.0
 BETWEEN_JOBS_S = 1000.0  # longer than a lease
@@ -43,8 +45,8 @@ SETTINGS = Settings.model_validate(
 )  # fmt: skip
 
 
-class Scripted:
-    """A trainer: every other chunk is better than its parent, the others are hopeless."""
+class Scripted(Trainer):
+    """A trainer: every other chunk is better than its parent; the others have the score 0."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
@@ -68,11 +70,10 @@ class Scripted:
         target.write(json.dumps(self.state).encode())
 
 
-class Queue:
+class Queue(JobQueue):
     """What Slurm knows, in a file elsewhere: a list of {"token", "state": queued, running or gone}."""
 
     name = "slurm"
-    chains = True
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -85,7 +86,7 @@ class Queue:
         self.file.write_text(json.dumps([{**j, "state": state} if j["token"] == token else j for j in self.listed()]))
 
     def next_up(self) -> str | None:
-        """The first in the queue; whatever ran is gone then, as afterany has it."""
+        """The first job in the queue; the job that ran before is gone then, as with afterany."""
         self.file.write_text(
             json.dumps([{**j, "state": "gone"} if j["state"] == "running" else j for j in self.listed()])
         )
@@ -109,14 +110,9 @@ class Queue:
             self.mark(job.token, "gone")
         return []
 
-    def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
-        return {}
 
-    def back_to_queue(self, job: ChainJob) -> bool:
-        return False
-
-    def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
-        return
+class Job(ThisJob):
+    """The world's job: it works for JOB_S."""
 
     def working_s(self) -> float:
         return JOB_S
@@ -131,7 +127,7 @@ class Queue:
         return 1
 
     def token(self) -> str:
-        raise AssertionError("the world says which job it is")
+        raise AssertionError("the world gives the job its token")
 
     def identity(self) -> tuple[str, str]:
         return "c", "node"
@@ -139,10 +135,10 @@ class Queue:
 
 @dataclass
 class World:
-    """runs/world, the queue's file beside it, and what was promised to whoever watches."""
+    """runs/world, the queue's file beside it, and the results that were reported as recorded (promises)."""
 
     folder: Path  # holds runs/, queue.json and promises
-    jobs: int = 0  # that have run: the time goes on with it
+    jobs: int = 0  # that have run: the time depends on it
     promises: list[str] = field(default_factory=list)
 
     @property
@@ -163,16 +159,16 @@ class World:
 
     def open(self) -> Run:
         run = Run.open(self.run_folder)
-        run._cluster = self.queue
+        run._queue = self.queue
         return run
 
     def found(self) -> None:
         """A run with its first job in the queue."""
         self.run_folder.mkdir(parents=True, mode=0o700)
-        for part in ("checkpoints", "jobs", "logs"):
+        for part in FOLDERS:
             (self.run_folder / part).mkdir(mode=0o700)
         text = freeze(SETTINGS)
-        (self.run_folder / "settings.json").write_text(text)
+        (self.run_folder / SETTINGS_NAME).write_text(text)
         Leaderboard.create(self.run_folder, None, None, SETTINGS.name, text, [], self.now(), self.now() + 1e9)
         self.open().resume(self.now())
 
@@ -192,15 +188,12 @@ class World:
             return started
         self._watch(run.leaderboard)
         trainer = Scripted()
-        worker = JobLoop(
-            run.folder, run.settings, run.version, run.leaderboard, queue, lambda: trainer, clock, StopFlag()
-        )
-        ending = worker.run(started)
+        ending = JobLoop(run, Job(SETTINGS), lambda: trainer, clock, StopFlag()).work(started)
         queue.mark(token, "gone")
         return ending
 
     def _watch(self, leaderboard: Leaderboard) -> None:
-        """What `record` has answered is a promise: it holds whatever comes after."""
+        """An answer of `record` is a promise: whatever happens later, the database must keep it."""
         board, promises = leaderboard.board, self.folder / "promises"
         record, record_and_claim = board.record, board.record_and_claim
 
@@ -233,7 +226,7 @@ class World:
         return [f"recorded and lost: chunk {promise}" for promise in made if promise not in known]
 
     def mend(self) -> Run:
-        """As `orch status` does it, when whatever ran is gone."""
+        """As `orch status` does it, after the running job has died."""
         self.jobs += 1
         same_names(self.jobs, 2)
         self.queue.next_up()
@@ -252,8 +245,8 @@ class World:
 
 
 def same_names(jobs: int, by: int) -> None:
-    """Tokens that are the same whatever crashed before: what came of different crashes can then be compared.
-    by: 1 for the job, 2 for who mends, so that no name is given twice."""
+    """Make tokens that do not depend on earlier crashes, so that the results of different crashes can be compared.
+    by: 1 for the job, 2 for the process that mends, so that no token is used twice."""
     numbers = count(1)
 
     def base() -> str:
@@ -263,7 +256,7 @@ def same_names(jobs: int, by: int) -> None:
 
 
 def dump(run: Run) -> Mapping[str, Any]:
-    """All that the run's future depends on."""
+    """Everything that the run's future depends on."""
     reader = run.leaderboard.reader
     tables = ("run", "job", "checkpoint", "entry", "chunk", "epoch", "event")
     files = {p.name: p.read_bytes().hex() for p in sorted((run.folder / "checkpoints").iterdir())}

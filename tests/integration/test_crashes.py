@@ -1,8 +1,8 @@
-"""A job dies, loses its power, is stopped, or gets an error at each of its calls that change a file: nothing is lost.
+"""A job dies, loses power, is stopped, or gets an error at each call that changes a file: nothing is lost.
 
-The short form looks at each call but for the many that write a page of the database (one in ten) or open a file (one
-in four), and cuts a checkpoint short at one in three; `make crashes` at every one, with every error, and takes every
-safeguard away. tests/crash/explore.py says how.
+The short form tries each call, except that of the many calls that write a page of the database it tries one in ten, of
+those that open a file one in four, and it truncates a checkpoint at one in three. `make crashes` tries every call with
+every error, and removes every safeguard. See tests/crash/explore.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.crash.mutations import MUTATIONS
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests/crash/faults.c"
 EVERY = os.environ.get("ORCH_CRASHES") == "every"
-# Of the safeguards, one for each kind of fault in the short form.
+# The safeguards that the short form removes: at least one for each kind of fault but errors.
 SHORT = (
     "no fsync of the checkpoints' folder",
     "no fsync by SQLite",
@@ -32,15 +32,21 @@ SHORT = (
     "no checksum",
 )
 SHARDS = {"kill": 1, "power cut": 2, "error": 2, "zombie": 1, "truncated": 1}
-AT_LEAST = {"kill": 75, "power cut": 150, "error": 160, "zombie": 75, "truncated": 25}  # points of the short form
+AT_LEAST = {
+    "kill": 75,
+    "power cut": 150,
+    "error": 160,
+    "zombie": 75,
+    "truncated": 25,
+}  # points, short form
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Skips where there is no C compiler, or the system's library is not the one that faults.c stands before."""
+    """Skips where there is no C compiler, or the system's C library is not the one that faults.c wraps."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None or sys.platform != "linux":
-        pytest.skip("faults are made at the boundary of Linux's system calls, by a library in C: needs Linux and gcc")
+        pytest.skip("a C library makes the faults at Linux system calls: needs Linux and gcc")
     library = tmp_path_factory.mktemp("crash") / "faults.so"
     command = [compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"]
     subprocess.run(command, check=True)
@@ -59,13 +65,13 @@ def explore(library: Path, **asked: Any) -> dict[str, Any]:
 
 @pytest.mark.timeout(7200 if EVERY else 600)
 @pytest.mark.parametrize(("fault", "shard"), [(f, shard) for f in CALLS for shard in range(SHARDS[f])])
-def test_whatever_happens_at_any_call_every_invariant_holds_and_the_run_goes_on_to_its_end(
+def test_after_a_fault_at_any_call_every_invariant_holds_and_the_run_reaches_its_end(
     library: Path, fault: str, shard: int
 ) -> None:
     found = explore(library, fault=fault, shard=shard, shards=SHARDS[fault], every=EVERY)
     print(
         f"{fault}, part {shard + 1} of {SHARDS[fault]}: {found['points']} points, {found['checks']} checks, "
-        f"{found['states']} different states gone on with to the end, {found['violated']} violations"
+        f"{found['states']} different states continued to the end, {found['violated']} violations"
     )
     assert found["violations"] == []
     assert found["points"] >= AT_LEAST[fault] / SHARDS[fault]
@@ -75,7 +81,7 @@ def test_whatever_happens_at_any_call_every_invariant_holds_and_the_run_goes_on_
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutation", [pytest.param(m, marks=() if m in SHORT else pytest.mark.long) for m in MUTATIONS])
-def test_each_safeguard_is_missed_when_it_is_taken_away(library: Path, mutation: str) -> None:
+def test_the_tests_notice_when_a_safeguard_is_removed(library: Path, mutation: str) -> None:
     found = explore(library, fault=MUTATIONS[mutation][0], mutation=mutation, stop_at_first=True)
-    assert found["violations"], f"{found['points']} points, and nobody noticed"
+    assert found["violations"], f"{found['points']} points, and no violation"
     print(f"{mutation}: noticed after {found['points']} points: {found['violations'][0]}")

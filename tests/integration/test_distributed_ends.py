@@ -242,7 +242,7 @@ def test_a_run_of_two_processes_a_worker_has_one_writer_and_leaves_nothing_behin
 @pytest.mark.parametrize(  # a real cluster's are in tests/slurm/test_distributed.py
     "victim", [pytest.param(0, id="rank 0", marks=pytest.mark.long), pytest.param(1, id="rank 1")]
 )
-def test_a_process_that_is_killed_takes_the_others_along_and_the_chain_goes_on(runs_dir: Path, victim: int) -> None:
+def test_a_killed_process_ends_the_others_and_the_chain_continues(runs_dir: Path, victim: int) -> None:
     run = launch(runs_dir, "--set", "stop_after_epochs=15")
     until("some work", lambda: run.leaderboard.reader.counts()["epochs"] >= 3)
     processes = pids(runs_dir)

@@ -1,5 +1,5 @@
-"""Real workers on this machine: submitit's local executor, real signals; real training where it matters, else a job
-that starts five times sooner."""
+"""Real workers on this machine: submitit's local executor and real signals. They train where that matters; else the job
+is one that starts five times faster."""
 
 from __future__ import annotations
 
@@ -22,21 +22,14 @@ from orchestrator.run.launch import launch as launch_run
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
 from tests.support.invariants import violations
+from tests.support.processes import processes_of, until
 
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
 
 
-def processes_of(folder: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(str(folder) in part for part in process.info["cmdline"] or ()):
-            found.append(process)
-    return found
-
-
 def killed(folder: Path) -> list[psutil.Process]:
-    """Those that were there; they may have started others meanwhile."""
+    """The killed processes; they may have started others meanwhile."""
     found = processes_of(folder)
     for process in found:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -55,7 +48,7 @@ DIGITS = ROOT / "settings/digits.json"
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Path:
-    """A settings file like digits.json, of a job that waits where others train."""
+    """A settings file like digits.json, for a job that waits instead of training."""
     file = tmp_path / "digits.json"
     job = {"job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.1}}
     file.write_text(json.dumps(json.loads(DIGITS.read_text()) | job))
@@ -69,13 +62,6 @@ def command(runs_dir: Path, file: Path, *options: str) -> list[str]:
 def launch(runs_dir: Path, *options: str, file: Path = DIGITS) -> subprocess.CompletedProcess[str]:
     line = command(runs_dir, file, *options)
     return subprocess.run(line, capture_output=True, text=True, check=True, timeout=240, cwd=ROOT)
-
-
-def until(what: str, condition: Any, timeout_s: float = 120) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {timeout_s} s for: {what}"
-        time.sleep(0.05)
 
 
 def working(run: Run) -> list[dict[str, Any]]:
@@ -92,12 +78,12 @@ def test_two_workers_train_at_the_same_time_through_several_jobs_and_leave_nothi
     assert status["state"] in ("converged", "finished")
     assert violations(run) == []
     assert max(j["link"] for j in run.leaderboard.reader.rows("job") if j["started_at"]) >= 2
-    assert overlap(run) >= 0.7  # 0.85 on an idle machine: between two links lies the import of torch
+    assert overlap(run) >= 0.7  # 0.85 on an idle machine: each link imports torch first
     until("every process to be gone", lambda: not processes_of(runs_dir))
 
 
 def overlap(run: Run) -> float:
-    """From the moment when both workers have begun until the first has ended: the share in which both worked."""
+    """The share of time in which both workers worked, from the later of their starts to the earlier of their ends."""
     spans: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
     for job in run.leaderboard.reader.rows("job"):
         if job["started_at"]:
@@ -109,7 +95,7 @@ def overlap(run: Run) -> float:
 
 
 @pytest.mark.slow
-def test_workers_killed_with_sigkill_lose_nothing_and_the_run_resumed_keeps_every_invariant(
+def test_workers_killed_with_sigkill_lose_nothing_and_the_resumed_run_keeps_every_invariant(
     runs_dir: Path, quick: Path
 ) -> None:
     options = ["--workers", "2", "--set", "total_lifetime=150", "--set", "eon_lifetime=5", "--set", "max_failures=50"]
@@ -153,7 +139,7 @@ def profiles_follow_the_cycle(run: Run) -> bool:
         pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.long),
     ],
 )
-def test_a_signal_suspends_the_chunk_and_the_successor_goes_on_with_it(runs_dir: Path, signum: signal.Signals) -> None:
+def test_a_signal_suspends_the_chunk_and_the_successor_continues_it(runs_dir: Path, signum: signal.Signals) -> None:
     options = ["--workers", "1", "--set", "epochs_per_chunk=20", "--set", "stop_after_epochs=20"]
     options += ["--set", "eon_lifetime=200", "--set", "total_lifetime=300"]
     launch(runs_dir, *options)
@@ -171,7 +157,7 @@ def test_a_signal_suspends_the_chunk_and_the_successor_goes_on_with_it(runs_dir:
     assert violations(run) == []
 
 
-def test_cancel_ends_every_job_and_launching_again_goes_on(runs_dir: Path, quick: Path) -> None:
+def test_cancel_ends_every_job_and_a_resume_continues_the_run(runs_dir: Path, quick: Path) -> None:
     launch(runs_dir, "--set", "stop_after_stale_cycles=null", "--set", "epochs_per_chunk=5", file=quick)
     run = Run.open(runs_dir / "digits")
     until("some work", lambda: run.leaderboard.reader.counts()["epochs"] >= 5)
@@ -196,7 +182,7 @@ def test_launch_in_a_pipe_returns_at_once(runs_dir: Path, quick: Path) -> None:
     until("every process to be gone", lambda: not processes_of(runs_dir))
 
 
-def test_a_second_launch_at_the_same_moment_makes_one_run(runs_dir: Path, quick: Path) -> None:
+def test_two_launches_at_the_same_moment_make_one_run(runs_dir: Path, quick: Path) -> None:
     line = command(runs_dir, quick, "--workers", "2")
     twins = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
     errors = [twin.communicate(timeout=60)[1] for twin in twins]
@@ -210,7 +196,7 @@ def test_a_second_launch_at_the_same_moment_makes_one_run(runs_dir: Path, quick:
     until("every process to be gone", lambda: not processes_of(runs_dir))
 
 
-def test_a_machine_that_takes_no_process_leaves_no_run_behind(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_can_not_start_a_process_leaves_no_run(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_process(*_args: Any, **_kwargs: Any) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 

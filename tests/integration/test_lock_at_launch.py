@@ -39,7 +39,7 @@ QUICK = {
 
 @pytest.fixture
 def orch(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """The command, in a folder of its own, with a quick job's settings in quick.json."""
+    """The command, in a new folder with the settings of a quick job in quick.json."""
     (tmp_path / "quick.json").write_text(json.dumps(QUICK))
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +65,7 @@ def launched(tmp_path: Path, **changes: Any) -> Run:
     return launch(settings, tmp_path / "runs", [str(ROOT)])
 
 
-def test_two_workers_on_the_soft_lock_train_as_on_any_other(orch, tmp_path):
+def test_two_workers_train_on_the_soft_lock(orch, tmp_path):
     done = orch("launch", "quick.json", "--executor", "local", "--wait", "--set", "lock=soft")
     assert done.returncode == 0, done.stderr
     run = Run.open(tmp_path / "runs/quick")
@@ -85,7 +85,7 @@ def test_status_shows_the_lock(orch, tmp_path):
     assert shown["lock"].startswith("soft lock (files), proven on")
 
 
-def test_launching_again_goes_on_with_the_lock_that_was_chosen_and_no_other_can_be_set(tmp_path):
+def test_a_second_launch_keeps_the_chosen_lock_and_no_other_can_be_set(tmp_path):
     run = launched(tmp_path, lock="soft")
     _refuse_changes(run, run.settings.model_copy(update={"lock": "auto"}))
     with pytest.raises(RunError, match='lock: "soft" -> "flock"'):
@@ -95,7 +95,7 @@ def test_launching_again_goes_on_with_the_lock_that_was_chosen_and_no_other_can_
 
 
 @pytest.mark.parametrize(("wanted", "code"), [("auto", 0), ("flock", 2)])
-def test_a_flock_that_does_nothing_is_seen_before_the_run_starts(orch, tmp_path, wanted, code):
+def test_a_flock_that_does_nothing_is_detected_before_the_run_starts(orch, tmp_path, wanted, code):
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text("import fcntl\nfcntl.flock = lambda fd, operation: None\n")
     options = ["--executor", "inline", "--set", "stop_after_epochs=3", "--set", f"lock={wanted}"]
@@ -114,14 +114,14 @@ def test_a_flock_that_does_nothing_is_seen_before_the_run_starts(orch, tmp_path,
 def test_a_process_that_would_take_another_lock_does_not_open_the_run(tmp_path):
     run = launched(tmp_path, lock="soft")
     write_record(run.leaderboard.database.file, Choice("flock", "by hand"))
-    with pytest.raises(RunError, match="two kinds at once are none"):
+    with pytest.raises(RunError, match="mixing lock kinds gives no protection"):
         Run.open(run.folder)
     record_path(run.leaderboard.database.file).unlink()
     with pytest.raises(LockError, match="the soft lock was in use here"):
         Run.open(run.folder)
 
 
-def test_without_its_settings_file_a_run_still_knows_its_lock(tmp_path):
+def test_a_run_without_its_settings_file_still_knows_its_lock(tmp_path):
     run = launched(tmp_path, lock="soft")
     (run.folder / "settings.json").unlink()
     assert Run.open(run.folder).leaderboard.database.lock_choice.kind == "soft"
@@ -139,7 +139,7 @@ def test_a_foreign_host_that_holds_the_lock_is_named_to_the_user(tmp_path):
     held.release()
 
 
-def test_a_lock_for_a_database_elsewhere_is_proven_and_kept_there(tmp_path):
+def test_the_lock_for_a_database_elsewhere_is_proven_and_recorded_there(tmp_path):
     url = f"sqlite:///{tmp_path}/elsewhere/x.db"
     run = launched(tmp_path, lock="soft", database=url)
     assert record_path(tmp_path / "elsewhere/x.db").exists()

@@ -1,4 +1,4 @@
-"""What mending does about a job that has ended and is still there, with real processes."""
+"""Mending with real processes: jobs that hang at their end, and jobs that were never submitted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import pytest
 
 from orchestrator.cli import launch
 from orchestrator.cluster.host import host_name
-from orchestrator.cluster.inline import InlineCluster
-from orchestrator.cluster.local import LocalCluster
+from orchestrator.cluster.inline import InlineJob, InlineQueue
+from orchestrator.cluster.local import LocalQueue
 from orchestrator.errors import LeaderboardError
 from orchestrator.records import JobState, Profile, RunState, Started, Submitted
 from orchestrator.rules.succession import EXIT_GRACE_S, ORPHANED_GRACE_S
 from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
+from orchestrator.worker.job_main import be_worker
 from orchestrator.worker.mending import reconcile
+from orchestrator.worker.opened_run import OpenedRun
+from orchestrator.worker.trainer import StopFlag
 from tests.support.small_runs import make_run
 from tests.support.storage import Storage
 
@@ -28,7 +31,7 @@ SETTINGS = Settings(name="run", training_profiles=[Profile(name="a", learning_ra
 
 @pytest.fixture
 def hangs() -> Iterator[psutil.Process]:
-    """A process that has said its last word and does not end, as torch with a broken GPU does."""
+    """A process that does not end, as torch with a broken GPU does."""
     process = subprocess.Popen(["sleep", "60"])
     yield psutil.Process(process.pid)
     process.kill()
@@ -40,7 +43,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize(("since_s", "stays"), [(EXIT_GRACE_S - 5, True), (EXIT_GRACE_S + 5, False)])
-def test_a_job_that_does_not_end_after_its_last_word_is_killed_since_its_successor_waits(
+def test_a_job_that_hangs_after_it_reported_its_end_is_killed_since_its_successor_waits(
     tmp_path: Path, hangs: psutil.Process, since_s: float, stays: bool
 ) -> None:
     leaderboard = Storage(None).make(tmp_path, SETTINGS)
@@ -50,17 +53,17 @@ def test_a_job_that_does_not_end_after_its_last_word_is_killed_since_its_success
     started = chains.start(job.token, 0, *place, now - since_s, 5)
     assert isinstance(started, Started)
     assert started.successor is not None
-    me = psutil.Process()  # stands for the successor, which waits
+    me = psutil.Process()  # in place of the successor, which waits
     chains.submitted([Submitted(started.successor.job_id, "2", me.pid, me.create_time(), host_name())])
     chains.end(started.job, "no time is left", False, now - since_s, 5)
 
-    reconcile(leaderboard, LocalCluster(SETTINGS, tmp_path, print), SETTINGS, now)
+    reconcile(leaderboard, LocalQueue(SETTINGS, tmp_path, print), SETTINGS, now)
     time.sleep(0.2)
     assert alive(hangs) == stays
 
 
 def orphan_a_successor(run: Run, now: float) -> None:
-    """A job is killed between writing its successor down and submitting it."""
+    """A job is killed after it has written its successor to the database and before it has submitted it."""
     (job,) = run.leaderboard.chains.relink([0], now, 5)
     dead = (999_999_999, now)  # no process has such a pid
     started = run.leaderboard.chains.start(job.token, 0, "1", host_name(), *dead, now, 5)
@@ -69,28 +72,28 @@ def orphan_a_successor(run: Run, now: float) -> None:
 
 
 def states(run: Run) -> list[str]:
-    """Of the two jobs, the last."""
+    """The states of the last two jobs."""
     return [row["state"] for row in run.leaderboard.reader.rows("job")][-2:]
 
 
-def test_a_chain_whose_job_was_killed_before_it_queued_the_next_is_mended_in_seconds_not_in_minutes(
+def test_a_chain_is_mended_in_seconds_if_its_job_was_killed_before_it_queued_the_next(
     tmp_path: Path,
 ) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
     now = time.time()
     orphan_a_successor(run, now)
-    reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + 1)
+    reconcile(run.leaderboard, InlineQueue(), run.settings, now + 1)
     assert states(run) == [JobState.LOST, JobState.SUBMITTING], "the cluster may have taken it"
-    reconcile(run.leaderboard, InlineCluster(run.settings), run.settings, now + ORPHANED_GRACE_S + 1)
+    reconcile(run.leaderboard, InlineQueue(), run.settings, now + ORPHANED_GRACE_S + 1)
     assert states(run) == [JobState.LOST, JobState.LOST]
 
 
-def test_waiting_for_a_run_ends_though_a_killed_job_left_a_successor_that_nobody_submits(
+def test_launch_wait_ends_although_a_killed_job_left_a_successor_that_was_never_submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
     orphan_a_successor(run, time.time())
-    reconcile(run.leaderboard, run.cluster, run.settings, time.time())
+    reconcile(run.leaderboard, run.queue, run.settings, time.time())
     assert states(run) == [JobState.LOST, JobState.SUBMITTING]
     run.leaderboard.chains.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
     monkeypatch.setattr(launch, "MEND_EVERY_S", 0.0)
@@ -98,7 +101,7 @@ def test_waiting_for_a_run_ends_though_a_killed_job_left_a_successor_that_nobody
     assert not run.leaderboard.chains.snapshot().open_jobs
 
 
-def test_a_resume_gives_up_nothing_that_another_one_is_submitting(
+def test_a_resume_does_not_give_up_jobs_that_another_resume_is_submitting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
@@ -115,17 +118,17 @@ def test_a_resume_gives_up_nothing_that_another_one_is_submitting(
     assert states(run)[-1] == JobState.SUBMITTING
 
 
-def test_what_was_being_submitted_when_a_run_was_paused_does_not_hold_up_its_resume(tmp_path: Path) -> None:
+def test_a_job_that_was_being_submitted_at_a_pause_does_not_delay_the_resume(tmp_path: Path) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
-    run.leaderboard.chains.relink([0], time.time(), 5)  # by somebody who died
+    run.leaderboard.chains.relink([0], time.time(), 5)  # whose submitter has died
     run.leaderboard.chains.change_state(RunState.PAUSED, list(RunState), None, time.time())
-    run._cluster = InlineCluster(run.settings)
+    run._queue = InlineQueue()
     run.resume(time.time())
     assert states(run)[-2:] != [JobState.SUBMITTING], "it was given up"
     assert JobState.LOST in states(run)
 
 
-def test_waiting_outlasts_a_database_that_can_not_be_used_for_a_while(
+def test_launch_wait_survives_a_short_outage_of_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
@@ -144,9 +147,27 @@ def test_waiting_outlasts_a_database_that_can_not_be_used_for_a_while(
     assert len(said) == 2, "said once; then how the run ended"
 
 
-def test_waiting_ends_where_the_database_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_wait_ends_if_the_outage_of_the_database_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
     (tmp_path / "orch.db").rename(tmp_path / "away")
     monkeypatch.setattr(launch, "PATIENCE_S", 0.0)
-    with pytest.raises(LeaderboardError, match=r"orch\.db is missing.*The run goes on where it can; `orch status "):
+    with pytest.raises(LeaderboardError, match=r"orch\.db is missing.*The run continues where it can; `orch status "):
         launch._wait(run, quiet=True)
+
+
+def test_a_job_opens_its_run_once_and_uses_settings_that_were_amended_while_it_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.0}}
+    made = make_run(Storage(None), tmp_path / "run", executor="inline", **quick)
+    (job,) = made.leaderboard.chains.relink([0], time.time(), 5)
+    run = Run.open(made.folder)
+
+    def amend(*_: object) -> None:
+        made.amend(["stop_after_epochs=2"], time.time())
+        monkeypatch.setattr(OpenedRun, "opened", None)  # a second opening would fail
+
+    monkeypatch.setattr(InlineJob, "wait_turn", amend)
+    be_worker(run, InlineJob(run.settings, job.token), 0, StopFlag())
+    assert (run.version, run.settings.stop_after_epochs) == (2, 2)
+    assert run.leaderboard.reader.counts()["epochs"] == 2

@@ -19,6 +19,7 @@ import psycopg
 import pytest
 from sqlalchemy import update
 
+from orchestrator.cluster.inline import InlineJob
 from orchestrator.errors import LeaderboardError, SubmissionError
 from orchestrator.leaderboard import engine, schema
 from orchestrator.leaderboard.engine import Database
@@ -190,11 +191,11 @@ def test_a_database_that_can_t_be_used_is_one_clear_error(
     [
         ("postgresql+psycopg://me:secret@host/db", "holds a password"),
         ("postgresql+psycopg://host/db?user=me&password=secret", "holds a password"),
-        ("postgresql://me:secret@host/db", r"'postgresql' is no database that orch knows"),
-        ("mysql://me:secret@host/db", "'mysql' is no database"),
+        ("postgresql://me:secret@host/db", "orch does not know the database 'postgresql'"),
+        ("mysql://me:secret@host/db", "does not know the database 'mysql'"),
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
-        ("secret", "is no database"),
+        ("secret", "does not know the database ''"),
     ],
 )
 def test_a_url_that_will_not_do_is_refused_and_its_password_not_repeated(
@@ -219,9 +220,11 @@ def test_a_job_whose_turn_comes_while_the_server_is_away_waits_for_it(
         server.stop("immediate")
         back.start()
 
-    monkeypatch.setattr(run.cluster, "wait_turn", its_turn)
+    monkeypatch.setattr(InlineJob, "wait_turn", its_turn)
+    of_the_job = Run.open(run.folder, engine.JOB_CONNECTS_FOR_S)
     try:
-        assert be_worker(run, job.token, 0, StopFlag()).outcome == "this job was cancelled: cancelled by the user"
+        ending = be_worker(of_the_job, InlineJob(run.settings, job.token), 0, StopFlag())
+        assert ending.outcome == "this job was cancelled: cancelled by the user"
     finally:
         back.join()
 

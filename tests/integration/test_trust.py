@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.cluster.foreign import ForeignCluster
+from orchestrator.cluster.foreign import ForeignQueue
 from orchestrator.errors import RunError, SettingsError, SubmissionError
 from orchestrator.files import permissions
 from orchestrator.records import Evidence
@@ -48,7 +48,7 @@ QUICK = {
 
 
 def a_group_of_mine() -> str:
-    """Root is in every group as far as rights go; take one that is not its first."""
+    """A group that is not the user's first; root has the rights of every group."""
     mine = sorted({os.getegid(), *os.getgroups()})
     gid = 100 if AS_ROOT else mine[-1]
     try:
@@ -80,7 +80,7 @@ def umask() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that other users can get to, as they can't to pytest's own."""
+    """A folder that other users can reach; pytest's own folders are private."""
     folder = Path(tempfile.mkdtemp(prefix="orch-trust-", dir="/tmp"))
     folder.chmod(0o755)
     yield folder
@@ -105,7 +105,7 @@ def test_a_new_run_has_its_rights_whatever_the_umask(tmp_path, umask, mask, shar
 
 
 @pytest.mark.parametrize(("mask", "shared", "lock"), [(0o000, False, "flock"), (0o077, True, "soft")])
-def test_whatever_local_jobs_write_has_the_run_s_rights(tmp_path, mask, shared, lock):
+def test_all_files_of_local_jobs_have_the_run_s_rights(tmp_path, mask, shared, lock):
     settings = QUICK | {"group": a_group_of_mine() if shared else None, "lock": lock, "workers": 2}
     (tmp_path / "quick.json").write_text(json.dumps(settings))
     command = [str(ORCH), "launch", "quick.json", "--executor", "local", "--wait"]
@@ -135,7 +135,7 @@ def test_the_runs_folder_itself_is_made_as_the_user_makes_folders(tmp_path, umas
 
 
 def test_an_exported_model_has_the_rights_of_the_user_s_other_files(tmp_path, monkeypatch, umask):
-    monkeypatch.setattr(permissions, "_users", [])
+    monkeypatch.setattr(permissions, "_umask_at_start", None)
     umask(0o022)
     permissions.use_umask(tmp_path)
     with permissions.users_umask():
@@ -146,9 +146,9 @@ def test_an_exported_model_has_the_rights_of_the_user_s_other_files(tmp_path, mo
     assert export_entry  # what `orch export` runs inside users_umask
 
 
-def test_a_file_system_that_keeps_no_rights_can_hold_no_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(permissions, "PRIVATE", 0o777)  # what every folder of such a mount shows
-    with pytest.raises(RunError, match="keeps no rights: choose another --runs-dir"):
+def test_a_run_is_refused_on_a_file_system_that_ignores_permissions(tmp_path, monkeypatch):
+    monkeypatch.setattr(permissions, "PRIVATE", 0o777)  # the mode of every folder on such a mount
+    with pytest.raises(RunError, match="keeps no permissions: choose another --runs-dir"):
         launched(tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -157,7 +157,7 @@ def test_a_file_system_that_keeps_no_rights_can_hold_no_run(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("part", ["", "settings.json", "orch.db", "orch.db.lock.json", "checkpoints", "jobs", "logs"])
-def test_what_everybody_may_write_is_not_opened_and_the_error_mends_it(tmp_path, part):
+def test_a_run_that_everybody_may_write_is_not_opened_and_the_error_has_the_command_that_corrects_it(tmp_path, part):
     run = launched(tmp_path)
     (run.folder / part).chmod((run.folder / part).stat().st_mode | stat.S_IWOTH)
     with pytest.raises(RunError, match="can be written by everybody") as caught:
@@ -168,7 +168,7 @@ def test_what_everybody_may_write_is_not_opened_and_the_error_mends_it(tmp_path,
     assert Run.open(run.folder).name == "quick"
 
 
-def test_a_database_elsewhere_is_looked_at_too(tmp_path):
+def test_a_database_outside_the_run_folder_is_checked_too(tmp_path):
     run = launched(tmp_path / "runs", database=f"sqlite:///{tmp_path}/x.db")
     (tmp_path / "x.db").chmod(0o666)
     with pytest.raises(RunError, match=r"x\.db can be written by everybody"):
@@ -177,13 +177,13 @@ def test_a_database_elsewhere_is_looked_at_too(tmp_path):
 
 def test_a_folder_that_others_may_only_read_is_opened(tmp_path):
     run = launched(tmp_path)
-    subprocess.run(["chmod", "-R", "go+rX,g+w", str(run.folder)], check=True)  # umask 002, as runs of old may have
+    subprocess.run(["chmod", "-R", "go+rX,g+w", str(run.folder)], check=True)  # as old runs made with umask 002
     assert Run.open(run.folder).name == "quick"
 
 
 @needs_root
 @pytest.mark.parametrize("part", ["", "settings.json", "orch.db", "checkpoints", "jobs"])
-def test_what_belongs_to_another_user_is_not_opened(tmp_path, part):
+def test_a_run_with_files_of_another_user_is_not_opened(tmp_path, part):
     run = launched(tmp_path)
     os.chown(run.folder / part, pwd.getpwnam("nobody").pw_uid, -1)
     with pytest.raises(RunError, match=r"belongs to nobody, and orch would execute what is in it as root.*chown -R"):
@@ -191,7 +191,7 @@ def test_what_belongs_to_another_user_is_not_opened(tmp_path, part):
 
 
 def as_nobody(script: str, *arguments: object) -> str:
-    """Run it as user nobody, in the group that the run is shared with. Everything is imported before the change."""
+    """Run the script as user nobody, in the group with which the run is shared. All imports come first."""
     prologue = (
         "import os, sys, time, pathlib\n"
         "import orchestrator.worker.job_main, orchestrator.run.run, orchestrator.cluster.local\n"
@@ -242,21 +242,21 @@ def test_a_colleague_does_not_open_a_folder_whose_rights_are_not_those_of_its_gr
     run = launched(open_folder / "runs")
     os.chown(run.folder, 65533, gid)
     os.chown(run.folder / "settings.json", 65533, gid)
-    run.folder.chmod(0o755)  # anybody may look, and nothing says that the group is trusted
+    run.folder.chmod(0o755)  # everybody may read, and nothing shows that the group is trusted
     (run.folder / "settings.json").chmod(0o644)
     outside = "try:\n    Run.open(folder)\nexcept OrchError as error:\n    print(error)"
     assert 'launch the run with "group" set' in as_nobody(outside, gid, run.folder)
 
 
-def test_what_a_bystander_sees_of_jobs_proves_nothing_and_only_the_owner_queues(tmp_path):
+def test_another_user_has_no_evidence_of_jobs_and_only_the_owner_queues_them(tmp_path):
     run = launched(tmp_path)
-    seen = ForeignCluster(run.cluster, "alice")
+    seen = ForeignQueue("inline", "alice")
     jobs = run.leaderboard.chains.snapshot().open_jobs
     assert len(jobs) == 1
     assert seen.evidence(jobs) == {jobs[0].job_id: Evidence.UNKNOWN}
     with pytest.raises(SubmissionError, match="only alice can queue"):
         seen.submit(jobs, after=None)
-    run._cluster = seen
+    run._queue = seen
     before = run.leaderboard.reader.rows("job")
     assert run.reconcile(time.time() + 10**6) == []
     assert run.leaderboard.reader.rows("job") == before
@@ -265,7 +265,7 @@ def test_what_a_bystander_sees_of_jobs_proves_nothing_and_only_the_owner_queues(
 # --- the setting -------------------------------------------------------------------------------------
 
 
-def test_a_group_that_is_not_there_is_an_error_that_names_the_user_s_own(tmp_path):
+def test_an_unknown_group_is_an_error_that_names_the_user_s_groups(tmp_path):
     (tmp_path / "quick.json").write_text(json.dumps(QUICK | {"group": "no-such-group"}))
     expected = r"quick\.json: group: there is no group 'no-such-group' on this machine; yours are"
     with pytest.raises(SettingsError, match=expected):

@@ -20,7 +20,7 @@ from devcluster import DevCluster, DevClusterError, MissingPackagesError, wait_f
 from devcluster_client import FOREIGN_VARIABLES
 from devcluster_processes import check_packages
 
-# How long a job that is about to end may take before it counts as left behind.
+# A job that still exists after this time counts as left behind by its test.
 GRACE_S = 20
 
 
@@ -48,7 +48,7 @@ def slurm_packages() -> None:
 
 @pytest.fixture(scope="session")
 def cluster(slurm_packages: None) -> Iterator[DevCluster]:
-    """The cluster that sbatch, squeue and submitit talk to while this fixture lives: see DevCluster."""
+    """The cluster that sbatch, squeue and submitit talk to while this fixture is active: see DevCluster."""
     with DevCluster.temporary() as cluster, pytest.MonkeyPatch.context() as environment:
         for name in [name for name in os.environ if name.startswith(FOREIGN_VARIABLES)]:
             environment.delenv(name)
@@ -59,13 +59,13 @@ def cluster(slurm_packages: None) -> Iterator[DevCluster]:
 
 @pytest.fixture(autouse=True)
 def _leaves_an_idle_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that leaves jobs behind is an error, and the next one finds an idle cluster all the same."""
+    """A test that leaves jobs behind is an error; the next test has an idle cluster in any case."""
     if "cluster" not in request.fixturenames:
         yield
         return
     cluster: DevCluster = request.getfixturevalue("cluster")
     yield
-    cluster.start()  # what the test has killed
+    cluster.start()  # the daemons that the test has killed
     left: list[str] = []
     if request.node.get_closest_marker("leaves_jobs") is None:
         with contextlib.suppress(DevClusterError):
@@ -77,5 +77,5 @@ def _leaves_an_idle_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def left_by(cluster: DevCluster) -> list[str]:
-    """Jobs in the queue; one that is completing is over, and Slurm cleans up after it."""
+    """Jobs in the queue, without those that have ended and that Slurm still cleans up."""
     return [f"{j['id']} {j['name']} {j['state']}" for j in cluster.squeue() if j["state"] != "COMPLETING"]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from devcluster import DevCluster
 
-from orchestrator.cluster.slurm import SlurmCluster
-from orchestrator.errors import ClusterUnreachableError, OrchError, SettingsError, SubmissionError
+from orchestrator.cluster.slurm import SlurmQueue
+from orchestrator.errors import OrchError, Refusal, SettingsError, SubmissionError
 from orchestrator.run.run import Run
 from tests.support.invariants import violations
 from tests.support.slurm_runs import QUICK, ROOT, epochs, jobs, launch, over, settings, until, worked
@@ -48,14 +48,16 @@ def test_six_workers_run_at_once_each_on_a_gpu_of_its_own_and_end_by_themselves(
     assert violations(run) == []
     assert max(len([j for j in worked(run) if j["worker_id"] == w]) for w in range(6)) >= 3
     until("an empty queue", lambda: not cluster.squeue())
-    # sacct's rows come some seconds late. It may know more: a job that began when all was trained, and was cancelled.
+    # sacct's rows come some seconds late. It may also list a job that began after the last epoch and was cancelled.
     ledger = {j["cluster_id"] for j in worked(run)}
     until("sacct to know every job that worked", lambda: ledger <= times_of(cluster, run).keys())
     spans = [span for job, span in times_of(cluster, run).items() if job in ledger]
     assert max(sum(start <= moment < end for start, end in spans) for moment, _ in spans) >= 6
 
 
-def test_a_paused_run_holds_no_jobs_and_resumed_goes_on_with_its_board(cluster: DevCluster, tmp_path: Path) -> None:
+def test_a_paused_run_has_no_jobs_and_continues_with_its_board_after_a_resume(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
     run = launch(settings("pause", workers=2), tmp_path)
     until("some work", lambda: epochs(run) >= 2)
     assert run.pause(time.time()) == []
@@ -113,7 +115,7 @@ def test_a_live_run_grows_and_shrinks(cluster: DevCluster, tmp_path: Path) -> No
         ({"slurm": {"gpus": 3}}, "gpus-per-node=3"),
         ({"slurm": {"gres": "tpu:1", "gpus": 0}}, "GPUs asked for"),
         ({"slurm": {"mem_gb": 200}}, "no node of partition .* has what a worker asks for .*mem=204800M"),
-        ({"slurm": {"constraint": "a100"}}, "slurm.constraint a100 is no feature of a node"),
+        ({"slurm": {"constraint": "a100"}}, "slurm.constraint a100 is not a feature of any node"),
         ({"slurm": {"partition": "closed"}}, "partition closed is inactive or drained"),
         ({"slurm": {"qos": "one"}, "workers": 2}, "submit limit .* leaves no room for 2 more jobs"),
         ({"workers": 1002}, "1002 workers are more than one job array may have"),
@@ -134,7 +136,7 @@ def test_a_refusal_becomes_one_message_that_says_what_to_change_and_leaves_nothi
     assert cluster.squeue() == []
 
 
-def test_a_resume_of_which_nothing_comes_is_an_error_that_says_why(cluster: DevCluster, tmp_path: Path) -> None:
+def test_a_resume_that_starts_no_job_is_an_error_with_the_reason(cluster: DevCluster, tmp_path: Path) -> None:
     run = launch(settings("stuck", workers=1), tmp_path)
     run.pause(time.time())
     until("no job", lambda: over(run) or not cluster.squeue())
@@ -152,14 +154,15 @@ def test_a_resume_of_which_nothing_comes_is_an_error_that_says_why(cluster: DevC
 
 
 @pytest.mark.long
-def test_a_controller_that_is_down_is_said_to_be_unreachable_and_nothing_is_lost(
+def test_a_controller_that_is_down_is_reported_as_unreachable_and_nothing_is_lost(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
     run = launch(settings("down", workers=1), tmp_path)
     until("work", lambda: epochs(run) >= 1)
     cluster.stop_controller()
-    with pytest.raises(ClusterUnreachableError, match="Slurm does not answer"):
+    with pytest.raises(SubmissionError, match="Slurm does not answer") as caught:
         launch(settings("unborn"), tmp_path)
+    assert caught.value.refusal is Refusal.UNREACHABLE
     assert run.reconcile(time.time()) == [], "no answer proves nothing"
     assert not jobs(run, "lost")
     cluster.start_controller()
@@ -170,7 +173,7 @@ def test_a_controller_that_is_down_is_said_to_be_unreachable_and_nothing_is_lost
     assert violations(run) == []
 
 
-def test_slurm_file_is_taken_over_and_settings_win(cluster: DevCluster, tmp_path: Path) -> None:
+def test_slurm_file_is_used_and_settings_override_it(cluster: DevCluster, tmp_path: Path) -> None:
     script = tmp_path / "mine.sbatch"
     script.write_text(
         "#!/bin/bash\n#SBATCH -p low --mem 300M   # where\n#SBATCH --cpus-per-task=2\n#SBATCH -t 3\n"
@@ -199,7 +202,7 @@ def test_the_files_in_slurm_are_ready_to_use(cluster: DevCluster, tmp_path: Path
     until("the end", lambda: over(run))
 
 
-def test_where_a_submit_limit_leaves_no_room_for_a_successor_the_chain_goes_on_all_the_same(
+def test_a_chain_continues_where_a_submit_limit_has_no_room_for_a_successor(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
     asked = {"qos": "one", "gpus": 0, "cpus": 1, "mem_gb": 0.5}
@@ -211,23 +214,23 @@ def test_where_a_submit_limit_leaves_no_room_for_a_successor_the_chain_goes_on_a
     assert violations(run) == []
 
 
-def test_ids_that_are_used_again_confuse_nothing(cluster: DevCluster, tmp_path: Path) -> None:
+def test_a_job_id_that_slurm_uses_again_is_not_mistaken_for_the_run_s_job(cluster: DevCluster, tmp_path: Path) -> None:
     """A wiped cluster gives the same ids to other jobs."""
     run = launch(settings("reused", workers=1), tmp_path)
     until("work", lambda: epochs(run) >= 1)
     run.pause(time.time())
     until("no job", lambda: not cluster.squeue())
     known = jobs(run)[0]["cluster_id"]
-    stranger = cluster.sbatch("#!/bin/bash\nsleep 60\n")
-    mine = SlurmCluster(run.settings, run.folder, entry=lambda _folder, _worker: None)
+    other_job = cluster.sbatch("#!/bin/bash\nsleep 60\n")
+    mine = SlurmQueue(run.settings, run.folder, job_main=lambda _folder, _worker: None)
     snapshot_job = run.leaderboard.chains.find(jobs(run)[0]["token"], 0)[0]
     assert snapshot_job is not None
-    assert known != str(stranger)
+    assert known != str(other_job)
     from dataclasses import replace
 
-    taken_over = replace(snapshot_job, cluster_id=str(stranger))
+    taken_over = replace(snapshot_job, cluster_id=str(other_job))
     assert mine.evidence([taken_over]) == {taken_over.job_id: "gone"}
-    cluster.run(["scancel", str(stranger)])
+    cluster.run(["scancel", str(other_job)])
 
 
 def test_status_without_a_run_says_what_to_do(tmp_path: Path) -> None:
@@ -238,7 +241,7 @@ def test_status_without_a_run_says_what_to_do(tmp_path: Path) -> None:
 def test_jobs_that_die_before_python_begins_count_as_failures_and_the_run_says_how_they_died(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
-    """A module that is not there, a virtual environment that was moved: every job of the run would die so."""
+    """Without its module or its virtual environment, every job of the run dies like this."""
     broken = {**QUICK["slurm"], "setup": ["exit 3"]}
     run = launch(settings("broken", workers=1, max_failures=3, slurm=broken), tmp_path)
     until("the end", lambda: over(run), 120, every_s=1)

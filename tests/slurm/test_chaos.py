@@ -28,7 +28,7 @@ ON_LOW = {"partition": "low", "gpus": 1, "cpus": 1, "mem_gb": 0.5, "signal_delay
 
 
 class Chaos:
-    """Each fault is done to the run's cluster; each leaves a cluster that works."""
+    """The faults. After each of them the cluster works."""
 
     def __init__(self, cluster: DevCluster, run: Run, moments: random.Random) -> None:
         self.cluster = cluster
@@ -41,12 +41,12 @@ class Chaos:
     # --- the faults
 
     def normal_end(self) -> None:
-        """Let a job come to its end."""
+        """A job ends normally."""
         links = len(worked(self.run))
         until("another link", lambda: len(worked(self.run)) > links)
 
     def time_limit(self) -> None:
-        """The job's limit is suddenly over."""
+        """The job's time limit is suddenly reached."""
         self.cluster.run(["scontrol", "update", f"jobid={self.victim()['cluster_id']}", "timelimit=0:01"], check=False)
 
     def scancel_running(self) -> None:
@@ -64,14 +64,14 @@ class Chaos:
         self.cluster.sbatch(script, "--partition=main", f"--nodelist={node}", "--exclusive", "--time=1")
 
     def node_failure(self) -> None:
-        """The node is gone with all that ran on it."""
+        """The node fails, and all its processes die."""
         node = self.victim()["host"]
         self.cluster.kill_node(node, jobs=True)
         time.sleep(1)
         self.cluster.start_node(node)
 
     def double_run(self) -> None:
-        """The node is given up, but the job's old process goes on while Slurm starts it again elsewhere."""
+        """The node is declared down, but the job's old process continues while Slurm starts the job on another node."""
         node = self.victim()["host"]
         self.cluster.kill_node(node, jobs=False)
         time.sleep(3)
@@ -83,13 +83,13 @@ class Chaos:
             os.kill(victim["pid"], signal.SIGKILL)
 
     def controller_down(self) -> None:
-        """Down while jobs end and want to submit."""
+        """The controller is down while jobs end and submit."""
         self.cluster.stop_controller()
         time.sleep(self.moments.uniform(4, 8))
         self.cluster.start_controller()
 
     def controller_crash(self) -> None:
-        """It forgets the jobs that it had no time to save, and uses their ids again."""
+        """The controller crashes: it forgets the jobs that it has not saved, and uses their ids again."""
         links = len(jobs(self.run))
         until("a new link", lambda: len(jobs(self.run)) > links)
         self.cluster.kill_controller()
@@ -129,7 +129,7 @@ def test_after_any_faults_every_invariant_holds_and_every_chain_is_single(cluste
     )
 
     run.drain(time.time())
-    # A job that Slurm alone believes in ends at its limit.
+    # A job that exists only for Slurm ends at its time limit.
     until("the end", lambda: heal(cluster) or over(run), 300, every_s=2)
     assert violations(run) == []
     assert max_at_work(run) <= WORKERS
@@ -141,7 +141,7 @@ def test_after_any_faults_every_invariant_holds_and_every_chain_is_single(cluste
 
 
 def heal(cluster: DevCluster) -> None:
-    """As an administrator would: a node that is down or drained is resumed."""
+    """Resume nodes that are down or drained, as an administrator does."""
     for node in cluster.node_names:
         cluster.start_node(node)
 
@@ -153,6 +153,6 @@ def mended(run: Run) -> bool:
 
 
 def max_at_work(run: Run) -> int:
-    """How many different workers ever had a live claim at the same time; a fork would be one more."""
+    """The most workers that had a live claim at the same time; a fork would be one more."""
     spans = [(c["claimed_at"], c["finished_at"] or time.time()) for c in run.leaderboard.reader.rows("chunk")]
     return max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)

@@ -1,8 +1,9 @@
-"""The development cluster does what the other tests in this folder count on, and what a real cluster does."""
+"""The development cluster does what the other tests in this folder rely on, and what a real cluster does."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import time
 from pathlib import Path
 
 import devcluster
-import devcluster_commands
 import devcluster_processes
 import pytest
 from devcluster import DevCluster, DevClusterError, Shape, wait_for
 
 SLURM = Path(devcluster.__file__).resolve().parents[1]
 SMALL = Shape(nodes=1, accounting=False)
+COMMAND = runpy.run_path(str(SLURM / "devcluster" / "__main__.py"))["main"]
 
 
 # --- jobs
@@ -69,7 +70,7 @@ def test_the_ready_sbatch_files_are_accepted_and_run(cluster: DevCluster, name: 
     assert "cpu=4" in cluster.output(job) if name == "cpu.sbatch" else "GPU=0" in cluster.output(job)
 
 
-# --- ends that nobody asked for
+# --- preemption, crashes and time limits
 
 
 def test_a_preempted_job_is_warned_and_can_go_back_to_the_queue(cluster: DevCluster) -> None:
@@ -192,7 +193,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("what", REFUSALS)
-def test_sbatch_refuses_with_the_words_that_users_see(cluster: DevCluster, what: str) -> None:
+def test_sbatch_refuses_with_its_usual_messages(cluster: DevCluster, what: str) -> None:
     options, words = REFUSALS[what]
     refused = cluster.run(["sbatch", "--output=/dev/null", *options, "--wrap", "true"], check=False)
     print(f"{' '.join(options)} | {refused.returncode} | {refused.stderr.strip()}")
@@ -200,7 +201,7 @@ def test_sbatch_refuses_with_the_words_that_users_see(cluster: DevCluster, what:
     assert words in refused.stderr
 
 
-def test_a_dependency_on_a_job_that_slurm_does_not_know_holds_nothing_up(cluster: DevCluster) -> None:
+def test_a_dependency_on_an_unknown_job_delays_nothing(cluster: DevCluster) -> None:
     job = cluster.sbatch("true", "--dependency=afterany:99999999")
     assert cluster.wait_state(job, "COMPLETED", "FAILED") == "COMPLETED"
 
@@ -239,7 +240,7 @@ def test_clusters_run_side_by_side_and_leave_nothing_behind(cluster: DevCluster)
 
 
 @pytest.mark.usefixtures("slurm_packages")
-def test_a_stopped_cluster_starts_again_where_it_was() -> None:
+def test_a_stopped_cluster_keeps_its_state() -> None:
     with DevCluster.temporary(Shape(nodes=1)) as stopped:
         job = stopped.sbatch("true")
         stopped.wait_state(job, "COMPLETED")
@@ -272,9 +273,9 @@ with devcluster.DevCluster.temporary(devcluster.Shape(nodes=1, accounting=False)
         assert not abandoned.folder.exists()
 
 
-def test_only_its_own_processes_are_the_clusters(cluster: DevCluster) -> None:
+def test_only_processes_of_the_cluster_belong_to_it(cluster: DevCluster) -> None:
     log = cluster.folder / "log" / "slurmctld.log"
-    environment = cluster.env() | {"SLURM_JOB_ID": "1"}  # of somebody who pretends to be in a job
+    environment = cluster.env() | {"SLURM_JOB_ID": "1"}  # as if it were in a job
     with subprocess.Popen(["tail", "-f", log], env=environment, stdout=subprocess.DEVNULL) as reader:
         pids = {process.pid for process in cluster.processes()}
         reader.kill()
@@ -295,7 +296,7 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(devcluster_processes, "DAEMON_PATH", str(tmp_path))
-    assert devcluster_commands.main(["up", "--folder", "/tmp/orch-devcluster-never"]) == 2
+    assert COMMAND(["up", "--folder", "/tmp/orch-devcluster-never"]) == 2
     message = capsys.readouterr().err
     assert "apt-get install -y mariadb-server munge slurm-client slurmctld slurmd slurmdbd" in message
     assert message.count("\n") == 1
@@ -303,7 +304,7 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(
 
 @pytest.mark.parametrize("folder", ["/tmp/" + "x" * 60, "/tmp/a folder"])
 def test_a_folder_that_sockets_cannot_have_is_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert devcluster_commands.main(["up", "--folder", folder]) == 1
+    assert COMMAND(["up", "--folder", folder]) == 1
     assert "at most 60 letters" in capsys.readouterr().err
 
 

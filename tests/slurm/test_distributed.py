@@ -1,4 +1,4 @@
-"""Workers of two GPUs on a real cluster: each process has its own, all end together, and the chain goes on."""
+"""Workers of two GPUs on a real cluster: each process has its own, all end together, and the chain continues."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def start(name: str, folder: Path, stop_after_epochs: int) -> Run:
 
 
 def seen(folder: Path) -> list[dict[str, Any]]:
-    """What the job's processes said of themselves when they made their first model, rank 0 first."""
+    """What the processes of the job wrote when they made their first model, rank 0 first."""
     return [json.loads((folder / f"rank-{rank}").read_text().splitlines()[0]) for rank in (0, 1)]
 
 
@@ -67,7 +67,7 @@ def test_each_process_sees_a_gpu_of_its_own_and_the_run_ends_by_itself(cluster: 
 
 
 @pytest.mark.slow
-def test_a_warning_reaches_all_processes_and_a_requeued_job_finds_its_own_again(
+def test_a_warning_reaches_all_processes_and_those_of_a_requeued_job_meet_again(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
     """Slurm sends the signal to each process of the job; then, put back in the queue, the same job starts again."""
@@ -91,7 +91,7 @@ def test_a_warning_reaches_all_processes_and_a_requeued_job_finds_its_own_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1], ids=["rank 0", "rank 1"])
-def test_a_process_that_is_killed_takes_the_others_along_and_the_chain_goes_on(
+def test_a_killed_process_ends_the_others_and_the_chain_continues(
     cluster: DevCluster, tmp_path: Path, victim: int
 ) -> None:
     run = start(f"killed-{victim}", tmp_path, 10)

@@ -1,4 +1,4 @@
-"""The doctor on a real cluster: what it says of settings that fit and of those that do not, and its two-node test."""
+"""The doctor on a real cluster: its findings about valid and invalid settings, and its two-node test."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Look = Callable[..., list[Finding]]
 
 @pytest.fixture
 def look(cluster: DevCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Look:
-    """Examine settings with these keys; a job of theirs asks for no GPU unless it is said, for none is real."""
+    """Examine settings with these keys. By default they ask for no GPU, since the cluster's GPUs are not real."""
     good = machine.PythonFacts("3.11", dict.fromkeys(machine.PACKAGES, "1"), "12.4", ("GPU",))
-    monkeypatch.setattr(machine, "look_at_python", lambda: good)  # it has tests of its own, and takes seconds
+    monkeypatch.setattr(machine, "look_at_python", lambda: good)  # it has its own tests, and takes seconds
 
     def look(two_nodes: bool = False, wait_s: float = 60, **keys: Any) -> list[Finding]:
         return examine(write(tmp_path, **keys), tmp_path / "runs", two_nodes, wait_s, say=lambda _line: None)
@@ -58,7 +58,7 @@ def errors(findings: list[Finding]) -> list[Finding]:
 # --- what Slurm says
 
 
-def test_settings_that_fit_have_no_errors(look: Look) -> None:
+def test_valid_settings_have_no_errors(look: Look) -> None:
     findings = look(slurm={"gpus": 1, "partition": "main", "account": "research", "qos": "normal"})
     assert errors(findings) == []
     levels = {
@@ -99,7 +99,9 @@ def test_a_time_limit_that_is_too_long_says_what_to_change(look: Look) -> None:
         ({"slurm_file": "/nope.sbatch"}, "settings", "/nope.sbatch"),
     ],
 )
-def test_what_does_not_fit_is_an_error(look: Look, keys: dict[str, Any], topic: str, words: str) -> None:
+def test_settings_that_the_cluster_can_not_fulfil_are_errors(
+    look: Look, keys: dict[str, Any], topic: str, words: str
+) -> None:
     found = errors(of(look(**keys), topic))
     assert len(found) == 1
     assert words in found[0].what
@@ -140,8 +142,8 @@ def test_limits_of_an_account_are_found(look: Look, cluster: DevCluster) -> None
 
 
 @pytest.mark.long
-def test_a_controller_that_is_away_is_an_error_and_the_rest_is_reported(look: Look, cluster: DevCluster) -> None:
-    cluster.stop_controller()  # in peace: a crash would bring back jobs of other tests
+def test_a_stopped_controller_is_an_error_and_the_rest_is_reported(look: Look, cluster: DevCluster) -> None:
+    cluster.stop_controller()  # not by a crash, which would bring back jobs of other tests
     findings = look(two_nodes=True)
     (slurm,) = errors(findings)
     assert slurm.topic == "slurm"
@@ -192,18 +194,18 @@ def test_without_a_lock_two_nodes_lose_updates_and_that_is_reported(cluster: Dev
     proof.prepare_file(tmp_path / "counter")
     script = tmp_path / "count.py"
     script.write_text(
-        "import contextlib, json, os, pathlib, sys, time\n"
+        "import contextlib, dataclasses, json, os, pathlib, sys, time\n"
         "from orchestrator.locking import proof\n"
         "here, task = pathlib.Path(sys.argv[1]), os.environ['SLURM_PROCID']\n"
         "(here / f'ready-{task}').touch()\n"
         "while len(list(here.glob('ready-*'))) < 2: time.sleep(0.01)\n"
         "tally = proof.count_in_file(here / 'counter', contextlib.nullcontext(), 300, 60)\n"
-        "(here / f'tally-{task}').write_text(json.dumps(tally.to_json()))\n"
+        "(here / f'tally-{task}').write_text(json.dumps(dataclasses.asdict(tally)))\n"
     )
     command = f"srun {sys.executable} {script} {tmp_path}"
     job = cluster.sbatch(command, "--nodes=2", "--ntasks-per-node=1", f"--export=ALL,PYTHONPATH={ORCH.parents[2]}")
     assert cluster.wait_state(job, "COMPLETED", "FAILED", timeout_s=60) == "COMPLETED"
-    tallies = [Tally.from_json(json.loads((tmp_path / f"tally-{task}").read_text())) for task in range(2)]
+    tallies = [Tally(**json.loads((tmp_path / f"tally-{task}").read_text())) for task in range(2)]
     (finding,) = judge_counts("lock", tallies, proof.counted_in_file(tmp_path / "counter"), "between two nodes")
     assert finding.level == "error"
     assert "of 600 updates were lost: the lock does not hold" in finding.what
@@ -231,7 +233,7 @@ def test_a_job_that_waits_too_long_is_cancelled(look: Look, cluster: DevCluster)
 @pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("when", ["PENDING", "RUNNING"])
-def test_who_ends_the_doctor_ends_its_job(
+def test_a_signal_that_ends_the_doctor_ends_its_job(
     cluster: DevCluster, tmp_path: Path, number: signal.Signals, code: int, when: str
 ) -> None:
     keys: dict[str, Any] = {"slurm": {"partition": "down"}} if when == "PENDING" else {}
@@ -246,7 +248,7 @@ def test_who_ends_the_doctor_ends_its_job(
     assert doctor.stderr is not None
     try:
         wait_for(lambda: [job for job in cluster.squeue() if job["state"] == when], 90, f"the job to be {when}")
-        os.killpg(doctor.pid, number)  # as a terminal does it: to the commands that it runs as well
+        os.killpg(doctor.pid, number)  # as a terminal does: the commands that the doctor runs get it too
         assert doctor.wait(60) == code, doctor.stderr.read()
     finally:
         doctor.kill()
@@ -256,9 +258,7 @@ def test_who_ends_the_doctor_ends_its_job(
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
-def test_one_node_no_accounting_and_data_that_is_not_there(
-    look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_node_no_accounting_and_missing_data(look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DevCluster.temporary(Shape(nodes=1, accounting=False)) as small:
         monkeypatch.setenv("SLURM_CONF", str(small.conf))
         findings = look(two_nodes=True, training_source_dir="/nowhere/train", testing_source_dir=str(tmp_path))

@@ -1,4 +1,4 @@
-"""On the real cluster: what Slurm writes for a run has the run's rights, whatever the umask of the submission."""
+"""On the real cluster: Slurm's files of a run have the run's rights, whatever the umask of the submission."""
 
 from __future__ import annotations
 

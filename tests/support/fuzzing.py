@@ -1,5 +1,5 @@
-"""Odd input for what orch reads and did not write itself. The same examples each time, unless more are asked for:
-ORCH_FUZZ_EXAMPLES=20 (`make fuzz`) tries 20 times as many, other ones each time."""
+"""Odd input for everything that orch reads and did not write itself. The examples are the same each time. With
+ORCH_FUZZ_EXAMPLES=20 (`make fuzz`), 20 times as many are tried, which are new each time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 TIMES = int(os.environ.get("ORCH_FUZZ_EXAMPLES", "1"))
 SECRET = "s3cret"
 
-# What json.dumps would not write, or not so: it stands for itself in the text. See `to_json`.
+# Text that json.dumps would not write; `to_json` copies it as it is.
 VERBATIM = ("NaN", "Infinity", "-Infinity", "1e999", "-0.0", "1" * 5000, "9" * 400, "[" * 300 + "]" * 300, "[" * 99_999)
 ODD_TEXT = (
     "", " ", "\x00", "a\nb", "gpu\n#SBATCH --dependency=singleton", "#SBATCH --array=0-9", "\r", "\u2028", "\x85",
@@ -27,7 +27,7 @@ ODD_NUMBERS = (0, -1, 1, 2**31, 2**63, 10**30, -(10**30), 1e-320, 1e300, -1e300,
 
 
 def examples(count: int) -> Callable[[Any], Any]:
-    """A decorator: so many examples."""
+    """A decorator that sets the number of examples."""
     return settings(
         max_examples=count * TIMES,
         derandomize=TIMES == 1,
@@ -50,7 +50,7 @@ json_values = st.recursive(
 
 
 def to_json(value: Any) -> str:
-    """JSON, or nearly: {"VERBATIM": text} is that text."""
+    """JSON, but {"VERBATIM": text} becomes that text, which need not be JSON."""
     if isinstance(value, dict):
         if list(value) == ["VERBATIM"]:
             return str(value["VERBATIM"])
@@ -60,17 +60,19 @@ def to_json(value: Any) -> str:
 
 def places(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) in a JSON value."""
-    here = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
-    return [(value, key) for key, _ in here] + [place for _, inner in here for place in places(inner)]
+    items = (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    )
+    return [(value, key) for key, _ in items] + [place for _, inner in items for place in places(inner)]
 
 
 def mutate(data: st.DataObject, value: Any, known_keys: tuple[str, ...] = (), values: Any = json_values) -> None:
-    """One change somewhere inside."""
+    """Make one change at a random place."""
     container, key = data.draw(st.sampled_from(places(value)), label="place")
     how = data.draw(st.sampled_from(["replace", "delete", "insert", "copy"]), label="how")
     if how == "delete":
         del container[key]
-    elif how == "copy":  # what stands elsewhere
+    elif how == "copy":  # a value from another place
         other, other_key = data.draw(st.sampled_from(places(value)))
         container[key] = json.loads(json.dumps(other[other_key]))
     elif how == "replace" or isinstance(container, list):

@@ -1,4 +1,4 @@
-"""A job without torch, for tests of chains: it sleeps where others train, and can be suspended like them."""
+"""A job without torch, for tests of chains: it sleeps instead of training, and can be suspended."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from orchestrator.records import EpochResult, Finished, Interrupted, Work
+from orchestrator.worker.trainer import Trainer
 
 STEPS = 10
 
 
-class Quick:
-    """job_params: {"seconds": of one epoch}. Its score depends on the parent and the profile alone."""
+class Quick(Trainer):
+    """job_params: {"seconds": of one epoch}. Its score depends only on the parent and the profile."""
 
     @staticmethod
     def open_trainer(settings: Mapping[str, Any], cores: int) -> Quick:

@@ -1,4 +1,4 @@
-"""Runs on the test cluster: launch, wait, and the words that the tests use."""
+"""Runs on the test cluster: launch them, wait, and read their state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def launch(wanted: Settings, folder: Path) -> Run:
 
 
 def until(what: str, condition: Callable[[], Any], timeout_s: float = 60, every_s: float = 0.1) -> Any:
-    """The condition's value, once it is true."""
+    """Return the condition's value when it is true."""
     end = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < end, f"waited {timeout_s} s for: {what}"
@@ -44,7 +44,7 @@ def until(what: str, condition: Callable[[], Any], timeout_s: float = 60, every_
 
 
 def over(run: Run) -> bool:
-    """The run has ended and no job is left; mends what is broken meanwhile, as `orch status` does."""
+    """Has the run ended, with no job left? Mends broken chains first, as `orch status` does."""
     run.reconcile(time.time())
     snapshot = run.leaderboard.chains.snapshot()
     return snapshot.state not in ("active", "draining") and not snapshot.open_jobs

@@ -1,7 +1,8 @@
-"""Runs made in milliseconds: a real leaderboard, real files, the real worker; its trainer follows a script."""
+"""Runs made in milliseconds: a real leaderboard, real files and the real worker loop; the trainer follows a script."""
 
 from __future__ import annotations
 
+import copy
 import json
 import secrets
 import time
@@ -12,14 +13,15 @@ from typing import IO, Any
 import sqlalchemy
 
 from orchestrator.cluster.host import host_name, this_process
-from orchestrator.cluster.inline import InlineCluster
+from orchestrator.cluster.inline import InlineJob, InlineQueue
+from orchestrator.files.run_folder import FOLDERS, SETTINGS_NAME
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import EpochResult, Finished, Interrupted, Started, Work
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
 from orchestrator.worker.loop import JobLoop
-from orchestrator.worker.trainer import Ending, StopFlag
+from orchestrator.worker.trainer import Ending, StopFlag, Trainer
 from tests.support.storage import Storage, _do_not_wait_for_the_disk
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +29,8 @@ CUT = "cut"  # instead of a score: the chunk is interrupted
 CYCLE = ["a", "b", "a", "c"]
 
 
-class Scripted:
-    """Gives one score after another, whatever it is asked to train; then it is time to stop."""
+class Scripted(Trainer):
+    """Returns one score after another, whatever it is asked to train; after the last it sets the stop flag."""
 
     def __init__(self, script: Sequence[float | str], stop: StopFlag, size_bytes: int = 0) -> None:
         self.script = list(script)
@@ -64,28 +66,28 @@ def make_run(storage: Storage, folder: Path, **changes: Any) -> Run:
     profiles = [{"name": name, "learning_rate": rates[name]} for name in CYCLE]
     values = {"num_models": 3, "training_profiles": profiles, "executor": "local", "stop_after_stale_cycles": None}
     settings = Settings.model_validate({"name": folder.name} | values | place | changes)
-    for part in ("checkpoints", "jobs", "logs"):
+    for part in FOLDERS:
         (folder / part).mkdir(parents=True)
     frozen = freeze(settings)
-    (folder / "settings.json").write_text(frozen + "\n")
+    (folder / SETTINGS_NAME).write_text(frozen + "\n")
     now = time.time()
     where = (folder, settings.database, settings.database_schema)
     Leaderboard.create(*where, settings.name, frozen, [str(ROOT)], now, now + settings.total_lifetime)
     run = opened(folder)
     devices = [None] * settings.workers
-    run.leaderboard.chains.close(run.leaderboard.chains.add_workers(devices, now), "lost", "never there", now)
+    run.leaderboard.chains.close(run.leaderboard.chains.add_workers(devices, now), "lost", "never submitted", now)
     return run
 
 
 def opened(folder: Path) -> Run:
     run = Run.open(folder)
-    if run.leaderboard.database.file:  # what is tested with it holds without a power cut too
+    if run.leaderboard.database.file:  # no test with these runs is about power cuts
         sqlalchemy.event.listen(run.leaderboard.database._engine, "connect", _do_not_wait_for_the_disk)
     return run
 
 
 def work(run: Run, script: Sequence[float | str], size_bytes: int = 0, worker_id: int = 0) -> Ending | None:
-    """One job of the run's worker, which trains what the script says."""
+    """One job of the run's worker, whose trainer follows the script."""
     if not script:
         return None
     chains, now = run.leaderboard.chains, time.time()
@@ -95,13 +97,14 @@ def work(run: Run, script: Sequence[float | str], size_bytes: int = 0, worker_id
     assert isinstance(started, Started), started
     stop = StopFlag()
     trainer = Scripted(script, stop, size_bytes)
-    cluster = InlineCluster(run.settings)
-    worker = JobLoop(run.folder, run.settings, run.version, run.leaderboard, cluster, lambda: trainer, time.time, stop)
-    return worker.run(started)
+    of_the_job = copy.copy(run)
+    of_the_job._queue = InlineQueue()
+    loop = JobLoop(of_the_job, InlineJob(run.settings, job.token), lambda: trainer, time.time, stop)
+    return loop.work(started)
 
 
 def lose(run: Run) -> None:
-    """The database is gone, as after a purge or on a server that was set up anew."""
+    """Delete the database, as a purge does, or a server that was set up again."""
     database = run.leaderboard.database
     if database.file:
         database.file.unlink()
@@ -111,7 +114,7 @@ def lose(run: Run) -> None:
 
 
 def board_of(run: Run) -> list[dict[str, Any]]:
-    """What must not change: files, scores and positions, best first."""
+    """What a repair must not change: files, scores and positions, sorted by file."""
     keys = ("file", "sha256", "score", "epochs", "start_position", "profile", "worker", "metrics")
     rows = [{key: entry[key] for key in keys} for entry in run.leaderboard.reader.entries()]
     return sorted(rows, key=lambda row: str(row["file"]))

@@ -20,6 +20,7 @@ from jobs.training.footprint import checkpoint_bytes
 from jobs.training.opening import open_session
 from orchestrator.errors import CheckpointError, NoSpaceError, SettingsError
 from orchestrator.files import checkpoints, disk_budget
+from orchestrator.messages import gb
 from orchestrator.records import Work
 from orchestrator.rules import collecting
 from orchestrator.settings.loading import load
@@ -42,7 +43,7 @@ def settings(**changes: Any) -> Settings:
 @pytest.mark.parametrize(
     ("used", "needed", "budget", "fits"), [(60, 40, 100, True), (61, 40, 100, False), (0, 101, 100, False)]
 )
-def test_what_is_used_and_what_is_needed_fit_the_budget_or_not(used: int, needed: int, budget: int, fits: bool) -> None:
+def test_used_and_needed_bytes_fit_the_budget_or_not(used: int, needed: int, budget: int, fits: bool) -> None:
     assert collecting.fits(used, needed, budget) is fits
 
 
@@ -52,13 +53,13 @@ def test_what_is_used_and_what_is_needed_fit_the_budget_or_not(used: int, needed
      (3_456_100_000_000, "3457")],
 )  # fmt: skip
 def test_a_size_is_shown_in_gb_to_three_digits(size_bytes: int, shown: str) -> None:
-    assert disk_budget.gb(size_bytes) == shown
+    assert gb(size_bytes) == shown
 
 
 @given(st.integers(1, 10**15))
-def test_a_size_is_never_shown_smaller_than_it_is(size_bytes: int) -> None:
-    assert float(disk_budget.gb(size_bytes)) * 1e9 >= size_bytes * (1 - 1e-12)
-    assert float(disk_budget.gb(size_bytes)) * 1e9 <= size_bytes * 1.0101 or size_bytes > 999e9
+def test_a_shown_size_is_never_less_than_the_real_size(size_bytes: int) -> None:
+    assert float(gb(size_bytes)) * 1e9 >= size_bytes * (1 - 1e-12)
+    assert float(gb(size_bytes)) * 1e9 <= size_bytes * 1.0101 or size_bytes > 999e9
 
 
 # --- before a checkpoint is written
@@ -74,7 +75,7 @@ def never_called(target: IO[bytes]) -> None:
     raise AssertionError("the size is known from those that are there")
 
 
-def test_the_next_one_is_taken_to_be_as_large_as_the_largest_or_counted_if_there_is_none(tmp_path: Path) -> None:
+def test_the_next_checkpoint_is_estimated_as_the_largest_or_measured_if_there_is_none(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     files = tmp_path / "checkpoints"
     assert disk_budget.needed_bytes(files, lambda target: target.write(b"x" * 700)) == 700
@@ -83,7 +84,7 @@ def test_the_next_one_is_taken_to_be_as_large_as_the_largest_or_counted_if_there
     assert disk_budget.needed_bytes(files, never_called) == 300
 
 
-def test_files_that_nothing_refers_to_are_collected_only_where_they_are_in_the_way(tmp_path: Path) -> None:
+def test_unreferenced_files_are_deleted_only_if_their_space_is_needed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     held, garbage = write(tmp_path, 1, 1000), write(tmp_path, 2, 1000)
     used = disk_budget.used_bytes(tmp_path)
@@ -95,7 +96,7 @@ def test_files_that_nothing_refers_to_are_collected_only_where_they_are_in_the_w
     assert not (tmp_path / "checkpoints" / garbage).exists()
 
 
-def test_what_does_not_fit_is_an_error_that_says_how_much_would_do(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_an_error_with_the_needed_budget(tmp_path: Path) -> None:
     run = tmp_path / "mine"
     (run / "checkpoints").mkdir(parents=True)
     held = write(run, 1, 5_000_000)
@@ -108,9 +109,7 @@ def test_what_does_not_fit_is_an_error_that_says_how_much_would_do(tmp_path: Pat
     ("code", "words"),
     [(errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "Disk quota exceeded"), (errno.EROFS, "Read-only")],
 )
-def test_a_disk_that_takes_no_more_is_one_clear_error_and_nothing_is_left(
-    tmp_path: Path, code: int, words: str
-) -> None:
+def test_a_full_disk_is_one_clear_error_and_leaves_no_file(tmp_path: Path, code: int, words: str) -> None:
     def save(target: IO[bytes]) -> None:
         target.write(b"half of it")
         raise OSError(code, words)
@@ -142,7 +141,7 @@ def test_less_free_space_than_the_demand_is_a_warning(tmp_path: Path) -> None:
     assert lines[1].endswith(" GB free, less than the run needs")
 
 
-def test_where_a_checkpoint_s_size_is_unknown_it_says_so(tmp_path: Path) -> None:
+def test_an_unknown_checkpoint_size_is_reported(tmp_path: Path) -> None:
     said = None, ["disk: unknown, since the job brings a trainer of its own"]
     assert demand(settings(max_disk_gb=1e-9), "the job brings a trainer of its own", tmp_path) == said
 

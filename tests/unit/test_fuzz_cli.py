@@ -1,4 +1,4 @@
-"""Whatever is typed after `orch`: exit code 0, 1 or 2, a message and no traceback, and nothing made elsewhere."""
+"""Any command line after `orch` gives exit code 0, 1 or 2 and a message, no traceback, and no files elsewhere."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ BARE = {"name": "nowhere", "job": "nowhere_at_all:Job", "training_profiles": [{"
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with some settings files, and with runs that are none."""
+def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder has some settings files, and folders that are not runs."""
     (tmp_path / "nowhere.json").write_text(json.dumps(BARE))
     (tmp_path / "broken.json").write_text("{")
     for name, content in (("odd", b"\xff\x00"), ("run", b"{}"), ("deep", b"[" * 99_999)):
@@ -74,9 +74,9 @@ arguments = st.one_of(
 @examples(150)
 @given(command=st.sampled_from(COMMANDS), more=st.lists(arguments, max_size=4))
 def test_any_command_line_ends_with_a_message(
-    here: Path, capsys: pytest.CaptureFixture[str], command: str, more: list[str]
+    work_folder: Path, capsys: pytest.CaptureFixture[str], command: str, more: list[str]
 ) -> None:
-    before = everything(here)
+    before = everything(work_folder)
     safe = ["--dry-run"] if command in ("launch", "repair", "gc") else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["orch", command, *safe, *more])
@@ -88,7 +88,7 @@ def test_any_command_line_ends_with_a_message(
     assert SECRET not in error
     if code:
         assert error.startswith(("orch: ", "Usage: ")) or out, error
-    assert everything(here) == before
+    assert everything(work_folder) == before
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,12 @@ def test_any_command_line_ends_with_a_message(
     ],
     ids=["a run", "a folder", "a value", "a long folder"],
 )
-def test_bytes_that_are_no_text_are_no_traceback(here: Path, arguments: list[bytes], locale: str) -> None:
+def test_arguments_that_are_not_text_give_no_traceback(work_folder: Path, arguments: list[bytes], locale: str) -> None:
     code = "from orchestrator.cli.main import main; main()"
     environment = os.environ | {"LC_ALL": locale, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=here, env=environment, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=work_folder, env=environment, capture_output=True
+    )
     assert done.returncode in (0, 2)
     assert b"Traceback" not in done.stderr
     assert done.returncode == 0 or done.stderr.startswith(b"orch: ")

@@ -1,4 +1,4 @@
-"""Whatever is in the files of a run: records, mounts and locks are read, or refused with a reason."""
+"""Any bytes in the files of a run: records, mounts and locks are read, or refused with a reason."""
 
 from __future__ import annotations
 

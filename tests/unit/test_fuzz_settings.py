@@ -1,4 +1,4 @@
-"""Whatever a settings file or --set holds: settings that can be kept and used, or a SettingsError that says where."""
+"""Any settings file and any --set: settings that can be kept and used, or a SettingsError that says where."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from orchestrator.cli.launch import _print_plan
 from orchestrator.cluster.sbatch import read_script, request
-from orchestrator.cluster.slurm import SlurmCluster
+from orchestrator.cluster.slurm import SlurmQueue
 from orchestrator.doctor.partition import need_of
 from orchestrator.errors import SettingsError
 from orchestrator.files import disk_budget
@@ -79,14 +79,14 @@ def check_usable(settings: Settings, place: Path) -> None:
     asked = request(settings, None)
     need_of(asked, settings.gpus_per_worker)
     on_slurm = settings.model_copy(update={"executor": "slurm", "slurm_file": None})
-    check_script(SlurmCluster(on_slurm, place / "run", job_main).script(2), settings.name, set(asked.options))
+    check_script(SlurmQueue(on_slurm, place / "run", job_main).script(2), settings.name, set(asked.options))
     few = on_slurm.model_copy(update={"workers": min(settings.workers, 3)})
     with redirect_stdout(io.StringIO()):
         _print_plan(few, place / "run", False, None, json=True)
 
 
 def check_script(script: str, name: str, asked: set[str]) -> None:
-    """No option but those that were asked for, and orch's own are orch's."""
+    """Only the options that were asked for, and those that orch sets itself."""
     lines = [line for line in script.split("\n") if line.startswith("#SBATCH")]
     options = {}
     for line in lines:
@@ -138,7 +138,7 @@ def test_settings_with_changes_anywhere_can_be_used_or_are_refused(
 
 @examples(150)
 @given(data=st.data())
-def test_any_value_of_any_slurm_key_makes_no_line_of_its_own(place: Path, data: st.DataObject) -> None:
+def test_any_value_of_any_slurm_key_adds_no_sbatch_line(place: Path, data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(list(SlurmSettings.model_fields)))
     one = odd_scalars | st.lists(odd_scalars, max_size=2)
     names = st.sampled_from(
@@ -215,7 +215,7 @@ def test_any_script_is_read_or_refused(place: Path, lines: list[str]) -> None:
     file = place / "job.sbatch"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
     settings = load(FOLDER / "digits.json", [f"slurm_file={file}"], executor="slurm")[0]
-    cluster = SlurmCluster(settings, place / "run", job_main)
+    cluster = SlurmQueue(settings, place / "run", job_main)
     try:
         asked = cluster.request
     except SettingsError as error:
@@ -231,7 +231,7 @@ def test_any_script_is_read_or_refused(place: Path, lines: list[str]) -> None:
 def test_a_folder_whose_name_breaks_the_script_in_two_is_refused(place: Path, name: str) -> None:
     settings = load(FOLDER / "digits.json", executor="slurm")[0]
     with pytest.raises(SettingsError, match="choose another --runs-dir"):
-        SlurmCluster(settings, place / name, job_main).script(1)
+        SlurmQueue(settings, place / name, job_main).script(1)
 
 
 def test_more_mistakes_than_a_screen_has_lines_are_counted(place: Path) -> None:
@@ -247,15 +247,15 @@ def test_more_mistakes_than_a_screen_has_lines_are_counted(place: Path) -> None:
 @pytest.mark.parametrize(
     "option", ["job-name", "job_name", "job-na", "dependency", "dep", "array", "open-m", "time", "signal"]
 )
-def test_what_orch_decides_itself_is_no_additional_parameter(option: str) -> None:
-    """A job of another name would look gone, and one without its dependency would not wait for its turn."""
+def test_options_that_orch_sets_itself_are_refused_as_additional_parameters(option: str) -> None:
+    """With another name a job would seem gone, and without its dependency it would not wait for its turn."""
     with pytest.raises(SettingsError, match="leave it out"):
         load(FOLDER / "digits.json", [f'slurm={{"additional_parameters": {{"{option}": "x"}}}}'])
 
 
 @pytest.mark.parametrize("line", ['#SBATCH --"a b"=c', "#SBATCH --comment=a\x1bb", "echo \x1b"])
-def test_a_script_with_what_no_line_may_hold_is_refused(line: str) -> None:
-    with pytest.raises(ValueError, match=r"no long option|holds the character"):
+def test_a_script_with_a_forbidden_option_or_character_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"not a long sbatch option|holds the character"):
         request(load(FOLDER / "digits.json")[0], f"#!/bin/sh\n{line}\n")
 
 

@@ -1,4 +1,4 @@
-"""Whatever Slurm's commands print: a reading, or none. No garbage makes a job that lives look gone."""
+"""Any output of Slurm's commands can be read, or counts as no answer. No garbage makes a live job look gone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchestrator.cluster import slurm
 from orchestrator.cluster.live_jobs import slurm_jobs
 from orchestrator.cluster.probe import ProbeJob
-from orchestrator.cluster.slurm import GONE, WAITING, WORKING, SlurmCluster, judge, queue, read_queue, run_slurm
+from orchestrator.cluster.slurm import GONE, WAITING, WORKING, SlurmQueue, judge, queue, read_queue, run_slurm
 from orchestrator.doctor import limits, slurm_facts
 from orchestrator.doctor.partition import max_minutes, need_of, read_config, read_nodes, read_pairs
 from orchestrator.records import ChainJob, Evidence, JobState
@@ -52,11 +52,11 @@ def evidence_in(answer: str) -> Evidence:
 
 @examples(400)
 @given(before=st.lists(good_lines.filter(lambda line: not line.startswith("7_0"))), cut=st.integers(0, 60))
-def test_a_listing_that_breaks_off_proves_nothing_of_a_job_that_lives(before: list[str], cut: int) -> None:
+def test_an_incomplete_listing_proves_nothing_about_a_live_job(before: list[str], cut: int) -> None:
     whole = "".join(f"{line}\n" for line in before) + ALIVE
     assert evidence_in(whole) is Evidence.RUNNING
     broken = whole[: max(0, len(whole) - 1 - cut)]
-    if broken and not broken.endswith("\n"):  # between two lines nothing shows it, and squeue's exit code has to
+    if broken and not broken.endswith("\n"):  # a break between two lines shows only in squeue's exit code
         assert evidence_in(broken) is Evidence.UNKNOWN
 
 
@@ -78,8 +78,8 @@ def test_a_job_is_gone_only_if_every_line_could_be_read(answer: str) -> None:
 
 @examples(200)
 @given(garbage=lines, place=st.booleans())
-def test_a_line_that_cannot_be_read_leaves_the_others_in_doubt(garbage: str, place: bool) -> None:
-    """It may be the very line of the job that is looked for."""
+def test_one_unreadable_line_makes_the_whole_listing_prove_nothing(garbage: str, place: bool) -> None:
+    """It may be the line of the job in question."""
     if read_queue(f"{garbage}\n") is not None:
         return
     other = "1|RUNNING|N/A|sbatch"
@@ -92,14 +92,14 @@ def test_a_state_that_orch_does_not_know_proves_nothing(state: str) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_job_that_one_cluster_of_a_federation_gave_up_runs_on_another(first: bool) -> None:
+def test_a_job_that_one_cluster_of_a_federation_revoked_runs_on_another(first: bool) -> None:
     mine, other = ALIVE, f"7_0|CANCELLED|N/A|orch-run-{BASE}\n"
     assert evidence_in(mine + other if first else other + mine) is Evidence.RUNNING
 
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A command of Slurm's at the boundary of the process."""
+    """Replaces a Slurm command by a script."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
     def write(name: str, script: str) -> None:
@@ -123,17 +123,17 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         pytest.param("exit 1", id="a failure"),
     ],
 )
-def test_slurm_that_does_not_answer_says_nothing_of_jobs(command, script: str) -> None:
+def test_no_answer_from_slurm_proves_nothing_about_jobs(command, script: str) -> None:
     command("squeue", script)
     assert queue() is None
-    assert SlurmCluster(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.UNKNOWN}
+    assert SlurmQueue(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.UNKNOWN}
     assert slurm_jobs("run", Path("/run")) is None
-    assert not ProbeJob("1", "x").state().over
+    assert not ProbeJob("1").state().over
 
 
 def test_names_of_other_jobs_in_any_encoding_do_not_hide_a_job(command) -> None:
     command("squeue", r"printf '1|RUNNING|N/A|caf\351\r\302\205\013\n7_0|RUNNING|N/A|orch-run-" + BASE + r"\n'")
-    assert SlurmCluster(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.RUNNING}
+    assert SlurmQueue(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.RUNNING}
 
 
 @pytest.mark.parametrize(
@@ -150,21 +150,21 @@ def test_the_users_own_filters_do_not_hide_jobs(command, monkeypatch: pytest.Mon
 
 def test_jobs_in_hidden_partitions_are_asked_for_too(command) -> None:
     command("squeue", 'case " $* " in *" --all "*) echo "7_0|RUNNING|N/A|orch-run-' + BASE + '";; esac')
-    assert SlurmCluster(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.RUNNING}
+    assert SlurmQueue(SETTINGS, Path("/run"), job_main).evidence([job()]) == {1: Evidence.RUNNING}
 
 
 @examples(300)
 @given(answer=answers | st.none())
 @example(f"7_0|FAILED|1:0|orch-a|b-{BASE}\n")
 @example("7_0\n7_0|\n7_0||||\n")
-def test_any_answer_of_sacct_names_endings_or_none(answer: str | None) -> None:
+def test_any_answer_of_sacct_gives_endings_or_none(answer: str | None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slurm, "run_slurm", lambda _command: answer)
         patch.setattr(slurm.shutil, "which", lambda name: name)
-        said = SlurmCluster(SETTINGS, Path("/run"), job_main).endings([job()])
-    assert all(isinstance(ending, str) and ending for ending in said.values())
+        endings = SlurmQueue(SETTINGS, Path("/run"), job_main).endings([job()])
+    assert all(isinstance(ending, str) and ending for ending in endings.values())
     if answer is not None and answer.startswith("7_0|FAILED|1:0|orch-a|b"):
-        assert said == {1: "FAILED (1:0)"}
+        assert endings == {1: "FAILED (1:0)"}
 
 
 @examples(300)
@@ -173,7 +173,7 @@ def test_any_answer_leaves_the_doctors_job_in_some_state(answer: str, listed: bo
     answer = f"{answer}\n123|RUNNING|None\n" if listed else answer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.cluster.probe.run_slurm", lambda _command: answer)
-        state = ProbeJob("123", "x").state()
+        state = ProbeJob("123").state()
     assert not (listed and state.over)
 
 
@@ -202,18 +202,18 @@ def test_any_output_of_the_commands_that_the_doctor_gives_is_read(text: str, siz
 @examples(100)
 @given(answer=answers, partitions=st.lists(pairs, max_size=4).map(" ".join))
 def test_the_doctor_takes_any_answer_of_any_command(answer: str, partitions: str) -> None:
-    def said(command: list[str]) -> str:
+    def printed(command: list[str]) -> str:
         if command[-1] == "config":
             return "ClusterName = c\nAccountingStorageType = accounting_storage/slurmdbd\n"
         return partitions if command[-1] == "partition" else answer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slurm_facts, "run_slurm", said)
+        patch.setattr(slurm_facts, "run_slurm", printed)
         patch.setattr(slurm_facts, "ask_sbatch", lambda _script: slurm_facts.Answer(False, answer))
         patch.setattr(slurm_facts, "job_names", lambda: None)
         patch.setattr(slurm_facts.shutil, "which", lambda name: name)
-        patch.setattr(SlurmCluster, "script", lambda _self, _jobs: "")
-        facts = slurm_facts.ask_slurm(SlurmCluster(SETTINGS, Path("/run"), job_main), "run", 2)
-    limits.submit_limits(facts.standing)
-    limits.judge_submission(limits.submit_limits(facts.standing), 2, facts.others, True)
-    limits.judge_running(facts.standing, 2, 1, True)
+        patch.setattr(SlurmQueue, "script", lambda _self, _jobs: "")
+        facts = slurm_facts.ask_slurm(SlurmQueue(SETTINGS, Path("/run"), job_main), "run", 2)
+    assert facts.accounting is not None
+    limits.judge_submission(limits.submit_limits(facts.accounting), 2, facts.others, True)
+    limits.judge_running(facts.accounting, 2, 1, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,23 @@ from orchestrator.locking.choice import Choice, decide, lock_of, read_record, re
 from orchestrator.locking.flock import FairFileLock
 from orchestrator.locking.mounts import mount_of
 from orchestrator.locking.soft_lock import SoftLock
+from orchestrator.records import LockKind
 
 ONE, SEVERAL = False, True
-HOLD = {"flock": "", "soft": ""}
-NO_LINKS = {"flock": "", "soft": "hard links unavailable"}
-NO_FLOCK = {"flock": "7 of 50 updates under it were lost", "soft": ""}
-NOTHING = {"flock": "7 of 50 updates under it were lost", "soft": "hard links unavailable"}
+Problems = Mapping[LockKind, str | None]
+HOLD: Problems = {"flock": None, "soft": None}
+NO_LINKS: Problems = {"flock": None, "soft": "hard links unavailable"}
+NO_FLOCK: Problems = {"flock": "7 of 50 updates under it were lost", "soft": None}
+NOTHING: Problems = {"flock": "7 of 50 updates under it were lost", "soft": "hard links unavailable"}
 
 
-def decided(fstype: str, options: str, several: bool, wanted: str = "auto", proofs: dict[str, str] = HOLD) -> str:
+def decided(fstype: str, options: str, several: bool, wanted: str = "auto", proofs: Problems = HOLD) -> str:
     """The kind, or the refusal's text."""
     line = f"36 25 0:40 / /runs rw,relatime shared:1 - {fstype} server:/runs {options}"
-    choice = decide(mount_of(line, "/runs/a"), several, wanted, proofs)
-    return choice if isinstance(choice, str) else choice.kind
+    try:
+        return decide(mount_of(line, "/runs/a"), several, wanted, proofs.__getitem__).kind
+    except LockError as error:
+        return str(error)
 
 
 @pytest.mark.parametrize(
@@ -100,14 +105,14 @@ def test_a_refusal_names_the_mount_and_what_else_can_be_done(several, wanted, pr
 
 
 def test_where_the_kernel_names_no_mount_the_proof_alone_decides():
-    assert decide(None, ONE, "auto", HOLD) == Choice("soft", "proven on this file system")
+    assert decide(None, ONE, "auto", HOLD.__getitem__) == Choice("soft", "proven on this file system")
 
 
 # --- kept with the run -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "cls"), [("flock", FairFileLock), ("soft", SoftLock)])
-def test_every_process_takes_the_lock_that_stands_beside_the_database(tmp_path, kind, cls):
+def test_every_process_takes_the_lock_that_is_recorded_beside_the_database(tmp_path, kind, cls):
     choice = Choice(kind, "proven on ext4 on /")
     write_record(tmp_path / "orch.db", choice)
     assert read_record(tmp_path / "orch.db") == choice
@@ -127,7 +132,7 @@ def test_a_record_that_is_gone_is_not_taken_for_flock_where_the_soft_lock_was_in
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"kind": "lease", "why": ""}', '{"kind": "soft", "why": "", "more": 1}'])
-def test_a_record_that_makes_no_sense_is_an_error_that_says_what_to_do(tmp_path, text):
+def test_a_damaged_record_is_an_error_that_says_what_to_do(tmp_path, text):
     record_path(tmp_path / "orch.db").write_text(text)
     with pytest.raises(LockError, match="Put it back from a backup"):
         read_record(tmp_path / "orch.db")

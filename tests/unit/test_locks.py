@@ -1,4 +1,4 @@
-"""The lock around the database: one at a time, in turn, and never held by the dead."""
+"""The lock around the database: one holder at a time, in order, and released when a process dies."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_the_limit_of_one_call_wins_over_that_of_the_lock(spawn, path):
         FairFileLock(path, timeout=PATIENCE_S).acquire(timeout=0)
 
 
-def test_who_gave_up_waiting_does_not_get_the_lock_later(spawn, path):
+def test_a_process_that_gave_up_waiting_does_not_get_the_lock_later(spawn, path):
     holder = held_elsewhere(spawn)
     impatient = FairFileLock(path, timeout=0.05)
     with pytest.raises(Timeout):
@@ -234,7 +234,7 @@ def test_a_wait_below_zero_has_no_limit(spawn, path):
 
 
 @pytest.mark.parametrize("timeout_s", [0, 0.2], ids=["no wait at all", "a wait"])
-def test_a_program_that_does_not_queue_is_waited_for_too(path, timeout_s):
+def test_a_program_without_the_queue_is_waited_for_too(path, timeout_s):
     lock = FairFileLock(path, timeout=timeout_s)
     with FileLock(path), pytest.raises(Timeout):
         lock.acquire()
@@ -243,12 +243,12 @@ def test_a_program_that_does_not_queue_is_waited_for_too(path, timeout_s):
         pass
 
 
-def test_a_program_that_does_not_queue_is_kept_out(path):
+def test_a_program_without_the_queue_is_kept_out(path):
     with FairFileLock(path), pytest.raises(Timeout):
         FileLock(path, timeout=0).acquire()
 
 
-def test_a_lock_in_a_folder_that_is_not_there_is_an_error_of_the_file_system(tmp_path):
+def test_a_lock_in_a_missing_folder_is_an_error_of_the_file_system(tmp_path):
     with pytest.raises(FileNotFoundError):
         FairFileLock(tmp_path / "gone" / "lock").acquire()
 
@@ -264,7 +264,7 @@ def test_the_lock_of_a_holder_that_was_killed_is_free_at_once(spawn, path):
         pass
 
 
-def test_who_waits_gets_the_lock_when_its_holder_is_killed(spawn, path):
+def test_a_waiting_process_gets_the_lock_when_its_holder_is_killed(spawn, path):
     holder = held_elsewhere(spawn)
     got: list[bool] = []
 
@@ -281,7 +281,7 @@ def test_who_waits_gets_the_lock_when_its_holder_is_killed(spawn, path):
     assert got == [True]
 
 
-def test_a_process_that_is_killed_in_the_queue_holds_up_nobody(spawn, path):
+def test_a_process_that_is_killed_in_the_queue_does_not_block_the_others(spawn, path):
     holder = held_elsewhere(spawn)
     waiting = spawn(HOLDER)
     wait_until(lambda: queued(path) == 1)
@@ -344,7 +344,7 @@ def test_waiters_get_the_lock_in_the_order_in_which_they_came(path):
     assert order == list(range(8))
 
 
-def test_each_of_8_processes_gets_its_turn_again_and_again(spawn, tmp_path):
+def test_each_of_8_processes_gets_the_lock_many_times(spawn, tmp_path):
     turns = tmp_path / "turns"
     children = [spawn(TAKER, turns, 400) for _ in range(8)]
     for child in children:
@@ -364,5 +364,5 @@ def test_each_of_8_processes_gets_its_turn_again_and_again(spawn, tmp_path):
 # --- where -------------------------------------------------------------------------------------------
 
 
-def test_the_lock_stands_beside_its_database():
+def test_the_lock_file_is_beside_its_database():
     assert lock_path(Path("runs") / "a" / "orch.db") == Path("runs") / "a" / "orch.db.lock"

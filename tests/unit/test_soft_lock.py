@@ -1,4 +1,4 @@
-"""The lock made of files: one at a time, taken over from the proven dead, never from anybody else."""
+"""The lock made of files: one holder at a time, taken over only from processes that are proven dead."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def rewrite(path: Path, **changes: str) -> None:
         claim.write_text("\n".join([magic, token, new["pid"], new["host"].encode().hex(), new["start"], ""]))
 
 
-# --- the living --------------------------------------------------------------------------------------
+# --- holders that are alive
 
 
-def test_it_is_used_as_any_lock(path):
+def test_it_is_used_like_any_lock(path):
     lock = SoftLock(path, timeout=5)
     for _ in range(3):
         with lock as same:
@@ -152,10 +152,10 @@ def test_a_holder_that_is_stopped_is_alive(spawn, path):
         SoftLock(path, timeout=0.7).acquire()
 
 
-# --- the dead ----------------------------------------------------------------------------------------
+# --- holders that are dead
 
 
-def test_who_waits_gets_the_lock_of_a_holder_that_is_killed(spawn, path):
+def test_a_waiting_process_gets_the_lock_of_a_killed_holder(spawn, path):
     holder = holder_of(spawn)
     threading.Timer(0.2, holder.kill).start()
     with SoftLock(path, timeout=PATIENCE_S) as lock:
@@ -164,7 +164,7 @@ def test_who_waits_gets_the_lock_of_a_holder_that_is_killed(spawn, path):
     assert claims(path) == []
 
 
-def test_a_holder_that_is_dead_and_not_waited_for_by_its_parent_is_dead(spawn, path):
+def test_a_holder_that_is_a_zombie_counts_as_dead(spawn, path):
     holder = holder_of(spawn)
     os.kill(holder.pid, signal.SIGKILL)
     while psutil.Process(holder.pid).status() != psutil.STATUS_ZOMBIE:
@@ -173,7 +173,7 @@ def test_a_holder_that_is_dead_and_not_waited_for_by_its_parent_is_dead(spawn, p
         pass
 
 
-def test_many_processes_take_over_from_the_killed_and_never_two_at_once(spawn, path, tmp_path):
+def test_many_processes_take_over_from_killed_holders_and_never_two_at_once(spawn, path, tmp_path):
     log, turns = tmp_path / "log", 3
     victim = holder_of(spawn)
     children = [spawn(MORTAL, log, turns, "dies" if number % 2 else "lives") for number in range(10)]
@@ -270,7 +270,7 @@ def test_a_claim_that_can_t_be_read_is_an_error_that_says_what_to_do(spawn, path
         SoftLock(path, timeout=5).acquire()
 
 
-def test_a_lock_file_of_flock_in_its_place_is_an_error_and_not_taken(path):
+def test_a_file_of_flock_at_the_path_of_the_soft_lock_is_an_error(path):
     path.write_text("")
     with pytest.raises((LockError, HeldError)):
         SoftLock(path, timeout=4).acquire()

@@ -1,4 +1,4 @@
-"""devcluster.py's commands: a DevCluster's methods, from a shell."""
+"""The commands of `python slurm/devcluster`: the methods of a DevCluster, from a shell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from devcluster_config import Shape
 from devcluster_processes import DevClusterError, MissingPackagesError
 
 COMMANDS = {
-    "up": "start the cluster, or what of it does not run",
+    "up": "start the cluster, or those of its daemons that do not run",
     "down": "cancel every job and stop the cluster; its folder stays",
     "wipe": "stop it and delete its folder",
     "status": "its nodes, its queue and its processes; exit code 1 when it does not run",
@@ -40,14 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog="devcluster",
         description="A real Slurm cluster on one machine.",
         epilog="\n".join(f"{name:18}{text}" for name, text in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
     parser.add_argument("words", nargs="*", metavar="...", help="a node, or the command to run")
-    parser.add_argument("--folder", type=Path, help=f"of everything the cluster has: {default_folder()}")
-    up = parser.add_argument_group("up", "what is not given is as it was in this folder, or the default")
+    parser.add_argument("--folder", type=Path, help=f"the cluster's folder: {default_folder()}")
+    up = parser.add_argument_group("up", "the default of an option is its last value in this folder")
     up.add_argument("--nodes", type=int, help="4")
     up.add_argument("--cpus", type=int, help="declared CPUs of each node: 16")
     up.add_argument("--gpus", type=int, help="declared GPUs of each node: 2")
@@ -106,3 +107,7 @@ def _status(cluster: DevCluster) -> int:
     for command in (["sinfo", "-l"], ["squeue"]):
         print(cluster.run(command).stdout)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""The successor of a job: the next link of its chain, queued while the job works."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
+
+from orchestrator.cluster.protocol import JobQueue
+from orchestrator.errors import Refusal, SubmissionError
+from orchestrator.leaderboard.chains import Chains
+from orchestrator.records import JobState, Started
+
+RETRY_S = 300.0  # at the job's end, where the queue does not answer
+log = logging.getLogger("orch")
+
+
+class Successor:
+    """The link that the database has for the time after this job, until the queue has taken it."""
+
+    def __init__(self, started: Started, chains: Chains, queue: JobQueue, clock: Callable[[], float]) -> None:
+        self._job = started.job
+        self._link = started.successor  # None: there is nothing to submit, or it is done
+        self._chains = chains
+        self._queue = queue
+        self._clock = clock
+        self._error: SubmissionError | None = None  # of the last try
+
+    def submit(self) -> None:
+        """Submit the link, if the queue has not taken it yet. The job calls this at its start, before each chunk and at
+        its end; later, any other worker and `orch status` mend the chain."""
+        if self._link is None:
+            return
+        try:
+            taken = self._queue.submit([self._link], after=self._job)
+        except SubmissionError as error:
+            log.warning("the successor is not queued yet: %s", error)
+            self._error = error
+            return
+        self._queue.cancel(self._chains.submitted(taken), now=True)
+        log.info("successor queued: %s", taken[0].cluster_id)
+        self._link = None
+
+    def retry_at_end(self) -> bool:
+        """Submit for the last time; for minutes where the queue does not answer. True: this job itself went back to the
+        queue, since a submit limit has no room for a successor."""
+        retrying = Retrying(
+            stop=stop_after_delay(RETRY_S),
+            wait=wait_exponential(max=30),
+            retry=retry_if_result(lambda _none: self._refused_with() is Refusal.UNREACHABLE),
+            retry_error_callback=lambda _state: None,
+        )
+        retrying(self.submit)
+        link, refusal = self._link, self._refused_with()
+        if link is None or refusal is None or refusal is Refusal.UNREACHABLE:
+            return False
+        if refusal is Refusal.NO_ROOM and self._chains.back_to_queue(self._job, link, self._clock()):
+            log.info("a submit limit leaves no room for a successor: this job goes back to the queue itself")
+            if self._queue.back_to_queue(self._job):
+                return True
+        # Whoever mends the chain next then submits a new link, and sees the reason if that is refused too.
+        self._chains.close([link], JobState.LOST, str(self._error), self._clock())
+        return False
+
+    def _refused_with(self) -> Refusal | None:
+        return self._error.refusal if self._link is not None and self._error is not None else None

@@ -1,0 +1,25 @@
+"""Settings for tests, and the messages of the mistakes in a settings file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import SettingsError
+from orchestrator.settings.loading import load
+
+FOLDER = Path(__file__).resolve().parents[2] / "settings"
+ALEX = {"name": "alex", "learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.0005}
+RON = {"name": "ron", "learning_rate": 0.0001, "momentum": 0.1, "weight_decay": 0.0005}
+LEAST: dict[str, Any] = {"training_profiles": [ALEX]}
+
+
+def mistakes(path: Path, *overrides: str, **fixed: Any) -> list[str]:
+    """The lines of the error, without the file's name at the beginning of each."""
+    with pytest.raises(SettingsError) as caught:
+        load(path, overrides, **fixed)
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith(str(path)) for line in lines), lines
+    return [line.removeprefix(str(path)).removeprefix(": ") for line in lines]
