@@ -72,7 +72,8 @@ def test_adam_is_the_default_optimizer(profile: Profile, kind: type, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"amsgrad": True}, None), ({"nesterov": True}, "optimizer Adam: 'nesterov' is no option")]
+    ("options", "message"),
+    [({"amsgrad": True}, None), ({"nesterov": True}, "optimizer Adam: it has no option 'nesterov'")],
 )
 def test_a_launch_takes_the_options_of_the_default_optimizer_and_no_others(
     options: dict[str, Any], message: str | None, tmp_path: Path

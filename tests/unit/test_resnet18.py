@@ -183,7 +183,9 @@ DAMAGED = r"it is damaged, or no file of torch.save's \(\w+Error\); fetch it aga
             "weights.pt is a checkpoint of orch's own; `orch export` writes the weights of one",
             id="a checkpoint of orch's own",
         ),
-        pytest.param({"conv1.weight": torch.ones(1)}, "does not hold weights of a ResNet-18: conv1.weight, ", id="not its"),
+        pytest.param(
+            {"conv1.weight": torch.ones(1)}, "does not hold weights of a ResNet-18: conv1.weight, ", id="not its"
+        ),
         pytest.param({"extra": torch.ones(1)}, "does not hold weights of a ResNet-18: .*", id="of another model"),
     ],
 )
