@@ -299,7 +299,7 @@ def test_a_folder_that_others_can_open_is_refused(squares: list[Path], node: Pat
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html>", None], ids=["empty", "no picture", "cut off"])
 def test_a_file_that_is_no_picture_is_named(content: bytes | None, cores: int, squares: list[Path], node: Path) -> None:
     squares[21].write_bytes(squares[21].read_bytes()[:300] if content is None else content)
-    with pytest.raises(JobError, match=rf"^{squares[21]} is no picture that can be read: .*; mend it or take it away$"):
+    with pytest.raises(JobError, match=rf"^{squares[21]} can't be read as a picture: .*; repair or remove it$"):
         decoded(squares, SIZE, cores)
     assert kept(node) == []
 

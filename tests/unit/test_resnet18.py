@@ -183,8 +183,8 @@ DAMAGED = r"it is damaged, or torch.save did not write it \(\w+Error\); fetch it
             "weights.pt is a checkpoint of orch's own; `orch export` writes the weights of one",
             id="a checkpoint of orch's own",
         ),
-        pytest.param({"conv1.weight": torch.ones(1)}, "holds no weights of a ResNet-18: conv1.weight, ", id="not its"),
-        pytest.param({"extra": torch.ones(1)}, "holds no weights of a ResNet-18: .*", id="of another model"),
+        pytest.param({"conv1.weight": torch.ones(1)}, "does not hold weights of a ResNet-18: conv1.weight, ", id="not its"),
+        pytest.param({"extra": torch.ones(1)}, "does not hold weights of a ResNet-18: .*", id="of another model"),
     ],
 )
 def test_weights_that_can_not_be_used_are_an_error(content: Any, message: str, pets: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_weights_that_can_not_be_used_are_an_error(content: Any, message: str, p
 def test_weights_of_a_larger_model_are_an_error(pets: Path, tmp_path: Path) -> None:
     larger = models.resnet18().state_dict() | {"layer5.weight": torch.ones(1)}
     torch.save(larger, tmp_path / "larger.pt")
-    with pytest.raises(JobError, match=r"larger.pt holds no weights of a ResNet-18: layer5.weight do not fit"):
+    with pytest.raises(JobError, match=r"larger.pt does not hold weights of a ResNet-18: layer5.weight do not fit"):
         job(pets, pretrained=str(tmp_path / "larger.pt")).model()
 
 
