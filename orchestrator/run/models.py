@@ -23,8 +23,7 @@ log = logging.getLogger("orch")
 def test_models(
     run: Run, evaluate: Callable[[Path], dict[str, float]], again: bool, now: float
 ) -> list[dict[str, Any]]:
-    """Read the test set for the entries of the board, and record that it was. Entries that were tested
-    before are not read again unless asked for."""
+    """Test the entries of the board and record the metrics. Entries with test metrics are skipped unless `again`."""
     for entry in run.leaderboard.reader.entries():
         if entry["test_metrics"] is None or again:
             path = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
@@ -32,24 +31,23 @@ def test_models(
             try:
                 run.leaderboard.reader.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
             except StaleClaimError:
-                log.warning("checkpoint %s left the board while it was tested", entry["checkpoint"])
+                log.warning("checkpoint %s left the board during its test", entry["checkpoint"])
     return list(run.board()["entries"])
 
 
 def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
-    """A function from a checkpoint's file to its metrics on the test set."""
+    """A function from a checkpoint's path to its metrics on the test set. Raises JobSpecError."""
     from jobs.imports import look_first_in
 
     look_first_in(run.leaderboard.reader.run_row()["import_paths"])
-    from jobs.errors import JobError
     from jobs.training.opening import open_session
 
-    with as_job_error(run.settings.job, JobError):
-        session = open_session(run.settings.model_dump(mode="json"), len(os.sched_getaffinity(0)))
+    with as_job_error(run.settings.job):
+        session = open_session(run.settings, len(os.sched_getaffinity(0)))
         session.feed("test")
 
     def evaluate(path: Path) -> dict[str, float]:
-        with as_job_error(run.settings.job, JobError):
+        with as_job_error(run.settings.job):
             return session.evaluate_file(path, "test")
 
     return evaluate
@@ -57,7 +55,7 @@ def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
 
 @contextmanager
 def logged(run: Run, evaluate: Callable[[Path], dict[str, float]]) -> Iterator[Callable[[Path], dict[str, float]]]:
-    """`evaluator`'s function, whose results go to the run's loggers at the end."""
+    """`evaluate`, whose results go to the run's loggers at the end."""
     from jobs.loggers.choice import log_tests
     from jobs.training.states import last_step
 
@@ -65,7 +63,7 @@ def logged(run: Run, evaluate: Callable[[Path], dict[str, float]]) -> Iterator[C
 
     def evaluate_and_keep(path: Path) -> dict[str, float]:
         metrics = evaluate(path)
-        with suppress(FileNotFoundError):  # it left the board meanwhile, and its test is not recorded either
+        with suppress(FileNotFoundError):  # it left the board during its test, which is not recorded either
             tests[path.name] = (last_step(path), metrics)
         return metrics
 
@@ -73,11 +71,12 @@ def logged(run: Run, evaluate: Callable[[Path], dict[str, float]]) -> Iterator[C
         yield evaluate_and_keep
     finally:
         with apart_from_stdout():
-            log_tests(run.settings.model_dump(mode="json"), run.folder, tests)
+            log_tests(run.settings, run.folder, tests)
 
 
 def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
-    """Write the weights of the entry of this rank to out, and what it is beside it. Raises RunError."""
+    """Write the weights of the entry of this rank to out, and a description to a .json file beside it. Returns the
+    entry. Raises RunError, and JobSpecError if the checkpoint has no model."""
     from jobs.errors import JobError
     from jobs.training.states import export
 
@@ -96,7 +95,7 @@ def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
         publish(out, lambda target: export(source, target))
         text = json.dumps({"run": run.name, "job": run.settings.job, **entry}, indent=2)
         publish(out.with_suffix(".json"), lambda target: target.write(text.encode()))
-    except JobError as error:  # a job with a loop of its own may keep what is no model
+    except JobError as error:  # the state of a job's own loop may have no model
         raise JobSpecError(f"job {run.settings.job}: {error}") from error
     except OSError as error:
         raise RunError(f"--out {out}: {error.strerror or error}") from error

@@ -102,7 +102,7 @@ class Team:
 
     def open_trainer(self, run: OpenedRun, gpus: str | None, stop: StopFlag) -> Any:
         """Raises what kept the processes from coming together, or from opening the job."""
-        from jobs.training.distributed import lead
+        from jobs.training.distributed import Opening, lead
 
         if self._ranks is None:
             raise self._error or AssertionError("either there are ranks or there is an error")
@@ -111,8 +111,8 @@ class Team:
             stop.reason = stop.reason or "the failure of one of its processes"
 
         import_paths = run.leaderboard.reader.run_row()["import_paths"]
-        settings = run.settings.model_dump(mode="json")
-        return lead(self._ranks, settings, run.cluster.cores(), import_paths, gpus, end_the_job, run.folder)
+        opening = Opening(run.settings, run.cluster.cores(), import_paths, gpus)
+        return lead(self._ranks, opening, end_the_job, run.folder)
 
     def dismiss(self) -> None:
         if self._ranks is not None:

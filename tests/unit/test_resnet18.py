@@ -159,7 +159,7 @@ def cut_file() -> bytes:
 
 
 CUT = cut_file()
-DAMAGED = r"it is damaged, or no file of torch.save's \(\w+Error\); fetch it again .*`orch prepare SETTINGS`"
+DAMAGED = r"it is damaged, or torch.save did not write it \(\w+Error\); fetch it again .*`orch prepare SETTINGS`"
 
 
 @pytest.mark.parametrize(
