@@ -100,9 +100,7 @@ class DavidNet(ImageSetJob):
         from torchvision.transforms import v2
 
         if self.params.flip == "alternating":
-            raise JobError(
-                'job_params: flip "alternating" needs preprocessing "device"; a loader has no epochs'
-            )
+            raise JobError('job_params: flip "alternating" needs preprocessing "device"; a loader has no epochs')
         share = (self.params.cutout / SIDE) ** 2
         crop = [v2.RandomCrop(SIDE, PADDING, padding_mode="reflect")]
         flip = [v2.RandomHorizontalFlip()] if self.params.flip == "random" else []
