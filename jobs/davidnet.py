@@ -260,8 +260,7 @@ class Classifier(nn.Linear):
 
 
 def batch_norm(channels: int, ghost_batch: int | None = None, frozen_scale: float | None = None) -> nn.BatchNorm2d:
-    """Batch norm over the batch, or over ghost batches of this many images. With frozen_scale its weight is that
-    constant, and only the bias is learned."""
+    """Batch norm, over ghost batches if given; with frozen_scale its weight is that constant and is not trained."""
     norm = nn.BatchNorm2d(channels) if ghost_batch is None else GhostBatchNorm(channels, ghost_batch)
     if frozen_scale is not None:
         nn.init.constant_(norm.weight, frozen_scale)
@@ -319,9 +318,6 @@ class GhostBatchNorm(nn.BatchNorm2d):
         if channels_last:
             output = output.contiguous(memory_format=torch.channels_last)
         return output, mean.view(groups, channels), variance.view(groups, channels)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, ghost_batch={self.ghost_batch}"
 
 
 class PatchWhitening(nn.Conv2d):

@@ -56,7 +56,4 @@ def _digits() -> dict[str, TensorDataset]:
     pixels = torch.tensor(table[:, :-1] / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
     targets = torch.tensor(table[:, -1])
     test = torch.from_numpy(stratified(table[:, -1], TEST_SHARE, seed=0))
-    return {
-        "train": TensorDataset(pixels[~test], targets[~test]),
-        "test": TensorDataset(pixels[test], targets[test]),
-    }
+    return {"train": TensorDataset(pixels[~test], targets[~test]), "test": TensorDataset(pixels[test], targets[test])}

@@ -230,8 +230,7 @@ def _decode_all(
 
 
 class _Groups(Dataset[Any]):
-    """A group's pictures, flat and in order; their shapes; the counts of their values. Or a message, if one can't be
-    read."""
+    """A group's pictures, flat and in order; their shapes; counts of their values. Or a message, if one is damaged."""
 
     def __init__(self, groups: Sequence[Sequence[Path]], size: int) -> None:
         self._groups, self._size = groups, size

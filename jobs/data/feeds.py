@@ -1,5 +1,4 @@
-"""Batches of a data set in an order that depends only on a seed: not on the number of loader processes, nor on where
-the epoch was interrupted."""
+"""Batches of a data set in an order that depends only on a seed, not on loader processes or interruptions."""
 
 from __future__ import annotations
 

@@ -42,9 +42,9 @@ def make(profile: Profile, parameters: Parameters, default: str = "SGD") -> Opti
     Raises JobError, naming the mistake, for an unknown class, option or value.
     """
     spec = profile.optimizer or default
-    kind = find(spec, f"profile {profile.name!r}: optimizer", torch.optim, Optimizer, UNFIT)
+    kind = find(spec, f"profile {profile.name!r}: optimizer {spec}", torch.optim, Optimizer, UNFIT, {})
     options = _options(profile, kind)
-    groups = [_with_factors(group, profile) for group in _groups(parameters)]
+    groups = _groups(parameters, profile)
     if not groups:
         raise JobError(
             f"profile {profile.name!r}: no parameter of the model needs a gradient; there is nothing to train"
@@ -92,33 +92,35 @@ def take_over(optimizer: Optimizer, state: Mapping[str, Any], of_class: str) -> 
     new_groups, old_groups = optimizer.state_dict()["param_groups"], state["param_groups"]
     if of_class != class_name(optimizer) or [g["params"] for g in new_groups] != [g["params"] for g in old_groups]:
         return False
-    if any(_switched_on(old, new) for old, new in zip(old_groups, new_groups, strict=True)):
-        return False
+    for old, new in zip(old_groups, new_groups, strict=True):
+        needs_state = {key for key, value in new.items() if isinstance(value, bool | int | float)} - STATELESS
+        if any(new[key] and not old.get(key) for key in needs_state):
+            return False
     optimizer.load_state_dict({"state": state["state"], "param_groups": new_groups})
     return True
 
 
-def find(spec: str, what: str, home: Any, base: type, unfit: Mapping[str, str], also: Sequence[str] = ()) -> Any:
-    """The class that "Name" (in torch's module `home`) or "package.module:Class" means.
+def find(spec: str, what: str, home: Any, base: type, unfit: Mapping[str, str], also: Mapping[str, type]) -> type[Any]:
+    """The class that "Name" (in torch's module `home`, or among also) or "package.module:Class" means.
 
-    what: the start of an error's message; unfit: classes of home that are refused, each with the reason; also: further
-    names to suggest. Raises JobError for a class that is refused, missing, or not derived from base.
+    what: the start of an error's message; unfit: classes of home that are refused, each with the reason. Raises
+    JobError for a class that is refused, missing, or not derived from base.
     """
     module, colon, name = spec.rpartition(":")
-    named = find_class(spec, f"{what} {spec}") if colon else getattr(home, name, None)
+    named = find_class(spec, what) if colon else also.get(name, getattr(home, name, None))
     for refused, why in unfit.items():
         if named is getattr(home, refused) or (not colon and name.lower() == refused.lower()):
-            raise JobError(f"{what} {spec}: {why}")
+            raise JobError(f"{what}: {why}")
     if isinstance(named, type) and issubclass(named, base) and named is not base:
         return named
     if colon:
-        raise JobError(f"{what} {spec}: {module} has no class {name} that is derived from torch's {base.__qualname__}")
-    classes = {n: c for n, c in vars(home).items() if isinstance(c, type) and issubclass(c, base) and c is not base}
+        raise JobError(f"{what}: {module} has no class {name} that is derived from torch's {base.__qualname__}")
+    classes = {n for n, c in vars(home).items() if isinstance(c, type) and issubclass(c, base) and c is not base}
     known = sorted({*also, *(n for n in classes if not n.startswith("_") and n not in unfit)})
     by_lower = {n.lower(): n for n in reversed(known)}
     near = [by_lower[n] for n in get_close_matches(name.lower(), by_lower, n=1)]
     allowed = f"did you mean {near[0]!r}? Allowed is torch's" if near else f"allowed are {', '.join(known)}"
-    raise JobError(f'{what} {spec}: torch has none of that name that fits here; {allowed}, or "package.module:Class"')
+    raise JobError(f'{what}: torch has none of that name that fits here; {allowed}, or "package.module:Class"')
 
 
 def accepted(kind: Any) -> dict[str, inspect.Parameter]:
@@ -160,24 +162,20 @@ def _options(profile: Profile, kind: Any) -> dict[str, Any]:
     return {name: tuple(value) if name == "betas" else value for name, value in options.items()}
 
 
-def _groups(parameters: Parameters) -> list[dict[str, Any]]:
-    """Parameter groups with only what needs a gradient; empty ones are left out."""
+def _groups(parameters: Parameters, profile: Profile) -> list[dict[str, Any]]:
+    """Parameter groups with only what needs a gradient, and with their own numbers; empty groups are left out."""
     listed: list[Any] = list(parameters)
-    groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
     trained = []
-    for group in groups:
+    for group in listed if listed and isinstance(listed[0], dict) else [{"params": listed}]:
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
-        trained.append({**group, "params": [p for p in params if p.requires_grad]})
-    return [group for group in trained if group["params"]]
-
-
-def _with_factors(group: dict[str, Any], profile: Profile) -> dict[str, Any]:
-    numbers = {}
-    if LR_FACTOR in group:
-        numbers["lr"] = profile.learning_rate * group[LR_FACTOR]
-    if DECAY_FACTOR in group:
-        numbers["weight_decay"] = profile.weight_decay * group[DECAY_FACTOR]
-    return group | numbers
+        own: dict[str, Any] = {**group, "params": [p for p in params if p.requires_grad]}
+        if LR_FACTOR in own:
+            own["lr"] = profile.learning_rate * own[LR_FACTOR]
+        if DECAY_FACTOR in own:
+            own["weight_decay"] = profile.weight_decay * own[DECAY_FACTOR]
+        if own["params"]:
+            trained.append(own)
+    return trained
 
 
 def _fused(kind: Any, options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
@@ -189,12 +187,3 @@ def _fused(kind: Any, options: Mapping[str, Any], groups: Sequence[Mapping[str, 
     parameters = [parameter for group in groups for parameter in group["params"]]
     fit = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     return {"fused": True} if fit else {}
-
-
-def _switched_on(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether the new group uses a hyperparameter that the old one did not."""
-    return any(
-        bool(value) and not old.get(key)
-        for key, value in new.items()
-        if key not in STATELESS and isinstance(value, bool | int | float)
-    )

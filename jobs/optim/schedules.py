@@ -7,9 +7,8 @@ schedule begins at its first step.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,10 @@ _DERIVE = 'derive a class of your own from LRScheduler, and name it as "package.
 _FUNCTIONS = f"it takes functions, which a settings file can't hold; PiecewiseLinear takes corners, or {_DERIVE}"
 _SCHEDULES = f"it takes other schedules, which a settings file can't hold; {_DERIVE}"
 # Torch's own schedules that don't fit, and why.
-UNFIT = {"LambdaLR": _FUNCTIONS, "MultiplicativeLR": _FUNCTIONS, "SequentialLR": _SCHEDULES}
-UNFIT |= {"ChainedScheduler": _SCHEDULES}
+UNFIT = dict.fromkeys(("LambdaLR", "MultiplicativeLR"), _FUNCTIONS)
+UNFIT |= dict.fromkeys(("SequentialLR", "ChainedScheduler"), _SCHEDULES)
 # The argument that "epochs" sets, counted in the schedule's own steps.
-LENGTH = {"CosineAnnealingLR": "T_max", "LinearLR": "total_iters", "ConstantLR": "total_iters"}
-LENGTH |= {"PolynomialLR": "total_iters"}
+LENGTH = dict.fromkeys(("LinearLR", "ConstantLR", "PolynomialLR"), "total_iters") | {"CosineAnnealingLR": "T_max"}
 # Arguments that are learning rates, one for each parameter group: a group's lr_factor applies to them too.
 RATES = {"OneCycleLR": ("max_lr",), "CyclicLR": ("base_lr", "max_lr")}
 
@@ -80,7 +78,7 @@ class Schedule:
         options = {key: value for key, value in profile.schedule.items() if key not in ("name", "every")}
         name = profile.schedule["name"]
         what = f"profile {profile.name!r}: schedule {name}"
-        kind = _find(name, profile.name)
+        kind = optimizers.find(name, what, lr_scheduler, LRScheduler, UNFIT, {"PiecewiseLinear": PiecewiseLinear})
         self.each_step = profile.schedule.get("every", "step" if name in EACH_STEP else "epoch") == "step"
         if issubclass(kind, ReduceLROnPlateau):
             if options.setdefault("mode", metric.mode) != metric.mode:
@@ -119,7 +117,9 @@ class Schedule:
         if name in RATES and "max_lr" not in options:
             options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
         for rate in set(RATES.get(name, ())) & set(options):
-            options[rate] = _rates(optimizer, options[rate])
+            if not isinstance(options[rate], list):
+                factors = [group.get(optimizers.LR_FACTOR, 1) for group in optimizer.param_groups]
+                options[rate] = [options[rate] * factor for factor in factors]
         scheduler: LRScheduler = kind(optimizer, **options)
         if isinstance(scheduler, lr_scheduler.OneCycleLR):
             self._last = scheduler.total_steps - 1
@@ -139,7 +139,7 @@ class Schedule:
         if self._scheduler is None or self._count == self._last:
             return
         # In fp16 the first optimizer steps may be skipped; torch then warns that the schedule is stepped too early.
-        with _quiet() if self._count == 0 else nullcontext():
+        with warnings.catch_warnings(action="ignore", category=UserWarning) if self._count == 0 else nullcontext():
             if isinstance(self._scheduler, ReduceLROnPlateau):
                 self._scheduler.step((metrics or {})[self._metric])
             else:
@@ -162,15 +162,13 @@ def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> No
     optimizer = optimizers.check_optimizer(profile, default)
     schedule = Schedule(profile, optimizer, 2, metric)
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             for _ in range(3):
                 for parameter in optimizer.param_groups[0]["params"]:
                     parameter.grad = parameter.detach().clone()
                 optimizer.step()
                 schedule.after_step()
                 schedule.after_epoch({metric.name: 0.0})
-    except JobError:
-        raise
     except Exception as error:  # torch notices a wrong type only where it uses the value
         named = profile.schedule["name"] if profile.schedule else profile.optimizer or default
         given = optimizers.given(profile.schedule or profile.optimizer_options)
@@ -181,32 +179,6 @@ def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> No
                 f"profile {profile.name!r}: its schedule makes the learning rate {group['lr']:g}; it must stay 0 or "
                 f"more{optimizers.given(profile.schedule or {})}"
             )
-
-
-def as_plain(profile: Profile) -> dict[str, Any]:
-    """The profile as a checkpoint keeps it."""
-    return asdict(profile)
-
-
-def _find(name: str, profile: str) -> Any:
-    if name == "PiecewiseLinear":
-        return PiecewiseLinear
-    what = f"profile {profile!r}: schedule"
-    return optimizers.find(name, what, lr_scheduler, LRScheduler, UNFIT, also=("PiecewiseLinear",))
-
-
-def _rates(optimizer: Optimizer, given: Any) -> Any:
-    """The given learning rate for each parameter group, times the group's factor."""
-    if isinstance(given, list | tuple):
-        return list(given)
-    return [given * group.get(optimizers.LR_FACTOR, 1) for group in optimizer.param_groups]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 def _plain(error: Exception) -> str:
