@@ -15,9 +15,9 @@ from tests.support.sketches import draw
 
 @pytest.fixture(scope="module", autouse=True)
 def _node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A disk of its own for decoded pictures."""
-    with pytest.MonkeyPatch.context() as there:
-        there.setenv("SLURM_TMPDIR", str(tmp_path_factory.mktemp("node")))
+    """A separate disk for decoded pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_TMPDIR", str(tmp_path_factory.mktemp("node")))
         yield
 
 
@@ -43,7 +43,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine to which nothing was ever downloaded."""
+    """A machine where nothing was downloaded yet."""
     home = tmp_path / "torch"
     monkeypatch.setenv("TORCH_HOME", str(home))
     return home

@@ -23,12 +23,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layers(state: dict[str, Tensor]) -> dict[tuple[str, int], list[Tensor]]:
-    """The tensors of each layer that has any."""
-    found: dict[tuple[str, int], list[Tensor]] = {}
+    """The tensors of each layer that has some."""
+    by_layer: dict[tuple[str, int], list[Tensor]] = {}
     for name, value in state.items():
         part, index, _ = name.split(".")
-        found.setdefault((part, int(index)), []).append(value)
-    return found
+        by_layer.setdefault((part, int(index)), []).append(value)
+    return by_layer
 
 
 def founder(job: Job) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize(("part", "pretrained", "frozen"), PARTS)
-def test_a_part_starts_from_and_trains_what_its_settings_say(
+def test_each_part_starts_from_and_trains_the_layers_in_its_settings(
     part: str, pretrained: set[tuple[str, int]], frozen: set[tuple[str, int]], sketches: Path, weights: Path
 ) -> None:
     job = job_of(part, sketches, pretrained_weights=str(weights))
@@ -81,7 +81,7 @@ def any_same(left: list[Tensor], right: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("part", ["part2", "part3"])
-def test_only_what_is_trained_has_an_optimizer_state(part: str, sketches: Path, weights: Path) -> None:
+def test_the_optimizer_has_only_trained_parameters(part: str, sketches: Path, weights: Path) -> None:
     job = job_of(part, sketches, pretrained_weights=str(weights))
     model = job.model()
     (group,) = job.optimizer(model, ALEX).param_groups
@@ -91,7 +91,7 @@ def test_only_what_is_trained_has_an_optimizer_state(part: str, sketches: Path, 
 
 
 @pytest.mark.parametrize(("flag", "expected"), [(True, WITH_WEIGHTS), (False, {LAST})], ids=["true", "false"])
-def test_one_flag_stands_for_every_layer(flag: bool, expected: set[tuple[str, int]], sketches: Path) -> None:
+def test_one_flag_applies_to_every_layer(flag: bool, expected: set[tuple[str, int]], sketches: Path) -> None:
     last = [False] * 6 + [True]
     job = job_of("part1", sketches, trainable_features=flag, trainable_classifier=flag or last)
     trained = {tuple(name.split(".")[:2]) for name, value in job.model().named_parameters() if value.requires_grad}
@@ -104,7 +104,7 @@ def test_one_flag_stands_for_every_layer(flag: bool, expected: set[tuple[str, in
 @pytest.mark.parametrize("count", [0, 1, 6, 8])
 @pytest.mark.parametrize("kind", ["pretrained", "trainable"])
 @pytest.mark.parametrize("part", ["features", "classifier"])
-def test_a_flag_too_many_or_too_few_is_an_error_that_says_how_many(
+def test_a_wrong_number_of_flags_is_an_error_that_names_the_right_one(
     kind: str, part: str, count: int, sketches: Path
 ) -> None:
     message = f"^{kind}_{part}: {count} flags; AlexNet's {part} have {LAYERS[part]} layers, a flag each$"
@@ -112,7 +112,7 @@ def test_a_flag_too_many_or_too_few_is_an_error_that_says_how_many(
         job_of("part1", sketches, **{f"{kind}_{part}": [True] * count})
 
 
-def test_a_model_of_which_nothing_is_trained_is_an_error(sketches: Path) -> None:
+def test_a_model_without_trained_layers_is_an_error(sketches: Path) -> None:
     with pytest.raises(JobError, match="trainable_features and trainable_classifier: nothing is trainable"):
         job_of("part1", sketches, trainable_features=False, trainable_classifier=False)
 
@@ -124,7 +124,7 @@ def test_the_last_layer_can_not_be_pretrained_for_other_classes(sketches: Path, 
         job.model()
 
 
-def test_the_last_layer_is_pretrained_for_as_many_classes(sketches: Path, tmp_path: Path) -> None:
+def test_the_last_layer_can_be_pretrained_for_the_same_number_of_classes(sketches: Path, tmp_path: Path) -> None:
     own = models.alexnet(num_classes=CLASSES).state_dict()
     torch.save(own, tmp_path / "own.pth")
     job = job_of("part3", sketches, pretrained_classifier=True, pretrained_weights=str(tmp_path / "own.pth"))
@@ -136,7 +136,7 @@ def test_the_last_layer_is_pretrained_for_as_many_classes(sketches: Path, tmp_pa
 
 
 @pytest.mark.parametrize("augment", ["none", "random"])
-def test_frozen_features_are_computed_once_where_no_picture_changes(
+def test_frozen_features_are_computed_once_if_pictures_are_not_augmented(
     augment: str, sketches: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = {"image_size": 63, "augment": augment}

@@ -86,10 +86,10 @@ def test_training_pictures_are_augmented_only_if_the_settings_say_so(augment: st
 
 
 @pytest.mark.parametrize(("part", "own"), [("part1", True), ("part2", False)])
-def test_pictures_are_normalised_as_the_weights_expect_or_by_the_training_sets_statistics(
+def test_pictures_are_normalised_for_the_weights_or_by_the_training_sets_statistics(
     part: str, own: bool, sketches: Path, weights: Path
 ) -> None:
-    """With statistics of its own the training set has mean 0 and variance 1, and the test set is not asked."""
+    """By its own statistics the training set has mean 0 and variance 1; the test set does not count."""
     job = job_of(part, sketches, pretrained_weights=str(weights))
     pictures = torch.stack([job.data("validation")[index][0] for index in range(80)])
     mean, std = pictures.mean(dim=(0, 2, 3)), pictures.std(dim=(0, 2, 3))
@@ -103,15 +103,15 @@ def test_pictures_are_normalised_as_the_weights_expect_or_by_the_training_sets_s
 # --- the report's own settings file
 
 
-def test_a_settings_file_of_the_reports_own_system_trains_as_it_is(sketches: Path, tmp_path: Path) -> None:
+def test_a_settings_file_of_the_reports_system_works_unchanged(sketches: Path, tmp_path: Path) -> None:
     (tmp_path / "train.sh").write_text("#!/bin/bash\n#SBATCH --gres=gpu:1\n")
     (tmp_path / "old part.json").write_text(json.dumps(report_settings(sketches)))
     try:
         lifetimes = ["--set", "total_lifetime=200", "--set", "eon_lifetime=100", "--set", "stop_after_epochs=1"]
         done = orch(tmp_path, "launch", "old part.json", "--executor", "inline", "--json", *lifetimes)
         assert done.returncode == 0, done.stderr
-        told = done.stderr.splitlines()
-        assert [line for line in told if "no longer needed" in line] == [
+        lines = done.stderr.splitlines()
+        assert [line for line in lines if "no longer needed" in line] == [
             f"old part.json: {key} is no longer needed and ignored" for key in OBSOLETE
         ]
         result = json.loads(done.stdout)
@@ -127,7 +127,7 @@ def test_a_settings_file_of_the_reports_own_system_trains_as_it_is(sketches: Pat
 
 
 def report_settings(sketches: Path) -> dict[str, Any]:
-    """Neither a name nor a job; files for what the database and the run's folder do now."""
+    """It has no name and no job, and names files that orch does not need."""
     return {
         "num_models": 5,
         "pretrained_features": [False] * 13,
@@ -158,7 +158,7 @@ def report_settings(sketches: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """80 photographs of eight breeds of pets, as they came: JPEG, of many sizes and shapes."""
+    """80 photographs of eight breeds of pets: the original JPEG files, of many sizes and shapes."""
     source = ROOT.parent / "shared" / "data" / "pets" / "oxford-iiit-pet" / "images"
     if not source.is_dir():
         pytest.skip("the pictures of pets are not beside this repository, in ../shared/data/pets")
@@ -173,7 +173,7 @@ def photographs(tmp_path: Path) -> Path:
     return tmp_path / "pets"
 
 
-def test_photographs_are_learned(photographs: Path, weights: Path) -> None:
+def test_a_model_can_be_trained_on_photographs(photographs: Path, weights: Path) -> None:
     job = job_of("part3", photographs, pretrained_weights=str(weights))
     assert isinstance(job, AlexNet)
     assert job.prepare(download=False)[0] == f"8 classes in {photographs / 'train'}"

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.usefixtures("torch_home")
 @pytest.mark.parametrize("name", ["IMAGENET1K_V1", "DEFAULT"])
-def test_weights_that_were_not_fetched_are_never_replaced_by_untrained_ones(name: str, sketches: Path) -> None:
+def test_missing_weights_are_never_replaced_by_untrained_ones(name: str, sketches: Path) -> None:
     job = job_of("part2", sketches, pretrained_weights=name)
     message = (
         f"pretrained_weights: {name} is not on this machine .* Run `orch prepare SETTINGS` where there is internet"
@@ -38,12 +38,12 @@ def test_a_part_without_pretrained_layers_needs_no_weights(sketches: Path) -> No
     assert job.prepare(download=False) == [f"{CLASSES} classes in {sketches / 'train'}"]
 
 
-def test_what_is_ready_is_told(sketches: Path, weights: Path) -> None:
+def test_prepare_reports_what_is_ready(sketches: Path, weights: Path) -> None:
     job = job_of("part3", sketches, pretrained_weights=str(weights))
     assert job.prepare(False) == [f"8 classes in {sketches / 'train'}", f"pretrained weights: {weights}"]
 
 
-def test_weights_that_were_fetched_before_are_found(sketches: Path, weights: Path, torch_home: Path) -> None:
+def test_weights_that_were_downloaded_before_are_found(sketches: Path, weights: Path, torch_home: Path) -> None:
     fetched = torch_home / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
     fetched.parent.mkdir(parents=True)
     fetched.symlink_to(weights)
@@ -61,7 +61,7 @@ def test_weights_that_were_fetched_before_are_found(sketches: Path, weights: Pat
         pytest.param({"fc.bias": torch.ones(1)}, r"features.0.weight has shape none", id="weights of another model"),
     ],
 )
-def test_weights_that_can_not_be_used_are_an_error_that_names_the_file(
+def test_unusable_weights_are_an_error_that_names_the_file(
     content: Any, message: str, sketches: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "weights.pth"
@@ -74,9 +74,7 @@ def test_weights_that_can_not_be_used_are_an_error_that_names_the_file(
         job.prepare(download=False)
 
 
-def test_weights_that_came_only_in_part_are_an_error_that_names_the_file(
-    sketches: Path, weights: Path, tmp_path: Path
-) -> None:
+def test_incomplete_weights_are_an_error_that_names_the_file(sketches: Path, weights: Path, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     with weights.open("rb") as source:
         path.write_bytes(source.read(1_000_000))
@@ -87,7 +85,7 @@ def test_weights_that_came_only_in_part_are_an_error_that_names_the_file(
 # --- the command line
 
 
-def test_a_launch_without_the_weights_says_what_to_do_and_makes_nothing(sketches: Path, tmp_path: Path) -> None:
+def test_a_launch_without_the_weights_says_what_to_do_and_creates_nothing(sketches: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(settings_of("part3", sketches, name="mine", executor="inline").model_dump_json())
     done = orch(tmp_path, "launch", str(file), TORCH_HOME=str(tmp_path / "torch"))
@@ -100,7 +98,7 @@ def test_a_launch_without_the_weights_says_what_to_do_and_makes_nothing(sketches
 
 @pytest.fixture
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """torchvision's weights are where nobody listens: a port of this machine that stays closed."""
+    """The URL of torchvision's weights is a closed port of this machine."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{held.getsockname()[1]}/alexnet-owt-7be5be79.pth"
@@ -138,15 +136,15 @@ def test_preparing_without_internet_says_what_to_do(
     assert not fetched.exists() or list(fetched.iterdir()) == []
 
 
-def test_weights_that_are_named_from_the_launching_folder_are_found_from_every_other(
+def test_weights_named_relative_to_the_launch_folder_are_found_from_other_folders(
     sketches: Path, weights: Path, tmp_path: Path
 ) -> None:
-    """As training_source_dir and slurm_file are: a job, or `orch evaluate`, may run elsewhere."""
+    """Like training_source_dir and slurm_file, because a job or `orch evaluate` may run in another folder."""
     (tmp_path / "alexnet.pth").symlink_to(weights)
     file = tmp_path / "mine.json"
     file.write_text(settings_of("part3", sketches, pretrained_weights="alexnet.pth").model_dump_json())
-    with pytest.MonkeyPatch.context() as there:
-        there.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
         settings, _ = load(file)
     model = load_job(settings).model()
     assert torch.equal(model.features[0].weight, torch.load(weights, weights_only=True)["features.0.weight"])
