@@ -88,12 +88,9 @@ class DavidNet(ImageSetJob):
         normalize = augment.Normalize(*self.statistics)
         if not augmented:
             return [normalize]
-        flips = {"random": augment.Flip, "alternating": augment.AlternatingFlip}
-        steps: list[augment.Step] = [augment.PadCrop(SIDE, PADDING, "reflect")]
-        steps += [flips[self.params.flip]()] if self.params.flip in flips else []
-        steps += [normalize]
-        steps += [augment.Cutout(self.params.cutout)] if self.params.cutout else []
-        return steps
+        flips: dict[str, list[augment.Step]] = {"random": [augment.Flip()], "alternating": [augment.AlternatingFlip()]}
+        cutout = [augment.Cutout(self.params.cutout)] if self.params.cutout else []
+        return [augment.PadCrop(SIDE, PADDING, "reflect"), *flips.get(self.params.flip, []), normalize, *cutout]
 
     def _transforms(self, augmented: bool) -> Callable[[Any], Tensor]:
         """The same for single images."""
@@ -302,7 +299,7 @@ class GhostBatchNorm(nn.BatchNorm2d):
         (n / groups, groups * c, h, w).
         """
         count, channels, height, width = input.shape
-        channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+        layout = torch.contiguous_format if input.is_contiguous() else torch.channels_last
         mean = self.running_mean.repeat(groups)  # type: ignore[union-attr]  # as above
         variance = self.running_var.repeat(groups)  # type: ignore[union-attr]
         output = functional.batch_norm(
@@ -315,8 +312,7 @@ class GhostBatchNorm(nn.BatchNorm2d):
             momentum=self.momentum,  # type: ignore[arg-type]  # None only if it is constructed so
             eps=self.eps,
         ).view(count, channels, height, width)
-        if channels_last:
-            output = output.contiguous(memory_format=torch.channels_last)
+        output = output.contiguous(memory_format=layout)
         return output, mean.view(groups, channels), variance.view(groups, channels)
 
 
