@@ -65,10 +65,7 @@ class ImageSetJob(Job):
 
 
 def limited(targets: Tensor, limits: Limits, train: bool) -> Tensor:
-    """Indices (int64) of the training or test examples that the limits allow. targets: int64 (n,).
-
-    Raises JobError if a limit is more than there are examples, or would leave a class without any.
-    """
+    """first_of_each_class, as the limits say for the training or the test examples."""
     count, name = (limits.train_images, "train") if train else (limits.test_images, "test")
     return first_of_each_class(targets, count, f"job_params: {name}_images")
 

@@ -56,8 +56,7 @@ class JobContext:
 
 @dataclass(frozen=True)
 class ChunkContext:
-    """One chunk to train. orch sets the random states (Python's, NumPy's, torch's, the GPUs') before the call and saves
-    them after it."""
+    """One chunk to train. orch restores the random state (Python, NumPy, torch, GPUs) before it and saves it after."""
 
     profile: Profile
     epochs: int  # to train now; after an interruption, those that were not reported yet
@@ -96,10 +95,7 @@ class ChunkInterrupted:
 class Job:
     """The base class of every job. One object serves a whole Slurm job, so keep in it what is slow to load."""
 
-    METRICS: ClassVar[tuple[str, ...]] = (
-        "accuracy",
-        "loss",
-    )  # of `metrics`, unless it is overridden
+    METRICS: ClassVar[tuple[str, ...]] = ("accuracy", "loss")  # of `metrics`, unless it is overridden
     Params: ClassVar[type[BaseModel] | None] = None  # the model of job_params; None: any keys, as a plain dict
     default_optimizer: ClassVar[str] = "SGD"  # for profiles without one: a class of torch.optim, or "module:Class"
 
@@ -144,10 +140,7 @@ class Job:
 
     def metrics(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
         """Means over a batch of evaluation, scalars by name; the settings' metric must be among them."""
-        return {
-            "accuracy": (outputs.argmax(dim=1) == targets).float().mean(),
-            "loss": self.loss(outputs, targets),
-        }
+        return {"accuracy": (outputs.argmax(dim=1) == targets).float().mean(), "loss": self.loss(outputs, targets)}
 
     def predict(self, model: nn.Module, inputs: Any) -> Any:
         """The outputs for a batch of evaluation; test-time augmentation goes here. The model is in eval mode."""
@@ -175,8 +168,8 @@ class Job:
         return None
 
     def frozen_part(self, model: nn.Module) -> nn.Module | None:
-        """A first part of the model whose output for an example never changes: it has no random layers and no trained
-        parameters, and its input is not augmented. None: there is no such part."""
+        """The first part of the model, if its output for an example never changes: no random layers, no trained
+        parameters, no augmented input."""
         return None
 
     def train_chunk(self, context: ChunkContext) -> ChunkResult | ChunkInterrupted:
@@ -185,8 +178,8 @@ class Job:
         raise JobError(f"{type(self).__name__} has no loop of its own")
 
     def prepare(self, download: bool) -> list[str]:
-        """Check before a launch whatever can be checked without a GPU; with download, fetch what is missing first.
-        Returns lines for the user. Raises JobError naming what is missing."""
+        """Check before a launch what needs no GPU; with download, fetch what is missing first. Returns lines for the
+        user. Raises JobError."""
         return []
 
 

@@ -42,8 +42,7 @@ class PictureJob(Job):
         raise JobError(f"{type(self).__name__} has no weights_file(download); it must return a path")
 
     def data(self, split: Split) -> DecodedImages:
-        """Pictures with a shorter side of 8/7 of image_size, cropped to a square: at random in training if params say
-        so, else in the middle."""
+        """Pictures with a shorter side of 8/7 of image_size, cropped to squares: at random or in the middle."""
         pictures, targets = self._test if split == "test" else self._train
         size = self.params.image_size
         random = split == "train" and self.params.augment == "random"
@@ -70,8 +69,7 @@ class PictureJob(Job):
         return decoded(paths, self.params.image_size * 8 // 7, self.context.cores), targets  # 256 pixels for 224
 
     def prepared(self, targets: list[int], download: bool) -> list[str]:
-        """Check the weights, the model and the split of training pictures of these classes. Lines for the user.
-        Raises JobError."""
+        """Check weights, model and validation split; targets: of training. Lines for the user. Raises JobError."""
         lines = [f"pretrained weights: {self.weights_file(download)}"] if self.uses_pretrained else []
         self.model()
         settings = self.context.settings

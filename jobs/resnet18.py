@@ -29,8 +29,7 @@ class Params(Limits, PictureParams):
 
 
 class ResNet18(PictureJob):
-    """training_source_dir is the root of torchvision's OxfordIIITPet. Its trainval split is trained on; its test split
-    is the test set."""
+    """training_source_dir is the root of torchvision's OxfordIIITPet, whose trainval split is trained on."""
 
     Params = Params
 
@@ -67,8 +66,7 @@ class ResNet18(PictureJob):
         return net
 
     def _load(self, net: nn.Module) -> None:
-        """Load all layers; the last one only if the file has it for as many classes. Raises JobError if others do not
-        fit."""
+        """Load all layers; the last one only if it fits. Raises JobError if another layer does not fit."""
         own = net.state_dict()
         state = dict(read_weights(self.weights_file(), SETTING))
         if "fc.weight" in state and state["fc.weight"].shape != own["fc.weight"].shape:
@@ -103,8 +101,7 @@ class ResNet18(PictureJob):
 
 
 class _FrozenBody(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """Only the last layer is trained: the others stay in eval mode in training, so that batch norm keeps its
-    statistics."""
+    """All layers but the last stay in eval mode in training, so that batch norm keeps its statistics."""
 
     def train(self, mode: bool = True) -> _FrozenBody:
         super().train(mode)

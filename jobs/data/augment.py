@@ -99,21 +99,18 @@ class RandomCrop(Step):
         return windows[torch.arange(count, device=images.device), top, left].permute(0, 3, 1, 2)
 
 
-class PadCrop(Step):
-    """Pad, then a random crop, as torchvision's RandomCrop(size, padding, padding_mode=mode). A data set is padded
-    once."""
+class PadCrop(RandomCrop):
+    """Pad once, then a random crop each time, as torchvision's RandomCrop(size, padding, padding_mode=mode)."""
 
     def __init__(self, size: Size, padding: int, mode: str = "constant") -> None:
-        self._pad, self._crop = Pad(padding, mode), RandomCrop(size)
+        super().__init__(size)
+        self._pad = Pad(padding, mode)
 
     def parts(self) -> Sequence[Step]:
-        return (self._pad, self._crop)
-
-    def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
-        return self._crop.draw(count, generator, epoch)
+        return (self._pad, RandomCrop(self.size))
 
     def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
-        return self._crop.apply(self._pad.apply(images, {}), drawn)
+        return super().apply(self._pad.apply(images, {}), drawn)
 
 
 class CenterCrop(Step):
@@ -161,10 +158,9 @@ class Flip(Step):
 
 
 class AlternatingFlip(Flip):
-    """Mirror each example in every second epoch; chance decides whether in the odd or in the even ones.
+    """Mirror each example in every second epoch: in the odd or in the even ones, which is decided at random.
 
-    Any two successive epochs show each example both ways (Jordan 2024, arXiv:2404.00498, "94% on CIFAR-10 in 3.29
-    Seconds on a Single GPU").
+    Any two successive epochs show each example both ways (Jordan 2024, arXiv:2404.00498).
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -177,11 +173,10 @@ class AlternatingFlip(Flip):
 
 
 class Cutout(Step):
-    """A square of zeros inside the image; all places are equally likely (DeVries and Taylor 2017, as in Page 2018,
-    "How to Train Your ResNet").
+    """A square of zeros inside the image; all places are equally likely (DeVries and Taylor 2017, as in Page 2018).
 
-    It equals torchvision's RandomErasing(p=1, ratio=(1, 1), value=0) with the scale of that square. Zero is black
-    before `Normalize`, the data set's mean after it.
+    It is torchvision's RandomErasing(p=1, ratio=(1, 1), value=0) with the scale of that square. Zero is black before
+    `Normalize`, the data set's mean after it.
     """
 
     def __init__(self, size: int) -> None:
@@ -279,7 +274,8 @@ class ColorJitter(Step):
             name: low + (high - low) * torch.rand(count, generator=generator)
             for name, (low, high) in self._ranges.items()
         }
-        return drawn | {"order": torch.rand(count, len(self._ranges), generator=generator).argsort(dim=1)}
+        drawn["order"] = torch.rand(count, len(self._ranges), generator=generator).argsort(dim=1)
+        return drawn
 
     def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
         if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
@@ -291,18 +287,6 @@ class ColorJitter(Step):
                 if len(rows):
                     images[rows] = CHANGES[name](images[rows], drawn[name][rows].view(-1, 1, 1, 1))
         return images
-
-
-def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return images.mul(factor).clamp_(0, 255).to(torch.uint8)
-
-
-def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    return _blend(images, _grey(images).mean(dim=(1, 2, 3), keepdim=True), factor)
-
-
-def _saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return images if images.shape[1] == 1 else _blend(images, _grey(images), factor)
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
@@ -322,9 +306,9 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 CHANGES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "brightness": _brightness,
-    "contrast": _contrast,
-    "saturation": _saturation,
+    "brightness": lambda images, factor: _blend(images, 0.0, factor),
+    "contrast": lambda images, factor: _blend(images, _grey(images).mean(dim=(1, 2, 3), keepdim=True), factor),
+    "saturation": lambda images, factor: images if images.shape[1] == 1 else _blend(images, _grey(images), factor),
     "hue": _hue,
 }
 
@@ -337,7 +321,7 @@ def _grey(images: Tensor) -> Tensor:
     return red.mul(GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2]).floor_().unsqueeze(1)
 
 
-def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+def _blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
     return images.mul(factor).add_(other * (1 - factor)).clamp_(0, 255).to(torch.uint8)
 
 

@@ -118,18 +118,16 @@ def decoded(paths: Sequence[Path], size: int, cores: int = 1) -> Decoded:
     except OSError as error:
         if error.errno not in (*FULL, errno.EROFS, errno.ENOENT):
             raise
-        return _uncached(Decoded(paths, size, *_decode_all(paths, size, cores), None), error)
-
-
-def _uncached(pictures: Decoded, error: OSError) -> Decoded:
-    log.warning(
-        "%d pictures can't be kept decoded (%.1f GB): %s. They are decoded at each read, which is slow; name a folder "
-        "with room in TMPDIR",
-        len(pictures),
-        pictures.offsets[-1] / 1e9,
-        error,
-    )
-    return pictures
+        shapes, counts = _decode_all(paths, size, cores)
+        pictures = Decoded(paths, size, shapes, counts, None)
+        log.warning(
+            "%d pictures can't be kept decoded (%.1f GB): %s. They are decoded at each read, which is slow; name a "
+            "folder with room in TMPDIR",
+            len(paths),
+            pictures.offsets[-1] / 1e9,
+            error,
+        )
+        return pictures
 
 
 def _key(paths: Sequence[Path], size: int) -> str:
@@ -197,15 +195,13 @@ def _build(target: Path, paths: Sequence[Path], size: int, cores: int) -> Decode
         shutil.rmtree(old, ignore_errors=True)
     part.mkdir(mode=0o700)
     try:
-        with (part / PIXELS).open("wb", buffering=0) as file:
-            writer = _Writer(file)
-            shapes, counts = _decode_all(paths, size, cores, writer)
-            if writer.full is not None:
-                return _uncached(Decoded(paths, size, shapes, counts, None), writer.full)
-            index = {"shapes": shapes.tolist(), "counts": counts.tolist()}
-            (part / INDEX).write_text(json.dumps(index), encoding="utf-8")
-            (part / USED).touch()
+        with (part / PIXELS).open("wb") as file:
+            shapes, counts = _decode_all(paths, size, cores, file)
+            file.flush()
             os.fsync(file.fileno())
+        index = {"shapes": shapes.tolist(), "counts": counts.tolist()}
+        (part / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        (part / USED).touch()
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -214,28 +210,10 @@ def _build(target: Path, paths: Sequence[Path], size: int, cores: int) -> Decode
     return made
 
 
-class _Writer:
-    """On a full disk it goes on without writing, because the shapes and counts are needed all the same."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.full: OSError | None = None
-
-    def __call__(self, content: NDArray[np.uint8]) -> None:
-        view = memoryview(content.data)
-        try:
-            while self.full is None and view:
-                view = view[self._file.write(view) :]
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            self.full = error
-
-
 def _decode_all(
-    paths: Sequence[Path], size: int, cores: int, write: _Writer | None = None
+    paths: Sequence[Path], size: int, cores: int, file: IO[bytes] | None = None
 ) -> tuple[Integers, Integers]:
-    """Decode all pictures, in order. Returns their shapes and the counts of their values."""
+    """Decode all pictures, in order, into the file. Returns their shapes and the counts of their values."""
     groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
     processes = min(cores, len(groups)) if cores > 1 else 0
     loader = DataLoader(_Groups(groups, size), batch_size=None, num_workers=processes, generator=torch.Generator())
@@ -246,14 +224,13 @@ def _decode_all(
         content, some_shapes, some_counts = group
         shapes.append(some_shapes.numpy())
         counts += some_counts.numpy()
-        if write is not None:
-            write(content.numpy())
+        if file is not None:
+            file.write(content.numpy().data)
     return np.concatenate(shapes), counts
 
 
 class _Groups(Dataset[Any]):
-    """A group's pictures, flat and in order; their shapes; the counts of their values. Or a message, if one can't be
-    read."""
+    """A group's pictures, flat and in order; their shapes; counts of their values. Or a message, if one is damaged."""
 
     def __init__(self, groups: Sequence[Sequence[Path]], size: int) -> None:
         self._groups, self._size = groups, size

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from jobs.data.augment import CenterCrop, Drawn, RandomCrop, Step, place
 from jobs.data.decode_cache import Decoded
-from jobs.data.feeds import BatchPlan, Epoch, Feed, OwnFeed, loader_processes, plan_loader, resident_bytes
+from jobs.data.feeds import Epoch, Feed, OwnFeed, loader_processes, plan_loader, resident_bytes
 from jobs.data.images import ImageFeed, ImageTensors, apply_steps, draw_epoch, draws, moved, one_example, steps_of
 from jobs.errors import JobError
 
@@ -79,7 +79,7 @@ class DecodedFeed(Feed):
         self._shapes = torch.from_numpy(data.pictures.shapes[chosen])
         self._targets = torch.tensor(data.targets)[torch.from_numpy(chosen)].to(device)
         self._crop = data.crop
-        self._plan = BatchPlan()
+        self._plan: list[Any] = []
         height, width = self._crop.size if self._crop is not None else data.pictures.shapes[0].tolist()
         self._window = (height, width)
         self._loader = plan_loader(_Windows(data.pictures, chosen, self._window), self._plan, device, processes)
@@ -90,7 +90,7 @@ class DecodedFeed(Feed):
         later = 0 if self._crop is None else 1  # the first step for the device
         steps, rows = self._steps[later:], moved(drawn[later:], self._device)
         chunks = self._chunks(order, first_batch, every)
-        self._plan.batches = [(chosen.numpy(), tops[chosen].numpy(), lefts[chosen].numpy()) for chosen in chunks]
+        self._plan[:] = [(chosen.numpy(), tops[chosen].numpy(), lefts[chosen].numpy()) for chosen in chunks]
         for pixels, places in zip(self._loader, chunks, strict=False):  # the loader first: it has to see its end
             chosen = places.to(self._device, non_blocking=True)
             images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)

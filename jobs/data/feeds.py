@@ -1,5 +1,4 @@
-"""Batches of a data set in an order that depends only on a seed: not on the number of loader processes, nor on where
-the epoch was interrupted."""
+"""Batches of a data set in an order that depends only on a seed, not on loader processes or interruptions."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from jobs.data.batches import map_tensors
 from jobs.data.randomness import hash_seed, random_state_kept, seed_cpu
@@ -78,32 +77,22 @@ class LoaderFeed(Feed):
     ) -> None:
         super().__init__(batch_size, len(indices))
         self._device = device
-        self._plan = BatchPlan()
+        self._plan: list[Any] = []
         self._loader = plan_loader(_SeededBatches(data, indices), self._plan, device, processes)
 
     def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
         numbers = range(first_batch, self.batches, every)
         chunks = self._chunks(order, first_batch, every)
-        self._plan.batches = [(hash_seed(epoch.seed, i), c.tolist()) for i, c in zip(numbers, chunks, strict=True)]
+        self._plan[:] = [(hash_seed(epoch.seed, i), c.tolist()) for i, c in zip(numbers, chunks, strict=True)]
         for batch in self._loader:
             yield to_device(batch, self._device)
 
 
-class BatchPlan(Sampler[Any]):
-    """Which batches come next; the loader asks again at the start of each epoch."""
+def plan_loader(batches: Dataset[Any], plan: list[Any], device: torch.device, processes: int) -> DataLoader[Any]:
+    """Reads whole batches in the plan's order, some of them ahead; its processes stay.
 
-    def __init__(self) -> None:
-        self.batches: list[Any] = []  # each an index that the data set understands
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def plan_loader(batches: Dataset[Any], plan: BatchPlan, device: torch.device, processes: int) -> DataLoader[Any]:
-    """Whole batches in the plan's order, some of them ahead; its processes stay."""
+    plan: indices that the data set understands, one for each batch. Change it between epochs: each epoch reads it anew.
+    """
     return DataLoader(
         batches,
         batch_size=None,  # the plan names whole batches

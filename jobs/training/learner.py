@@ -4,6 +4,7 @@ average of its weights."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from jobs.job import Averaging, Job
 from jobs.optim import optimizers
-from jobs.optim.schedules import Schedule, as_plain
+from jobs.optim.schedules import Schedule
 from jobs.training.checked import checked_loss, checked_model
 from jobs.training.precision import Speed, arrange
 from jobs.training.ranks import Alone
@@ -96,7 +97,7 @@ class Learner(Predictor):
             "average": self._average.state() if self._average else None,
             "optimizer": self._optimizer.state_dict(),
             "optimizer_class": optimizers.class_name(self._optimizer),
-            "profile": as_plain(self._profile),
+            "profile": asdict(self._profile),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
@@ -110,7 +111,7 @@ class Learner(Predictor):
             self._average.restore(state["average"])
         if state["scaler"] and self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
-        if state["profile"] == as_plain(self._profile):
+        if state["profile"] == asdict(self._profile):
             self._optimizer.load_state_dict(state["optimizer"])
             self._schedule.load_state_dict(state["schedule"])
         else:

@@ -15,6 +15,7 @@ from jobs.training.session import Session
 from jobs.training.states import read
 from orchestrator.records import Finished, Interrupted, Profile, Work
 from orchestrator.settings.loading import load
+from orchestrator.settings.settings import Settings
 from tests.support import real_data
 
 ROOT = Path(__file__).parents[2]
@@ -24,12 +25,12 @@ SEED = 5  # of the founder
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def settings_of(name: str, **changes: Any) -> dict[str, Any]:
+def settings_of(name: str, **changes: Any) -> Settings:
     """The settings file, with a narrow network and changes to its parameters."""
     params = changes.pop("job_params")
     options = [f"job_params.{key}={value}".replace("'", '"') for key, value in params.items()]
     settings, _ = load(ROOT / "settings" / f"{name}.json", options, **changes)
-    return settings.model_dump(mode="json")
+    return settings
 
 
 def test_a_narrow_network_learns_real_pictures_within_two_epochs() -> None:
@@ -69,8 +70,8 @@ def tricky(tmp_path: Path, **changes: Any) -> Session:
     return Session(load_job(settings_of("davidnet_tricks", job_params=params, deterministic=True, **(small | changes))))
 
 
-def page(settings: Any) -> Profile:
-    return Profile(**settings["training_profiles"][0])
+def page(settings: Settings) -> Profile:
+    return settings.training_profiles[0]
 
 
 def same(left: Any, right: Any) -> bool:

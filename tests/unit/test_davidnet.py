@@ -20,6 +20,7 @@ from jobs.davidnet import DavidNet, GhostBatchNorm, Pictures
 from jobs.errors import JobError
 from jobs.job import Averaging, JobContext
 from orchestrator.records import Profile
+from tests.support.settings import settings
 
 ROOT = Path(__file__).parents[2]
 NARROW = [4, 6, 8, 10]
@@ -53,7 +54,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[bool, tuple[T
 
 
 def job(folder: Path, **params: Any) -> DavidNet:
-    return DavidNet(JobContext({"job_params": {"channels": NARROW} | params, "training_source_dir": str(folder)}))
+    return DavidNet(JobContext(settings(job_params={"channels": NARROW} | params, training_source_dir=str(folder))))
 
 
 def batch_of(source: DavidNet, split: Any = "train", seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -328,7 +329,7 @@ def test_parameters_that_make_no_sense_are_errors_that_name_them(
 
 def test_data_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "gone", "gone is not a folder"), ("", "training_source_dir is not set")):
-        source = DavidNet(JobContext({"job_params": {}, "training_source_dir": str(folder)}))
+        source = DavidNet(JobContext(settings(training_source_dir=str(folder))))
         with pytest.raises(JobError, match=message):
             source.prepare(download=False)
 

@@ -27,8 +27,8 @@ from jobs.job import Job, JobContext
 from jobs.training.ranks import Ranks
 from jobs.training.session import Session
 from orchestrator.records import Finished, Interrupted, Profile, Work
-from orchestrator.settings.settings import Settings
 from tests.support.real_data import cifar10_root, mnist_root
+from tests.support.settings import settings
 
 CPU = torch.device("cpu")
 COUNT, BATCH = 67, 8
@@ -232,19 +232,7 @@ class Watched(Job):
 
 
 def watched() -> Watched:
-    given = {
-        "name": "watched",
-        "job": "tests.unit.test_images:Watched",
-        "num_models": 1,
-        "seed": 3,
-        "max_batch_size": 8,
-        "validation_fraction": 0.2,
-        "precision": "fp32",
-        "total_lifetime": 100,
-        "eon_lifetime": 10,
-        "training_profiles": [{"name": "fast", "learning_rate": 0.1}],
-    }
-    return Watched(JobContext(Settings.model_validate(given).model_dump(mode="json")))
+    return Watched(JobContext(settings(seed=3, max_batch_size=8, validation_fraction=0.2, precision="fp32")))
 
 
 def stops_at(step: int | None, asked: Iterator[int]) -> bool:

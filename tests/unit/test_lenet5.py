@@ -18,6 +18,7 @@ from jobs.lenet5 import LeNet5
 from jobs.training.opening import check_job
 from orchestrator.records import Profile
 from orchestrator.settings.loading import load
+from tests.support.settings import settings
 
 ROOT = Path(__file__).parents[2]
 PROFILE = {"name": "own", "learning_rate": 0.002}
@@ -36,7 +37,7 @@ def mnist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job(folder: Path, **params: Any) -> LeNet5:
-    return LeNet5(JobContext({"job_params": params, "training_source_dir": str(folder)}))
+    return LeNet5(JobContext(settings(job_params=params, training_source_dir=str(folder))))
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
@@ -72,15 +73,16 @@ def test_adam_is_the_default_optimizer(profile: Profile, kind: type, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"amsgrad": True}, None), ({"nesterov": True}, "optimizer Adam: 'nesterov' is no option")]
+    ("options", "message"),
+    [({"amsgrad": True}, None), ({"nesterov": True}, "optimizer Adam: it has no option 'nesterov'")],
 )
 def test_a_launch_takes_the_options_of_the_default_optimizer_and_no_others(
     options: dict[str, Any], message: str | None, tmp_path: Path
 ) -> None:
     changes = {"training_source_dir": str(tmp_path), "training_profiles": [PROFILE | {"optimizer_options": options}]}
-    settings, _ = load(ROOT / "settings/lenet5_constant.json", **changes)
+    loaded, _ = load(ROOT / "settings/lenet5_constant.json", **changes)
     with pytest.raises(JobError, match=message) if message else nullcontext():
-        check_job(settings.model_dump(mode="json"))
+        check_job(loaded)
 
 
 @pytest.mark.parametrize("shift", [0, 2])

@@ -94,8 +94,8 @@ def test_what_needs_no_gradient_is_left_out_with_groups_that_are_empty_then() ->
         (profile("Optimizer"), r"optimizer Optimizer: torch has none"),
         (profile("no_such_module:A"), r"no_such_module can't be imported: ModuleNotFoundError"),
         (profile(f"{__name__}:NoOptimizer"), r"no class NoOptimizer that is derived from torch's Optimizer"),
-        (profile("SGD", nestrov=True), r"optimizer SGD: 'nestrov' is no option of it; did you mean 'nesterov'\?"),
-        (profile("Adam", xyz=1), r"optimizer Adam: 'xyz' is no option of it; allowed are .*betas.*eps"),
+        (profile("SGD", nestrov=True), r"optimizer SGD: it has no option 'nestrov'; did you mean 'nesterov'\?"),
+        (profile("Adam", xyz=1), r"optimizer Adam: it has no option 'xyz'; allowed are .*betas.*eps"),
         (profile("SGD", momentum=0.0, nesterov=True), r"optimizer SGD: Nesterov momentum requires a momentum"),
         (profile("Adam", betas=[2, 0.9]), r"optimizer Adam: Invalid beta parameter at index 0: 2"),
         (profile("Adam", betas=[0.9]), r"optimizer Adam: .*\(given: .*\"betas\": \[0.9\]"),
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_one_clear_error(given: Profile, message: str) -> None:
 
 @pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay"])
 def test_the_profiles_own_numbers_are_no_options(option: str) -> None:
-    with pytest.raises(JobError, match=f"{option!r} is no option of it"):
+    with pytest.raises(JobError, match=f"it has no option {option!r}"):
         optimizers.check_optimizer(Profile("p", 0.1, 0.9, 0.0, "SGD", {option: 0.5}))
 
 

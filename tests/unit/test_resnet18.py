@@ -19,6 +19,7 @@ from jobs.job import JobContext
 from jobs.resnet18 import BREEDS, ResNet18
 from jobs.training.pretrained import IMAGENET
 from orchestrator.records import Profile
+from tests.support.settings import settings
 
 CLASSES = ("Abyssinian", "Beagle", "Persian")
 EACH = {"trainval": 4, "test": 2}
@@ -63,14 +64,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(root: Path, **params: Any) -> ResNet18:
-    settings = {
-        "job_params": {"image_size": 32} | params,
-        "training_source_dir": str(root),
-        "select_on": "validation",
-        "validation_fraction": 0.25,
-        "seed": 0,
-    }
-    return ResNet18(JobContext(settings))
+    params = {"image_size": 32} | params
+    return ResNet18(JobContext(settings(job_params=params, training_source_dir=str(root), validation_fraction=0.25)))
 
 
 def step(source: ResNet18, net: nn.Module, seed: int = 0) -> None:
@@ -183,7 +178,9 @@ DAMAGED = r"it is damaged, or torch.save did not write it \(\w+Error\); fetch it
             "weights.pt is a checkpoint of orch's own; `orch export` writes the weights of one",
             id="a checkpoint of orch's own",
         ),
-        pytest.param({"conv1.weight": torch.ones(1)}, "does not hold weights of a ResNet-18: conv1.weight, ", id="not its"),
+        pytest.param(
+            {"conv1.weight": torch.ones(1)}, "does not hold weights of a ResNet-18: conv1.weight, ", id="not its"
+        ),
         pytest.param({"extra": torch.ones(1)}, "does not hold weights of a ResNet-18: .*", id="of another model"),
     ],
 )
