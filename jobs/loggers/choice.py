@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from jobs.errors import JobError
 from jobs.imports import find_class
-from jobs.loggers.logger import Logger, Place
+from jobs.loggers.logger import Logger, Place, Series
 from jobs.loggers.observer import Observer
-from jobs.loggers.recorder import Recorder, tell_tests
+from jobs.loggers.recorder import Channels, Makers, Recorder, series_of_tested
 from orchestrator.records import LockKind
 from orchestrator.settings.settings import Settings
 
@@ -48,30 +48,36 @@ def find_logger(name: str) -> type[Logger]:
     return logger
 
 
-def makers(settings: Settings, run_folder: Path) -> dict[str, Callable[[], Logger]]:
-    """What makes each of the run's loggers, by its name."""
+def makers(settings: Settings, run_folder: Path) -> Makers:
     lock: LockKind = "flock" if settings.lock == "flock" else "soft"  # "auto": flock was not proven to hold
     place = Place(settings.name, run_folder / "logs", lock)
-    return {name: partial(_make, name, place) for name in settings.loggers}
 
+    def make(name: str) -> Logger:
+        return find_logger(name)(place)
 
-def _make(name: str, place: Place) -> Logger:
-    return find_logger(name)(place)
+    return {name: partial(make, name) for name in settings.loggers}
 
 
 def log_tests(settings: Settings, run_folder: Path, tests: Mapping[str, tuple[int, Mapping[str, float]]]) -> None:
-    """Tell the run's loggers which models were tested.
+    """Tell the run's loggers which models were tested. tests: by checkpoint file, the last step of its lineage
+    (jobs.training.states.last_step) and the metrics. A logger that fails logs a warning; it raises nothing."""
+    channels = Channels(makers(settings, run_folder))
+    for file, (step, metrics) in tests.items():
+        series = series_of_tested(settings.name, run_folder / "checkpoints", file, step)
+        if series is not None:
+            channels.put(partial(_report_test, series=series, metrics=metrics))
+    channels.close()
 
-    tests: by checkpoint file, the last step of its lineage (jobs.training.states.last_step) and the metrics. A logger
-    that fails logs a warning; it raises nothing.
-    """
-    if tests:
-        tell_tests(settings.name, run_folder / "checkpoints", makers(settings, run_folder), tests)
+
+def _report_test(logger: Logger, series: Series, metrics: Mapping[str, float]) -> None:
+    logger.begin(series)
+    logger.judge(True)  # only models on the board are tested
+    logger.test(series.step, metrics)
+    logger.end()
 
 
 def observer(settings: Settings, run_folder: Path | None) -> Observer:
     """What a session reports its training to. run_folder: None where there is no run, so nothing is logged."""
     if run_folder is None or not settings.loggers:
         return Observer()
-    files = run_folder / "checkpoints"
-    return Recorder(settings.name, files, settings.select_on, makers(settings, run_folder))
+    return Recorder(settings.name, run_folder / "checkpoints", settings.select_on, makers(settings, run_folder))

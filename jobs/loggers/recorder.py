@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,6 +30,7 @@ CLOSE_S = 20.0  # for all loggers together to write what is left when the job en
 
 log = logging.getLogger("orch")
 T = TypeVar("T")
+Makers = Mapping[str, Callable[[], Logger]]  # what makes each logger, by its name
 
 
 class Once(Generic[T]):
@@ -105,8 +106,7 @@ class Channel:
 class Channels:
     """All loggers of a process."""
 
-    def __init__(self, makers: Mapping[str, Callable[[], Logger]]) -> None:
-        """makers: what makes each logger, by its name."""
+    def __init__(self, makers: Makers) -> None:
         self._channels = [Channel(name, make) for name, make in makers.items()]
 
     def put(self, call: Callable[[Logger], None]) -> None:
@@ -126,16 +126,11 @@ class Recorder(Observer):
     """Reports the training to all loggers of a run."""
 
     def __init__(
-        self,
-        run: str,
-        checkpoints_folder: Path,
-        select_on: str,
-        makers: Mapping[str, Callable[[], Logger]],
-        clock: Callable[[], float] = time.time,
+        self, run: str, folder: Path, select_on: str, makers: Makers, clock: Callable[[], float] = time.time
     ) -> None:
-        """select_on: the split that each epoch is evaluated on. makers: what makes each logger, by its name."""
+        """folder: of the checkpoints. select_on: the split that each epoch is evaluated on."""
         self._run = run
-        self._checkpoints = checkpoints_folder
+        self._checkpoints = folder
         self._select_on = select_on
         self._channels = Channels(makers)
         self._clock = clock
@@ -143,13 +138,7 @@ class Recorder(Observer):
         self._begun = False  # have the loggers begun the chunk's series?
         self._last_step: int | None = None
         self._handed_over_at = 0.0
-        self._clear()
-
-    def _clear(self) -> None:
-        self._steps: list[int] = []
-        self._losses: list[Tensor] = []
-        self._rates: list[float] = []
-        self._times: list[float] = []
+        self._steps: list[tuple[int, float, Tensor, float]] = []  # number, time, loss, learning rate
 
     # --- reports of the training
 
@@ -160,10 +149,7 @@ class Recorder(Observer):
 
     def step(self, step: int, loss: Tensor, learning_rate: float) -> None:
         now = self._clock()
-        self._steps.append(step)
-        self._losses.append(loss)
-        self._rates.append(learning_rate)
-        self._times.append(now)
+        self._steps.append((step, now, loss, learning_rate))
         self._last_step = step
         if len(self._steps) >= MOST_POINTS or now - self._handed_over_at >= EVERY_S:
             self._hand_over()
@@ -191,10 +177,9 @@ class Recorder(Observer):
     def _hand_over(self) -> None:
         self._handed_over_at = self._clock()
         if self._steps:
-            steps, times, rates, losses = self._steps, self._times, self._rates, self._losses
-            self._clear()
-            points = Once(lambda: Points(steps, times, {TRAIN_LOSS: _fetched(losses), LEARNING_RATE: rates}))
-            self._log(steps[0], points)
+            points = Once(partial(_points, self._steps))
+            self._log(self._steps[0][0], points)
+            self._steps = []
 
     def _log(self, first_step: int, points: Points | Once[Points]) -> None:
         if not self._begun:
@@ -213,21 +198,14 @@ class Recorder(Observer):
 
 
 def series_of(run: str, checkpoints_folder: Path, work: Work, first_step: int) -> Series:
-    """The series of a chunk that begins or continues. Tags that the checkpoints' records do not tell are left out."""
+    """The series of a chunk that begins or continues."""
+    own = {"chunk": work.chunk_id, "parent_file": work.parent_file, "profile": work.profile.name}
+    own |= {"position": work.position, "worker": work.worker_id, "generation": work.generation}
     line = checkpoints.ancestors(checkpoints_folder, work.parent_file)
-    tags = _known(
-        run=run,
-        chunk=work.chunk_id,
-        founder=line[0].get("chunk") if line else None if work.parent_file else work.chunk_id,
-        parent_chunk=line[-1].get("chunk") if line else None,
-        parent_checkpoint=work.parent_file,
-        profile=work.profile.name,
-        position=work.position,
-        worker=work.worker_id,
-        generation=work.generation,
-    )
     resumed = work.suspended is not None
-    return Series(series_name(work.chunk_id), work.chunk_id, tags, first_step, not resumed, resumed)
+    return Series(
+        series_name(work.chunk_id), work.chunk_id, _tags(run, line, own), first_step, new=not resumed, rewrites=resumed
+    )
 
 
 def series_of_tested(run: str, checkpoints_folder: Path, file: str, step: int) -> Series | None:
@@ -235,49 +213,26 @@ def series_of_tested(run: str, checkpoints_folder: Path, file: str, step: int) -
     line = checkpoints.ancestors(checkpoints_folder, file)
     if not line or not isinstance(line[-1].get("chunk"), int):
         return None
-    own = line[-1]
-    tags = _known(
-        run=run,
-        chunk=own["chunk"],
-        founder=line[0].get("chunk"),
-        parent_chunk=line[-2].get("chunk") if len(line) > 1 else None,
-        parent_checkpoint=own.get("parent_file"),
-        **{name: own.get(name) for name in ("profile", "position", "worker", "generation")},
-    )
-    return Series(series_name(own["chunk"]), own["chunk"], tags, step, new=False)
+    *ancestors, own = line
+    return Series(series_name(own["chunk"]), own["chunk"], _tags(run, ancestors, own), step, new=False)
 
 
-def _known(**tags: Any) -> dict[str, str | int]:
+def _tags(run: str, ancestors: Sequence[Mapping[str, Any]], own: Mapping[str, Any]) -> dict[str, str | int]:
+    """ancestors: the known records, the founder's first. own: the chunk's. What the records do not tell is left out."""
+    parent_file = own.get("parent_file")
+    founder = ancestors[0] if ancestors else {} if parent_file else own
+    tags = {"run": run, "chunk": own["chunk"], "founder": founder.get("chunk")}
+    tags |= {"parent_chunk": ancestors[-1].get("chunk") if ancestors else None, "parent_checkpoint": parent_file}
+    tags |= {name: own.get(name) for name in ("profile", "position", "worker", "generation")}
     return {name: value for name, value in tags.items() if value is not None}
-
-
-def tell_tests(
-    run: str,
-    checkpoints_folder: Path,
-    makers: Mapping[str, Callable[[], Logger]],
-    tests: Mapping[str, tuple[int, Mapping[str, float]]],
-) -> None:
-    """Report models that were tested. tests: by checkpoint file, the last step of its lineage and the metrics."""
-    channels = Channels(makers)
-    for file, (step, metrics) in tests.items():
-        series = series_of_tested(run, checkpoints_folder, file, step)
-        if series is not None:
-            channels.put(partial(_tell_test, series=series, metrics=metrics))
-    channels.close()
-
-
-def _tell_test(logger: Logger, series: Series, metrics: Mapping[str, float]) -> None:
-    logger.begin(series)
-    logger.judge(True)  # only models on the board are tested
-    logger.test(series.step, metrics)
-    logger.end()
 
 
 def series_name(chunk: int) -> str:
     return f"chunk-{chunk:08d}"
 
 
-def _fetched(losses: list[Tensor]) -> list[float]:
-    """The values of losses of one number each, in one transfer from the device."""
+def _points(steps: list[tuple[int, float, Tensor, float]]) -> Points:
+    """Fetches all losses in one transfer from the device."""
+    numbers, times, losses, rates = zip(*steps, strict=True)
     values: list[float] = torch.stack([loss.detach().reshape(()) for loss in losses]).tolist()
-    return values
+    return Points(numbers, times, {TRAIN_LOSS: values, LEARNING_RATE: rates})

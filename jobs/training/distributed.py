@@ -66,15 +66,10 @@ class DistributedSession:
 
 
 def lead(
-    ranks: Ranks,
-    opening: Opening,
-    on_failure: Callable[[], None] = lambda: None,
-    run_folder: Path | None = None,
+    ranks: Ranks, opening: Opening, on_failure: Callable[[], None], run_folder: Path | None = None
 ) -> DistributedSession:
-    """Rank 0: open the job on all ranks.
-
-    on_failure: called when the ranks can't be used any more. run_folder: where loggers write.
-    """
+    """Rank 0: open the job on all ranks. on_failure: called when the ranks can't be used any more. run_folder: where
+    loggers write."""
     with _fatal_to_all(ranks, on_failure):
         ranks.tell(do="open", opening=OPENING.dump_python(opening, mode="json"))
         return DistributedSession(_open(ranks, opening, run_folder), ranks, on_failure)

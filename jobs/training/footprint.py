@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jobs.errors import JobError
 from jobs.job import Job
@@ -39,19 +39,14 @@ def checkpoint_bytes(settings: Settings) -> int:
 
 def _bytes_of(job: Job, profile: Profile) -> int:
     model = checked_model(job, job.model())
-    tensors = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
-    tensors += _tensors(_state_after_a_step(model, job.optimizer(model, profile)))
-    sizes = [value.numel() * value.element_size() for value in tensors]
-    return STATE_BYTES + sum(sizes) + TENSOR_BYTES * len(sizes)
-
-
-def _state_after_a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    optimizer = job.optimizer(model, profile)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    state: dict[str, Any] = optimizer.state_dict()["state"]
-    return state
+    tensors = _tensors(model.state_dict()) + _tensors(optimizer.state_dict()["state"])
+    sizes = [value.numel() * value.element_size() for value in tensors]
+    return STATE_BYTES + sum(sizes) + TENSOR_BYTES * len(sizes)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -117,9 +117,7 @@ class _Outputs(Feed):
 
     def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
         back = [self._order.index(dimension) for dimension in range(len(self._order))]
-        order = order.to(self._device)
-        for start in range(first_batch * self.batch_size, self.count, every * self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        for chosen in self._chunks(order.to(self._device), first_batch, every):
             yield self._outputs.index_select(0, chosen).permute(back), self._targets[chosen]
 
 

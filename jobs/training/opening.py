@@ -29,10 +29,8 @@ def load_job(settings: Settings, device: torch.device | None = None, cores: int 
 def open_session(
     settings: Settings, cores: int, group: Alone = ALONE, run_folder: Path | None = None
 ) -> Session | OwnLoop:
-    """The settings' job, ready to train in this process.
-
-    group: the processes that train together. run_folder: where loggers write; None: nothing is logged.
-    """
+    """The settings' job, ready to train in this process. group: the processes that train together. run_folder: where
+    loggers write; None: nothing is logged."""
     job = load_job(settings, set_up(settings, cores), cores)
     observer = choice.observer(settings, run_folder if group.rank == 0 else None)
     return (OwnLoop if has_own_loop(job) else Session)(job, group, observer)

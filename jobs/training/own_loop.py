@@ -15,12 +15,12 @@ import torch
 
 from jobs.data.batches import map_tensors
 from jobs.data.feeds import Feed
-from jobs.data.randomness import random_state, seed_all
+from jobs.data.randomness import random_state
 from jobs.data.splits import Split
 from jobs.errors import JobError
 from jobs.job import ChunkContext, ChunkInterrupted, ChunkResult
 from jobs.training.session import JobTrainer, Session, resume_random_state
-from jobs.training.states import read, why_unreadable
+from jobs.training.states import why_unreadable
 from orchestrator.messages import counted
 from orchestrator.records import EpochResult, Finished, Interrupted, Work
 
@@ -78,7 +78,7 @@ class OwnLoop(JobTrainer):
         if not isinstance(outcome, ChunkResult | ChunkInterrupted):
             returned = type(outcome).__name__
             raise JobError(f"train_chunk returned {returned}; allowed are ChunkResult and ChunkInterrupted")
-        self._own, self._cut = checked_state(outcome.state), None
+        self._own = checked_state(outcome.state)
         if isinstance(outcome, ChunkInterrupted):
             if not told_to_stop and self.group.rank == 0:
                 raise JobError("train_chunk returned ChunkInterrupted, but context.should_stop() had not returned True")
@@ -94,15 +94,11 @@ class OwnLoop(JobTrainer):
     def _begin(self, work: Work) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
         """The job's own state to continue from, and what was reported of this chunk before."""
         nothing = {"results": [], "seconds": 0.0}
-        source = work.suspended or work.parent
-        if source is None:
-            seed_all(work.seed)
-            self.epochs = 0
+        state = self._load(work)
+        if state is None:
             return None, nothing
-        state = read(self.group.fetch(source))
         if "own" not in state:
-            raise JobError(f"{source}: it was not made by the job's own loop")
-        self.epochs = state["epochs"]
+            raise JobError(f"{work.suspended or work.parent}: it was not made by the job's own loop")
         cut = resume_random_state(state, work)
         return state["own"], cut if work.suspended else nothing
 

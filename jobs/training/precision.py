@@ -40,10 +40,8 @@ class Speed:
         return GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def lay_out(self, model: nn.Module) -> bool:
-        """Put the model's weights into channels_last if the settings say so or (auto) it has 2D convolutions.
-
-        Returns whether it did; then its batches need `arrange`.
-        """
+        """Put the model's weights into channels_last if the settings say so or (auto) it has 2D convolutions. Returns
+        whether it did; then its batches need `arrange`."""
         wanted = self._channels_last
         if wanted == "auto":
             wanted = any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in model.modules())
@@ -62,21 +60,17 @@ class Speed:
 
 def arrange(batch: Any) -> Any:
     """A batch whose images (floating point, 4 dimensions) are in channels_last."""
-    return map_tensors(batch, _channels_last)
 
+    def channels_last(tensor: Tensor) -> Tensor:
+        images = tensor.ndim == 4 and tensor.is_floating_point()
+        return tensor.contiguous(memory_format=torch.channels_last) if images else tensor
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    if tensor.ndim == 4 and tensor.is_floating_point():
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor
+    return map_tensors(batch, channels_last)
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype that "auto", "fp32", "bf16" or "fp16" means on a device.
-
-    auto: bf16 if the hardware computes it, otherwise fp16 on a GPU and fp32 on a CPU. Raises JobError for bf16 on a GPU
-    that can't compute it.
-    """
+    """The dtype that "auto", "fp32", "bf16" or "fp16" means on a device. auto: bf16 if the hardware computes it,
+    otherwise fp16 on a GPU and fp32 on a CPU. Raises JobError for bf16 on a GPU that can't compute it."""
     if wanted != "auto":
         if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             name = torch.cuda.get_device_name(device)

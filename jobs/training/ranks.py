@@ -108,12 +108,9 @@ class Ranks(Alone):
         self._commands += 1
         key = f"command {self._commands}"
         with _in_contact():
-            while True:
-                try:
+            while not self._store.check([key]):
+                with suppress(dist.DistStoreError):  # COMMAND_WAIT has passed
                     self._store.wait([key], COMMAND_WAIT)
-                    break
-                except dist.DistStoreError:  # COMMAND_WAIT has passed
-                    continue
             command: dict[str, Any] = json.loads(self._store.get(key))
         return command
 
@@ -248,10 +245,8 @@ def meet(rank: int, count: int, place: Path, meeting_s: float = MEETING_S, step_
     with _in_contact():
         if rank == 0:
             listener = socket.create_server((HOST, 0))
-            port = int(listener.getsockname()[1])
-            store = TCPStore(
-                HOST, port, None, True, meeting, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
+            port, fd = int(listener.getsockname()[1]), listener.detach()
+            store = TCPStore(HOST, port, None, True, meeting, wait_for_workers=False, master_listen_fd=fd)
             atomic.publish(place, lambda target: target.write(str(port).encode()))
         else:
             store = TCPStore(HOST, _port(place, meeting_s), None, False, meeting)

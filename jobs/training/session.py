@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +43,18 @@ class JobTrainer:
         self._observer = observer or Observer()
         self._cut: dict[str, Any] | None = None  # where an interrupted chunk stopped
 
+    def _load(self, work: Work) -> dict[str, Any] | None:
+        """The state to continue from; None for a founder, for which this seeds the random numbers."""
+        self._cut = None
+        source = work.suspended or work.parent
+        if source is None:
+            seed_all(work.seed)
+            self.epochs = 0
+            return None
+        state = read(self.group.fetch(source))
+        self.epochs = state["epochs"]
+        return state
+
     def state(self) -> dict[str, Any]:
         """The whole training state. Its tensors are those of the training, not copies."""
         head = {"format": FORMAT, "epochs": self.epochs}
@@ -51,10 +64,7 @@ class JobTrainer:
         raise NotImplementedError
 
     def save(self, target: IO[bytes]) -> None:
-        """Write the whole training state to a file, from front to back.
-
-        After Finished it is a checkpoint; after Interrupted, the state to continue from.
-        """
+        """Write the whole training state to a file, from front to back."""
         torch.save(self.state(), target)
 
     def judged(self, promoted: bool) -> None:
@@ -101,21 +111,15 @@ class Session(JobTrainer):
 
     def _begin(self, work: Work) -> tuple[Learner, dict[str, Any]]:
         """The learner as the chunk begins or continues, and the place in its epoch."""
-        self._cut = None
         batches = self.feed("train").batches
-        parts = (self.job, work.profile, self._speed, self.group, batches, self.metric)
-        source = work.suspended or work.parent
-        if source is None:
-            seed_all(work.seed)
-            self.epochs = 0
-            self._learner = Learner(*parts)
-            return self._learner, _fresh_cut()
-        state = read(self.group.fetch(source))
-        with randomness.random_state_kept():
-            self._learner = Learner(*parts)
-        self._learner.restore(state)
-        self.epochs = state["epochs"]
-        return self._learner, resume_random_state(state, work)
+        state = self._load(work)
+        with randomness.random_state_kept() if state else nullcontext():  # a founder draws its initial weights
+            learner = Learner(self.job, work.profile, self._speed, self.group, batches, self.metric)
+        self._learner = learner
+        if state is None:
+            return learner, _fresh_cut()
+        learner.restore(state)
+        return learner, resume_random_state(state, work)
 
     def _train_epoch(
         self, learner: Learner, cut: dict[str, Any], should_stop: Callable[[], bool]

@@ -76,13 +76,9 @@ def in_fresh_process(trial: Trial, root: Path, name: str, start: int, stop: int 
     (root / RESULT).unlink(missing_ok=True)
     # -P: modules in the current folder must not replace orch's own
     command = [sys.executable, "-P", "-m", "jobs.verify_resume.link", *arguments]
+    # In a session of its own, so that Ctrl-C reaches this process only, which ends that one without a traceback.
     done = subprocess.run(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=2,
-        check=False,
-        start_new_session=True,  # Ctrl-C reaches this process only, which ends the other without a traceback
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=2, check=False, start_new_session=True
     )
     try:
         result: dict[str, Any] = json.loads((root / RESULT).read_text(encoding="utf-8"))
@@ -190,27 +186,22 @@ def advice(verdict: Verdict) -> list[str]:
     inexact = verdict.inexact
     if inexact is None:
         return []
-    lines = [] if verdict.deterministic else [MODE_IS_OFF]
     if inexact.interrupted_after is None:
-        lines.append(NOT_EVEN_INTERRUPTED)
+        cause = NOT_EVEN_INTERRUPTED
     elif inexact.first_batch is not None:
-        lines.append(f"from step {inexact.first_batch} on the batches differ: {OTHER_BATCHES}")
-    elif inexact.parts == ["metrics"]:
-        lines.append(OTHER_METRICS)
+        cause = f"from step {inexact.first_batch} on the batches differ: {OTHER_BATCHES}"
     else:
-        lines.append(STATE_OUTSIDE)
-    return lines
+        cause = OTHER_METRICS if inexact.parts == ["metrics"] else STATE_OUTSIDE
+    return [cause] if verdict.deterministic else [MODE_IS_OFF, cause]
 
 
 MODE_IS_OFF = (
-    'deterministic mode is off ("deterministic": false): kernels may add in another order each time, especially on a '
-    "GPU, and this alone can be the cause. Check again with --set deterministic=true: any difference left then has "
-    "another cause"
+    'deterministic mode is off ("deterministic": false): kernels may add in another order each time, which alone can '
+    "be the cause. Check again with --set deterministic=true"
 )
 NOT_EVEN_INTERRUPTED = (
-    "nothing had been interrupted yet: two processes that train from the beginning differ. Does the job seed something "
-    "from the clock, or depend on hash(), the order of a set, the order of files in a folder, or files of other "
-    "processes?"
+    "nothing had been interrupted yet: two processes that train from the beginning differ. Does the job depend on the "
+    "clock, hash(), the order of a set, the order of files in a folder, or files of other processes?"
 )
 OTHER_BATCHES = (
     "the data set draws from a generator of its own (random.Random, numpy.random.default_rng, torch.Generator), counts "

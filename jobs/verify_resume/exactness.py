@@ -27,10 +27,6 @@ class Difference:
     found: str
     max_abs_difference: float | None = None  # of tensors, arrays and numbers; infinite between NaN and a number
 
-    def __str__(self) -> str:
-        by = "" if self.max_abs_difference is None else f", max abs difference {self.max_abs_difference:.3g}"
-        return f"{self.path}: {self.kind}: expected {self.expected}, found {self.found}{by}"
-
 
 def differences(expected: Any, found: Any, path: str = "") -> Iterator[Difference]:
     """Every place where two states differ, in the order of `expected`.
@@ -52,10 +48,8 @@ def differences(expected: Any, found: Any, path: str = "") -> Iterator[Differenc
             yield Difference(path, "length", str(len(expected)), str(len(found)))
         for index, (one, other) in enumerate(zip(expected, found, strict=False)):
             yield from differences(one, other, f"{path}[{index}]")
-    elif isinstance(expected, Tensor):
+    elif isinstance(expected, Tensor | np.ndarray | np.generic):
         yield from _of_tensors(expected, found, path)
-    elif isinstance(expected, np.ndarray | np.generic):
-        yield from _of_arrays(np.asarray(expected), np.asarray(found), path)
     elif isinstance(expected, float | complex):
         if _bits(expected) != _bits(found):
             yield Difference(path, "value", repr(expected), repr(found), _finite_or_inf(abs(expected - found)))
@@ -105,28 +99,22 @@ def _digest(value: Any, into: Any) -> None:
 # --- tensors and arrays
 
 
-def _of_tensors(expected: Tensor, found: Tensor, path: str) -> Iterator[Difference]:
-    if expected.dtype != found.dtype:
-        yield Difference(path, "dtype", str(expected.dtype), str(found.dtype))
-    elif expected.shape != found.shape:
-        yield Difference(path, "shape", str(tuple(expected.shape)), str(tuple(found.shape)))
-    elif expected.layout != found.layout:
-        yield Difference(path, "type", str(expected.layout), str(found.layout))
-    elif expected.numel():
-        one, other = _dense(expected), _dense(found)
-        if not torch.equal(_bytes(one), _bytes(other)):
-            yield _of_values(one, other, _bytes(one).ne(_bytes(other)).any(dim=1), path)
-
-
-def _of_arrays(expected: np.ndarray, found: np.ndarray, path: str) -> Iterator[Difference]:
-    if expected.dtype == found.dtype and expected.dtype.kind in "biufc":
-        yield from _of_tensors(torch.from_numpy(expected.copy()), torch.from_numpy(found.copy()), path)
-    elif expected.dtype != found.dtype:
-        yield Difference(path, "dtype", str(expected.dtype), str(found.dtype))
-    elif expected.shape != found.shape:
-        yield Difference(path, "shape", str(expected.shape), str(found.shape))
-    elif expected.tobytes() != found.tobytes():
-        yield Difference(path, "value", _short(expected.tolist()), _short(found.tolist()))
+def _of_tensors(expected: Any, found: Any, path: str) -> Iterator[Difference]:
+    """expected, found: two tensors, or two of NumPy's arrays or scalars."""
+    for kind, name in (("dtype", "dtype"), ("shape", "shape"), ("type", "layout")):
+        values = [str(tuple(v.shape) if kind == "shape" else getattr(v, name, "")) for v in (expected, found)]
+        if values[0] != values[1]:
+            yield Difference(path, kind, values[0], values[1])
+            return
+    if isinstance(expected, np.ndarray | np.generic):
+        if expected.dtype.kind not in "biufc":
+            if expected.tobytes() != found.tobytes():
+                yield Difference(path, "value", _short(expected.tolist()), _short(found.tolist()))
+            return
+        expected, found = torch.from_numpy(np.array(expected)), torch.from_numpy(np.array(found))
+    one, other = _dense(expected), _dense(found)
+    if not torch.equal(_bytes(one), _bytes(other)):
+        yield _of_values(one, other, _bytes(one).ne(_bytes(other)).any(dim=1), path)
 
 
 def _of_values(expected: Tensor, found: Tensor, differs: Tensor, path: str) -> Difference:

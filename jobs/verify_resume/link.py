@@ -69,11 +69,9 @@ class ShortSession(Session):
         self.batches: list[str] = []  # digests, in the order of training
 
     def feed(self, split: Split) -> Feed:
-        made = split in self._feeds
-        feed = super().feed(split)
-        if split == "train" and not made:
-            feed = self._feeds[split] = RecordedFeed(feed, self.batches)
-        return feed
+        if split == "train" and split not in self._feeds:
+            self._feeds[split] = RecordedFeed(super().feed(split), self.batches)
+        return super().feed(split)
 
     def _indices(self, split: Split, source: Dataset[Any]) -> list[int]:
         """Spread over all examples, because data sets are often sorted by class."""

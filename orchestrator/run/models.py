@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +19,35 @@ from orchestrator.worker.user_job import apart_from_stdout, as_job_error
 log = logging.getLogger("orch")
 
 
-def test_models(
-    run: Run, evaluate: Callable[[Path], dict[str, float]], again: bool, now: float
-) -> list[dict[str, Any]]:
-    """Test the entries of the board and record the metrics. Entries with test metrics are skipped unless `again`."""
-    for entry in run.leaderboard.reader.entries():
-        if entry["test_metrics"] is None or again:
-            path = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
-            metrics = evaluate(path)
-            try:
-                run.leaderboard.reader.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
-            except StaleClaimError:
-                log.warning("checkpoint %s left the board during its test", entry["checkpoint"])
-    return list(run.board()["entries"])
+def test_models(run: Run, again: bool, now: float) -> None:
+    """Test the entries of the board, record the metrics, and report them to the run's loggers.
 
-
-def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
-    """A function from a checkpoint's path to its metrics on the test set. Raises JobSpecError."""
+    Entries with test metrics are skipped unless `again`. Raises JobSpecError.
+    """
     from jobs.imports import look_first_in
-
-    look_first_in(run.leaderboard.reader.run_row()["import_paths"])
-    from jobs.training.opening import open_session
-
-    with as_job_error(run.settings.job):
-        session = open_session(run.settings, len(os.sched_getaffinity(0)))
-        session.feed("test")
-
-    def evaluate(path: Path) -> dict[str, float]:
-        with as_job_error(run.settings.job):
-            return session.evaluate_file(path, "test")
-
-    return evaluate
-
-
-@contextmanager
-def logged(run: Run, evaluate: Callable[[Path], dict[str, float]]) -> Iterator[Callable[[Path], dict[str, float]]]:
-    """`evaluate`, whose results go to the run's loggers at the end."""
     from jobs.loggers.choice import log_tests
+    from jobs.training.opening import open_session
     from jobs.training.states import last_step
 
+    reader, job = run.leaderboard.reader, run.settings.job
+    look_first_in(reader.run_row()["import_paths"])
+    with as_job_error(job):
+        session = open_session(run.settings, len(os.sched_getaffinity(0)))
+        session.feed("test")
     tests: dict[str, tuple[int, dict[str, float]]] = {}
-
-    def evaluate_and_keep(path: Path) -> dict[str, float]:
-        metrics = evaluate(path)
-        with suppress(FileNotFoundError):  # it left the board during its test, which is not recorded either
-            tests[path.name] = (last_step(path), metrics)
-        return metrics
-
     try:
-        yield evaluate_and_keep
+        for entry in reader.entries():
+            if entry["test_metrics"] is not None and not again:
+                continue
+            path = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
+            with as_job_error(job):
+                metrics = session.evaluate_file(path, "test")
+            with suppress(FileNotFoundError):  # it left the board during its test, which is not recorded either
+                tests[path.name] = (last_step(path), metrics)
+            try:
+                reader.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
+            except StaleClaimError:
+                log.warning("checkpoint %s left the board during its test", entry["checkpoint"])
     finally:
         with apart_from_stdout():
             log_tests(run.settings, run.folder, tests)

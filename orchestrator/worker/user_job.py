@@ -100,15 +100,12 @@ def import_ahead(job: str) -> threading.Thread:
 
 
 def open_trainer(settings: Settings, cores: int, run_folder: Path) -> Trainer:
-    """The settings' job, ready to train; its loggers write below run_folder.
+    """The settings' job, ready to train; its loggers write below run_folder. A job class that is not a jobs.job.Job has
+    a static method `open_trainer(settings: Settings, cores: int)`, which returns a Trainer."""
+    from jobs.imports import brings_own_trainer, find_class
 
-    A job class that is not a jobs.job.Job has a static method `open_trainer(settings: Settings, cores: int)`, which
-    returns a Trainer.
-    """
-    module, _, name = settings.job.partition(":")
-    own = getattr(getattr(importlib.import_module(module), name, None), "open_trainer", None)
-    if own is not None:
-        trainer: Trainer = own(settings, cores)
+    if brings_own_trainer(settings.job):
+        trainer: Trainer = find_class(settings.job, f"job {settings.job}").open_trainer(settings, cores)
         return trainer
     from jobs.training.opening import open_session
 
@@ -125,10 +122,8 @@ def verify_resume(
     device: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Is resume exact for this job, on this machine? Returns what `orch verify-resume --json` prints.
-
-    say: gets a line for each stage. Raises JobSpecError if the job can't be trained.
-    """
+    """Is resume exact for this job, on this machine? Returns what `orch verify-resume --json` prints. say: gets a line
+    for each stage. Raises JobSpecError if the job can't be trained."""
     for line in check_job(settings, import_paths):
         say(line)
     from jobs.imports import brings_own_trainer

@@ -287,7 +287,9 @@ def test_with_deterministic_mode_off_a_difference_is_reported_with_that_as_a_cau
         ),
         pytest.param("Exploding", "^the loss is infinite or NaN after 3 steps under the profile 'fast'", id="no loss"),
         pytest.param("Failing", r"^job .*:Failing: ValueError: no loss today$", id="an error of the job's own"),
-        pytest.param("AnotherLength", r"data\('train'\) does not have the same length .*: an epoch had 3", id="other data"),
+        pytest.param(
+            "AnotherLength", r"data\('train'\) does not have the same length .*: an epoch had 3", id="other data"
+        ),
         pytest.param("Nobody", r"has no class Nobody$", id="no such class"),
     ],
 )

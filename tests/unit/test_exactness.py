@@ -145,7 +145,7 @@ def test_all_differences_are_listed_in_the_order_of_the_expected_state() -> None
     changed["optimizer"]["param_groups"][0]["lr"] = 0.2
     found = list(differences(state(), changed))
     assert [d.path for d in found] == ["model.0.weight", "optimizer.param_groups[0].lr", "rng.python[1][1]"]
-    assert str(found[0]) == ("model.0.weight: value: expected 5.0 (value 5 of 6), found 6.0, max abs difference 1")
+    assert found[0] == Difference("model.0.weight", "value", "5.0 (value 5 of 6)", "6.0", 1.0)
 
 
 @given(

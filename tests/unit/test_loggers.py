@@ -407,8 +407,6 @@ def test_a_run_has_one_id_whoever_asks_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("lock", "expected"), [("auto", "soft"), ("soft", "soft"), ("flock", "flock")])
-def test_a_logger_is_given_the_run_its_folder_and_the_lock_that_holds(
-    tmp_path: Path, lock: str, expected: str
-) -> None:
+def test_a_logger_is_given_the_run_its_folder_and_the_lock_that_holds(tmp_path: Path, lock: str, expected: str) -> None:
     made = choice.makers(settings(loggers=["tensorboard"], lock=lock), tmp_path)["tensorboard"]()
     assert (made.run, made.folder, made.lock) == ("test", tmp_path / "logs", expected)
