@@ -34,11 +34,12 @@ from jobs.training.precision import choose_precision  # noqa: E402
 from jobs.training.session import Session  # noqa: E402
 from orchestrator.records import EpochResult, Finished, Profile, Work  # noqa: E402
 from orchestrator.settings.loading import load  # noqa: E402
+from orchestrator.settings.settings import Settings  # noqa: E402
 
 Say = Callable[[str], None]
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+def settings_of(options: argparse.Namespace) -> Settings:
     """The complete settings: all training images are used for training, and the test set gives the accuracy."""
     overrides = list(options.set)
     if options.images:
@@ -48,16 +49,15 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     settings, _ = load(
         options.settings, overrides, training_source_dir=str(options.data), select_on="test", gpus_per_worker=1
     )
-    full: dict[str, Any] = settings.model_dump(mode="json")
-    return full
+    return settings
 
 
-def first_profile(settings: dict[str, Any], epochs: int) -> Profile:
+def first_profile(settings: Settings, epochs: int) -> Profile:
     """The profile with its schedule shortened in the same ratio as the training."""
-    profile = Profile(**settings["training_profiles"][0])
+    profile = settings.training_profiles[0]
     if profile.schedule is None or "epochs" not in profile.schedule:
         return profile
-    share, corners = epochs / settings["epochs_per_chunk"], profile.schedule["epochs"]
+    share, corners = epochs / settings.epochs_per_chunk, profile.schedule["epochs"]
     scaled = [corner * share for corner in corners] if isinstance(corners, list) else corners * share
     return replace(profile, schedule=dict(profile.schedule) | {"epochs": scaled})
 
@@ -119,7 +119,7 @@ def machine(session: Session) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(session.device) if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "precision": str(choose_precision(session.settings["precision"], session.device)).removeprefix("torch."),
+        "precision": str(choose_precision(session.settings.precision, session.device)).removeprefix("torch."),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
@@ -151,7 +151,7 @@ def main() -> int:
     for path in (options.out, log):
         path.parent.mkdir(parents=True, exist_ok=True)
     settings = settings_of(options)
-    options.epochs = options.epochs or settings["epochs_per_chunk"]
+    options.epochs = options.epochs or settings.epochs_per_chunk
     with log.open("w") as lines:
 
         def say(text: str) -> None:
@@ -162,8 +162,8 @@ def main() -> int:
         assert isinstance(session, Session)
         profile = first_profile(settings, options.epochs)
         about = machine(session)
-        say(f"{settings['name']}, {options.epochs} epochs, {time.strftime('%Y-%m-%d %H:%M')}: {json.dumps(about)}")
-        say(f"job_params {json.dumps(settings['job_params'])}, batch {settings['max_batch_size']}")
+        say(f"{settings.name}, {options.epochs} epochs, {time.strftime('%Y-%m-%d %H:%M')}: {json.dumps(about)}")
+        say(f"job_params {json.dumps(settings.job_params)}, batch {settings.max_batch_size}")
         say(f"profile {json.dumps(asdict(profile))}")
         runs = train_all(session, profile, options, say)
         found = summary(runs)
@@ -172,8 +172,8 @@ def main() -> int:
             f"{found['max']:.4f} of {found['seeds']} seeds; {found['seconds_mean']:.1f} s a seed, the first "
             f"{found['seconds_first']:.1f} s"
         )
-    kept = ("name", "job_params", "max_batch_size", "precision", "channels_last", "compile", "deterministic")
-    recipe = {key: settings[key] for key in kept} | {"profile": asdict(profile), "epochs": options.epochs}
+    kept = {"name", "job_params", "max_batch_size", "precision", "channels_last", "compile", "deterministic"}
+    recipe = settings.model_dump(mode="json", include=kept) | {"profile": asdict(profile), "epochs": options.epochs}
     result = {"summary": found, "machine": about, "recipe": recipe, "runs": runs}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if found["mean"] >= options.at_least else 1

@@ -44,6 +44,7 @@ from jobs.training.precision import Speed  # noqa: E402
 from jobs.training.session import Session  # noqa: E402
 from orchestrator.records import EpochResult, Profile, Work  # noqa: E402
 from orchestrator.settings.loading import load  # noqa: E402
+from orchestrator.settings.settings import Settings  # noqa: E402
 
 CONTENDERS = ("orch", "plain", "plain-bf16")
 CLASSES = 8  # of the generated pictures
@@ -56,7 +57,7 @@ class Case:
     """The complete settings of a job, and torchvision's own data sets of the same images."""
 
     name: str
-    settings: dict[str, Any]
+    settings: Settings
     profile: Profile
     train: Callable[[], Dataset[Any]]
     test: Callable[[], Dataset[Any]]
@@ -129,12 +130,11 @@ def draw(folder: Path, count: int, seed: int) -> None:
         Image.fromarray(np.clip(colour + stripes + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
 
 
-def _settings(name: str, options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
+def _settings(name: str, options: argparse.Namespace, **changes: Any) -> Settings:
     batch_size = options.batch_size or {"davidnet": 512}.get(name, 100)
     given = {"select_on": "test", "max_batch_size": batch_size, "loggers": []} | changes
     settings, _ = load(ROOT / "settings" / f"{name}.json", **given)
-    full: dict[str, Any] = settings.model_dump(mode="json")
-    return full
+    return settings
 
 
 # --- orch --------------------------------------------------------------------------------------------
@@ -201,7 +201,8 @@ def train_plain(case: Case, options: argparse.Namespace, seed: int, tuned: bool)
     torch.manual_seed(seed)
     job = load_job(case.settings, device, options.cores)
     model = job.model().to(device)
-    speed = Speed(case.settings | ({} if tuned else {"precision": "fp32", "channels_last": False}), device)
+    untuned = {"precision": "fp32", "channels_last": False}
+    speed = Speed(case.settings if tuned else case.settings.model_copy(update=untuned), device)
     speed.lay_out(model)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
@@ -211,7 +212,7 @@ def train_plain(case: Case, options: argparse.Namespace, seed: int, tuned: bool)
         nesterov=case.name == "davidnet",
     )
     common: dict[str, Any] = {"num_workers": options.loaders, "pin_memory": device.type == "cuda"}
-    size = case.settings["max_batch_size"]
+    size = case.settings.max_batch_size
     train = DataLoader(case.train(), size, shuffle=True, persistent_workers=options.loaders > 0, **common)
     test = DataLoader(case.test(), size, **common)
     started = time.perf_counter()
@@ -322,7 +323,7 @@ def main() -> None:
             case = CASES[name](options, Path(folder) / "pictures")
             found = compare(case, options)
             kept = ("images", "epochs", "rounds", "loaders", "image_size")
-            result[name] = {"machine": facts, "figures": found, "batch_size": case.settings["max_batch_size"]}
+            result[name] = {"machine": facts, "figures": found, "batch_size": case.settings.max_batch_size}
             result[name] |= {key: getattr(options, key) for key in kept}
             for contender, figures in found.items():
                 print(f"{name} {contender}: {figures}", flush=True)

@@ -1,15 +1,13 @@
 """The report's job: torchvision's AlexNet (Krizhevsky 2014, "One weird trick") on folders of images.
 
-Its three parts differ in which of the 13 feature layers and 7 classifier layers start from pretrained
+The report's three parts differ in which of the 13 feature layers and 7 classifier layers start from pretrained
 weights and which are trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -17,28 +15,21 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.datasets import ImageFolder
 
-from jobs.data import splits
-from jobs.data.augment import CenterCrop, Flip, Normalize, RandomCrop, Step
-from jobs.data.decode_cache import Decoded, decoded
-from jobs.data.decoded import DecodedImages
-from jobs.data.splits import Split
 from jobs.errors import JobError
-from jobs.job import Job, JobContext, local_path
-from jobs.training.pretrained import IMAGENET, read_weights, weights_file
+from jobs.job import JobContext, local_path
+from jobs.pictures import Files, PictureJob, PictureParams
+from jobs.training.pretrained import read_weights, weights_file
 from orchestrator.messages import counted
-from orchestrator.settings.fields import Strict
 
 LAYERS = {"features": 13, "classifier": 7}
 
 
-class Params(Strict):
-    image_size: int = Field(default=224, ge=63)  # pixels; AlexNet's convolutions need 63
-    augment: Literal["random", "none"] = "random"  # crops and flips of the training images
-    memory_gb: float | None = Field(default=None, ge=0)  # for images on the device; see docs/data.md
+class Params(PictureParams):
+    image_size: Annotated[int, Field(ge=63)] = 224  # pixels; AlexNet's convolutions need 63
 
 
-class AlexNet(Job):
-    """One class a folder, in training_source_dir and testing_source_dir."""
+class AlexNet(PictureJob):
+    """One folder per class in training_source_dir and in testing_source_dir."""
 
     Params = Params
 
@@ -46,116 +37,82 @@ class AlexNet(Job):
         super().__init__(context)
         self.pretrained = {part: self._flags("pretrained", part) for part in LAYERS}
         self.trainable = {part: self._flags("trainable", part) for part in LAYERS}
-        if not any(flag for flags in self.trainable.values() for flag in flags):
+        if not any(any(flags) for flags in self.trainable.values()):
             raise JobError("trainable_features and trainable_classifier: nothing is trainable")
-        self._decoded: dict[str, Decoded] = {}  # by folder
-
-    @property
-    def _wants_weights(self) -> bool:
-        return any(flag for flags in self.pretrained.values() for flag in flags)
+        self.uses_pretrained = any(any(flags) for flags in self.pretrained.values())
 
     def _flags(self, kind: str, part: str) -> list[bool]:
         key = f"{kind}_{part}"
-        value = self.context.settings[key]
-        flags = [value] * LAYERS[part] if isinstance(value, bool) else list(value)
+        value: bool | list[bool] = getattr(self.context.settings, key)
+        flags = [value] * LAYERS[part] if isinstance(value, bool) else value
         if len(flags) != LAYERS[part]:
             raise JobError(f"{key}: {len(flags)} flags; AlexNet's {part} have {LAYERS[part]} layers, a flag each")
         return flags
 
     # --- data
 
-    def data(self, split: Split) -> DecodedImages:
-        folder, size = self._listed(split), self.params.image_size
-        random = split == "train" and self.params.augment == "random"
-        steps: list[Step] = [RandomCrop(size), Flip()] if random else [CenterCrop(size)]
-        steps.append(Normalize(*self._normalisation))
-        memory_bytes = None if self.params.memory_gb is None else self.params.memory_gb * 1e9
-        return DecodedImages(self._pictures(folder), folder.targets, steps, memory_bytes)
+    def files(self, train: bool) -> Files:
+        folder = self._listed(train)
+        return [Path(path) for path, _ in folder.samples], folder.targets
 
-    @cached_property
-    def _normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Mean and standard deviation of each channel: those that the pretrained weights were trained with, else the
-        training set's own."""
-        if self._wants_weights:
-            return IMAGENET
-        return self._pictures(self._listed("train")).statistics()
-
-    def _pictures(self, folder: ImageFolder) -> Decoded:
-        if folder.root not in self._decoded:
-            paths = [Path(path) for path, _ in folder.samples]
-            margin = self.params.image_size * 8 // 7  # 256 for 224
-            self._decoded[folder.root] = decoded(paths, margin, self.context.cores)
-        return self._decoded[folder.root]
-
-    def _listed(self, split: Split) -> ImageFolder:
-        """Which files there are, of which classes. Raises JobError if a class has none."""
+    def _listed(self, train: bool) -> ImageFolder:
+        """The files and their classes. Raises JobError if a class has no file."""
+        folder = self._folder(train)
         try:
-            return ImageFolder(str(self._folder(split)))
+            return ImageFolder(str(folder))
         except OSError as error:
-            raise JobError(f"{self._folder(split)}: {error}") from error
+            raise JobError(f"{folder}: {error}") from error
 
-    def _folder(self, split: Split) -> Path:
-        key = "testing_source_dir" if split == "test" else "training_source_dir"
-        return local_path(self.context.settings[key], key)
+    def _folder(self, train: bool) -> Path:
+        settings = self.context.settings
+        if train:
+            return local_path(settings.training_source_dir, "training_source_dir")
+        return local_path(settings.testing_source_dir, "testing_source_dir")
 
     # --- model
 
     def model(self) -> nn.Module:
-        classes = sum(1 for path in self._folder("train").iterdir() if path.is_dir())
+        classes = sum(1 for path in self._folder(train=True).iterdir() if path.is_dir())
         net: nn.Module = models.alexnet(weights=None, num_classes=classes)
-        if self._wants_weights:
-            self._load_pretrained(net, self._pretrained_state())
+        if self.uses_pretrained:
+            self._load_pretrained(net, read_weights(self.weights_file(), "pretrained_weights"))
         for part in LAYERS:
-            for layer, trainable in zip(getattr(net, part), self.trainable[part], strict=True):
+            for layer, trainable in zip(net.get_submodule(part).children(), self.trainable[part], strict=True):
                 layer.requires_grad_(trainable)
         return net
 
     def _load_pretrained(self, net: nn.Module, state: dict[str, Tensor]) -> None:
         for part in LAYERS:
             for index, wanted in enumerate(self.pretrained[part]):
-                for name, value in getattr(net, part)[index].named_parameters() if wanted else ():
-                    key = f"{part}.{index}.{name}"
+                layer = f"{part}.{index}"
+                for name, value in net.get_submodule(layer).named_parameters() if wanted else ():
+                    key = f"{layer}.{name}"
                     if key not in state or state[key].shape != value.shape:
-                        found = tuple(state[key].shape) if key in state else "none"
+                        shape = tuple(state[key].shape) if key in state else "none"
                         raise JobError(
-                            f"pretrained_{part}[{index}]: the weights' {key} has shape {found}, this model's "
+                            f"pretrained_{part}[{index}]: the weights' {key} has shape {shape}, this model's "
                             f"{tuple(value.shape)}; the last classifier layer can't be pretrained for other classes"
                         )
                     with torch.no_grad():
                         value.copy_(state[key])
 
-    def _pretrained_state(self) -> dict[str, Tensor]:
-        return read_weights(self._weights_file(download=False), "pretrained_weights")
-
-    def _weights_file(self, download: bool) -> Path:
-        """The file that pretrained_weights means. Raises JobError if it is not here."""
-        wanted: str = self.context.settings["pretrained_weights"]
+    def weights_file(self, download: bool = False) -> Path:
+        wanted = self.context.settings.pretrained_weights
         return weights_file(wanted, models.AlexNet_Weights, "pretrained_weights", download)
 
     def frozen_part(self, model: nn.Module) -> nn.Module | None:
-        """The features where none is trained and none is shown twice in different ways."""
+        """The features, if none of them is trained and images are not augmented."""
         features = model.get_submodule("features")
         if self.params.augment != "none" or any(p.requires_grad for p in features.parameters()):
             return None
         return features
 
-    # --- before anything is queued
+    # --- before a launch
 
     def prepare(self, download: bool) -> list[str]:
-        train, test = self._classes("train"), self._classes("test")
-        if train != test:
-            only = sorted(set(train) ^ set(test))
+        train, test = self._listed(train=True), self._listed(train=False)
+        if train.classes != test.classes:
+            only = sorted(set(train.classes) ^ set(test.classes))
             raise JobError(f"training_source_dir and testing_source_dir have different classes: {', '.join(only[:5])}")
-        lines = [f"{counted(len(train), 'class', 'classes')} in {self._folder('train')}"]
-        if self._wants_weights:
-            lines.append(f"pretrained weights: {self._weights_file(download)}")
-        self.model()
-        if self.context.settings["select_on"] == "validation":
-            splits.split(
-                self._listed("train"), self.context.settings["validation_fraction"], self.context.settings["seed"]
-            )
-        return lines
-
-    def _classes(self, split: Split) -> Sequence[str]:
-        classes: Sequence[str] = self._listed(split).classes
-        return classes
+        classes = counted(len(train.classes), "class", "classes")
+        return [f"{classes} in {train.root}", *self.prepared(train.targets, download)]

@@ -1,14 +1,12 @@
-"""DavidNet on CIFAR-10: D. Page's 9-layer residual network, 94 % in 24 epochs, with each of his bag of tricks.
+"""DavidNet on CIFAR-10: D. Page's 9-layer residual network, 94 % in 24 epochs, with each trick of his "Bag of Tricks".
 
-"How to Train Your ResNet" (myrtle.ai, 2018-2019; code: github.com/davidcpage/cifar10-fast). What is here without any
-trick is the network and recipe of post 4 and of the author's `dawn.py`; the tricks are post 8, "Bag of Tricks", where
-each stands under its own heading, with what it brought.
+"How to Train Your ResNet" (myrtle.ai, 2018-2019; code: github.com/davidcpage/cifar10-fast). Without any trick it is the
+network and recipe of post 4 and of the author's `dawn.py`; the tricks are the headings of post 8.
 
-Page sums the loss over a batch of 512 and divides the learning rate by 512; the loss here is the mean, so that his
-learning rate of 0.4 is 0.4 here, and his weight decay of 5e-4 * 512, multiplied with 0.4 / 512, is 5e-4 here. His
-momentum buffer holds steps, each with the learning rate of its time; torch's holds gradients, which all get that of
-now: with a schedule this smooth the two are as good as one. He leaves out the incomplete batch at an epoch's end;
-here it is trained on.
+Page sums the loss over a batch of 512 and divides the learning rate by 512. The loss here is the mean, so his learning
+rate is 0.4 here, and his weight decay of 5e-4 * 512, multiplied with 0.4 / 512, is 5e-4. His momentum buffer holds
+steps, each with the learning rate of its time; torch's holds gradients, which all get the current one: with so smooth a
+schedule the two are about equal. He leaves out the incomplete batch at an epoch's end; here it is trained on.
 """
 
 from __future__ import annotations
@@ -27,17 +25,18 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from jobs.data import augment, images
+from jobs.data.images import Examples
 from jobs.data.splits import Split
 from jobs.errors import JobError
-from jobs.image_sets import Count, Examples, ImageSetJob, Limits
+from jobs.image_sets import Count, ImageSetJob, Limits
 from jobs.job import Averaging
 from jobs.optim import optimizers
 from orchestrator.records import Profile
 
 Pool = Literal["after_activation", "before_activation", "before_norm"]
 PATCH = 3  # pixels: the side of a patch that is whitened, and of every other convolution
-WHITENING_IMAGES = 10_000  # whose patches the covariance is taken of; the notebook's number
-WHITENING_EPSILON = 0.01  # added to the eigenvalues: the smallest are noise, and would be blown up
+WHITENING_IMAGES = 10_000  # whose patches give the covariance, as in his notebook
+WHITENING_EPSILON = 0.01  # added to the eigenvalues: the smallest are noise and must not be amplified
 SIDE = 32  # pixels
 PADDING = 4
 
@@ -46,13 +45,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Params(Limits):
-    """Without any of them: the network and the augmentation of post 4. In quotes: the headings of post 8."""
+    """The defaults are the network and the augmentation of post 4. In quotes: the headings of post 8."""
 
     channels: tuple[Count, Count, Count, Count] = (64, 128, 256, 512)  # of prep, layer1, layer2, layer3
-    classifier_scale: Positive = 0.125  # the logits are multiplied with it; 1/16 with batchnorm_scale 1
+    classifier_scale: Positive = 0.125  # factor of the logits; 1/16 with batchnorm_scale 1
     flip: Literal["random", "alternating", "none"] = "random"
     cutout: Annotated[int, Field(ge=0, le=SIDE)] = 8  # pixels; 0: none
-    preprocessing: Literal["device", "loader"] = "device"  # "Preprocessing on the GPU"; loader: one by one, on the CPU
+    preprocessing: Literal["device", "loader"] = "device"  # "Preprocessing on the GPU"; loader: on the CPU
     pool: Pool = "after_activation"  # "Moving max-pool layers": before_norm
     label_smoothing: Share = 0.0  # 0.2
     celu_alpha: Positive | None = None  # "CELU activations": 0.075, or 0.3 with batchnorm_scale 1; null: ReLU
@@ -78,30 +77,27 @@ class DavidNet(ImageSetJob):
     # --- data
 
     def data(self, split: Split) -> Dataset[Any]:
-        """On the device as a whole (`ImageTensors`); or, as a loader's, each image on its own, by torchvision."""
+        """`ImageTensors` on the device; or, for a loader, single images that torchvision transforms."""
         pixels, targets = self.test_set if split == "test" else self.training_set
         if self.params.preprocessing == "loader":
             return Pictures(pixels, targets, self._transforms(augmented=split == "train"))
         return images.ImageTensors(pixels, targets, self._steps(augmented=split == "train"))
 
     def _steps(self, augmented: bool) -> list[augment.Step]:
-        """Page's: padded by reflection, cropped, flipped; what is cut out is as grey as the mean."""
+        """Padded by reflection, cropped, flipped, with a square in the mean colour, as Page does it."""
         normalize = augment.Normalize(*self.statistics)
         if not augmented:
             return [normalize]
-        flips = {"random": augment.Flip, "alternating": augment.AlternatingFlip}
-        steps: list[augment.Step] = [augment.PadCrop(SIDE, PADDING, "reflect")]
-        steps += [flips[self.params.flip]()] if self.params.flip in flips else []
-        steps += [normalize]
-        steps += [augment.Cutout(self.params.cutout)] if self.params.cutout else []
-        return steps
+        flips: dict[str, list[augment.Step]] = {"random": [augment.Flip()], "alternating": [augment.AlternatingFlip()]}
+        cutout = [augment.Cutout(self.params.cutout)] if self.params.cutout else []
+        return [augment.PadCrop(SIDE, PADDING, "reflect"), *flips.get(self.params.flip, []), normalize, *cutout]
 
     def _transforms(self, augmented: bool) -> Callable[[Any], Tensor]:
-        """The same, for one image at a time."""
+        """The same for single images."""
         from torchvision.transforms import v2
 
         if self.params.flip == "alternating":
-            raise JobError('job_params: flip "alternating" needs preprocessing "device": a loader knows no epoch')
+            raise JobError('job_params: flip "alternating" needs preprocessing "device"; a loader has no epochs')
         share = (self.params.cutout / SIDE) ** 2
         crop = [v2.RandomCrop(SIDE, PADDING, padding_mode="reflect")]
         flip = [v2.RandomHorizontalFlip()] if self.params.flip == "random" else []
@@ -123,57 +119,51 @@ class DavidNet(ImageSetJob):
             whitening=params.whitening,
         )
         for module in net.modules():
-            if isinstance(module, PatchWhitening) and not module.weight.is_meta:  # meta: only its size is asked for
+            if isinstance(module, PatchWhitening) and not module.weight.is_meta:  # meta: only sizes matter
                 module.set_filters(self._whitening)
         return net
 
     @cached_property
     def _whitening(self) -> Tensor:
-        """Of the first training images, as the notebook does it; a checkpoint has its own."""
-        some = self.training_set[0][:WHITENING_IMAGES]
-        return whitening_filters(images.as_floats(augment.Normalize(*self.statistics).apply(some, {})))
+        """From the first training images, as in the notebook. A checkpoint brings its own filters."""
+        first = self.training_set[0][:WHITENING_IMAGES]
+        return whitening_filters(images.as_floats(augment.Normalize(*self.statistics).apply(first, {})))
 
     # --- training
 
     def optimizer(self, model: nn.Module, profile: Profile) -> torch.optim.Optimizer:
-        """SGD with Nesterov's momentum, unless the profile names another; biases in a group of their own."""
+        """SGD with Nesterov's momentum, unless the profile names an optimizer; biases have their own group."""
         if profile.optimizer is None:
             nesterov = {"nesterov": profile.momentum > 0}
             profile = replace(profile, optimizer="SGD", optimizer_options=nesterov | dict(profile.optimizer_options))
-        named = list(model.named_parameters())
-        biases = {
-            optimizers.LR_FACTOR: self.params.bias_lr_factor,
-            optimizers.DECAY_FACTOR: self.params.bias_weight_decay_factor,
-        }
-        groups = [
-            {"params": [value for name, value in named if not name.endswith("bias")]},
-            {"params": [value for name, value in named if name.endswith("bias")], **biases},
-        ]
-        return optimizers.make(profile, groups)
+        factors = (self.params.bias_lr_factor, self.params.bias_weight_decay_factor)
+        weights, biases = (
+            [value for name, value in model.named_parameters() if name.endswith("bias") is wanted]
+            for wanted in (False, True)
+        )
+        bias_group = {"params": biases, optimizers.LR_FACTOR: factors[0], optimizers.DECAY_FACTOR: factors[1]}
+        return optimizers.make(profile, [{"params": weights}, bias_group])
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(outputs, targets, label_smoothing=self.params.label_smoothing)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """The loss without label smoothing, so that it can be compared."""
-        return {
-            "accuracy": (outputs.argmax(dim=1) == targets).float().mean(),
-            "loss": functional.cross_entropy(outputs, targets),
-        }
+        """The loss is without label smoothing, so that runs can be compared."""
+        return super().metrics(outputs, targets) | {"loss": functional.cross_entropy(outputs, targets)}
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
         outputs: Tensor = model(inputs)
         return (outputs + model(inputs.flip(3))) / 2 if self.params.test_flip else outputs
 
     def averaging(self) -> Averaging | None:
-        """Page's decay is that of a step, and the average is updated every fifth."""
+        """ema_decay is for one step; the average is updated every few steps."""
         if self.params.ema_decay is None:
             return None
         return Averaging(self.params.ema_decay**self.params.ema_every, self.params.ema_every)
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Images and targets in memory, transformed one by one as they are asked for."""
+    """Images and targets in memory, transformed one by one when they are read."""
 
     def __init__(self, pixels: Tensor, targets: Tensor, transform: Callable[[Any], Tensor]) -> None:
         self.pixels, self.targets, self.transform = pixels, targets, transform
@@ -187,7 +177,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(Image(self.pixels[index])).as_subclass(Tensor), int(self.targets[index])
 
 
-# --- the parts of the network, and what the bag of tricks changes in them
+# --- the network
 
 
 def network(
@@ -202,9 +192,9 @@ def network(
 ) -> nn.Sequential:
     """DavidNet for images (n, 3, 32, 32), giving logits (n, classes).
 
-    channels: of prep and of layer1 to layer3 (Page: 64, 128, 256, 512). scale: what the logits are multiplied with.
-    pool: where in a layer its max-pool stands. activation and norm make these layers, norm from its channels.
-    whitening: prep is a frozen `PatchWhitening`, zero until it is given its filters, and a 1x1 convolution.
+    channels: of prep and of layer1 to layer3 (Page: 64, 128, 256, 512). scale: factor of the logits. pool: the place of
+    max-pool in a layer. activation and norm make these layers, norm from the number of channels. whitening: prep is a
+    frozen `PatchWhitening`, zero until its filters are set, and a 1x1 convolution.
     """
 
     def block(before: int, after: int, pooled: bool = False) -> OrderedDict[str, nn.Module]:
@@ -240,7 +230,7 @@ def network(
 
 
 class Residual(nn.Module):
-    """What comes in, plus what its layers make of it."""
+    """The input plus the output of its layers."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -252,7 +242,7 @@ class Residual(nn.Module):
 
 
 class Classifier(nn.Linear):
-    """Logits times a constant, in float32 under autocast too: rounded to bf16, the best two are often the same."""
+    """Logits times a constant, in float32 under autocast too: in bf16 the best two would often be equal."""
 
     def __init__(self, width: int, classes: int, scale: float) -> None:
         super().__init__(width, classes, bias=False)
@@ -267,8 +257,7 @@ class Classifier(nn.Linear):
 
 
 def batch_norm(channels: int, ghost_batch: int | None = None, frozen_scale: float | None = None) -> nn.BatchNorm2d:
-    """Batch norm over a whole batch or over ghost batches of so many images; with frozen_scale its weight is that
-    constant, and only the bias is learned."""
+    """Batch norm, over ghost batches if given; with frozen_scale its weight is that constant and is not trained."""
     norm = nn.BatchNorm2d(channels) if ghost_batch is None else GhostBatchNorm(channels, ghost_batch)
     if frozen_scale is not None:
         nn.init.constant_(norm.weight, frozen_scale)
@@ -279,9 +268,8 @@ def batch_norm(channels: int, ghost_batch: int | None = None, frozen_scale: floa
 class GhostBatchNorm(nn.BatchNorm2d):
     """Batch norm with the statistics of parts of the batch, "ghost batches" (Hoffer et al. 2017, arXiv:1705.08741).
 
-    A batch is cut into groups of ghost_batch images. What is left over joins the last group: no group is smaller,
-    unless the batch is. The running statistics, used in evaluation, follow the mean over the groups. Parameters and
-    buffers are those of nn.BatchNorm2d.
+    A batch is cut into groups of ghost_batch images; the remainder joins the last group. The running statistics, used
+    in evaluation, follow the mean over the groups. Parameters and buffers are those of nn.BatchNorm2d.
     """
 
     def __init__(self, channels: int, ghost_batch: int) -> None:
@@ -296,26 +284,23 @@ class GhostBatchNorm(nn.BatchNorm2d):
             output, mean, variance = self._in_groups(input, groups)
         else:
             border = (groups - 1) * self.ghost_batch
-            head, head_mean, head_variance = self._in_groups(input[:border], groups - 1)
-            tail, tail_mean, tail_variance = self._in_groups(input[border:], 1)
-            output = torch.cat([head, tail])
-            mean = torch.cat([head_mean, tail_mean])
-            variance = torch.cat([head_variance, tail_variance])
+            head, tail = self._in_groups(input[:border], groups - 1), self._in_groups(input[border:], 1)
+            output, mean, variance = (torch.cat(both) for both in zip(head, tail, strict=True))
         with torch.no_grad():
-            self.running_mean.copy_(mean.mean(0))  # type: ignore[union-attr]
+            self.running_mean.copy_(mean.mean(0))  # type: ignore[union-attr]  # None only without running statistics
             self.running_var.copy_(variance.mean(0))  # type: ignore[union-attr]
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         return output
 
     def _in_groups(self, input: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised, with every groups-th image in one group; and each group's new running mean and variance
-        (groups, channels).
+        """The normalised images, and each group's new running mean and variance, (groups, channels).
 
-        The groups stand in for channels: a contiguous (n, c, h, w) is seen as (n / groups, groups * c, h, w).
+        Image i is in group i % groups, because groups act as channels: a contiguous (n, c, h, w) is viewed as
+        (n / groups, groups * c, h, w).
         """
         count, channels, height, width = input.shape
-        last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-        mean = self.running_mean.repeat(groups)  # type: ignore[union-attr]
+        layout = torch.contiguous_format if input.is_contiguous() else torch.channels_last
+        mean = self.running_mean.repeat(groups)  # type: ignore[union-attr]  # as above
         variance = self.running_var.repeat(groups)  # type: ignore[union-attr]
         output = functional.batch_norm(
             input.contiguous().view(count // groups, groups * channels, height, width),
@@ -324,22 +309,18 @@ class GhostBatchNorm(nn.BatchNorm2d):
             self.weight.repeat(groups),
             self.bias.repeat(groups),
             training=True,
-            momentum=self.momentum,  # type: ignore[arg-type]  # it is only None where a user says so
+            momentum=self.momentum,  # type: ignore[arg-type]  # None only if it is constructed so
             eps=self.eps,
         ).view(count, channels, height, width)
-        if last:
-            output = output.contiguous(memory_format=torch.channels_last)
+        output = output.contiguous(memory_format=layout)
         return output, mean.view(groups, channels), variance.view(groups, channels)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, ghost_batch={self.ghost_batch}"
 
 
 class PatchWhitening(nn.Conv2d):
-    """A frozen 3x3 convolution whose outputs are uncorrelated and of about the same scale over the training images.
+    """A frozen 3x3 convolution whose outputs are uncorrelated and of about equal scale over the training images.
 
     Its filters are the eigenvectors of the covariance of 3x3 patches, each divided by the root of its eigenvalue (post
-    8, "Input patch whitening"). They are zero until `set_filters`; they are part of the state.
+    8, "Input patch whitening"). They are zero until `set_filters`, and part of the state.
     """
 
     def __init__(self, channels: int) -> None:
@@ -348,23 +329,23 @@ class PatchWhitening(nn.Conv2d):
         self.weight.requires_grad_(False)
 
     def set_filters(self, filters: Tensor) -> None:
-        """filters: as `whitening_filters` returns them."""
+        """filters: from `whitening_filters`."""
         with torch.no_grad():
             self.weight.copy_(filters)
 
 
 def whitening_filters(images: Tensor, epsilon: float = WHITENING_EPSILON) -> Tensor:
-    """The filters (c*9, c, 3, 3) that whiten the 3x3 patches of these images, widest direction first; float32.
+    """The filters (c*9, c, 3, 3), float32, that whiten the 3x3 patches of these images, largest variance first.
 
-    images: (n, c, h, w), as the network is given them: normalised, not padded. On the patches filter i has the
-    variance eigenvalue / (eigenvalue + epsilon). Its sign is such that its largest weight is positive.
+    images: (n, c, h, w), normalised, not padded. The output of a filter on the patches has the variance
+    eigenvalue / (eigenvalue + epsilon). The largest weight of each filter is positive.
     """
     size = images.shape[1] * PATCH * PATCH
     total = torch.zeros(size, dtype=torch.float64, device=images.device)
     products = torch.zeros(size, size, dtype=torch.float64, device=images.device)
     count = 0
-    for some in torch.split(images, 100):  # patches take nine times the memory of the images
-        patches = functional.unfold(some.float(), PATCH)  # (images, size, places)
+    for part in torch.split(images, 100):  # patches take nine times the memory of the images
+        patches = functional.unfold(part.float(), PATCH)  # (images, size, places)
         total += patches.sum((0, 2))
         products += (patches @ patches.mT).sum(0)
         count += patches.shape[0] * patches.shape[2]

@@ -1,4 +1,4 @@
-"""The first five minutes: scikit-learn's 1,797 handwritten digits (8x8 pixels), seconds an epoch on a CPU."""
+"""A job for the first five minutes: scikit-learn's 1,797 handwritten digits, 8x8 pixels, fast on a CPU."""
 
 from __future__ import annotations
 
@@ -48,15 +48,12 @@ class Digits(Job):
 
 @cache
 def _digits() -> dict[str, TensorDataset]:
-    """Always the same stratified fifth for the test: the data set comes without a split of its own."""
-    package = find_spec("sklearn")  # where it is, not its import, which takes most of a second in every job
+    """The test set is always the same stratified fifth, because the data set has no split of its own."""
+    package = find_spec("sklearn")  # importing it would take most of a second in every job
     if package is None or package.origin is None:
-        raise JobError("the digits are scikit-learn's; it is not installed. Say: pip install scikit-learn")
+        raise JobError("the digits are part of scikit-learn, which is not installed; run: pip install scikit-learn")
     table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",", dtype=np.int64)
     pixels = torch.tensor(table[:, :-1] / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
     targets = torch.tensor(table[:, -1])
     test = torch.from_numpy(stratified(table[:, -1], TEST_SHARE, seed=0))
-    return {
-        "train": TensorDataset(pixels[~test], targets[~test]),
-        "test": TensorDataset(pixels[test], targets[test]),
-    }
+    return {"train": TensorDataset(pixels[~test], targets[~test]), "test": TensorDataset(pixels[test], targets[test])}

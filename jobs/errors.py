@@ -1,7 +1,7 @@
-"""The one error of the job side that is meant for the user."""
+"""The error of the job side whose message is for the user."""
 
 from __future__ import annotations
 
 
 class JobError(Exception):
-    """The job lacks something that it needs; the message says what and where to get it."""
+    """The job can't be used as it is. The message says what is wrong or missing and what to do about it."""

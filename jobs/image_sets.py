@@ -1,4 +1,4 @@
-"""What the jobs on torchvision's data sets have in common: images in memory, some of them for trials, statistics."""
+"""What the jobs on torchvision's small data sets share: all images in memory, a subset for trials, statistics."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from pydantic import Field
 from torch import Tensor
 
 from jobs.data import images
+from jobs.data.images import Examples, Statistics
 from jobs.errors import JobError
 from jobs.job import Job, local_path
 from orchestrator.settings.fields import Strict
 
 Count = Annotated[int, Field(ge=1)]
-Examples = tuple[Tensor, Tensor]  # images, uint8 (n, channels, height, width); targets, int64 (n,)
 
 
 class Limits(Strict):
-    """To be derived from by a job's Params."""
+    """Params of a job whose data set can be cut down for trials."""
 
-    train_images: Count | None = None  # for trials: the first of each class, so many in all
+    train_images: Count | None = None  # this many in all, the first ones of each class
     test_images: Count | None = None
 
 
 class ImageSetJob(Job):
-    """training_source_dir is the root of one of torchvision's data sets, which has its test images there too."""
+    """training_source_dir is the root of one of torchvision's data sets, which holds its test images too."""
 
-    NAME: ClassVar[str]  # of the data set, for people
+    NAME: ClassVar[str]  # of the data set, in messages
 
     def open(self, root: str | Path, train: bool, download: bool = False) -> Examples:
-        """All examples of one side. Raises JobError if they are not there."""
-        raise JobError(f"{type(self).__name__} does not say how {self.NAME} is opened: it has no open(root, ...)")
+        """All training or all test examples. Raises JobError if they are not there."""
+        raise JobError(f"{type(self).__name__} has no open(root, train, download); it must return images and targets")
 
     @cached_property
     def training_set(self) -> Examples:
-        return self._side(train=True)
+        return self._examples(train=True)
 
     @cached_property
     def test_set(self) -> Examples:
-        return self._side(train=False)
+        return self._examples(train=False)
 
     @cached_property
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def statistics(self) -> Statistics:
         """Mean and standard deviation of each channel over the training set, of values in [0, 1]."""
         return images.channel_statistics(self.training_set[0])
 
-    def _side(self, train: bool) -> Examples:
-        root = local_path(self.context.settings["training_source_dir"], "training_source_dir")
+    def _examples(self, train: bool) -> Examples:
+        root = local_path(self.context.settings.training_source_dir, "training_source_dir")
         pixels, targets = self.open(root, train)
         chosen = limited(targets, self.params, train)
         return pixels[chosen], targets[chosen]
 
     def prepare(self, download: bool) -> list[str]:
-        root = self.context.settings["training_source_dir"]
+        root = self.context.settings.training_source_dir
         if download and root:
             for train in (True, False):
                 self.open(root, train, download=True)
@@ -65,17 +65,17 @@ class ImageSetJob(Job):
 
 
 def limited(targets: Tensor, limits: Limits, train: bool) -> Tensor:
-    """Indices (int64) of the examples of one side that are used. Raises JobError if they are more than there are, or if
-    a class would have none."""
+    """first_of_each_class, as the limits say for the training or the test examples."""
     count, name = (limits.train_images, "train") if train else (limits.test_images, "test")
     return first_of_each_class(targets, count, f"job_params: {name}_images")
 
 
 def first_of_each_class(targets: Tensor, count: int | None, setting: str) -> Tensor:
-    """Indices (int64, rising) of about so many examples: the first of each class, of all classes equally many, one
-    more of some if it does not come out even. None: all.
+    """Indices (int64, rising) of at most `count` examples, the first ones of each class and about equally many of each.
+    None: all.
 
-    targets: int64 (n,). Raises JobError, naming the setting, if count is more than there are, or less than the classes.
+    targets: int64 (n,). Raises JobError, naming the setting, if count is more than the examples or less than the
+    classes.
     """
     if count is not None and count > len(targets):
         raise JobError(
@@ -88,7 +88,7 @@ def first_of_each_class(targets: Tensor, count: int | None, setting: str) -> Ten
     if count < len(classes):
         raise JobError(f"{setting}: {count} examples can't hold one of each of {len(classes)} classes")
     chosen = torch.zeros(len(targets), dtype=torch.bool)
-    for rank, label in enumerate(classes):
-        wanted = count // len(classes) + (rank < count % len(classes))
+    for number, label in enumerate(classes):
+        wanted = count // len(classes) + (number < count % len(classes))
         chosen[torch.nonzero(targets == label)[:wanted, 0]] = True
     return chosen.nonzero()[:, 0]

@@ -1,9 +1,9 @@
 """LeNet-5 on MNIST (LeCun, Bottou, Bengio and Haffner 1998, "Gradient-Based Learning Applied to Document Recognition").
 
 The sizes are the paper's: 6 feature maps, 16, then 120, 84 and 10 units, on 28x28 pixels padded to 32x32; 61,706
-parameters. Left out are what nobody has kept: the trained coefficients of its pooling, the table of which maps the
-second convolution sees (here it sees all), and the Euclidean distances at its end (here logits, with cross-entropy).
-Its tanh and average pooling are job_params; the default is what is used today, ReLU and max-pooling, with Adam.
+parameters. Unlike the paper, pooling has no trained coefficients, the second convolution sees all maps, and the end is
+logits with cross-entropy, not Euclidean distances. The paper's tanh and average pooling are job_params; the defaults
+are ReLU and max-pooling, with Adam.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from jobs.data import augment, images
+from jobs.data.images import Examples
 from jobs.data.splits import Split
-from jobs.image_sets import Examples, ImageSetJob, Limits
+from jobs.image_sets import ImageSetJob, Limits
 
 SIDE = 28  # pixels
 
@@ -25,7 +26,7 @@ SIDE = 28  # pixels
 class Params(Limits):
     activation: Literal["relu", "tanh"] = "relu"
     pooling: Literal["max", "average"] = "max"
-    shift: Annotated[int, Field(ge=0, le=8)] = 0  # pixels, at most, in each direction, of a training image; 0: none
+    shift: Annotated[int, Field(ge=0, le=8)] = 0  # pixels at most, in each direction, of training images
 
 
 class LeNet5(ImageSetJob):
@@ -33,7 +34,7 @@ class LeNet5(ImageSetJob):
 
     NAME = "MNIST"
     Params = Params
-    default_optimizer = "Adam"  # the profile's momentum is the first of its betas
+    default_optimizer = "Adam"  # the profile's momentum becomes its first beta
 
     def open(self, root: str | Path, train: bool, download: bool = False) -> Examples:
         return images.mnist(root, train, download)
@@ -60,5 +61,5 @@ class LeNet5(ImageSetJob):
         normalize = augment.Normalize(*self.statistics)
         if split != "train" or not self.params.shift:
             return images.ImageTensors(*(self.test_set if split == "test" else self.training_set), [normalize])
-        # What is shifted in is black, as all around a digit.
+        # The new pixels are black, like the border of every digit.
         return images.ImageTensors(*self.training_set, [augment.PadCrop(SIDE, self.params.shift), normalize])

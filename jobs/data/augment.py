@@ -1,9 +1,9 @@
-"""Augmentation of whole batches of images, where they are: on the GPU, or on the CPU.
+"""Augmentation of whole batches of images on the device that they are on.
 
-Each step does to a batch what torchvision.transforms.v2 does to one image at a time, with the same distribution
-and the same values for the same draw. All random numbers of an epoch are drawn at once, on the CPU and from a
-generator of their own, so that they are the same on any device, and an epoch that goes on at some batch needs
-nothing but its seed. No step waits for a GPU.
+Each step does to a batch what torchvision.transforms.v2 does to one image at a time: the same distribution, and the
+same values for the same draw. All random numbers of an epoch are drawn at once, on the CPU and from a separate
+generator, so that they are the same on any device, and an epoch can go on at any batch from its seed alone. No step
+waits for a GPU.
 """
 
 from __future__ import annotations
@@ -15,41 +15,39 @@ from torch import Tensor
 
 from jobs.errors import JobError
 
-BITS = 31  # of a drawn whole number
+BITS = 31  # of a drawn integer
 BYTE = torch.tensor(255, dtype=torch.uint8)
-COPIED_ONE_BY_ONE = 96 * 96  # pixels: from here on a copy for each image is faster on a CPU than one gather for all
-GREY = (0.2989, 0.587, 0.114)  # of red, green, blue (ITU-R BT.601), as torchvision has them
+COPIED_ONE_BY_ONE = 96 * 96  # pixels: on a CPU, crops of at least this size are copied faster than gathered
+GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601), rounded as in torchvision
 
-Drawn = dict[str, Tensor]  # by name; the first dimension of each counts the examples
+Drawn = dict[str, Tensor]  # by name, a row for each example
 Size = int | tuple[int, int]  # pixels: of both sides, or (height, width)
 Range = float | tuple[float, float] | None
 
 
 class Step:
-    """What is done to each image of a batch.
+    """One change to each image of a batch.
 
-    Images are (n, channels, height, width): uint8, or, from `Normalize` on, float32. Their strides are those of
-    torch.channels_last.
+    Images are (n, channels, height, width) in torch.channels_last: uint8, or float32 after `Normalize`.
     """
 
-    once = False  # it draws nothing and keeps uint8: at the beginning of a list it is done once to the whole data set
+    once = False  # True: it draws nothing and keeps uint8, so a leading step is done once, to the whole data set
 
     def parts(self) -> Sequence[Step]:
-        """The steps of which it is made."""
+        """The steps that this one is made of."""
         return (self,)
 
     def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
-        """What each of so many examples needs in this epoch of the lineage, which is the first if 0; on the CPU."""
+        """The random numbers for `count` examples, on the CPU. epoch: its number in the lineage, from 0."""
         return {}
 
     def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
-        """drawn: the rows of what `draw` gave that belong to these images, on their device."""
+        """The changed images. drawn: the rows from `draw` that belong to them, on their device."""
         raise JobError(f"{type(self).__name__} does not say what it does to images: it has no apply(images, drawn)")
 
 
 class Pad(Step):
-    """So many pixels more on each side. mode: "constant" (black), "edge", "reflect" or "symmetric", as torchvision's
-    Pad."""
+    """More pixels on each side, as torchvision's Pad. mode: "constant" (black), "edge", "reflect" or "symmetric"."""
 
     once = True
     MODES = ("constant", "edge", "reflect", "symmetric")
@@ -73,53 +71,50 @@ class Pad(Step):
 
 
 class RandomCrop(Step):
-    """A part of the image, all places equally likely."""
+    """A part of the image; all places are equally likely."""
 
     def __init__(self, size: Size) -> None:
         self.size = _both(size)
 
     def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
-        return {"y": _bits(count, generator), "x": _bits(count, generator)}
+        return _places(count, generator)
 
     def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
         (height, width), (count, channels, rows, columns) = self.size, images.shape
         if height > rows or width > columns:
             raise JobError(f"a crop of {height}x{width} pixels is larger than the images, {rows}x{columns}")
-        down, right = rows - height + 1, columns - width + 1  # places
-        top, left = place(drawn["y"], down), place(drawn["x"], right)
+        tops, lefts = rows - height + 1, columns - width + 1  # how many places there are
+        top, left = place(drawn["y"], tops), place(drawn["x"], lefts)
         pixels = images.permute(0, 2, 3, 1).contiguous()
         if images.device.type == "cpu" and height * width >= COPIED_ONE_BY_ONE:
             cropped = pixels.new_empty(count, height, width, channels)
-            for to, of, y, x in zip(cropped, pixels, top.tolist(), left.tolist(), strict=True):
-                to.copy_(of[y : y + height, x : x + width])
+            for target, source, y, x in zip(cropped, pixels, top.tolist(), left.tolist(), strict=True):
+                target.copy_(source[y : y + height, x : x + width])
             return cropped.permute(0, 3, 1, 2)
         image, row, column, channel = pixels.stride()
-        # Each window of each image as a view: one gather then copies only what is wanted, whole rows at a time.
+        # A view of every window of every image: one gather then copies the chosen windows, whole rows at a time.
         windows = pixels.as_strided(
-            (count, down, right, height, width, channels), (image, row, column, row, column, channel)
+            (count, tops, lefts, height, width, channels), (image, row, column, row, column, channel)
         )
-        which = torch.arange(count, device=images.device)
-        return windows[which, top, left].permute(0, 3, 1, 2)
+        return windows[torch.arange(count, device=images.device), top, left].permute(0, 3, 1, 2)
 
 
-class PadCrop(Step):
-    """Pad, then a random crop, as torchvision's RandomCrop(size, padding, padding_mode=mode). A set is padded once."""
+class PadCrop(RandomCrop):
+    """Pad once, then a random crop each time, as torchvision's RandomCrop(size, padding, padding_mode=mode)."""
 
     def __init__(self, size: Size, padding: int, mode: str = "constant") -> None:
-        self._pad, self._crop = Pad(padding, mode), RandomCrop(size)
+        super().__init__(size)
+        self._pad = Pad(padding, mode)
 
     def parts(self) -> Sequence[Step]:
-        return (self._pad, self._crop)
-
-    def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
-        return self._crop.draw(count, generator, epoch)
+        return (self._pad, RandomCrop(self.size))
 
     def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
-        return self._crop.apply(self._pad.apply(images, {}), drawn)
+        return super().apply(self._pad.apply(images, {}), drawn)
 
 
 class CenterCrop(Step):
-    """The middle of the image, as torchvision's CenterCrop (a smaller image gets black sides)."""
+    """The middle of the image, as torchvision's CenterCrop: a smaller image gets black sides."""
 
     once = True
 
@@ -149,7 +144,7 @@ class Resize(Step):
 
 
 class Flip(Step):
-    """Left to right, every second time on average: torchvision's RandomHorizontalFlip."""
+    """Mirror left and right with probability 1/2, as torchvision's RandomHorizontalFlip."""
 
     def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
         return {"flipped": torch.randint(2, (count,), generator=generator).bool()}
@@ -158,19 +153,18 @@ class Flip(Step):
         flipped = drawn["flipped"].view(-1, 1, 1, 1)
         if images.dtype != torch.uint8:
             return torch.where(flipped, images.flip(3), images)
-        # a ^ ((a ^ b) & all bits or none): a fifth of the time of `where`, which takes bytes one by one
+        # a ^ ((a ^ b) & mask) takes a fifth of the time of `where`, which handles bytes one by one.
         return images.flip(3).bitwise_xor_(images).bitwise_and_(flipped * BYTE).bitwise_xor_(images)
 
 
 class AlternatingFlip(Flip):
-    """Left to right in every second epoch; chance decides for each example whether in the odd or in the even ones.
+    """Mirror each example in every second epoch: in the odd or in the even ones, which is decided at random.
 
-    Any two epochs in a row show each example from both sides (Jordan 2024, arXiv:2404.00498, "94% on CIFAR-10 in
-    3.29 Seconds on a Single GPU").
+    Any two successive epochs show each example both ways (Jordan 2024, arXiv:2404.00498).
     """
 
     def __init__(self, seed: int = 0) -> None:
-        """seed: fixes the choice for the whole lineage."""
+        """seed: of the choice for the whole lineage."""
         self._seed = seed
 
     def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
@@ -179,11 +173,10 @@ class AlternatingFlip(Flip):
 
 
 class Cutout(Step):
-    """A square of zeros, wholly inside the image, all places equally likely (DeVries and Taylor 2017, in the form
-    of Page 2018, "How to Train Your ResNet").
+    """A square of zeros inside the image; all places are equally likely (DeVries and Taylor 2017, as in Page 2018).
 
-    Torchvision's RandomErasing(p=1, ratio=(1, 1), value=0) with the scale of that square. Before `Normalize` zero
-    is black, after it the mean of the data set.
+    It is torchvision's RandomErasing(p=1, ratio=(1, 1), value=0) with the scale of that square. Zero is black before
+    `Normalize`, the data set's mean after it.
     """
 
     def __init__(self, size: int) -> None:
@@ -192,30 +185,29 @@ class Cutout(Step):
         self.size = size
 
     def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
-        return {"y": _bits(count, generator), "x": _bits(count, generator)}
+        return _places(count, generator)
 
     def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
-        if self.size > min(images.shape[2:]):
-            raise JobError(f"a cutout of {self.size} pixels is larger than the images, {_shape(images)}")
-        down, across = (
-            self._covered(side, drawn[name]) for side, name in zip(images.shape[2:], ("y", "x"), strict=True)
-        )
-        return images.masked_fill((down[:, :, None] & across[:, None, :])[:, None], 0)
+        height, width = images.shape[2:]
+        if self.size > min(height, width):
+            raise JobError(f"a cutout of {self.size} pixels is larger than the images, {height}x{width}")
+        rows, columns = self._covered(height, drawn["y"]), self._covered(width, drawn["x"])
+        return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
     def _covered(self, side: int, bits: Tensor) -> Tensor:
-        """(n, side) bool: which rows, or columns, the square covers."""
+        """Which rows (or columns) the square covers, (n, side) bool."""
         first = place(bits, side - self.size + 1)[:, None]
         pixels = torch.arange(side, device=bits.device)
         return (pixels >= first) & (pixels < first + self.size)
 
 
 class Normalize(Step):
-    """(value - mean) / std for each channel, the values taken as in [0, 1]: uint8 becomes float32 on the way."""
+    """(value - mean) / std for each channel, of values in [0, 1]. uint8 images become float32, scaled to [0, 1]."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Raises JobError unless both name as many channels and every std is positive."""
+        """Raises JobError unless both have a value for each channel and every std is positive."""
         if len(mean) != len(std) or not all(s > 0 for s in std):
-            raise JobError(f"mean {list(mean)}, std {list(std)}: one of each for a channel is needed, std above 0")
+            raise JobError(f"mean {list(mean)}, std {list(std)}: each channel needs one of each, and std above 0")
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self._constants: dict[tuple[torch.device, bool], tuple[Tensor, Tensor]] = {}
 
@@ -223,17 +215,18 @@ class Normalize(Step):
         if images.shape[1] != len(self.mean):
             raise JobError(f"normalisation of {len(self.mean)} channels; the images have {images.shape[1]}")
         scale, shift = self._on(images.device, images.is_floating_point())
-        if images.device.type == "cpu" and images.dtype in (torch.uint8, torch.float32) and _is_pixel_by_pixel(images):
-            # Whole rows of pixels at a time: a CPU is slow at a factor for each of three neighbouring numbers.
+        channels_last = images.permute(0, 2, 3, 1).is_contiguous()
+        if images.device.type == "cpu" and images.dtype in (torch.uint8, torch.float32) and channels_last:
+            # Whole rows of pixels at a time: a CPU is slow where neighbouring numbers have different factors.
             normalized = images.float() if images.dtype == torch.uint8 else images.clone()
             width = images.shape[3]
             rows = normalized.permute(0, 2, 3, 1).view(-1, width * len(self.mean))
             rows.mul_(scale.flatten().repeat(width)).add_(shift.flatten().repeat(width))
             return normalized
-        return images.mul(scale).add_(shift)  # with the conversion to float32 two passes over the data, not four
+        return images.mul(scale).add_(shift)  # two passes over the data, the conversion to float32 included
 
     def _on(self, device: torch.device, floating: bool) -> tuple[Tensor, Tensor]:
-        """Factor and summand, (1, channels, 1, 1). Kept: a copy to a GPU for each batch would wait for it."""
+        """Factor and summand, (1, channels, 1, 1); kept, because a copy to a GPU for each batch would wait for it."""
         if (device, floating) not in self._constants:
             mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.mean, self.std))
             scale = 1 / std if floating else 1 / (255 * std)
@@ -242,13 +235,13 @@ class Normalize(Step):
 
 
 def place(bits: Tensor, places: int | Tensor) -> Tensor:
-    """Drawn whole numbers as places, 0 to places - 1, each as likely (to 1 in 2**31 / places)."""
+    """Drawn integers as places from 0 to places - 1, equally likely (up to places / 2**31)."""
     return (bits * places) >> BITS
 
 
-def _bits(count: int, generator: torch.Generator) -> Tensor:
-    """Not yet places: the size of the images, and so their number, is not known where they are drawn."""
-    return torch.randint(2**BITS, (count,), generator=generator)
+def _places(count: int, generator: torch.Generator) -> Drawn:
+    """Integers for `place`, because the size of the images is not known when they are drawn."""
+    return {name: torch.randint(2**BITS, (count,), generator=generator) for name in ("y", "x")}
 
 
 def _both(size: Size) -> tuple[int, int]:
@@ -258,23 +251,15 @@ def _both(size: Size) -> tuple[int, int]:
     return height, width
 
 
-def _is_pixel_by_pixel(images: Tensor) -> bool:
-    """Are the channels of a pixel beside each other in memory, and the pixels of a row?"""
-    return images.permute(0, 2, 3, 1).is_contiguous()
-
-
-def _shape(images: Tensor) -> str:
-    return f"{images.shape[2]}x{images.shape[3]}"
-
-
 # --- colours
 
 
 class ColorJitter(Step):
     """Brightness, contrast, saturation and hue, as torchvision's ColorJitter changes a single uint8 image.
 
-    A number b means factors from max(0, 1 - b) to 1 + b (hue: shifts from -b to b of the whole circle), a pair
-    the factors themselves, None no change. Images: uint8 of 1 or 3 channels; grey ones have no saturation and no hue.
+    A number b means factors from max(0, 1 - b) to 1 + b (hue: shifts from -b to b of the circle), a pair gives the
+    lowest and the highest factor, None means no change. Images: uint8 of 1 or 3 channels; grey ones have no saturation
+    and no hue.
     """
 
     def __init__(
@@ -289,34 +274,23 @@ class ColorJitter(Step):
             name: low + (high - low) * torch.rand(count, generator=generator)
             for name, (low, high) in self._ranges.items()
         }
-        return drawn | {"order": torch.rand(count, len(self._ranges), generator=generator).argsort(dim=1)}
+        drawn["order"] = torch.rand(count, len(self._ranges), generator=generator).argsort(dim=1)
+        return drawn
 
     def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
         if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
             raise JobError(f"ColorJitter: {images.shape[1]} channels of {images.dtype}; it needs 1 or 3 of torch.uint8")
         images = images.clone()
-        for turn in drawn["order"].unbind(dim=1):
+        for next_change in drawn["order"].unbind(dim=1):
             for number, name in enumerate(self._ranges):
-                rows = torch.nonzero(turn == number).flatten()
+                rows = torch.nonzero(next_change == number).flatten()
                 if len(rows):
                     images[rows] = CHANGES[name](images[rows], drawn[name][rows].view(-1, 1, 1, 1))
         return images
 
 
-def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return images.mul(factor).clamp_(0, 255).to(torch.uint8)
-
-
-def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    return _blend(images, _grey(images).mean(dim=(1, 2, 3), keepdim=True), factor)
-
-
-def _saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return images if images.shape[1] == 1 else _blend(images, _grey(images), factor)
-
-
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Through hue, saturation and value (Smith 1978) and back."""
+    """By way of hue, saturation and value (Smith 1978)."""
     if images.shape[1] == 1:
         return images
     red, green, blue = scaled = images.float().div_(255).unbind(dim=1)
@@ -325,42 +299,41 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     safe = torch.where(chroma == 0, 1.0, chroma)
     sixth = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     sixth = torch.where(value == red, (green - blue) / safe, sixth) + 6 * shift[:, 0]
-    distance = [(number + sixth).remainder(6) for number in (5, 3, 1)]  # of each channel's own colour on the circle
+    distance = [(number + sixth).remainder(6) for number in (5, 3, 1)]  # to each channel's colour on the circle
     shifted = [value - chroma * torch.minimum(d, 4 - d).clamp_(0, 1) for d in distance]
-    # 255.999: torchvision's way from [0, 1] to whole numbers, each of which gets an equal share
+    # torchvision, too, multiplies by 255.999, so that each integer gets an equal share of [0, 1]
     return torch.stack(shifted, dim=1).mul_(255.999).to(torch.uint8)
 
 
 CHANGES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "brightness": _brightness,
-    "contrast": _contrast,
-    "saturation": _saturation,
+    "brightness": lambda images, factor: _blend(images, 0.0, factor),
+    "contrast": lambda images, factor: _blend(images, _grey(images).mean(dim=(1, 2, 3), keepdim=True), factor),
+    "saturation": lambda images, factor: images if images.shape[1] == 1 else _blend(images, _grey(images), factor),
     "hue": _hue,
 }
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Luminance as whole numbers, (n, 1, h, w) float32."""
+    """Luminance, rounded down, (n, 1, h, w) float32."""
     if images.shape[1] == 1:
         return images.float()
     red, green, blue = images.unbind(dim=1)
     return red.mul(GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2]).floor_().unsqueeze(1)
 
 
-def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+def _blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
     return images.mul(factor).add_(other * (1 - factor)).clamp_(0, 255).to(torch.uint8)
 
 
 def _range(name: str, value: float | tuple[float, float]) -> tuple[float, float]:
-    middle, lowest, highest = (0.0, -0.5, 0.5) if name == "hue" else (1.0, 0.0, float("inf"))
+    hue = name == "hue"
+    middle, lowest, highest = (0.0, -0.5, 0.5) if hue else (1.0, 0.0, float("inf"))
     if isinstance(value, tuple):
         low, high = value
     else:
         low, high = middle - value, middle + value
-        low = low if name == "hue" else max(low, lowest) if value >= 0 else low
+        low = max(low, lowest) if value >= 0 and not hue else low
     if not lowest <= low <= high <= highest:
-        allowed = (
-            "a number from 0 to 0.5 or a pair within -0.5 to 0.5" if name == "hue" else "0 or more, or such a pair"
-        )
+        allowed = "a number from 0 to 0.5 or a pair within -0.5 to 0.5" if hue else "0 or more, or such a pair"
         raise JobError(f"ColorJitter: {name} {value} is not allowed; it must be {allowed}, the lower first")
     return low, high

@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def map_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same structure, each tensor changed; whatever else is in it stays."""
+    """The same structure with each tensor changed; everything else stays."""
     return map_leaves(batch, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
 def map_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """The same structure, each part of it that has no parts itself changed; a list of strings has none."""
+    """The same structure with each value changed that is not a container. A list of strings counts as one value."""
     if isinstance(batch, Mapping):
         changed = {key: map_leaves(value, change) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return changed
-        same = copy.copy(batch)  # a kind of its own, such as transformers' BatchEncoding
+        same = copy.copy(batch)  # keeps a class such as transformers' BatchEncoding
         same.update(changed)
         return same
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -36,18 +36,18 @@ def map_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 def tensors(batch: Any) -> Iterator[Tensor]:
     """Every tensor of a batch, in order."""
-    found: list[Tensor] = []
+    listed: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        listed.append(tensor)
         return tensor
 
     map_tensors(batch, note)
-    return iter(found)
+    return iter(listed)
 
 
 def part(batch: Any, whole: int, first: int, end: int) -> Any:
-    """The examples from first to end of a batch that has `whole` of them. What is no value for each example stays."""
+    """The examples from first to end of a batch of `whole` examples. Values that are not per example stay."""
 
     def cut(leaf: Any) -> Any:
         per_example = (isinstance(leaf, Tensor) and leaf.ndim > 0) or isinstance(leaf, list | tuple)

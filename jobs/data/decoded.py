@@ -1,4 +1,4 @@
-"""Pictures of any size, decoded and resized once (decode_cache): on the device where they fit, else fetched."""
+"""Pictures of any size, decoded and resized once (decode_cache): on the device if they fit there, else fetched."""
 
 from __future__ import annotations
 
@@ -13,39 +13,46 @@ from torch.utils.data import Dataset
 
 from jobs.data.augment import CenterCrop, Drawn, RandomCrop, Step, place
 from jobs.data.decode_cache import Decoded
-from jobs.data.feeds import BatchPlan, Epoch, Feed, OwnFeed, loader_processes, plan_loader, resident_bytes
-from jobs.data.images import ImageFeed, ImageTensors, as_floats, draw_epoch, draws, one_example, steps_of
+from jobs.data.feeds import Epoch, Feed, OwnFeed, loader_processes, plan_loader, resident_bytes
+from jobs.data.images import ImageFeed, ImageTensors, apply_steps, draw_epoch, draws, moved, one_example, steps_of
 from jobs.errors import JobError
 
 
 class DecodedImages(OwnFeed):
     """Decoded pictures, a target for each, and the steps that make them the model's input.
 
-    Those of one size that fit into memory_bytes on the device are ImageTensors there. All others are fetched by
-    processes, which crop them; the steps after the crop are done to whole batches on the device. Both give the same.
+    Pictures of one size that fit into memory_bytes on the device become ImageTensors there. All others are fetched and
+    cropped by processes, and the steps after the crop are applied to whole batches on the device. Both ways give the
+    same batches.
     """
 
     def __init__(
         self, pictures: Decoded, targets: Sequence[int], steps: Sequence[Step] = (), memory_bytes: float | None = None
     ) -> None:
-        """memory_bytes: None for what `resident_bytes` says. Pictures of different sizes must be cropped by the first
-        step, RandomCrop or CenterCrop. Raises JobError if they are not, or if there are not as many targets."""
+        """memory_bytes: None for `resident_bytes`. Raises JobError if there are not as many targets as pictures, or if
+        the sizes differ and the first step is not a RandomCrop or CenterCrop."""
         if len(pictures) != len(targets):
             raise JobError(f"DecodedImages: {len(pictures)} pictures and {len(targets)} targets")
         self.pictures = pictures
         self.targets = list(targets)
         self.steps = steps_of(steps)
         self._memory_bytes = memory_bytes
-        if not pictures.equal and not isinstance(next(iter(self.steps), None), RandomCrop | CenterCrop):
+        if not pictures.equal and self.crop is None:
             raise JobError("pictures of different sizes: the first step must be RandomCrop or CenterCrop")
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One example as a feed would give it, by a draw from torch's global random state."""
+        """One example as a feed would give it, drawn from torch's global random state."""
         image = torch.from_numpy(np.array(self.pictures[index])).permute(2, 0, 1)
         return one_example(image, self.steps), self.targets[index]
+
+    @property
+    def crop(self) -> RandomCrop | CenterCrop | None:
+        """The first step, if it is a crop."""
+        first = next(iter(self.steps), None)
+        return first if isinstance(first, RandomCrop | CenterCrop) else None
 
     def feed(self, indices: Sequence[int], batch_size: int, device: torch.device, cores: int) -> Feed:
         allowed = resident_bytes(device) if self._memory_bytes is None else self._memory_bytes
@@ -53,14 +60,13 @@ class DecodedImages(OwnFeed):
             height, width = self.pictures.shapes[0].tolist()
             if len(indices) * height * width * 3 <= allowed:
                 pixels = torch.from_numpy(self.pictures.pixels.reshape(-1, height, width, 3)).permute(0, 3, 1, 2)
-                return ImageFeed(
-                    ImageTensors(pixels, torch.tensor(self.targets), self.steps), indices, batch_size, device
-                )
+                images = ImageTensors(pixels, torch.tensor(self.targets), self.steps)
+                return ImageFeed(images, indices, batch_size, device)
         return DecodedFeed(self, indices, batch_size, device, loader_processes(device, cores))
 
 
 class DecodedFeed(Feed):
-    """Batches are cropped by processes that stay, in pinned memory, some ahead; the rest is done on the device."""
+    """Processes that stay crop the batches, some ahead, into pinned memory; the other steps run on the device."""
 
     def __init__(
         self, data: DecodedImages, indices: Sequence[int], batch_size: int, device: torch.device, processes: int
@@ -72,31 +78,26 @@ class DecodedFeed(Feed):
         chosen = np.asarray(indices, dtype=np.int64)
         self._shapes = torch.from_numpy(data.pictures.shapes[chosen])
         self._targets = torch.tensor(data.targets)[torch.from_numpy(chosen)].to(device)
-        first = next(iter(data.steps), None)
-        self._crop = first if isinstance(first, RandomCrop | CenterCrop) else None
-        self._plan = BatchPlan()
+        self._crop = data.crop
+        self._plan: list[Any] = []
         height, width = self._crop.size if self._crop is not None else data.pictures.shapes[0].tolist()
         self._window = (height, width)
-        source = _Windows(data.pictures, chosen, height, width)
-        self._loader = plan_loader(source, self._plan, device, processes)
+        self._loader = plan_loader(_Windows(data.pictures, chosen, self._window), self._plan, device, processes)
 
     def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
         drawn = draw_epoch(self._steps, self.count, epoch)
         tops, lefts = self._places(drawn[0] if drawn else {})
-        steps = self._steps[1:] if self._crop is not None else self._steps
-        used = drawn[len(drawn) - len(steps) :]
-        rows = [{name: values.to(self._device) for name, values in one.items()} for one in used]
-        chunks = torch.split(order, self.batch_size)[first_batch::every]
-        self._plan.batches = [(chosen.numpy(), tops[chosen].numpy(), lefts[chosen].numpy()) for chosen in chunks]
-        for pixels, chosen in zip(self._loader, chunks, strict=False):  # the loader first: it has to see its end
-            here = chosen.to(self._device, non_blocking=True)
+        later = 0 if self._crop is None else 1  # the first step for the device
+        steps, rows = self._steps[later:], moved(drawn[later:], self._device)
+        chunks = self._chunks(order, first_batch, every)
+        self._plan[:] = [(chosen.numpy(), tops[chosen].numpy(), lefts[chosen].numpy()) for chosen in chunks]
+        for pixels, places in zip(self._loader, chunks, strict=False):  # the loader first: it has to see its end
+            chosen = places.to(self._device, non_blocking=True)
             images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-            for step, some in zip(steps, rows, strict=True):
-                images = step.apply(images, {name: values[here] for name, values in some.items()})
-            yield as_floats(images), self._targets[here]
+            yield apply_steps(images, steps, rows, chosen), self._targets[chosen]
 
     def _places(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
-        """Where each window begins, rows and columns, (n,) int64."""
+        """The first row and the first column of each window, (n,) int64."""
         room = self._shapes - torch.tensor(self._window)
         if self.count and int(room.min()) < 0:
             smallest = self._shapes[int(room.amin(dim=1).argmin())].tolist()
@@ -111,8 +112,8 @@ class DecodedFeed(Feed):
 class _Windows(Dataset[Any]):
     """A batch of windows, (n, height, width, 3) uint8."""
 
-    def __init__(self, pictures: Decoded, indices: NDArray[np.int64], height: int, width: int) -> None:
-        self._pictures, self._indices, self._size = pictures, indices, (height, width)
+    def __init__(self, pictures: Decoded, indices: NDArray[np.int64], size: tuple[int, int]) -> None:
+        self._pictures, self._indices, self._size = pictures, indices, size
 
     def __getitem__(self, batch: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]) -> Tensor:
         height, width = self._size

@@ -1,8 +1,8 @@
-"""Images that fit into the device's memory: all of them lie there as uint8, and a batch is an index and its steps."""
+"""Images that fit into the device's memory: they all lie there as uint8; a batch is an index and its steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ from jobs.data.feeds import Epoch, Feed, OwnFeed
 from jobs.data.randomness import hash_seed
 from jobs.errors import JobError
 
-AT_ONCE = 1024  # images, where each step makes a copy of them
-DRAWS = 1  # what the epoch's seed is for here, beside the order
+Examples = tuple[Tensor, Tensor]  # images, uint8 (n, channels, height, width); targets, int64 (n,)
+Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of each channel
+
+AT_ONCE = 1024  # images that a step copies at a time
+DRAWS = 1  # tells the seed of an epoch's augmentation from other uses of the epoch's seed
 
 
 class ImageTensors(OwnFeed):
@@ -25,12 +28,12 @@ class ImageTensors(OwnFeed):
     def __init__(self, images: Tensor, targets: Tensor, steps: Sequence[Step] = ()) -> None:
         """images: uint8 (n, channels, height, width), any strides; targets: (n, ...), for classes int64 (n,).
 
-        steps: of jobs.data.augment, in order. What is uint8 after the last becomes float32 in [0, 1]. Raises JobError
-        if the images are something else, or if there are not as many targets.
+        steps: from jobs.data.augment, in order. Images still uint8 after the last one become float32 in [0, 1]. Raises
+        JobError for other images, or for another number of targets.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
-            found = f"{images.dtype} of shape {tuple(images.shape)}"
-            raise JobError(f"ImageTensors: images are {found}; they must be torch.uint8 (n, channels, height, width)")
+            given = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise JobError(f"ImageTensors: images are {given}; they must be torch.uint8 (n, channels, height, width)")
         if len(images) != len(targets):
             raise JobError(f"ImageTensors: {len(images)} images and {len(targets)} targets")
         self.images = images
@@ -41,8 +44,8 @@ class ImageTensors(OwnFeed):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One example as a feed would give it, by a draw from torch's global random state. For data sets that are
-        built of this one; whole ones are fed many times faster by `feed`."""
+        """One example as a feed would give it, drawn from torch's global random state. For data sets built on this one,
+        such as a Subset; `feed` is many times faster."""
         return one_example(self.images[index], self.steps), self.targets[index]
 
     def feed(self, indices: Sequence[int], batch_size: int, device: torch.device, cores: int) -> Feed:
@@ -52,8 +55,8 @@ class ImageTensors(OwnFeed):
 class ImageFeed(Feed):
     """A batch is gathered on the device and goes through the steps there: float32, channels_last.
 
-    The steps at the beginning that draw nothing (resizing, padding) are done once to all images. All random numbers
-    of an epoch are drawn at its start, on the CPU.
+    Leading steps that draw nothing (resizing, padding) are done once, to all images. All random numbers of an epoch
+    are drawn at its start, on the CPU.
     """
 
     def __init__(self, data: ImageTensors, indices: Sequence[int], batch_size: int, device: torch.device) -> None:
@@ -67,14 +70,10 @@ class ImageFeed(Feed):
         self._device = device
 
     def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
-        drawn = [_to(one, self._device) for one in draw_epoch(self._steps, self.count, epoch)]
-        order = order.to(self._device)
-        for start in range(first_batch * self.batch_size, self.count, every * self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        drawn = moved(draw_epoch(self._steps, self.count, epoch), self._device)
+        for chosen in self._chunks(order.to(self._device), first_batch, every):
             images = self._pixels.index_select(0, chosen).permute(0, 3, 1, 2)
-            for step, rows in zip(self._steps, drawn, strict=True):
-                images = step.apply(images, {name: values[chosen] for name, values in rows.items()})
-            yield as_floats(images), self._targets[chosen]
+            yield apply_steps(images, self._steps, drawn, chosen), self._targets[chosen]
 
 
 def steps_of(steps: Sequence[Step]) -> list[Step]:
@@ -88,17 +87,28 @@ def draws(steps: Sequence[Step]) -> bool:
 
 
 def draw_epoch(steps: Sequence[Step], count: int, epoch: Epoch) -> list[Drawn]:
-    """All random numbers of an epoch, for each step, on the CPU; row i is example i's, wherever it comes."""
+    """All random numbers of an epoch, for each step, on the CPU; row i is for example i, wherever it comes."""
     generator = torch.Generator().manual_seed(hash_seed(epoch.seed, DRAWS))
     return [step.draw(count, generator, epoch.number) for step in steps]
 
 
+def moved(drawn: Sequence[Drawn], device: torch.device) -> list[Drawn]:
+    return [{name: values.to(device) for name, values in rows.items()} for rows in drawn]
+
+
+def apply_steps(images: Tensor, steps: Sequence[Step], drawn: Sequence[Drawn], chosen: Tensor) -> Tensor:
+    """The model's input. drawn: of the whole epoch, for each step; chosen: which rows of it belong to these images."""
+    for step, rows in zip(steps, drawn, strict=True):
+        images = step.apply(images, {name: values[chosen] for name, values in rows.items()})
+    return as_floats(images)
+
+
 def one_example(image: Tensor, steps: Sequence[Step]) -> Tensor:
-    """uint8 (channels, height, width) as float32 after the steps, by a draw from torch's global random state."""
+    """uint8 (channels, height, width) as float32 after the steps, drawn from torch's global random state."""
     images = image[None].contiguous(memory_format=torch.channels_last)
     for step in steps:
         if isinstance(step, AlternatingFlip):
-            raise JobError("AlternatingFlip needs the epoch's number, which a single example has not; use Flip()")
+            raise JobError("AlternatingFlip needs the epoch's number, which a single example does not have; use Flip()")
         images = step.apply(images, step.draw(1, torch.default_generator))
     return as_floats(images)[0]
 
@@ -113,7 +123,7 @@ def as_floats(images: Tensor) -> Tensor:
 def _prepared(images: Tensor, chosen: Tensor, steps: Sequence[Step], device: torch.device) -> Tensor:
     """The chosen images after these steps, on the device: uint8 (n, height, width, channels), contiguous."""
     if not steps and torch.equal(chosen, torch.arange(len(images))):
-        return images.to(device).permute(0, 2, 3, 1).contiguous()  # no copy of what lies there already
+        return images.to(device).permute(0, 2, 3, 1).contiguous()  # does not copy images that lie like this already
     whole: Tensor | None = None
     for start in range(0, max(1, len(chosen)), AT_ONCE):
         some = images[chosen[start : start + AT_ONCE].to(images.device)].to(device)
@@ -127,19 +137,17 @@ def _prepared(images: Tensor, chosen: Tensor, steps: Sequence[Step], device: tor
     return whole
 
 
-def _to(drawn: Drawn, device: torch.device) -> Mapping[str, Tensor]:
-    return {name: values.to(device) for name, values in drawn.items()}
+# --- statistics
 
 
-# --- what is known of a data set
+def channel_statistics(images: Tensor) -> Statistics:
+    """Mean and standard deviation of each channel, of values in [0, 1], from exact sums.
 
-
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of values in [0, 1]; exact sums. images: uint8 (n, channels,
-    height, width), which must be the training set's: what is learned from a test set is no test."""
+    images: uint8 (n, channels, height, width), of the training set only: the test set must not influence the model.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
-        found = f"{images.dtype} of shape {tuple(images.shape)}"
-        raise JobError(f"channel statistics of {found}: it must be torch.uint8 (n, channels, height, width), n above 0")
+        given = f"{images.dtype} of shape {tuple(images.shape)}"
+        raise JobError(f"channel statistics of {given}: it must be torch.uint8 (n, channels, height, width), n above 0")
     counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
     for some in torch.split(images, AT_ONCE):
         for channel, values in enumerate(some.unbind(dim=1)):
@@ -147,41 +155,41 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return statistics_of(counts)
 
 
-def statistics_of(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The same, of how often each value occurs in each channel, (channels, 256)."""
+def statistics_of(counts: Tensor) -> Statistics:
+    """The same from how often each value occurs in each channel, (channels, 256)."""
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(dim=1, keepdim=True)
     mean = share @ values
     variance = (share * (values - mean[:, None]) ** 2).sum(dim=1)
     if not (variance > 0).all():
-        raise JobError("all pixels of a channel have the same value; nothing can be learned from that, leave it out")
+        raise JobError("all pixels of a channel have the same value; nothing can be learned from it, leave it out")
     return tuple(mean.tolist()), tuple(variance.sqrt().tolist())
 
 
-# --- data sets of torchvision's, as tensors
+# --- torchvision's data sets as tensors
 
 
-def cifar10(root: str | Path, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
-    """uint8 (50,000 or 10,000, 3, 32, 32) and int64. Raises JobError if it is not in the root and can't be fetched."""
+def cifar10(root: str | Path, train: bool, download: bool = False) -> Examples:
+    """50,000 or 10,000 images (3, 32, 32). Raises JobError if they are not in the root and can't be fetched."""
     from torchvision.datasets import CIFAR10
 
-    found = open_set(CIFAR10, "CIFAR-10", root, train, download)
-    return torch.from_numpy(found.data).permute(0, 3, 1, 2), torch.tensor(found.targets)
+    opened = open_set(CIFAR10, "CIFAR-10", root, train, download)
+    return torch.from_numpy(opened.data).permute(0, 3, 1, 2), torch.tensor(opened.targets)
 
 
-def mnist(root: str | Path, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
-    """uint8 (60,000 or 10,000, 1, 28, 28) and int64. Raises JobError if it is not in the root and can't be fetched."""
+def mnist(root: str | Path, train: bool, download: bool = False) -> Examples:
+    """60,000 or 10,000 images (1, 28, 28). Raises JobError if they are not in the root and can't be fetched."""
     from torchvision.datasets import MNIST
 
-    found = open_set(MNIST, "MNIST", root, train, download)
-    return found.data[:, None], found.targets
+    opened = open_set(MNIST, "MNIST", root, train, download)
+    return opened.data[:, None], opened.targets
 
 
 def open_set(kind: Callable[..., Any], name: str, root: str | Path, train: bool, download: bool) -> Any:
-    """kind(root, train=..., download=...), one of torchvision's. Raises JobError, calling it by this name."""
+    """kind(root, train=..., download=...), a class of torchvision's. Raises JobError, which names the data set."""
     try:
         return kind(str(root), train=train, download=download)
-    except (RuntimeError, OSError) as error:  # torchvision's for missing or damaged files; and what reading them raises
+    except (RuntimeError, OSError) as error:  # RuntimeError: torchvision's for missing or damaged files
         if download:
             raise JobError(
                 f"{name} can't be downloaded to training_source_dir {root}: {error}. Run `orch prepare SETTINGS` on a "

@@ -17,11 +17,17 @@ Split = Literal["train", "validation", "test"]
 def split(data: Dataset[Any], validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices for training and for validation: a share of each class, fixed by the seed.
 
-    A data set that has no labels to read is split without regard to classes. Raises JobError if a class has
-    too few examples for both sides.
+    A data set without readable labels is split without regard to classes. Raises JobError if a class has too few
+    examples for both sides.
     """
     count = len(data)  # type: ignore[arg-type]  # a Dataset that we can index has a length
-    labels = labels_of(data)
+    return split_labels(labels_of(data), count, validation_fraction, seed)
+
+
+def split_labels(
+    labels: Sequence[int] | None, count: int, validation_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """`split` for a data set of `count` examples with these labels (None: not known)."""
     groups = np.zeros(count, dtype=np.int64) if labels is None else np.asarray(labels)
     kept = stratified(groups, validation_fraction, seed)
     alone = np.setdiff1d(groups, np.intersect1d(groups[kept], groups[~kept]))
@@ -29,20 +35,20 @@ def split(data: Dataset[Any], validation_fraction: float, seed: int) -> tuple[li
         which = f" of the classes {alone[:10].tolist()}" if labels is not None else ""
         raise JobError(
             f"{count} examples can't be split into training and validation: one side would have none{which}. "
-            "A class needs 2 examples at least; add some, or leave these classes out"
+            "A class needs at least 2 examples; add some, or leave these classes out"
         )
     return np.flatnonzero(~kept).tolist(), np.flatnonzero(kept).tolist()
 
 
 def stratified(groups: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which examples are in the sample: of each group this fraction, to the nearest whole number, but at least
-    one, and at least one left over (of a group of one: none).
+    """Which examples are in the sample: this fraction of each group, rounded, but at least one example, and at least
+    one left over. A group of one example gives none.
 
-    NumPy's and not scikit-learn's, whose import takes longer (0.8 s) than all else that orch does between two
-    jobs of a chain. groups: (n,), any order; returns (n,) bool. The same for the same arguments, always.
+    groups: (n,), in any order; returns (n,) bool. Equal arguments always give equal results. It uses NumPy, because
+    importing scikit-learn (0.8 s) takes longer than everything else that orch does between two jobs of a chain.
     """
     chosen = np.zeros(len(groups), dtype=np.bool_)
-    generator = np.random.Generator(np.random.PCG64(seed))  # named: default_rng may change with NumPy
+    generator = np.random.Generator(np.random.PCG64(seed))  # default_rng may change with NumPy
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
         size = min(max(round(fraction * len(members)), 1), len(members) - 1)
@@ -51,16 +57,16 @@ def stratified(groups: NDArray[np.int64], fraction: float, seed: int) -> NDArray
 
 
 def labels_of(data: Dataset[Any]) -> Sequence[int] | None:
-    """The classes of a data set without loading its examples, where it tells."""
+    """The classes of a data set, if it lists them: they are read without loading examples."""
     for name in ("targets", "labels", "_labels"):
-        found = getattr(data, name, None)
-        if found is not None:
-            return _whole_numbers(found)
+        labels = getattr(data, name, None)
+        if labels is not None:
+            return _integers(labels)
     if isinstance(data, TensorDataset) and len(data.tensors) > 1:
-        return _whole_numbers(data.tensors[-1])
+        return _integers(data.tensors[-1])
     return None
 
 
-def _whole_numbers(labels: Any) -> Sequence[int] | None:
+def _integers(labels: Any) -> Sequence[int] | None:
     values = np.asarray(labels)
     return values.tolist() if values.ndim == 1 and np.issubdtype(values.dtype, np.integer) else None

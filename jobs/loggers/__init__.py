@@ -1,4 +1,4 @@
-"""Loggers: where a run's curves go. `"loggers"` of the settings names them: built in, or "my_module:MyLogger"."""
+"""Loggers: where a run's curves go. The setting "loggers" names them: built in, or "my_module:MyLogger"."""
 
 from __future__ import annotations
 

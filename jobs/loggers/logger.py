@@ -16,24 +16,24 @@ TRAIN_LOSS, LEARNING_RATE = "train/loss", "train/learning_rate"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a logger is told when it is made."""
+    """What a logger is given when it is made."""
 
     run: str  # the run's name
     folder: Path  # the run's logs; a logger makes a folder of its own in it
-    lock: LockKind = "soft"  # which one holds on this file system, for what several workers write
+    lock: LockKind = "soft"  # the kind that holds on this file system, for files that several workers write
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """The curves of one chunk. Their x axis are the optimizer steps of the lineage, so that the curves of a chunk
-    begin where those of its parent end."""
+    """The curves of one chunk. Their x axis is the lineage's optimizer steps, so a chunk's curves begin where those of
+    its parent end."""
 
     name: str  # chunk-00000012
     chunk: int
     tags: Mapping[str, str | int]  # the lineage: run, chunk, parent_chunk, founder, profile, worker, ...
     step: int  # the first that is written now
     new: bool = True  # False: an earlier job began it
-    rewrites: bool = False  # an earlier job, which died, may have written steps from `step` on: they are trained anew
+    rewrites: bool = False  # True: a job that died may have written steps from `step` on, which are trained again
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class Points:
 
 
 class Logger:
-    """Where curves go. Every method is called in one thread, which is not the training's: what it waits for holds
-    nothing up, and what it raises turns this logger off for the rest of the job.
+    """Where curves go. All methods are called in one thread, which is not the training's: waiting in them delays
+    nothing, and an error in one of them turns this logger off for the rest of the job.
 
-    Import what takes time inside the methods, not with the module.
+    Import slow libraries inside the methods, not at the top of the module.
     """
 
     def __init__(self, place: Place) -> None:
@@ -58,17 +58,17 @@ class Logger:
         self.lock = place.lock
 
     def begin(self, series: Series) -> None:
-        """A chunk begins, or goes on (not series.new)."""
+        """A chunk begins, or continues (not series.new)."""
 
     def log(self, points: Points) -> None:
         """Points of the chunk that was begun last."""
 
     def judge(self, promoted: bool) -> None:
-        """The chunk's model enters the board, or is dropped."""
+        """The chunk's model was admitted to the board or not."""
 
     def test(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The model that this chunk made was tested; `orch evaluate` does that. By default they are points."""
-        self.log(test_points(step, metrics))
+        """`orch evaluate` tested this chunk's model. By default the metrics are logged as points."""
+        self.log(Points([step], [time.time()], {f"test/{name}": [value] for name, value in metrics.items()}))
 
     def end(self) -> None:
         """The chunk is over or suspended: write what is left."""
@@ -77,20 +77,16 @@ class Logger:
         """The process ends; the last chunk was ended."""
 
 
-def test_points(step: int, metrics: Mapping[str, float]) -> Points:
-    return Points([step], [time.time()], {f"test/{name}": [value] for name, value in metrics.items()})
-
-
 def run_id(folder: Path) -> str:
-    """Eight characters that no other run has, also not one of the same name: for services that keep many runs in one
-    place. Whichever worker asks first writes them down. Raises OSError."""
+    """Eight characters that identify the run, also among runs of the same name, for services that keep many runs in
+    one place. The first worker that asks writes them down. Raises OSError."""
     path = folder / "run-id"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         mine = folder / f".run-id-{secrets.token_hex(8)}"
         mine.write_text(secrets.token_hex(4))
         try:
-            os.link(mine, path)  # once or not at all, also between nodes
+            os.link(mine, path)  # atomic, also between nodes
         except FileExistsError:
             pass
         finally:

@@ -1,11 +1,11 @@
-"""MLflow: a run for each chunk, in an experiment of the orch run's name. Without MLFLOW_TRACKING_URI all of them are in
-one SQLite file of the run."""
+"""MLflow: a run for each chunk, in an experiment named after the orch run. Without MLFLOW_TRACKING_URI they are all
+in one SQLite file of the run."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from jobs.loggers.logger import Logger, Place, Points, Series, run_id
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FILE = "mlflow.db"
-MOST_METRICS = 1000  # that MLflow takes in one call
+MOST_METRICS = 1000  # in one call, by MLflow's own limit
 SERIES_TAG = "orch.series"
 
 
 class MLflow(Logger):
-    """Several workers write to one SQLite file, and SQLite's own locks are not to be trusted on every shared file
-    system: each group of calls is made under the lock that was proven there at launch, and no connection is kept."""
+    """Several workers write to one SQLite file, and SQLite's own locks do not hold on every shared file system: each
+    group of calls is made under the lock that was proven there at launch, and no connection is kept."""
 
     _client: MlflowClient
     _experiment: str
@@ -36,8 +36,8 @@ class MLflow(Logger):
             os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
             self._locked: Callable[[], Any] = self._file_locked
         else:
-            self._locked = _unlocked
-        self._last: dict[str, int] = {}  # step of each metric that is there already
+            self._locked = nullcontext
+        self._last: dict[str, int] = {}  # the last step of each metric that an earlier job wrote
         self._open()
 
     def _open(self) -> None:
@@ -46,17 +46,17 @@ class MLflow(Logger):
 
         with self._locked():
             self._client = MlflowClient(tracking_uri=self._uri)
-            found = self._client.get_experiment_by_name(self.run)
-            if found is None:
-                artifacts = str(self.folder / "mlflow") if self._locked is not _unlocked else None
+            experiment = self._client.get_experiment_by_name(self.run)
+            if experiment is None:
+                artifacts = str(self.folder / "mlflow") if self._locked is not nullcontext else None
                 try:
                     self._experiment = self._client.create_experiment(self.run, artifacts)
                     return
                 except MlflowException:  # another worker has just made it, on a server
-                    found = self._client.get_experiment_by_name(self.run)
-                    if found is None:
+                    experiment = self._client.get_experiment_by_name(self.run)
+                    if experiment is None:
                         raise
-            self._experiment = found.experiment_id
+            self._experiment = experiment.experiment_id
 
     @contextmanager
     def _file_locked(self) -> Iterator[None]:
@@ -88,7 +88,7 @@ class MLflow(Logger):
         return max(int(point.step) for point in self._client.get_metric_history(self._run_id, metric))
 
     def log(self, points: Points) -> None:
-        """What a job that died had written stays: the same steps are not written again."""
+        """Steps that a job that died has written already are not written again."""
         from mlflow.entities import Metric
 
         metrics = [
@@ -108,8 +108,3 @@ class MLflow(Logger):
     def end(self) -> None:
         with self._locked():
             self._client.set_terminated(self._run_id)
-
-
-@contextmanager
-def _unlocked() -> Iterator[None]:
-    yield

@@ -18,7 +18,7 @@ class TensorBoard(Logger):
     def begin(self, series: Series) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step: TensorBoard forgets what a job that died had written from this step on.
+        # From purge_step on, TensorBoard forgets what a job that died has written.
         purge_step = series.step if series.rewrites else None
         self._writer = SummaryWriter(str(self.folder / "tensorboard" / series.name), purge_step=purge_step)
         self._tags, self._step = series.tags, series.step
@@ -32,7 +32,7 @@ class TensorBoard(Logger):
     def log(self, points: Points) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        # One event a step, not add_scalar's one a value: it takes half the time.
+        # One event for each step takes half the time of add_scalar's one for each value.
         names, columns = list(points.values), list(points.values.values())
         file_writer: Any = self._writer.file_writer
         for step, at, *row in zip(points.steps, points.times, *columns, strict=True):

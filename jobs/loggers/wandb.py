@@ -1,5 +1,5 @@
-"""Weights & Biases: a run for each chunk, in a group of the orch run's name. Offline, unless WANDB_MODE says otherwise:
-compute nodes often reach no internet, and `wandb sync` uploads later."""
+"""Weights & Biases: a run for each chunk, in a group named after the orch run. Offline unless WANDB_MODE is set:
+compute nodes often have no internet, and `wandb sync` uploads later."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class WeightsAndBiases(Logger):
-    """W&B's own step is the lineage's optimizer step. W&B ignores steps that are not beyond the last it has, so what a
-    job that died had written stays, and is not repeated when it is trained anew."""
+    """W&B's own step is the lineage's optimizer step. W&B ignores steps up to the last one that it has: what a job that
+    died has written stays, and the same steps, trained again, are not repeated."""
 
     _run: wandb.Run
 
@@ -25,7 +25,7 @@ class WeightsAndBiases(Logger):
         super().__init__(place)
         self._mode = os.environ.setdefault("WANDB_MODE", "offline")
         if self._mode == "offline":
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which would look for the internet
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # error reports need the internet
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, series: Series) -> None:
@@ -41,11 +41,11 @@ class WeightsAndBiases(Logger):
             config=dict(series.tags),
             dir=os.environ.get("WANDB_DIR", str(self.folder)),
             resume="allow",
-            reinit="create_new",  # a run of the user's own in this process is left alone
+            reinit="create_new",  # do not touch a run of the user's own in this process
             settings=wandb.Settings(
                 silent=True, console="off", symlink=False, disable_git=True, disable_code=True, x_disable_meta=True,
                 x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
-            ),  # files beside the curves, which shared file systems have no room for
+            ),  # write only curves: shared file systems limit the number of files
         )  # fmt: skip
 
     def log(self, points: Points) -> None:
@@ -58,13 +58,13 @@ class WeightsAndBiases(Logger):
         config.update({"promoted": promoted}, allow_val_change=True)
 
     def test(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Into the run's summary: as points they would come after later ones."""
+        """In the run's summary: W&B would ignore points at a step that it has already."""
         self._run.summary.update({f"test/{name}": value for name, value in metrics.items()})
 
     def end(self) -> None:
         folder = Path(self._run.dir).parent
         self._run.finish()
-        if self._run.offline:  # all that counts is in one file
+        if self._run.offline:  # one file holds everything that is uploaded
             for name in ("files", "logs", "tmp"):
                 shutil.rmtree(folder / name, ignore_errors=True)
 

@@ -1,15 +1,14 @@
-"""How the learning rate goes under one profile, and where a lineage stands in it.
+"""The learning-rate schedule of one profile, and how far a lineage has come in it.
 
-A schedule counts what a lineage has trained in an unbroken line of chunks under an equal profile. Under another
-profile the next one begins at its first step.
+A schedule counts the steps of successive chunks of a lineage under equal profiles. When the profile changes, the new
+schedule begins at its first step.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,29 +19,28 @@ from jobs.errors import JobError
 from jobs.optim import optimizers
 from orchestrator.records import Metric, Profile
 
-# Torch's that are made for a step after each batch; all others are stepped once an epoch.
+# Schedules made for a step after each batch; all others are stepped once an epoch.
 EACH_STEP = ("OneCycleLR", "CyclicLR", "PiecewiseLinear")
 _DERIVE = 'derive a class of your own from LRScheduler, and name it as "package.module:Class"'
 _FUNCTIONS = f"it takes functions, which a settings file can't hold; PiecewiseLinear takes corners, or {_DERIVE}"
 _SCHEDULES = f"it takes other schedules, which a settings file can't hold; {_DERIVE}"
-# Torch's own that don't fit, and why.
-UNFIT = {"LambdaLR": _FUNCTIONS, "MultiplicativeLR": _FUNCTIONS}
-UNFIT |= {"SequentialLR": _SCHEDULES, "ChainedScheduler": _SCHEDULES}
-# Whose "epochs" is another argument, counted in what the schedule is stepped by.
-LENGTH = {"CosineAnnealingLR": "T_max", "LinearLR": "total_iters", "ConstantLR": "total_iters"}
-LENGTH |= {"PolynomialLR": "total_iters"}
-# Arguments that are learning rates, a value for each parameter group: a group's lr_factor counts for them too.
+# Torch's own schedules that don't fit, and why.
+UNFIT = dict.fromkeys(("LambdaLR", "MultiplicativeLR"), _FUNCTIONS)
+UNFIT |= dict.fromkeys(("SequentialLR", "ChainedScheduler"), _SCHEDULES)
+# The argument that "epochs" sets, counted in the schedule's own steps.
+LENGTH = dict.fromkeys(("LinearLR", "ConstantLR", "PolynomialLR"), "total_iters") | {"CosineAnnealingLR": "T_max"}
+# Arguments that are learning rates, one for each parameter group: a group's lr_factor applies to them too.
 RATES = {"OneCycleLR": ("max_lr",), "CyclicLR": ("base_lr", "max_lr")}
 
 
 class PiecewiseLinear(LRScheduler):
-    """A factor of the learning rate that goes in straight lines from corner to corner, e.g. the slanted triangle of
-    Page (How to train your ResNet, 2018): epochs [0, 5, 24], factors [0, 1, 0]. Before the first corner and after
-    the last it is theirs.
+    """A factor of the learning rate that is linear between corners, such as the slanted triangle of Page ("How to
+    Train Your ResNet", 2018): epochs [0, 5, 24], factors [0, 1, 0]. It is constant before the first corner and after
+    the last.
 
-    epochs: where the corners are, rising, counted from 0; factors: as many, 0 or more; steps_per_epoch: how often
-    `step` is called in an epoch. The learning rate of step i (from 0) is that at i / steps_per_epoch epochs.
-    Raises ValueError if they are not such.
+    epochs: of the corners, rising, from 0; factors: one for each corner, 0 or more; steps_per_epoch: calls of `step`
+    in an epoch. Step i (from 0) has the learning rate at i / steps_per_epoch epochs. Raises ValueError for other
+    values.
     """
 
     def __init__(
@@ -69,82 +67,79 @@ class Schedule:
     """The schedule of a profile for an optimizer: a constant learning rate if the profile has none."""
 
     def __init__(self, profile: Profile, optimizer: Optimizer, steps_per_epoch: int, metric: Metric) -> None:
-        """steps_per_epoch: batches; metric: what ReduceLROnPlateau looks at. Raises JobError, naming what is wrong."""
+        """steps_per_epoch: batches; metric: for ReduceLROnPlateau. Raises JobError, naming the mistake."""
         self._metric = metric.name
-        self._count = 0  # of its steps
-        self._last: int | None = None  # the step after which it stays as it is; None: never
+        self._count = 0  # steps that were made
+        self._last: int | None = None  # the step after which the learning rate stays; None: never
         self._scheduler: LRScheduler | None = None
         self.each_step = False
         if profile.schedule is None:
             return
-        given = {key: value for key, value in profile.schedule.items() if key not in ("name", "every")}
+        options = {key: value for key, value in profile.schedule.items() if key not in ("name", "every")}
         name = profile.schedule["name"]
         what = f"profile {profile.name!r}: schedule {name}"
-        found = PiecewiseLinear if name == "PiecewiseLinear" else _find(name, profile.name)
+        kind = optimizers.find(name, what, lr_scheduler, LRScheduler, UNFIT, {"PiecewiseLinear": PiecewiseLinear})
         self.each_step = profile.schedule.get("every", "step" if name in EACH_STEP else "epoch") == "step"
-        a_epoch = steps_per_epoch if self.each_step else 1
-        if issubclass(found, ReduceLROnPlateau):
-            if given.setdefault("mode", metric.mode) != metric.mode:
+        if issubclass(kind, ReduceLROnPlateau):
+            if options.setdefault("mode", metric.mode) != metric.mode:
                 raise JobError(
-                    f"{what}: mode: {given['mode']!r}, but it looks at the metric {metric.name!r}, whose mode is "
+                    f"{what}: mode: {options['mode']!r}, but it follows the metric {metric.name!r}, whose mode is "
                     f'{metric.mode!r}; leave "mode" out'
                 )
             if self.each_step:
-                raise JobError(f'{what}: it looks at {metric.name!r}, measured once an epoch; leave out "every"')
+                raise JobError(f'{what}: it follows {metric.name!r}, measured once an epoch; leave out "every"')
         try:
-            self._scheduler = self._made(found, name, given, optimizer, a_epoch, what)
+            per_epoch = steps_per_epoch if self.each_step else 1
+            self._scheduler = self._made(kind, name, options, optimizer, per_epoch, what)
         except JobError:
             raise
-        except Exception as error:  # a wrong type is noticed where the value is used
-            how_long = '; "epochs" says how many epochs it takes' if name in (*LENGTH, "OneCycleLR") else ""
-            raise JobError(f"{what}: {_plain(error)}{optimizers.given(given)}{how_long}") from error
+        except Exception as error:  # torch notices a wrong type only where it uses the value
+            hint = '; "epochs" says how many epochs it takes' if name in (*LENGTH, "OneCycleLR") else ""
+            raise JobError(f"{what}: {_plain(error)}{optimizers.given(options)}{hint}") from error
 
     def _made(
-        self, found: Any, name: str, given: dict[str, Any], optimizer: Optimizer, a_epoch: int, what: str
+        self, kind: Any, name: str, given: dict[str, Any], optimizer: Optimizer, per_epoch: int, what: str
     ) -> LRScheduler:
-        known = optimizers.accepted(found)
-        length = LENGTH.get(name)
-        optimizers.check_options(
-            {key: value for key, value in given.items() if key != "epochs" or not length},
-            found,
-            what,
-            taken=("last_epoch", "verbose", "steps_per_epoch"),
-        )
         options = dict(given)
-        other = "total_steps" if issubclass(found, lr_scheduler.OneCycleLR) else length
-        if given.get("epochs") is not None and other and given.get(other) is not None:
+        length = LENGTH.get(name)
+        names = [key for key in options if key != "epochs" or not length]
+        optimizers.check_options(names, kind, what, taken=("last_epoch", "verbose", "steps_per_epoch"))
+        other = "total_steps" if issubclass(kind, lr_scheduler.OneCycleLR) else length
+        if options.get("epochs") is not None and other and options.get(other) is not None:
             raise JobError(
                 f"{what}: both 'epochs' and {other!r} say how long it is; leave out {other!r}: 'epochs' holds "
                 "whatever the number of batches"
             )
-        if length and "epochs" in given:
-            self._last = options[length] = max(1, round(options.pop("epochs") * a_epoch))
-        if "steps_per_epoch" in known:
-            options["steps_per_epoch"] = a_epoch
+        if length and "epochs" in options:
+            self._last = options[length] = max(1, round(options.pop("epochs") * per_epoch))
+        if "steps_per_epoch" in optimizers.accepted(kind):
+            options["steps_per_epoch"] = per_epoch
         if name in RATES and "max_lr" not in options:
             options["max_lr"] = [group["lr"] for group in optimizer.param_groups]
         for rate in set(RATES.get(name, ())) & set(options):
-            options[rate] = _rates(optimizer, options[rate])
-        scheduler: LRScheduler = found(optimizer, **options)
+            if not isinstance(options[rate], list):
+                factors = [group.get(optimizers.LR_FACTOR, 1) for group in optimizer.param_groups]
+                options[rate] = [options[rate] * factor for factor in factors]
+        scheduler: LRScheduler = kind(optimizer, **options)
         if isinstance(scheduler, lr_scheduler.OneCycleLR):
             self._last = scheduler.total_steps - 1
         return scheduler
 
     def after_step(self) -> None:
-        """To be called after each optimizer step."""
+        """Call it after each optimizer step."""
         if self.each_step:
             self._step()
 
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
-        """To be called after each epoch, with what was measured."""
+        """Call it after each epoch, with its metrics."""
         if not self.each_step:
             self._step(metrics)
 
     def _step(self, metrics: Mapping[str, float] | None = None) -> None:
         if self._scheduler is None or self._count == self._last:
             return
-        # The first optimizer steps in fp16 may be skipped, and torch warns that a schedule comes before them.
-        with _quiet() if self._count == 0 else nullcontext():
+        # In fp16 the first optimizer steps may be skipped; torch then warns that the schedule is stepped too early.
+        with warnings.catch_warnings(action="ignore", category=UserWarning) if self._count == 0 else nullcontext():
             if isinstance(self._scheduler, ReduceLROnPlateau):
                 self._scheduler.step((metrics or {})[self._metric])
             else:
@@ -152,31 +147,29 @@ class Schedule:
         self._count += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, in plain values."""
+        """The position in the schedule, in plain values."""
         return {"count": self._count, "scheduler": self._scheduler.state_dict() if self._scheduler else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; the optimizer's own state is restored by whoever restores it."""
+        """Go on from there. The optimizer's state has to be restored separately."""
         self._count = state["count"]
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
 
 
 def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> None:
-    """Try the profile's optimizer and schedule on one parameter. Raises JobError, naming what is wrong."""
+    """Try the profile's optimizer and schedule on one parameter. Raises JobError, naming the mistake."""
     optimizer = optimizers.check_optimizer(profile, default)
     schedule = Schedule(profile, optimizer, 2, metric)
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             for _ in range(3):
                 for parameter in optimizer.param_groups[0]["params"]:
                     parameter.grad = parameter.detach().clone()
                 optimizer.step()
                 schedule.after_step()
                 schedule.after_epoch({metric.name: 0.0})
-    except JobError:
-        raise
-    except Exception as error:  # a wrong type is noticed where the value is used
+    except Exception as error:  # torch notices a wrong type only where it uses the value
         named = profile.schedule["name"] if profile.schedule else profile.optimizer or default
         given = optimizers.given(profile.schedule or profile.optimizer_options)
         raise JobError(f"profile {profile.name!r}: {named}: {_plain(error)}{given}") from error
@@ -188,31 +181,6 @@ def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> No
             )
 
 
-def as_plain(profile: Profile) -> dict[str, Any]:
-    """The profile as a checkpoint keeps it."""
-    found: dict[str, Any] = asdict(profile)
-    return found
-
-
-def _find(name: str, profile: str) -> Any:
-    what = f"profile {profile!r}: schedule"
-    return optimizers.find(name, what, lr_scheduler, LRScheduler, UNFIT, also=("PiecewiseLinear",))
-
-
-def _rates(optimizer: Optimizer, given: Any) -> Any:
-    """A learning rate for each parameter group: the one that is given, times the group's factor."""
-    if isinstance(given, list | tuple):
-        return list(given)
-    return [given * group.get(optimizers.LR_FACTOR, 1) for group in optimizer.param_groups]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
 def _plain(error: Exception) -> str:
-    """Without the name of a method that the user has never called."""
+    """The message without the name of a method that the user did not call."""
     return str(error).replace(".__init__()", "").replace("__init__()", "it")

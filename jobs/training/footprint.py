@@ -1,4 +1,4 @@
-"""How large a job's checkpoints are, told without training: from its model and its optimizer's state after one step."""
+"""How large a job's checkpoints are, without training: from its model and its optimizer's state after one step."""
 
 from __future__ import annotations
 
@@ -7,51 +7,46 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jobs.errors import JobError
 from jobs.job import Job
 from jobs.training.checked import checked_model
 from jobs.training.opening import load_job
 from orchestrator.records import Profile
+from orchestrator.settings.settings import Settings
 
-# Python's, numpy's and torch's random states, and the archive around it all; measured.
+# Measured: the random states of Python, numpy and torch, and the archive itself.
 STATE_BYTES = 22_000
 TENSOR_BYTES = 250  # of the archive, for each tensor in it
 
 
-def checkpoint_bytes(settings: Mapping[str, Any]) -> int:
-    """About the bytes of one checkpoint. settings: a run's, in full.
+def checkpoint_bytes(settings: Settings) -> int:
+    """About the bytes of one checkpoint.
 
-    The model is made without memory for its tensors (on torch's meta device), or, if the job's code needs their
-    values, on the CPU. Raises JobError, and whatever the job's own code raises.
+    The model is made without memory for its tensors (on torch's meta device) or, if the job's code needs their values,
+    on the CPU. Raises JobError, and whatever the job's own code raises.
     """
-    # What the first profile keeps no state for, another one may.
-    chosen = max(settings["training_profiles"], key=lambda profile: profile["momentum"])
-    profile = Profile(**chosen)
+    # An optimizer without momentum may keep no state, so take the profile that needs the most.
+    profile = max(settings.training_profiles, key=lambda profile: profile.momentum)
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as that weights which are loaded there go nowhere
+            warnings.simplefilter("ignore")  # such as the one that weights loaded to the meta device are dropped
             return _bytes_of(load_job(settings), profile)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, JobError):  # what "meta" makes of unusual code
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, JobError):  # code that needs the values
         return _bytes_of(load_job(settings), profile)
 
 
 def _bytes_of(job: Job, profile: Profile) -> int:
     model = checked_model(job, job.model())
-    tensors = list(model.state_dict().values())
-    tensors += _tensors(_state_after_a_step(model, job.optimizer(model, profile)))
-    sizes = [value.numel() * value.element_size() for value in tensors if isinstance(value, Tensor)]
-    return STATE_BYTES + sum(sizes) + TENSOR_BYTES * len(sizes)
-
-
-def _state_after_a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    optimizer = job.optimizer(model, profile)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    state: dict[str, Any] = optimizer.state_dict()["state"]
-    return state
+    tensors = _tensors(model.state_dict()) + _tensors(optimizer.state_dict()["state"])
+    sizes = [value.numel() * value.element_size() for value in tensors]
+    return STATE_BYTES + sum(sizes) + TENSOR_BYTES * len(sizes)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Layers at the beginning of a model that are not trained: each example goes through them once, not in every epoch."""
+"""Layers at the beginning of a model that are not trained: each example goes through them once, not once an epoch."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ log = logging.getLogger("orch")
 
 
 class FrozenParts:
-    """What a job's `frozen_part` gives for each example of a split, kept on the device for as long as its weights are
-    the same; another founder with other frozen weights has it computed anew."""
+    """The outputs of a job's `frozen_part` for each example of a split. They are kept on the device while its weights
+    are the same, and computed again for another founder with other frozen weights."""
 
     def __init__(self, job: Job, speed: Speed) -> None:
         self._job, self._speed = job, speed
         self._outputs: dict[str, tuple[str, _Outputs]] = {}  # by split, with the hash of the weights
-        self._hashed: tuple[Any, str] = (None, "")  # the last hash, and what it is of
+        self._hashed: tuple[Any, str] = (None, "")  # what was hashed last, and its hash
 
     def feed(self, model: nn.Module, split: Split, feed: Feed, arranged: Callable[[Any], Any]) -> Feed:
-        """The batches to call this model with, until this is asked again: those of the feed, or (outputs of the
-        frozen part, targets); then the frozen part lets through what it gets. arranged: a batch in the model's layout.
+        """The batches to call this model with until the next call of this method: those of the feed, or (outputs of
+        the frozen part, targets); the frozen part then returns its input. arranged: puts a batch into the model's
+        layout.
 
-        Raises JobError if what the job says is frozen is not: if it is trained, draws at random, gathers statistics,
-        is not what the model does first, or if the training examples are augmented.
+        Raises JobError if the part is not frozen: if it is trained, draws at random, collects statistics, is not what
+        the model does first, or if the training examples are augmented.
         """
         part = self._job.frozen_part(model)
         if part is None:
@@ -58,13 +59,13 @@ class FrozenParts:
         return feed.instead(self._outputs[split][1])
 
     def _allows(self, split: Split) -> bool:
-        """Whether nothing that the job overrides could do something to the inputs before the model gets them."""
+        """Does the model get the inputs as they are? A method that the job overrides could change them first."""
         names = ["training_loss"] if split == "train" else ["predict", "evaluation_metrics"]
         return all(getattr(type(self._job), name) is getattr(Job, name) for name in names)
 
     def _hash(self, part: nn.Module) -> str:
         tensors = [*part.parameters(), *part.buffers()]
-        state = (part, [(id(t), t._version) for t in tensors])  # changes with every change of a tensor in its place
+        state = (part, [(id(t), t._version) for t in tensors])  # _version counts changes in place
         if self._hashed[0] != state:
             digest = hashlib.sha256()
             for tensor in tensors:
@@ -77,7 +78,7 @@ class FrozenParts:
     def _compute(
         self, model: nn.Module, part: nn.Module, feed: Feed, arranged: Callable[[Any], Any]
     ) -> _Outputs | None:
-        """None, and a line in the log, if they would take too much memory."""
+        """None, and a line in the log, if the outputs would take too much memory."""
         kept: _Outputs | None = None
         for batch in feed.in_order():
             inputs, targets = arranged(_pair(batch))
@@ -86,11 +87,9 @@ class FrozenParts:
                 if kept is None:
                     _compare(model, part, inputs, outputs)
             if kept is None:
-                whole = outputs[0].numel() * outputs.element_size() * feed.count
-                if whole > resident_bytes(self._speed.device):
-                    log.info(
-                        "the frozen layers' outputs would take %.1f GB, which is too much to keep them", whole / 1e9
-                    )
+                size = outputs[0].numel() * outputs.element_size() * feed.count
+                if size > resident_bytes(self._speed.device):
+                    log.info("the frozen layers' outputs are not kept: they would take %.1f GB", size / 1e9)
                     return None
                 kept = _Outputs(outputs, targets, feed, self._speed.device)
             kept.add(outputs, targets)
@@ -98,32 +97,27 @@ class FrozenParts:
 
 
 class _Outputs(Feed):
-    """Outputs and targets on the device, in the memory layout of the frozen part's own outputs: a dropout after it
-    draws in the order in which they lie there."""
+    """Outputs and targets on the device. The outputs keep their memory layout, because a dropout layer that follows
+    draws in the order of memory."""
 
     def __init__(self, outputs: Tensor, targets: Tensor, feed: Feed, device: torch.device) -> None:
-        """Room for those of the feed, of which the first are shown."""
+        """Allocates memory for a whole feed. outputs, targets: those of its first batch."""
         super().__init__(feed.batch_size, feed.count)
         self._device = device
-        self._order = [0, *sorted(range(1, outputs.ndim), key=outputs.stride, reverse=True)]
-        self._outputs = self._as_it_lies(outputs).new_empty(feed.count, *self._as_it_lies(outputs).shape[1:])
+        self._order = [0, *sorted(range(1, outputs.ndim), key=outputs.stride, reverse=True)]  # of dimensions, in memory
+        self._outputs = outputs.new_empty(feed.count, *outputs.permute(self._order).shape[1:])
         self._targets = targets.new_empty(feed.count, *targets.shape[1:])
         self._filled = 0
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         end = self._filled + len(targets)
-        self._outputs[self._filled : end] = self._as_it_lies(outputs)
+        self._outputs[self._filled : end] = outputs.permute(self._order)
         self._targets[self._filled : end] = targets
         self._filled = end
 
-    def _as_it_lies(self, outputs: Tensor) -> Tensor:
-        return outputs.permute(self._order)
-
     def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
         back = [self._order.index(dimension) for dimension in range(len(self._order))]
-        order = order.to(self._device)
-        for start in range(first_batch * self.batch_size, self.count, every * self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        for chosen in self._chunks(order.to(self._device), first_batch, every):
             yield self._outputs.index_select(0, chosen).permute(back), self._targets[chosen]
 
 
@@ -134,7 +128,7 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check(part: nn.Module, model: nn.Module) -> None:
-    """Raises JobError unless the part gives the same for an example each time."""
+    """Raises JobError unless the part returns the same output for an example each time."""
     trained = [name for name, parameter in part.named_parameters() if parameter.requires_grad]
     if trained:
         raise JobError(f"frozen_part: {', '.join(trained[:5])} are trained; call requires_grad_(False) on the part")
@@ -142,28 +136,28 @@ def _check(part: nn.Module, model: nn.Module) -> None:
     model.train()
     for name, layer in part.named_modules():
         if layer.training and isinstance(layer, _DropoutNd) and layer.p > 0:
-            raise JobError(f"frozen_part: {name} is a dropout, which draws anew each time; leave it out of the part")
+            raise JobError(f"frozen_part: {name} is a dropout, which draws at random; leave it out of the part")
         if layer.training and isinstance(layer, _NormBase):
             raise JobError(f"frozen_part: {name} normalises by its batch in training; keep it in eval mode")
     model.train(was)
 
 
 def _compare(model: nn.Module, part: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-    """Raises JobError unless the model gives the same for the outputs as for the inputs, for one batch."""
+    """Raises JobError unless the model returns the same for the part's outputs as for its inputs, for one batch."""
     was = model.training
     model.eval()
     with randomness.random_state_kept():
         expected = model(inputs)
         _bypass(part, True)
-        found = model(outputs)
+        bypassed = model(outputs)
         _bypass(part, False)
     model.train(was)
-    if not isinstance(expected, Tensor) or not torch.allclose(found, expected, rtol=1e-2, atol=1e-3):
-        raise JobError("frozen_part: the model gives something else without it; it must be what the model does first")
+    if not isinstance(expected, Tensor) or not torch.allclose(bypassed, expected, rtol=1e-2, atol=1e-3):
+        raise JobError("frozen_part: the model returns something else without it; it must be what the model does first")
 
 
 def _bypass(part: nn.Module, on: bool) -> None:
-    """Let a part return its input. A Sequential may be a slice of one that the model has: its layers are told."""
+    """Make a part return its input. A Sequential may be a slice of the model's own, so this changes its layers."""
     for layer in part if isinstance(part, nn.Sequential) else [part]:
         if on:
             layer.forward = _unchanged  # hides the class's own

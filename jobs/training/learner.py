@@ -1,9 +1,10 @@
-"""What is trained, and everything that its next step depends on: a model, its optimizer, its schedule, the loss scale
-and the average of its weights."""
+"""Everything that the next training step depends on: a model, its optimizer, its schedule, the loss scale and the
+average of its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from jobs.job import Averaging, Job
 from jobs.optim import optimizers
-from jobs.optim.schedules import Schedule, as_plain
+from jobs.optim.schedules import Schedule
 from jobs.training.checked import checked_loss, checked_model
 from jobs.training.precision import Speed, arrange
 from jobs.training.ranks import Alone
@@ -22,16 +23,16 @@ class Predictor:
     """A model of a job on its device, laid out and compiled as the settings say, for evaluation alone."""
 
     def __init__(self, job: Job, speed: Speed, group: Alone) -> None:
-        """With initial weights."""
+        """The model has initial weights."""
         self.job = job
         self.speed = speed
         self.model = group.adopt(checked_model(job, job.model()).to(speed.device))
         self._channels_last = speed.lay_out(self.model)
-        self.running = speed.compiled(self.model)  # the same weights; to be called
+        self.running = speed.compiled(self.model)  # the module to call; it has the same weights
 
     @property
     def evaluated(self) -> tuple[nn.Module, nn.Module]:
-        """The model whose metrics count: with its own name for its weights, and the one to call."""
+        """The model whose metrics count, twice: with the job's own names of the weights, and the module to call."""
         return self.model, self.running
 
     def arranged(self, batch: Any) -> Any:
@@ -40,7 +41,7 @@ class Predictor:
 
 
 class Learner(Predictor):
-    """Trained step by step; `state` is all of it, and `restore` goes on from there."""
+    """A model in training. `state` is all of its state, and `restore` continues from it."""
 
     def __init__(
         self, job: Job, profile: Profile, speed: Speed, group: Alone, steps_per_epoch: int, metric: Metric
@@ -73,7 +74,7 @@ class Learner(Predictor):
         self._optimizer.zero_grad(set_to_none=True)
         with self.speed.autocast():
             loss = checked_loss(self.job, self.job.training_loss(self.running, self.arranged(batch)))
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         loss = self._group.merge(loss.detach(), self.model)
         self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -89,28 +90,28 @@ class Learner(Predictor):
     # --- state
 
     def state(self) -> dict[str, Any]:
-        """Its parts are the live tensors, not copies."""
+        """The tensors are those of the training, not copies."""
         return {
             "steps": self.steps,
             "model": self.model.state_dict(),
             "average": self._average.state() if self._average else None,
             "optimizer": self._optimizer.state_dict(),
             "optimizer_class": optimizers.class_name(self._optimizer),
-            "profile": as_plain(self._profile),
+            "profile": asdict(self._profile),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Under an equal profile everything goes on; under another the schedule begins, and the optimizer keeps what
-        it has gathered if its class is the same."""
+        """Under an equal profile everything continues. Under another profile the schedule begins, and the optimizer
+        keeps its state (momentum and the like) if its class is the same."""
         self.steps = state["steps"]
         self.model.load_state_dict(state["model"])
         if self._average is not None and state["average"] is not None:
             self._average.restore(state["average"])
         if state["scaler"] and self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
-        if state["profile"] == as_plain(self._profile):
+        if state["profile"] == asdict(self._profile):
             self._optimizer.load_state_dict(state["optimizer"])
             self._schedule.load_state_dict(state["schedule"])
         else:
@@ -123,8 +124,8 @@ class Average:
 
     def __init__(self, model: nn.Module, averaging: Averaging, speed: Speed) -> None:
         self._every = averaging.every_steps
-        # Without a device, the count of updates stays on the CPU, where asking for it does not make a GPU wait.
-        update = get_ema_multi_avg_fn(averaging.decay)  # type: ignore[no-untyped-call]
+        update = get_ema_multi_avg_fn(averaging.decay)  # type: ignore[no-untyped-call]  # torch has no types for it
+        # No device is given, so the count of updates stays on the CPU: reading it does not wait for the GPU.
         self._average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
         self.model: nn.Module = self._average.module
         self.running = speed.compiled(self.model)

@@ -1,4 +1,4 @@
-"""Pretrained weights: one of torchvision's names, which `orch prepare` downloads, or a file."""
+"""Pretrained weights: a file, or one of torchvision's names, whose file `orch prepare` downloads."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torchvision.models import WeightsEnum
 from jobs.errors import JobError
 from jobs.training.states import why_unreadable
 
-# Mean and standard deviation of ImageNet's training set, as torchvision's weights expect their input to be normalised.
+# Mean and standard deviation of ImageNet's training set; torchvision's weights expect input normalised by them.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def weights_file(wanted: str, known: type[WeightsEnum], setting: str, download: bool = False) -> Path:
-    """The file that a setting means by its value, wanted: a path, or a name that is among known.
+    """The file that the value of a setting names. wanted: the value, a path or one of the known names.
 
-    A name's file lies in torch's hub folder ($TORCH_HOME); with download it is fetched where it does not. Raises
-    JobError, naming the setting, if the file is not here or can't be fetched.
+    The file of a name is in torch's hub folder ($TORCH_HOME); download: fetch it if it is missing. Raises JobError,
+    naming the setting, if the file is missing or can't be fetched.
     """
     if Path(wanted).expanduser().is_file():
         return Path(wanted).expanduser()
@@ -48,19 +48,19 @@ def weights_file(wanted: str, known: type[WeightsEnum], setting: str, download: 
 
 
 def read_weights(file: Path, setting: str) -> dict[str, Tensor]:
-    """The tensors of a file by name, on the CPU; nothing in it is executed. Raises JobError, naming the setting."""
+    """The tensors of a file by name, on the CPU. Executes no code in the file. Raises JobError, naming the setting."""
     again = (
         "fetch it again (torchvision's: delete it, then `orch prepare SETTINGS`), or name another file that "
         "torch.save(model.state_dict(), file) wrote"
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of foreign files
+            warnings.simplefilter("ignore")  # torch warns of files that it did not write
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes can make the unpickler raise almost anything
         if isinstance(error, MemoryError):
             raise
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a cut file: it seeks to before the start
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a truncated file
             raise JobError(f"{setting}: {file} can't be read: {error.strerror or error}") from error
         raise JobError(f"{setting}: {file} can't be read: {why_unreadable(error)}; {again}") from error
     if not isinstance(state, dict):
@@ -68,6 +68,6 @@ def read_weights(file: Path, setting: str) -> dict[str, Tensor]:
     if "model" in state and "format" in state:
         raise JobError(f"{setting}: {file} is a checkpoint of orch's own; `orch export` writes the weights of one")
     if not any(isinstance(value, Tensor) for value in state.values()):
-        there = ", ".join(f"{name!r:.40}" for name in list(state)[:5]) or "nothing"
-        raise JobError(f"{setting}: {file} holds no weights by name, but {there}; {again}")
+        names = ", ".join(f"{name!r:.40}" for name in list(state)[:5]) or "nothing"
+        raise JobError(f"{setting}: {file} holds no weights by name, but {names}; {again}")
     return state

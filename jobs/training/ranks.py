@@ -1,7 +1,7 @@
-"""The processes of one worker, one for each GPU, and what they say to each other. One that is alone says nothing.
+"""The processes of one worker, one for each GPU, and their communication. A process without others needs none.
 
-Rank 0 leads. Its commands and the followers' last words go through a TCP store in its own process; what all do
-together, step by step, are collectives: NCCL between GPUs, gloo between CPUs and for all that is small.
+Rank 0 leads. Its commands and the followers' failures go through a TCP store in its own process. What all ranks do
+together, step by step, are collectives: NCCL between GPUs, gloo between CPUs and for everything small.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from jobs.errors import JobError
 from orchestrator.files import atomic
 
 HOST = "127.0.0.1"  # all ranks are on one node
-MEETING_S = 300.0  # for every rank to have started; torch from a cold network folder takes minutes
-STEP_S = 300.0  # how long a rank may be behind the others: loading its data, compiling its model
-LISTENING = timedelta(days=1)  # for the next command: that rank 0 is gone shows at once, that it is busy is fine
+MEETING_S = 300.0  # for every rank to start; importing torch from a cold network folder takes minutes
+STEP_S = 300.0  # how long a rank may be behind the others, while it loads its data or compiles its model
+COMMAND_WAIT = timedelta(days=1)  # rank 0 may be busy for long; if it is gone, the broken connection shows at once
 
 
 class RankLostError(Exception):
-    """Another rank died, hangs or gave up."""
+    """Another rank died, hangs or failed."""
 
 
 class Alone:
@@ -45,7 +45,7 @@ class Alone:
     count = 1
 
     def adopt(self, model: nn.Module) -> nn.Module:
-        """A new model, ready for training by all: every rank has rank 0's weights."""
+        """A new model, ready for training by all ranks: each has rank 0's weights."""
         return model
 
     def fetch(self, checkpoint: Path) -> Path | IO[bytes]:
@@ -57,22 +57,22 @@ class Alone:
         return number
 
     def agree(self, should_stop: Callable[[], bool]) -> bool:
-        """What rank 0 decides, at the same step on all."""
+        """What rank 0 decides, at the same step on all ranks."""
         return should_stop()
 
     def reseed(self, seed: int, step: int) -> None:
         """Give every rank but 0 random numbers of its own for this step of the epoch with this seed."""
 
-    def share(self, batch: Any, whole: int) -> Any:
-        """This rank's part of a batch of so many examples. All parts together are the batch, in order."""
+    def share(self, batch: Any, size: int) -> Any:
+        """This rank's part of a batch of `size` examples. All parts together are the batch, in order."""
         return batch
 
     def merge(self, loss: Tensor, model: nn.Module) -> Tensor:
-        """The mean loss of the whole batch, and in the model's parameters the gradients of that."""
+        """The mean loss of the whole batch, a scalar; the gradients of the model's parameters become those of it."""
         return loss
 
     def align(self, model: nn.Module) -> None:
-        """Let all have rank 0's buffers, which no gradient keeps the same."""
+        """Give all ranks rank 0's buffers, which differ because no gradient keeps them the same."""
 
     def total(self, sums: dict[str, float]) -> dict[str, float]:
         """The sums over all ranks, by name."""
@@ -83,7 +83,7 @@ ALONE = Alone()
 
 
 class Ranks(Alone):
-    """This process and the others. Every method is called by all, in the same order. Raises RankLostError."""
+    """This process and the others. Every method is called on all ranks, in the same order. Raises RankLostError."""
 
     def __init__(self, rank: int, count: int, store: TCPStore, step_s: float) -> None:
         self.rank, self.count = rank, count
@@ -91,76 +91,69 @@ class Ranks(Alone):
         self._step = timedelta(seconds=step_s)
         self._device = torch.device("cpu")
         self._tensors: dist.ProcessGroup | None = None  # None: torch's default group, which is gloo
-        self._weight = 1.0  # this rank's share of the present batch
-        self._present: dict[tuple[bool, ...], Tensor] = {}
+        self._weight = 1.0  # this rank's share of the current batch
+        self._masks: dict[tuple[bool, ...], Tensor] = {}  # which parameters have a gradient, on the device
         self._commands = 0
 
     # --- commands
 
     def tell(self, **command: Any) -> None:
-        """Rank 0: say what is next to do."""
+        """Rank 0: send the next command, of JSON values."""
         self._commands += 1
         with _in_contact():
-            self._store.set(f"command {self._commands}", json.dumps(command, default=str))
+            self._store.set(f"command {self._commands}", json.dumps(command))
 
     def hear(self) -> dict[str, Any]:
-        """The others: wait for it."""
+        """The other ranks: wait for the next command."""
         self._commands += 1
         key = f"command {self._commands}"
         with _in_contact():
-            while True:
-                try:
-                    self._store.wait([key], LISTENING)
-                    break
-                except dist.DistStoreError:  # nothing was said for so long
-                    continue
-            said: dict[str, Any] = json.loads(self._store.get(key))
-        return said
+            while not self._store.check([key]):
+                with suppress(dist.DistStoreError):  # COMMAND_WAIT has passed
+                    self._store.wait([key], COMMAND_WAIT)
+            command: dict[str, Any] = json.loads(self._store.get(key))
+        return command
 
-    def give_up(self, reason: str) -> None:
-        """Not rank 0: leave a last word."""
+    def report_failure(self, reason: str) -> None:
+        """Not rank 0: say why this rank ends."""
         with _in_contact():
             self._store.set(f"failed {self.rank}", reason)
             self._store.get(f"failed {self.rank}")  # it has arrived when this returns
 
-    def last_words(self) -> list[str]:
-        """Rank 0: why others gave up, as far as they could say."""
-        others = range(1, self.count)
-        return [
-            f"rank {rank}: {self._store.get(f'failed {rank}').decode()}"
-            for rank in others
-            if self._store.check([f"failed {rank}"])
-        ]
+    def failures(self) -> list[str]:
+        """Rank 0: the failures that other ranks could report."""
+        reported = [rank for rank in range(1, self.count) if self._store.check([f"failed {rank}"])]
+        return [f"rank {rank}: {self._store.get(f'failed {rank}').decode()}" for rank in reported]
 
     def use(self, device: torch.device) -> None:
-        """Train on this device from now on. Raises JobError unless each rank has a GPU of its own, or none has."""
+        """Train on this device from now on. Raises JobError unless each rank has a GPU of its own or none has one."""
         own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-        uses: list[str] = [""] * self.count
+        gpus: list[str] = [""] * self.count
         with _in_contact():
-            dist.all_gather_object(uses, own)
+            dist.all_gather_object(gpus, own)
         self._device = device
-        if not any(uses):
+        if not any(gpus):
             return
-        if len(set(uses)) < self.count or not all(uses):
-            seen = ", ".join(f"rank {rank} has {gpu or 'none'}" for rank, gpu in enumerate(uses))
+        if len(set(gpus)) < self.count or not all(gpus):
+            seen = ", ".join(f"rank {rank} has {gpu or 'none'}" for rank, gpu in enumerate(gpus))
             raise JobError(f"gpus_per_worker is {self.count}, but there is no GPU for each: {seen}")
         if self._tensors is None:
             with _in_contact():
                 self._tensors = dist.new_group(backend="nccl", timeout=self._step)
 
     def close(self, at_once: bool) -> None:
-        """Leave; at_once: in the middle of something. Whoever waits for this process gets RankLostError."""
+        """Leave. at_once: in the middle of a chunk; ranks that wait for this one get RankLostError."""
         if dist.is_initialized():
             if at_once and self._tensors is not None:
                 with suppress(Exception):  # it may be broken already
-                    self._tensors.abort()  # else leaving could wait for a GPU that waits for a rank that is no more
+                    self._tensors.abort()  # otherwise leaving could wait for a GPU that waits for a dead rank
             dist.destroy_process_group()
 
     # --- the model
 
     def adopt(self, model: nn.Module) -> nn.Module:
-        if self._device.type == "cuda":  # torch has it for GPUs only
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self._tensors)  # type: ignore[no-untyped-call]
+        if self._device.type == "cuda":  # torch has SyncBatchNorm for GPUs only
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self._tensors)  # type: ignore[no-untyped-call]  # torch
         self._spread([*model.parameters(), *model.buffers()])
         return model
 
@@ -168,7 +161,7 @@ class Ranks(Alone):
         self._spread(model.buffers())
 
     def _spread(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite them by rank 0's."""
+        """Overwrite them with rank 0's."""
         for tensor in tensors:
             whole = tensor.detach().contiguous()
             with _in_contact():
@@ -186,46 +179,47 @@ class Ranks(Alone):
     # --- a step
 
     def same(self, number: int) -> int:
-        told = torch.tensor(number)
+        shared = torch.tensor(number)
         with _in_contact():
-            dist.broadcast(told, 0)
-        return int(told.item())
+            dist.broadcast(shared, 0)
+        return int(shared.item())
 
     def agree(self, should_stop: Callable[[], bool]) -> bool:
         stop = torch.tensor(int(self.rank == 0 and should_stop()))
         with _in_contact():
-            dist.all_reduce(stop, dist.ReduceOp.MAX)  # rank 0 hears from all, so it notices who is gone
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # rank 0 hears from all ranks, so it notices if one is gone
         return bool(stop.item())
 
     def reseed(self, seed: int, step: int) -> None:
-        if self.rank > 0:  # rank 0's random state is in the checkpoint; this one can be had again without it
+        if self.rank > 0:  # rank 0's random state is in the checkpoint; these are computed again from the step
             seed_all(hash_seed(seed, step, self.rank))
 
-    def share(self, batch: Any, whole: int) -> Any:
-        first, end = whole * self.rank // self.count, whole * (self.rank + 1) // self.count
-        self._weight = (end - first) / whole
-        if first == end:  # fewer examples than ranks: do the same as the others, with what counts for nothing
+    def share(self, batch: Any, size: int) -> Any:
+        first, end = size * self.rank // self.count, size * (self.rank + 1) // self.count
+        self._weight = (end - first) / size
+        if first == end:  # fewer examples than ranks: take part in the step with an example of weight 0
             first, end = 0, 1
-        return part(batch, whole, first, end)
+        return part(batch, size, first, end)
 
     def merge(self, loss: Tensor, model: nn.Module) -> Tensor:
-        """One sum for all gradients, always laid out the same: a resumed chunk adds in the same order."""
+        """Gradients are summed in one tensor per dtype, always in the same layout: a resumed chunk adds in the same
+        order."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         by_dtype = sorted(range(len(parameters)), key=lambda i: str(parameters[i].dtype))
-        there = tuple(p.grad is not None for p in parameters)
+        mask = tuple(p.grad is not None for p in parameters)
         for _, indices in groupby(by_dtype, key=lambda i: parameters[i].dtype):
             some = [parameters[i] for i in indices]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
             flat = self._sum(torch.cat([g.reshape(-1) for g in grads]).mul_(self._weight))
             for p, grad, merged in zip(some, grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
                 p.grad = grad.copy_(merged.view_as(grad))
-        if there not in self._present:  # kept, for a copy to the GPU would wait for it
-            self._present[there] = torch.tensor(there, dtype=torch.float64, device=self._device)
-        told = self._sum(torch.cat([loss.detach().double().reshape(1) * self._weight, self._present[there]]))
-        if not all(there):  # what no rank has used stays without a gradient, as it would in one process
-            for p, used in zip(parameters, told[1:].tolist(), strict=True):
+        if mask not in self._masks:  # kept, because copying it to the GPU would wait for the GPU
+            self._masks[mask] = torch.tensor(mask, dtype=torch.float64, device=self._device)
+        total = self._sum(torch.cat([loss.detach().double().reshape(1) * self._weight, self._masks[mask]]))
+        if not all(mask):  # a parameter that no rank used stays without a gradient, as it would in one process
+            for p, used in zip(parameters, total[1:].tolist(), strict=True):
                 p.grad = p.grad if used else None
-        return told[0]
+        return total[0]
 
     def _sum(self, tensor: Tensor) -> Tensor:
         with _in_contact():
@@ -242,23 +236,22 @@ class Ranks(Alone):
 def meet(rank: int, count: int, place: Path, meeting_s: float = MEETING_S, step_s: float = STEP_S) -> Ranks:
     """Find the other ranks of this job on this node. Raises RankLostError if they don't come.
 
-    place: a file that belongs to this start of this job alone; rank 0 writes there on which port it listens,
-    which the system has chosen, so that no two workers can collide.
+    place: a file of this start of this job alone, in which rank 0 writes the port that it listens on. The system
+    chooses the port, so two workers never choose the same. meeting_s, step_s: how long to wait for the other ranks,
+    at the meeting and in a step (seconds).
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    patience = timedelta(seconds=meeting_s)
+    meeting = timedelta(seconds=meeting_s)
     with _in_contact():
         if rank == 0:
             listener = socket.create_server((HOST, 0))
-            port = int(listener.getsockname()[1])
-            store = TCPStore(
-                HOST, port, None, True, patience, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
+            port, fd = int(listener.getsockname()[1]), listener.detach()
+            store = TCPStore(HOST, port, None, True, meeting, wait_for_workers=False, master_listen_fd=fd)
             atomic.publish(place, lambda target: target.write(str(port).encode()))
         else:
-            store = TCPStore(HOST, _port(place, meeting_s), None, False, patience)
+            store = TCPStore(HOST, _port(place, meeting_s), None, False, meeting)
         store.set(f"here {rank}", "")
-        store.wait([f"here {other}" for other in range(count)], patience)
+        store.wait([f"here {other}" for other in range(count)], meeting)
         if rank == 0:
             place.unlink()
         step = timedelta(seconds=step_s)
@@ -270,14 +263,14 @@ def _port(place: Path, meeting_s: float) -> int:
     end = time.monotonic() + meeting_s
     while not place.exists():
         if time.monotonic() > end:
-            raise RankLostError(f"rank 0 did not say within {meeting_s:g} s where it is ({place})")
+            raise RankLostError(f"rank 0 did not write its port to {place} within {meeting_s:g} s")
         time.sleep(0.1)
     return int(place.read_text())
 
 
 @contextmanager
 def _in_contact() -> Iterator[None]:
-    """What goes wrong inside is the connection's fault."""
+    """An error inside is one of the connection."""
     try:
         yield
     except RuntimeError as error:  # torch has no class of its own for gloo's errors

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,31 +20,70 @@ from jobs.data.randomness import hash_seed, random_state, seed_all, set_random_s
 from jobs.data.splits import Split
 from jobs.errors import JobError
 from jobs.job import Job
-from jobs.loggers.observer import Observer, Unobserved
+from jobs.loggers.observer import Observer
 from jobs.training.checked import checked_data, checked_metrics
 from jobs.training.frozen import FrozenParts
 from jobs.training.learner import Learner, Predictor
 from jobs.training.precision import Speed
 from jobs.training.ranks import ALONE, Alone
 from jobs.training.states import FORMAT, read, weights
-from orchestrator.records import EpochResult, Finished, Interrupted, Metric, Work
+from orchestrator.records import EpochResult, Finished, Interrupted, Work
 
 
-class Session:
-    """The state of the model that is being trained, and the data, which stays from chunk to chunk."""
+class JobTrainer:
+    """What orch's loop and a job's own loop have in common as an orchestrator.worker.trainer.Trainer."""
 
     def __init__(self, job: Job, group: Alone = ALONE, observer: Observer | None = None) -> None:
         self.job = job
         self.group = group
         self.settings = job.context.settings
         self.device = job.context.device
-        self.metric = Metric(self.settings["metric"]["name"], self.settings["metric"]["mode"])
+        self.metric = self.settings.metric
         self.epochs = 0  # of the whole lineage
+        self._observer = observer or Observer()
+        self._cut: dict[str, Any] | None = None  # where an interrupted chunk stopped
+
+    def _load(self, work: Work) -> dict[str, Any] | None:
+        """The state to continue from; None for a founder, for which this seeds the random numbers."""
+        self._cut = None
+        source = work.suspended or work.parent
+        if source is None:
+            seed_all(work.seed)
+            self.epochs = 0
+            return None
+        state = read(self.group.fetch(source))
+        self.epochs = state["epochs"]
+        return state
+
+    def state(self) -> dict[str, Any]:
+        """The whole training state. Its tensors are those of the training, not copies."""
+        head = {"format": FORMAT, "epochs": self.epochs}
+        return {**head, **self._state(), "rng": random_state(), "cut": self._cut}
+
+    def _state(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def save(self, target: IO[bytes]) -> None:
+        """Write the whole training state to a file, from front to back."""
+        torch.save(self.state(), target)
+
+    def judged(self, promoted: bool) -> None:
+        """The chunk that was finished last was admitted to the board or not."""
+        self._observer.judged(promoted)
+
+    def close(self) -> None:
+        """The process ends."""
+        self._observer.close()
+
+
+class Session(JobTrainer):
+    """Orch's training loop: the model in training, and the data, which stay loaded from chunk to chunk."""
+
+    def __init__(self, job: Job, group: Alone = ALONE, observer: Observer | None = None) -> None:
+        super().__init__(job, group, observer)
         self._speed = Speed(self.settings, self.device)
         self._frozen = FrozenParts(job, self._speed)
-        self._observer = observer or Unobserved()
         self._learner: Learner | None = None
-        self._cut: dict[str, Any] | None = None  # where an interrupted chunk stopped
         self._feeds: dict[str, Feed] = {}
 
     # --- one chunk
@@ -50,53 +91,42 @@ class Session:
     def train(
         self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
     ) -> Finished | Interrupted:
-        """Train work.epochs epochs, validating after each. should_stop is asked before every step.
-
-        After Finished, `save` writes the checkpoint; after Interrupted, the state to go on from.
-        """
+        """Train work.epochs epochs and validate after each. should_stop is called before every step."""
         learner, cut = self._begin(work)
         self._observer.chunk(work)
-        results = [EpochResult(r["number"], r["seconds"], r["metrics"]) for r in cut["results"]]
-        for _ in range(len(results), work.epochs):
+        results = [EpochResult(**result) for result in cut["results"]]
+        lost = False
+        while len(results) < work.epochs and not lost:
             result = self._train_epoch(learner, cut, should_stop)
             if result is None:
-                self._cut = cut | {"results": [_plain(r) for r in results], "rng": random_state()}
+                self._cut = cut | {"results": [asdict(r) for r in results], "rng": random_state()}
                 return Interrupted(cut["step"])
             results.append(result)
             self._observer.epoch(result)
             on_epoch(result)
             cut = _fresh_cut()
-            if not math.isfinite(result.metrics["train_loss"]):
-                break  # it can't recover, and can't enter the board
-        score = results[-1].metrics[self.metric.name]
-        if not math.isfinite(results[-1].metrics["train_loss"]):
-            score = math.nan
+            lost = not math.isfinite(result.metrics["train_loss"])  # training can't recover from that
+        score = math.nan if lost else results[-1].metrics[self.metric.name]  # NaN is never admitted to the board
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
 
     def _begin(self, work: Work) -> tuple[Learner, dict[str, Any]]:
-        """Where the chunk begins or goes on: the learner, and the place in its epoch."""
-        self._cut = None
+        """The learner as the chunk begins or continues, and the place in its epoch."""
         batches = self.feed("train").batches
-        parts = (self.job, work.profile, self._speed, self.group, batches, self.metric)
-        source = work.suspended or work.parent
-        if source is None:
-            seed_all(work.seed)
-            self.epochs = 0
-            self._learner = Learner(*parts)
-            return self._learner, _fresh_cut()
-        state = read(self.group.fetch(source))
-        with randomness.random_state_kept():
-            self._learner = Learner(*parts)
-        self._learner.restore(state)
-        self.epochs = state["epochs"]
-        return self._learner, resume_random_state(state, work)
+        state = self._load(work)
+        with randomness.random_state_kept() if state else nullcontext():  # a founder draws its initial weights
+            learner = Learner(self.job, work.profile, self._speed, self.group, batches, self.metric)
+        self._learner = learner
+        if state is None:
+            return learner, _fresh_cut()
+        learner.restore(state)
+        return learner, resume_random_state(state, work)
 
     def _train_epoch(
         self, learner: Learner, cut: dict[str, Any], should_stop: Callable[[], bool]
     ) -> EpochResult | None:
-        """One epoch, or the rest of one; None if it was interrupted, with `cut` saying where."""
+        """One epoch, or the rest of one. None if it was interrupted; `cut` then says where."""
         started = time.monotonic()
-        feed, group, job = self._batches(learner, learner.model, "train"), self.group, self.job
+        feed, group = self._batches(learner, learner.model, "train"), self.group
         if cut["seed"] is None:
             cut["seed"] = group.same(int(torch.randint(2**62, ()).item()))
         loss_sum = torch.tensor(cut["loss_sum"], dtype=torch.float64, device=self.device)
@@ -108,7 +138,7 @@ class Session:
                 cut["seconds"] += time.monotonic() - started
                 return None
             batch = next(batches)
-            size = job.batch_size(batch)
+            size = self.job.batch_size(batch)
             group.reseed(cut["seed"], cut["step"])
             rate = learner.learning_rate
             loss = learner.step(group.share(batch, size))
@@ -117,7 +147,7 @@ class Session:
             self._observer.step(learner.steps, loss, rate)
         next(batches, None)  # lets the loader see the end of the epoch
         metrics = {"train_loss": loss_sum.item() / feed.count}
-        metrics |= self._evaluate(learner, "validation" if self.settings["select_on"] == "validation" else "test")
+        metrics |= self._evaluate(learner, self.settings.select_on)
         learner.after_epoch(metrics)
         self.epochs += 1
         return EpochResult(self.epochs, cut["seconds"] + time.monotonic() - started, metrics)
@@ -130,8 +160,8 @@ class Session:
         return self._evaluate(self._learner, split)
 
     def _evaluate(self, predictor: Predictor, split: Split) -> dict[str, float]:
-        """The job's metrics over a split, means over its examples. Raises JobError if the settings' metric
-        is not among them."""
+        """The job's metrics, each the mean over a split's examples. Raises JobError if the settings' metric is not
+        among them."""
         model, running = predictor.evaluated
         feed, job = self._batches(predictor, model, split), self.job
         sums: dict[str, Tensor] = {}
@@ -143,8 +173,8 @@ class Session:
                     metrics = checked_metrics(job, job.evaluation_metrics(running, predictor.arranged(batch)))
                 size = job.batch_size(batch)
                 for name, value in metrics.items():
-                    weighed = torch.as_tensor(value, dtype=torch.float64, device=self.device) * size
-                    sums[name] = sums[name] + weighed if name in sums else weighed
+                    weighted = torch.as_tensor(value, dtype=torch.float64, device=self.device) * size
+                    sums[name] = sums[name] + weighted if name in sums else weighted
         totals = self.group.total({name: value.item() for name, value in sums.items()})
         if self.metric.name not in totals:
             known = ", ".join(sorted(totals))
@@ -160,56 +190,37 @@ class Session:
         return self._evaluate(predictor, split)
 
     def _batches(self, predictor: Predictor, model: nn.Module, split: Split) -> Feed:
-        """Those to call this model with from now on."""
+        """The batches to call this model with from now on."""
         return self._frozen.feed(model, split, self.feed(split), predictor.arranged)
 
     def feed(self, split: Split) -> Feed:
-        """The batches of a split; made once, the data stays."""
+        """The batches of a split. It is made once; the data stay loaded."""
         if split not in self._feeds:
-            # Not the training's random numbers: a process that goes on loads the data again. The same for each split,
-            # so that one drawn for "train" is the one drawn for "validation".
+            # Loading the data draws no random numbers of the training, since a process that resumes loads them again.
+            # All splits have one seed, so "train" and "validation" are the same examples where a job draws them.
             with randomness.random_state_kept():
-                randomness.seed_cpu(self.settings["seed"])
+                randomness.seed_cpu(self.settings.seed)
                 source = checked_data(self.job, self.job.data(split), split)
-            size = self.settings["max_batch_size"]
             indices = self._indices(split, source)
+            size = self.settings.max_batch_size
             self._feeds[split] = make_feed(source, indices, size, self.device, self.job.context.cores)
         return self._feeds[split]
 
     def _indices(self, split: Split, source: Dataset[Any]) -> list[int]:
-        """Which examples of what the job gives for this split are used."""
-        if split == "test" or self.settings["select_on"] == "test":
-            return list(range(len(source)))  # type: ignore[arg-type]
-        parts = splits.split(source, self.settings["validation_fraction"], self.settings["seed"])
+        """The examples that are used of what the job gives for this split."""
+        if split == "test" or self.settings.select_on == "test":
+            return list(range(len(source)))  # type: ignore[arg-type]  # checked_data has checked that it has a length
+        parts = splits.split(source, self.settings.validation_fraction, self.settings.seed)
         return parts[split == "validation"]
 
-    # --- state
-
-    def save(self, target: IO[bytes]) -> None:
-        """The whole training state, to a file that is written from front to back."""
-        torch.save(self.state(), target)
-
-    def state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         assert self._learner is not None
-        return {
-            "format": FORMAT,
-            "epochs": self.epochs,
-            **self._learner.state(),
-            "rng": random_state(),
-            "cut": self._cut,
-        }
-
-    def judged(self, promoted: bool) -> None:
-        """What became of the chunk that was finished last."""
-        self._observer.judged(promoted)
-
-    def close(self) -> None:
-        """The process ends."""
-        self._observer.close()
+        return self._learner.state()
 
 
 def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
-    """Set the random state that the work goes on with; a repeat has one of its own. Returns the place in its epoch."""
+    """Set the random state that the chunk continues with; a repeat gets one of its own. Returns the place in its
+    epoch."""
     if work.suspended:
         set_random_state(state["cut"]["rng"])
         return dict(state["cut"])
@@ -221,7 +232,3 @@ def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
 
 def _fresh_cut() -> dict[str, Any]:
     return {"seed": None, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "results": [], "rng": None}
-
-
-def _plain(result: EpochResult) -> dict[str, Any]:
-    return {"number": result.number, "seconds": result.seconds, "metrics": dict(result.metrics)}

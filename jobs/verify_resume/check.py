@@ -1,5 +1,5 @@
-"""Is resume exact for a job, on this machine? A short training is done twice: once in one go, once interrupted again
-and again and resumed in fresh processes. Every state on the way must be the same, bit for bit."""
+"""Is resume exact for a job, on this machine? A short training runs twice: once without a break, once interrupted
+several times and resumed in fresh processes. All states in between must be the same, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ import torch
 from jobs.errors import JobError
 from jobs.training.states import read
 from jobs.verify_resume.exactness import Difference, count_tensors, differences
-from jobs.verify_resume.link import NO_STOP, REFERENCE, RESUMED, Trial, write_plan
+from jobs.verify_resume.link import NO_STOP, REFERENCE, RESULT, RESUMED, Trial, write_plan
 
 RunLink = Callable[[Trial, Path, str, int, int | None], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Inexact:
-    """Where the interrupted training left the uninterrupted one."""
+    """Where the interrupted training differs from the uninterrupted one."""
 
-    first: Difference  # of the state, in the order of a checkpoint; or of the metrics or batches if states agree
-    interrupted_after: int | None  # steps before the last interruption; None: nothing had been interrupted yet
+    first: Difference  # of the states, in the order of a checkpoint; if they are the same, of metrics or batches
+    interrupted_after: int | None  # steps before the last interruption; None: before any interruption
     found_after: int  # steps before the state in which the difference shows
     first_batch: int | None  # the first step whose batch differs, counted from 1; None: all batches are the same
-    parts: list[str]  # of the state that differ: model, optimizer, rng
-    largest: float | None  # max abs difference of all tensors and numbers
+    parts: list[str]  # those that differ: model, optimizer, rng, ...; or metrics; or batch
+    largest: float | None  # the largest absolute difference of all tensors and numbers
 
 
 @dataclass
 class Verdict:
-    """What a check found. Steps are optimizer steps, counted over all chunks."""
+    """The result of a check. Steps are optimizer steps, counted over all chunks."""
 
     job: str
     device: str
@@ -68,64 +68,58 @@ class Verdict:
         return self.steps_per_epoch * self.epochs_per_chunk * self.chunks
 
 
-def in_fresh_process(plan: Trial, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
-    """A link as a job of a chain is: a process that knows the files only. What it prints goes to standard error.
-
-    Raises JobError with the link's own message, or saying how the process ended.
-    """
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if plan.device == "cpu" else {})
+def in_fresh_process(trial: Trial, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
+    """Run a link as a process that shares only files with the others, as a job of a chain does. Its output goes to
+    standard error. Raises JobError with the link's own message, or with how the process ended."""
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if trial.device == "cpu" else {})
     arguments = [str(root), name, str(start), str(NO_STOP if stop is None else stop)]
-    (root / "link.json").unlink(missing_ok=True)
-    # -P: what lies in the current folder must not stand in for orch's own modules
+    (root / RESULT).unlink(missing_ok=True)
+    # -P: modules in the current folder must not replace orch's own
     command = [sys.executable, "-P", "-m", "jobs.verify_resume.link", *arguments]
+    # In a session of its own, so that Ctrl-C reaches this process only, which ends that one without a traceback.
     done = subprocess.run(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=2,
-        check=False,
-        start_new_session=True,  # a terminal's Ctrl-C ends this process, which ends that one without a traceback
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=2, check=False, start_new_session=True
     )
     try:
-        found: dict[str, Any] = json.loads((root / "link.json").read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads((root / RESULT).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError) as error:
         how = f"was killed by {_signal(-done.returncode)}" if done.returncode < 0 else f"ended with {done.returncode}"
         raise JobError(
-            f"job {plan.settings['job']}: its process {how} while it trained from step {start} on. "
-            f"Is there room in memory, and in {root.parent} (set TMPDIR to another folder)?"
+            f"job {trial.settings.job}: its process {how} while it trained from step {start} on. Is there enough "
+            f"memory, and enough room in {root.parent} (TMPDIR names another folder)?"
         ) from error
-    if "error" in found:
-        raise JobError(found["error"])
-    return found
+    if "error" in result:
+        raise JobError(result["error"])
+    return result
 
 
-def verify(plan: Trial, say: Callable[[str], None], run_link: RunLink = in_fresh_process) -> Verdict:
-    """Train, interrupt, resume and compare, in a temporary folder that is removed. say: is told how it goes on.
+def verify(trial: Trial, say: Callable[[str], None], run_link: RunLink = in_fresh_process) -> Verdict:
+    """Train, interrupt, resume and compare, in a temporary folder that is removed. say: gets a line for each stage.
 
     Stops at the first state that differs. Raises JobError if the job can't be trained.
     """
     started = time.monotonic()
     with _scratch() as root:
-        write_plan(plan, root)
-        reference = run_link(plan, root, REFERENCE, 0, None)
+        write_plan(trial, root)
+        reference = run_link(trial, root, REFERENCE, 0, None)
         verdict = Verdict(
-            job=plan.settings["job"],
+            job=trial.settings.job,
             device=reference["device"],
             threads=reference["threads"],
             torch=str(torch.__version__),
-            deterministic=plan.settings["deterministic"],
-            chunks=plan.chunks,
-            epochs_per_chunk=plan.epochs_per_chunk,
+            deterministic=trial.settings.deterministic,
+            chunks=trial.chunks,
+            epochs_per_chunk=trial.epochs_per_chunk,
             steps_per_epoch=reference["steps_per_epoch"],
             interrupted_after=reference["breaks"],
         )
         say(f"{verdict.steps} steps without an interruption, on {verdict.device}")
         start = 0
         for stop in [*verdict.interrupted_after, verdict.steps]:
-            link = run_link(plan, root, RESUMED, start, None if stop == verdict.steps else stop)
+            link = run_link(trial, root, RESUMED, start, None if stop == verdict.steps else stop)
             if link["steps_per_epoch"] != verdict.steps_per_epoch:
                 raise JobError(
-                    f"job {verdict.job}: data('train') is not of the same length in each process: an epoch had "
+                    f"job {verdict.job}: data('train') does not have the same length in each process: an epoch had "
                     f"{verdict.steps_per_epoch} batches, then {link['steps_per_epoch']}"
                 )
             verdict.inexact = _compare(verdict, root, reference, link, start, stop)
@@ -141,38 +135,38 @@ def verify(plan: Trial, say: Callable[[str], None], run_link: RunLink = in_fresh
 def _compare(
     verdict: Verdict, root: Path, reference: dict[str, Any], link: dict[str, Any], start: int, stop: int
 ) -> Inexact | None:
-    """The link from start to stop, with the same steps of the reference. Files that are done with are removed.
+    """Compare the link from start to stop with the same steps of the reference, and remove the files compared.
 
-    A tensor of a state says more than a metric that follows from it: the metrics count where the states are the same.
+    Metrics follow from the state, so they are compared only if the states are the same.
     """
     batches = zip(reference["batches"][start:stop], link["batches"], strict=True)
     first_batch = next((step for step, (one, other) in enumerate(batches, start + 1) if one != other), None)
     verdict.batches_compared += stop - start
-    found_after, all_found = stop, list[Difference]()
+    found_after, unequal = stop, list[Difference]()
     per_chunk = verdict.steps_per_epoch * verdict.epochs_per_chunk
     for point in _between(start, stop, per_chunk):  # each has a checkpoint
-        expected, found = (_state(root / name / f"{point}.pt") for name in (REFERENCE, RESUMED))
+        expected, resumed = (_state(root / name / f"{point}.pt") for name in (REFERENCE, RESUMED))
         (root / REFERENCE / f"{point}.pt").unlink()
         verdict.states_compared += 1
         verdict.tensors_compared += count_tensors(expected)
-        if not all_found:
-            found_after, all_found = point, list(differences(expected, found))
+        if not unequal:
+            found_after, unequal = point, list(differences(expected, resumed))
     for point in _between(start, stop, verdict.steps_per_epoch):
-        if not all_found:
+        if not unequal:
             metrics, again = (side["metrics"].get(str(point)) for side in (reference, link))
-            found_after, all_found = point, list(differences(metrics, again, "metrics"))
+            found_after, unequal = point, list(differences(metrics, again, "metrics"))
     if start:
         (root / RESUMED / f"{start}.pt").unlink()
-    if not all_found and first_batch is None:
+    if not unequal and first_batch is None:
         return None
-    all_found = all_found or [Difference(f"batch {first_batch}", "value", "the same batch", "another")]
-    distances = [d.max_abs_difference for d in all_found if d.max_abs_difference is not None]
+    unequal = unequal or [Difference(f"batch {first_batch}", "value", "the same batch", "another")]
+    distances = [d.max_abs_difference for d in unequal if d.max_abs_difference is not None]
     return Inexact(
-        first=all_found[0],
+        first=unequal[0],
         interrupted_after=start or None,
         found_after=found_after,
         first_batch=first_batch,
-        parts=list(dict.fromkeys(re.split(r"[.\[ ]", d.path)[0] for d in all_found)),
+        parts=list(dict.fromkeys(re.split(r"[.\[ ]", d.path)[0] for d in unequal)),
         largest=max(distances, default=None),
     )
 
@@ -183,41 +177,36 @@ def _between(start: int, stop: int, every: int) -> list[int]:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """Without where the chunk was cut, which the reference was not: what matters of that shows in the metrics."""
+    """Without "cut", which only an interrupted chunk has; its effect shows in the metrics."""
     return {key: value for key, value in read(path).items() if key != "cut"}
 
 
 def advice(verdict: Verdict) -> list[str]:
-    """What usually makes a difference like this one, likeliest first."""
+    """The usual causes of such a difference, the likeliest first."""
     inexact = verdict.inexact
     if inexact is None:
         return []
-    lines = [] if verdict.deterministic else [MODE_IS_OFF]
     if inexact.interrupted_after is None:
-        lines.append(NOT_EVEN_INTERRUPTED)
+        cause = NOT_EVEN_INTERRUPTED
     elif inexact.first_batch is not None:
-        lines.append(f"from step {inexact.first_batch} on the batches differ: {OTHER_BATCHES}")
-    elif inexact.parts == ["metrics"]:
-        lines.append(OTHER_METRICS)
+        cause = f"from step {inexact.first_batch} on the batches differ: {OTHER_BATCHES}"
     else:
-        lines.append(STATE_OUTSIDE)
-    return lines
+        cause = OTHER_METRICS if inexact.parts == ["metrics"] else STATE_OUTSIDE
+    return [cause] if verdict.deterministic else [MODE_IS_OFF, cause]
 
 
 MODE_IS_OFF = (
-    'deterministic mode is off ("deterministic": false): kernels may add in another order each time, on a GPU above '
-    "all, and that alone can be why. Check again with --set deterministic=true: what still differs then has another "
-    "cause"
+    'deterministic mode is off ("deterministic": false): kernels may add in another order each time, which alone can '
+    "be the cause. Check again with --set deterministic=true"
 )
 NOT_EVEN_INTERRUPTED = (
-    "nothing had been interrupted yet: two processes that train from the beginning differ. Does the job seed something "
-    "from the clock, or depend on hash(), the order of a set, the order of files in a folder, or what other processes "
-    "leave behind?"
+    "nothing had been interrupted yet: two processes that train from the beginning differ. Does the job depend on the "
+    "clock, hash(), the order of a set, the order of files in a folder, or files of other processes?"
 )
 OTHER_BATCHES = (
     "the data set draws from a generator of its own (random.Random, numpy.random.default_rng, torch.Generator), counts "
-    "its calls, or keeps an order of its own. Let an example depend on its index alone, and draw from random, "
-    "numpy.random or torch, which orch seeds"
+    "its calls, or keeps an order of its own. Make an example depend on its index alone, and draw from the global "
+    "generators of random, numpy.random or torch, which orch seeds"
 )
 OTHER_METRICS = (
     "the states are the same, the metrics are not: metrics() or the validation data draw from a generator of their "
@@ -226,19 +215,19 @@ OTHER_METRICS = (
 STATE_OUTSIDE = (
     "the batches are the same: something that the training depends on is kept outside the model and the optimizer (a "
     "counter or a generator in the job, a scheduler or an average of its own, a buffer with persistent=False). A "
-    "checkpoint holds what state_dict() gives: make it a buffer of the model, or return it from a module's "
-    "get_extra_state(); profiles have schedules, and averaging() keeps an average"
+    "checkpoint holds what state_dict() returns: make it a buffer of the model, or return it from a module's "
+    "get_extra_state(). For schedules use profiles, for an average averaging()"
 )
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:
-    """For `--json`; a difference that is no finite number is null there."""
-    found = {"exact": verdict.exact, "steps": verdict.steps, **asdict(verdict)}
+    """For `--json`. An infinite difference is null there."""
+    report = {"exact": verdict.exact, "steps": verdict.steps, **asdict(verdict)}
     if verdict.inexact is not None:
-        first = found["inexact"]["first"]
+        first = report["inexact"]["first"]
         first["max_abs_difference"] = _finite(first["max_abs_difference"])
-        found["inexact"]["largest"] = _finite(found["inexact"]["largest"])
-    return found
+        report["inexact"]["largest"] = _finite(report["inexact"]["largest"])
+    return report
 
 
 def _finite(value: float | None) -> float | None:
@@ -254,7 +243,7 @@ def _signal(number: int) -> str:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A temporary folder that is gone afterwards, also when this process is told to end."""
+    """A temporary folder that is removed afterwards, also if a signal ends this process."""
 
     def end(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""Are two training states the same, bit for bit? And if not: where, and by how much.
+"""Are two training states the same, bit for bit? If not, where do they differ, and by how much?
 
 A state is what a checkpoint holds: dicts, lists and tuples of tensors, NumPy arrays and plain values.
 """
@@ -23,27 +23,16 @@ class Difference:
 
     path: str  # "model.0.weight", "optimizer.state[3].momentum_buffer", "rng.torch"
     kind: str  # "value", "shape", "dtype", "type", "keys" or "length"
-    expected: str  # as a person reads it
+    expected: str  # for people
     found: str
-    max_abs_difference: float | None = (
-        None  # of tensors, arrays and numbers; infinite where NaN stands against a number
-    )
-
-    def __str__(self) -> str:
-        by = "" if self.max_abs_difference is None else f", max abs difference {self.max_abs_difference:.3g}"
-        return f"{self.path}: {self.kind}: expected {self.expected}, found {self.found}{by}"
-
-
-def first_difference(expected: Any, found: Any) -> Difference | None:
-    """The first place, in the order of `expected`, where two states differ; None if they are the same."""
-    return next(differences(expected, found), None)
+    max_abs_difference: float | None = None  # of tensors, arrays and numbers; infinite between NaN and a number
 
 
 def differences(expected: Any, found: Any, path: str = "") -> Iterator[Difference]:
     """Every place where two states differ, in the order of `expected`.
 
-    The same means: the same types, dtypes, shapes and bytes. So NaN is the same as NaN if their bits are, and 0.0 is
-    not -0.0. Devices and the order of a dict's keys don't count. A list and a tuple of the same things differ.
+    Two values are the same if their types, dtypes, shapes and bytes are. So a NaN is the same as a NaN with the same
+    bits, and 0.0 is not -0.0. Devices and the order of a dict's keys don't count. A list and a tuple always differ.
     """
     if type(expected) is not type(found) and not _alike(expected, found):
         yield Difference(path, "type", type(expected).__name__, type(found).__name__)
@@ -59,10 +48,8 @@ def differences(expected: Any, found: Any, path: str = "") -> Iterator[Differenc
             yield Difference(path, "length", str(len(expected)), str(len(found)))
         for index, (one, other) in enumerate(zip(expected, found, strict=False)):
             yield from differences(one, other, f"{path}[{index}]")
-    elif isinstance(expected, Tensor):
+    elif isinstance(expected, Tensor | np.ndarray | np.generic):
         yield from _of_tensors(expected, found, path)
-    elif isinstance(expected, np.ndarray | np.generic):
-        yield from _of_arrays(np.asarray(expected), np.asarray(found), path)
     elif isinstance(expected, float | complex):
         if _bits(expected) != _bits(found):
             yield Difference(path, "value", repr(expected), repr(found), _finite_or_inf(abs(expected - found)))
@@ -82,11 +69,11 @@ def count_tensors(state: Any) -> int:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 (hex) over the dtypes, shapes and bytes of a nested batch: the same for what `differences` finds the
-    same, whatever device it is on."""
-    state = hashlib.sha256()
-    _digest(value, state)
-    return state.hexdigest()
+    """SHA-256 (hex) over the dtypes, shapes and bytes of a nested batch. Two batches without `differences` have the
+    same digest, on any device."""
+    sha256 = hashlib.sha256()
+    _digest(value, sha256)
+    return sha256.hexdigest()
 
 
 def _digest(value: Any, into: Any) -> None:
@@ -112,36 +99,30 @@ def _digest(value: Any, into: Any) -> None:
 # --- tensors and arrays
 
 
-def _of_tensors(expected: Tensor, found: Tensor, path: str) -> Iterator[Difference]:
-    if expected.dtype != found.dtype:
-        yield Difference(path, "dtype", str(expected.dtype), str(found.dtype))
-    elif expected.shape != found.shape:
-        yield Difference(path, "shape", str(tuple(expected.shape)), str(tuple(found.shape)))
-    elif expected.layout != found.layout:
-        yield Difference(path, "type", str(expected.layout), str(found.layout))
-    elif expected.numel():
-        one, other = _dense(expected), _dense(found)
-        if not torch.equal(_bytes(one), _bytes(other)):
-            yield _of_values(one, other, _bytes(one).ne(_bytes(other)).any(dim=1), path)
-
-
-def _of_arrays(expected: np.ndarray, found: np.ndarray, path: str) -> Iterator[Difference]:
-    if expected.dtype == found.dtype and expected.dtype.kind in "biufc":
-        yield from _of_tensors(torch.from_numpy(expected.copy()), torch.from_numpy(found.copy()), path)
-    elif expected.dtype != found.dtype:
-        yield Difference(path, "dtype", str(expected.dtype), str(found.dtype))
-    elif expected.shape != found.shape:
-        yield Difference(path, "shape", str(expected.shape), str(found.shape))
-    elif expected.tobytes() != found.tobytes():
-        yield Difference(path, "value", _short(expected.tolist()), _short(found.tolist()))
+def _of_tensors(expected: Any, found: Any, path: str) -> Iterator[Difference]:
+    """expected, found: two tensors, or two of NumPy's arrays or scalars."""
+    for kind, name in (("dtype", "dtype"), ("shape", "shape"), ("type", "layout")):
+        values = [str(tuple(v.shape) if kind == "shape" else getattr(v, name, "")) for v in (expected, found)]
+        if values[0] != values[1]:
+            yield Difference(path, kind, values[0], values[1])
+            return
+    if isinstance(expected, np.ndarray | np.generic):
+        if expected.dtype.kind not in "biufc":
+            if expected.tobytes() != found.tobytes():
+                yield Difference(path, "value", _short(expected.tolist()), _short(found.tolist()))
+            return
+        expected, found = torch.from_numpy(np.array(expected)), torch.from_numpy(np.array(found))
+    one, other = _dense(expected), _dense(found)
+    if not torch.equal(_bytes(one), _bytes(other)):
+        yield _of_values(one, other, _bytes(one).ne(_bytes(other)).any(dim=1), path)
 
 
 def _of_values(expected: Tensor, found: Tensor, differs: Tensor, path: str) -> Difference:
-    """expected, found: of one shape and dtype; differs: (n,) bool, which of their values have other bits."""
+    """expected, found: of one shape and dtype, with n values; differs: (n,) bool, which values have other bits."""
     wide = torch.complex128 if expected.is_complex() else torch.float64
     one, other = expected.reshape(-1).to(wide), found.reshape(-1).to(wide)
     distance = (one - other).abs()
-    distance[one == other] = 0.0  # infinities, and zeros of two signs
+    distance[one == other] = 0.0  # equal infinities, whose difference is NaN
     distance = distance.nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(~differs, -1.0)
     worst = int(distance.argmax())
     where = f" (value {worst} of {len(one)})" if expected.ndim else ""
@@ -156,7 +137,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """On the CPU, every value there, in a row in memory."""
+    """A strided, contiguous copy on the CPU with every value in memory."""
     tensor = tensor.detach().cpu()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
@@ -169,7 +150,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Types that differ in name only: a Parameter is a Tensor, an OrderedDict a dict."""
+    """Are both tensors (also a Parameter) or both mappings (also an OrderedDict)?"""
     return any(isinstance(one, kind) and isinstance(other, kind) for kind in (Tensor, Mapping))
 
 

@@ -1,7 +1,7 @@
 """One link of a check that resume is exact: some steps of a short training, from a file or from the start, to a file.
 
-Run as a process of its own (`python -m jobs.verify_resume.link`), it shares only that file
-with the link before it.
+It runs as a process of its own (`python -m jobs.verify_resume.link`), which shares only that file with the link before
+it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import re
 import sys
 import traceback
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch.utils.data import Dataset
 
 from jobs.data.feeds import Feed
@@ -28,12 +29,12 @@ from jobs.training.opening import has_own_loop, load_job, set_up
 from jobs.training.session import Session
 from jobs.verify_resume.exactness import digest
 from orchestrator.messages import counted
-from orchestrator.records import EpochResult, Interrupted, Profile, Work
+from orchestrator.records import EpochResult, Interrupted, Work
 from orchestrator.rules import claiming
 from orchestrator.settings.settings import Settings
 
-REFERENCE, RESUMED = "reference", "resumed"  # folders of states, each file named after the steps before it
-PLAN = "plan.json"
+REFERENCE, RESUMED = "reference", "resumed"  # folders of states; each file is named after the steps before it
+PLAN, RESULT = "plan.json", "link.json"
 NO_STOP = -1
 
 
@@ -41,89 +42,87 @@ NO_STOP = -1
 class Trial:
     """A short training: `chunks` chunks, each under the next profile of the cycle, with few batches an epoch."""
 
-    settings: dict[str, Any]  # complete, as a job is given them
+    settings: Settings
     import_paths: list[str]
     cores: int
     device: str  # "auto", "cpu" or "cuda"
     chunks: int
     epochs_per_chunk: int
-    steps_per_epoch: int  # at most; fewer where there is less data
+    steps_per_epoch: int  # at most; fewer if there is less data
     interruptions: int
 
-    def profile(self, chunk: int) -> Profile:
-        return claiming.profile_at(chunk, Settings.model_validate(self.settings).policy(1).cycle)
+
+TRIAL = TypeAdapter(Trial)  # as JSON for the processes of the links
 
 
 class ShortSession(Session):
-    """A Session whose epochs have few batches, and which notes what is in each."""
+    """A Session whose epochs have few batches, and which records the content of each."""
 
-    def __init__(self, plan: Trial, device: torch.device) -> None:
-        super().__init__(load_job(plan.settings, device, plan.cores))
+    def __init__(self, trial: Trial, device: torch.device) -> None:
+        super().__init__(load_job(trial.settings, device, trial.cores))
         if has_own_loop(self.job):
             raise JobError(
-                f"job {plan.settings['job']}: it has a loop of its own (train_chunk), whose steps orch can't count; "
+                f"job {trial.settings.job}: it has a loop of its own (train_chunk), whose steps orch can't count; "
                 "verify-resume is for jobs that orch's loop trains"
             )
-        self._steps = plan.steps_per_epoch
+        self._steps = trial.steps_per_epoch
         self.batches: list[str] = []  # digests, in the order of training
 
     def feed(self, split: Split) -> Feed:
-        known = split in self._feeds
-        feed = super().feed(split)
-        if split == "train" and not known:
-            feed = self._feeds[split] = _Noted(feed, self.batches)
-        return feed
+        if split == "train" and split not in self._feeds:
+            self._feeds[split] = RecordedFeed(super().feed(split), self.batches)
+        return super().feed(split)
 
     def _indices(self, split: Split, source: Dataset[Any]) -> list[int]:
-        """Spread over all examples, for these are often sorted by class."""
-        found = super()._indices(split, source)
-        size = self.settings["max_batch_size"]
-        count = min(len(found), self._steps * size - size // 4)  # the last batch is smaller, as in most real epochs
-        return [found[i * len(found) // count] for i in range(count)]
+        """Spread over all examples, because data sets are often sorted by class."""
+        indices = super()._indices(split, source)
+        size = self.settings.max_batch_size
+        count = min(len(indices), self._steps * size - size // 4)  # the last batch is smaller, as in most real epochs
+        return [indices[i * len(indices) // count] for i in range(count)]
 
 
-class _Noted(Feed):
-    """Another feed, whose batches are noted when they are used."""
+class RecordedFeed(Feed):
+    """Another feed. It appends the digest of each batch that is used to a list."""
 
-    def __init__(self, feed: Feed, notes: list[str]) -> None:
+    def __init__(self, feed: Feed, digests: list[str]) -> None:
         super().__init__(feed.batch_size, feed.count)
         self.augmented = feed.augmented
         self._feed = feed
-        self._notes = notes
+        self._digests = digests
 
     def shuffled(self, seed: int, first_batch: int = 0, epoch: int = 0) -> Iterator[Any]:
         for batch in self._feed.shuffled(seed, first_batch, epoch):
-            self._notes.append(digest(batch))
+            self._digests.append(digest(batch))
             yield batch
 
     def in_order(self, first_batch: int = 0, every: int = 1) -> Iterator[Any]:
         return self._feed.in_order(first_batch, every)
 
     def instead(self, other: Feed) -> Feed:
-        return _Noted(other, self._notes)
+        return RecordedFeed(other, self._digests)
 
 
-def open_short(plan: Trial) -> ShortSession:
+def open_short(trial: Trial) -> ShortSession:
     """Raises JobError if the job can't be opened, or there is no such device."""
-    device = set_up(plan.settings, plan.cores)
-    if plan.device == "cuda" and device.type != "cuda":
+    device = set_up(trial.settings, trial.cores)
+    if trial.device == "cuda" and device.type != "cuda":
         raise JobError(
             "--device cuda: torch sees no GPU here; run the check where the job will run, for example with "
-            "srun --gpus=1 in front of it, or say --device cpu"
+            "srun --gpus=1 in front of it, or use --device cpu"
         )
-    return ShortSession(plan, device)
+    return ShortSession(trial, device)
 
 
 def break_points(steps_per_epoch: int, epochs_per_chunk: int, chunks: int, wanted: int) -> list[int]:
-    """After how many steps to interrupt, ascending: first where it matters most, then between those.
+    """After how many steps to interrupt, ascending.
 
-    In the midst of the first epoch; between two chunks; before the very last step; between two epochs.
+    The first interruptions are where they matter most: in the middle of the first epoch, between two chunks, before
+    the very last step, and between two epochs. More of them are spread between those.
     """
     per_chunk = steps_per_epoch * epochs_per_chunk
     total = per_chunk * chunks
     chosen: list[int] = []
-    telling = [(steps_per_epoch + 1) // 2, per_chunk, total - 1, total - per_chunk + steps_per_epoch]
-    for point in telling:
+    for point in ((steps_per_epoch + 1) // 2, per_chunk, total - 1, total - per_chunk + steps_per_epoch):
         if 0 < point < total and point not in chosen:
             chosen.append(point)
     while len(chosen) < min(wanted, total - 1):
@@ -134,17 +133,16 @@ def break_points(steps_per_epoch: int, epochs_per_chunk: int, chunks: int, wante
 
 
 def train_link(
-    session: ShortSession, plan: Trial, folder: Path, start: int, stop: int | None, snapshots: Collection[int] = ()
+    session: ShortSession, trial: Trial, folder: Path, start: int, stop: int | None, snapshots: Collection[int] = ()
 ) -> dict[str, Any]:
-    """Train from `start` steps on until there are `stop` (None: to the end), as a job of a chain does.
+    """Train from step `start` to step `stop` (None: to the end), as a job of a chain does.
 
-    Reads the state `folder/START.pt` unless start is 0. Writes one at each chunk's end, one where it stops, and
-    one at each of the snapshots, at which it does not stop. A stop at a chunk's end is a clean end; any other
-    interrupts the chunk. Returns the batches' digests, and the metrics by the steps before them: at an epoch's end
-    those of the epoch, at a chunk's end those of all epochs of the chunk. Raises JobError if the loss becomes
-    infinite or NaN.
+    Reads the state `folder/START.pt` unless start is 0. Writes a state at each chunk's end, where it stops, and at
+    each of the snapshots, where it does not stop. A stop at a chunk's end is a clean end; any other interrupts the
+    chunk. Returns the batches' digests, and metrics by the number of steps before them: at an epoch's end those of the
+    epoch, at a chunk's end those of all its epochs. Raises JobError if the loss becomes infinite or NaN.
     """
-    per_chunk = session.feed("train").batches * plan.epochs_per_chunk
+    per_chunk = session.feed("train").batches * trial.epochs_per_chunk
     done = start
     metrics: dict[str, list[dict[str, float]]] = {}
 
@@ -160,12 +158,12 @@ def train_link(
     def on_epoch(result: EpochResult) -> None:
         metrics[str(done)] = [dict(result.metrics)]
 
-    for chunk in range(start // per_chunk, plan.chunks):
-        first, profile = chunk * per_chunk, plan.profile(chunk)
+    for chunk in range(start // per_chunk, trial.chunks):
+        first, profile = chunk * per_chunk, claiming.profile_at(chunk, trial.settings.training_profiles)
         work = Work(
             profile=profile,
-            epochs=plan.epochs_per_chunk,
-            seed=plan.settings["seed"] * 1_000_003 + 1,
+            epochs=trial.epochs_per_chunk,
+            seed=trial.settings.seed * 1_000_003 + 1,
             repeat=0,
             parent=folder / f"{first}.pt" if chunk else None,
             suspended=folder / f"{start}.pt" if start > first else None,
@@ -202,54 +200,58 @@ def _save(session: Session, path: Path) -> None:
 # --- as a process
 
 
-def write_plan(plan: Trial, root: Path) -> None:
-    (root / PLAN).write_text(json.dumps(asdict(plan)), encoding="utf-8")
+def write_plan(trial: Trial, root: Path) -> None:
+    (root / PLAN).write_bytes(TRIAL.dump_json(trial))
     for name in (REFERENCE, RESUMED):
         (root / name).mkdir()
 
 
-def run(root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
-    """One link of the plan in root. Raises whatever the job raises."""
-    plan = Trial(**json.loads((root / PLAN).read_text(encoding="utf-8")))
-    look_first_in(plan.import_paths)
-    session = open_short(plan)
+def run(trial: Trial, folder: Path, start: int, stop: int | None) -> dict[str, Any]:
+    """One link of the trial. Raises whatever the job raises."""
+    look_first_in(trial.import_paths)
+    session = open_short(trial)
     batches = session.feed("train").batches
     if not batches:
-        raise JobError(f"job {plan.settings['job']}: data('train') is empty; there is nothing to train on")
-    breaks = break_points(batches, plan.epochs_per_chunk, plan.chunks, plan.interruptions)
-    found = train_link(session, plan, root / name, start, stop, snapshots=breaks if name == REFERENCE else ())
-    where = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
-    return found | {"steps_per_epoch": batches, "breaks": breaks, "device": where, "threads": torch.get_num_threads()}
+        raise JobError(f"job {trial.settings.job}: data('train') is empty; there is nothing to train on")
+    breaks = break_points(batches, trial.epochs_per_chunk, trial.chunks, trial.interruptions)
+    trained = train_link(session, trial, folder, start, stop, snapshots=breaks if folder.name == REFERENCE else ())
+    device = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
+    return trained | {
+        "steps_per_epoch": batches, "breaks": breaks, "device": device, "threads": torch.get_num_threads(),
+    }  # fmt: skip
 
 
-def explain(job: str, error: Exception) -> str:
-    """One clear message for what a job raised."""
+def explained(job: str, error: Exception) -> str | None:
+    """A message for an error that orch raised, or that names an operation without a deterministic implementation; None
+    for any other error of the job's code."""
     if isinstance(error, JobError):
         return str(error)
     text = str(error)
     named = re.match(r"(.+?) does not have a deterministic implementation", text)
     operation = named[1] if named else "a matrix product of cuBLAS" if "CUBLAS_WORKSPACE_CONFIG" in text else None
-    if operation is not None:
-        return (
-            f"job {job}: {operation} has no deterministic implementation on this device, and the settings say "
-            f'"deterministic": true. Replace it in the model, loss or metrics by another operation, or set '
-            f'"deterministic": false (--set deterministic=false), with which resume may be inexact'
-        )
-    return f"job {job}: {type(error).__name__}: {error}"
+    if operation is None:
+        return None
+    return (
+        f"job {job}: {operation} has no deterministic implementation on this device, and the settings say "
+        f'"deterministic": true. Use another operation in the model, loss or metrics, or set '
+        f'"deterministic": false (--set deterministic=false), with which resume may be inexact'
+    )
 
 
 def main(root: Path, name: str, start: int, stop: int) -> int:
-    """Write what came of it, or {"error": message}, to root/link.json. Returns the exit code."""
-    found: dict[str, Any]
+    """Write the result, or {"error": message}, to root/link.json. Returns the exit code."""
+    trial = TRIAL.validate_json((root / PLAN).read_bytes())
+    result: dict[str, Any]
     try:
-        found = run(root, name, start, None if stop == NO_STOP else stop)
+        result = run(trial, root / name, start, None if stop == NO_STOP else stop)
     except Exception as error:  # whatever the user's job does
-        job = json.loads((root / PLAN).read_text(encoding="utf-8"))["settings"]["job"]
-        found = {"error": explain(job, error)}
-        if found["error"].endswith(f"{type(error).__name__}: {error}"):  # no message of ours: where it was helps
+        message = explained(trial.settings.job, error)
+        if message is None:  # the traceback says where in the job's code it happened
             traceback.print_exc()
-    (root / "link.json").write_text(json.dumps(found), encoding="utf-8")
-    return int("error" in found)
+            message = f"job {trial.settings.job}: {type(error).__name__}: {error}"
+        result = {"error": message}
+    (root / RESULT).write_text(json.dumps(result), encoding="utf-8")
+    return int("error" in result)
 
 
 if __name__ == "__main__":

@@ -44,11 +44,10 @@ def evaluate(
 ) -> None:
     """Test the models on the leaderboard on the test set, and record the results."""
     from orchestrator.cli import tables
-    from orchestrator.run.models import evaluator, logged, test_models
+    from orchestrator.run.models import test_models
 
     opened = open_run(run, runs_dir)
-    with logged(opened, evaluator(opened)) as evaluate_:
-        test_models(opened, evaluate_, again, time.time())
+    test_models(opened, again, time.time())
     board = opened.board()
     if json:
         print_json(board)

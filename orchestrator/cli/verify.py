@@ -63,7 +63,15 @@ def verify_resume(
 
     for note in notes:
         say(note)
-    result = verify(loaded, [str(Path.cwd())], chunks, steps, interruptions, device.value, say)
+    result = verify(
+        loaded,
+        [str(Path.cwd())],
+        chunks=chunks,
+        steps_per_epoch=steps,
+        interruptions=interruptions,
+        device=device.value,
+        say=say,
+    )
     if json:
         print_json(result)
     else:

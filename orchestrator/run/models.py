@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +19,43 @@ from orchestrator.worker.user_job import apart_from_stdout, as_job_error
 log = logging.getLogger("orch")
 
 
-def test_models(
-    run: Run, evaluate: Callable[[Path], dict[str, float]], again: bool, now: float
-) -> list[dict[str, Any]]:
-    """Read the test set for the entries of the board, and record that it was. Entries that were tested
-    before are not read again unless asked for."""
-    for entry in run.leaderboard.reader.entries():
-        if entry["test_metrics"] is None or again:
-            path = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
-            metrics = evaluate(path)
-            try:
-                run.leaderboard.reader.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
-            except StaleClaimError:
-                log.warning("checkpoint %s left the board while it was tested", entry["checkpoint"])
-    return list(run.board()["entries"])
+def test_models(run: Run, again: bool, now: float) -> None:
+    """Test the entries of the board, record the metrics, and report them to the run's loggers.
 
-
-def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
-    """A function from a checkpoint's file to its metrics on the test set."""
+    Entries with test metrics are skipped unless `again`. Raises JobSpecError.
+    """
     from jobs.imports import look_first_in
-
-    look_first_in(run.leaderboard.reader.run_row()["import_paths"])
-    from jobs.errors import JobError
-    from jobs.training.opening import open_session
-
-    with as_job_error(run.settings.job, JobError):
-        session = open_session(run.settings.model_dump(mode="json"), len(os.sched_getaffinity(0)))
-        session.feed("test")
-
-    def evaluate(path: Path) -> dict[str, float]:
-        with as_job_error(run.settings.job, JobError):
-            return session.evaluate_file(path, "test")
-
-    return evaluate
-
-
-@contextmanager
-def logged(run: Run, evaluate: Callable[[Path], dict[str, float]]) -> Iterator[Callable[[Path], dict[str, float]]]:
-    """`evaluator`'s function, whose results go to the run's loggers at the end."""
     from jobs.loggers.choice import log_tests
+    from jobs.training.opening import open_session
     from jobs.training.states import last_step
 
+    reader, job = run.leaderboard.reader, run.settings.job
+    look_first_in(reader.run_row()["import_paths"])
+    with as_job_error(job):
+        session = open_session(run.settings, len(os.sched_getaffinity(0)))
+        session.feed("test")
     tests: dict[str, tuple[int, dict[str, float]]] = {}
-
-    def evaluate_and_keep(path: Path) -> dict[str, float]:
-        metrics = evaluate(path)
-        with suppress(FileNotFoundError):  # it left the board meanwhile, and its test is not recorded either
-            tests[path.name] = (last_step(path), metrics)
-        return metrics
-
     try:
-        yield evaluate_and_keep
+        for entry in reader.entries():
+            if entry["test_metrics"] is not None and not again:
+                continue
+            path = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
+            with as_job_error(job):
+                metrics = session.evaluate_file(path, "test")
+            with suppress(FileNotFoundError):  # it left the board during its test, which is not recorded either
+                tests[path.name] = (last_step(path), metrics)
+            try:
+                reader.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
+            except StaleClaimError:
+                log.warning("checkpoint %s left the board during its test", entry["checkpoint"])
     finally:
         with apart_from_stdout():
-            log_tests(run.settings.model_dump(mode="json"), run.folder, tests)
+            log_tests(run.settings, run.folder, tests)
 
 
 def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
-    """Write the weights of the entry of this rank to out, and what it is beside it. Raises RunError."""
+    """Write the weights of the entry of this rank to out, and a description to a .json file beside it. Returns the
+    entry. Raises RunError, and JobSpecError if the checkpoint has no model."""
     from jobs.errors import JobError
     from jobs.training.states import export
 
@@ -96,7 +74,7 @@ def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
         publish(out, lambda target: export(source, target))
         text = json.dumps({"run": run.name, "job": run.settings.job, **entry}, indent=2)
         publish(out.with_suffix(".json"), lambda target: target.write(text.encode()))
-    except JobError as error:  # a job with a loop of its own may keep what is no model
+    except JobError as error:  # the state of a job's own loop may have no model
         raise JobSpecError(f"job {run.settings.job}: {error}") from error
     except OSError as error:
         raise RunError(f"--out {out}: {error.strerror or error}") from error

@@ -105,7 +105,7 @@ class Team:
 
     def open_trainer(self, run: OpenedRun, cores: int, gpus: str | None, stop: StopFlag) -> Trainer:
         """Raises the error that kept the processes from meeting, or from opening the job."""
-        from jobs.training.distributed import lead
+        from jobs.training.distributed import Opening, lead
 
         if self._ranks is None:
             raise self._error or AssertionError("either there are ranks or there is an error")
@@ -113,8 +113,8 @@ class Team:
         def end_the_job() -> None:
             stop.reason = stop.reason or "the failure of one of its processes"
 
-        settings = run.settings.model_dump(mode="json")
-        return lead(self._ranks, settings, cores, run.import_paths, gpus, end_the_job, run.folder)
+        opening = Opening(run.settings, cores, run.import_paths, gpus)
+        return lead(self._ranks, opening, end_the_job, run.folder)
 
     def dismiss(self) -> None:
         if self._ranks is not None:

@@ -1,6 +1,6 @@
-"""The user's own job, as the command line needs it: checked before a launch, evaluated, exported.
+"""The user's own job, as the command line needs it: checked before a launch, opened, verified.
 
-Everything of torch is imported when it is called, never before.
+Jobs and torch are imported only inside functions.
 """
 
 from __future__ import annotations
@@ -22,23 +22,20 @@ if TYPE_CHECKING:
 
 
 def check_job(settings: Settings, import_paths: Sequence[str], download: bool = False) -> list[str]:
-    """Import the job and let it check what it needs. Lines for the user. Raises JobSpecError."""
-    from jobs.imports import look_first_in
+    """Import the job and let it check what it needs. Returns lines for the user. Raises JobSpecError."""
+    from jobs.imports import brings_own_trainer, look_first_in
 
     look_first_in(import_paths)
-    from jobs.errors import JobError
-    from jobs.imports import brings_own_trainer
-
-    with as_job_error(settings.job, JobError):
+    with as_job_error(settings.job):
         if brings_own_trainer(settings.job):
             return []
         from jobs.training import opening  # imports torch
 
-        return opening.check_job(settings.model_dump(mode="json"), download)
+        return opening.check_job(settings, download)
 
 
 def checkpoint_bytes(settings: Settings) -> int | str:
-    """About how large a checkpoint of this job is; or why that can't be told without training. After `check`."""
+    """About the bytes of one checkpoint of this job, or why they are unknown before it is trained. After check_job."""
     from jobs.errors import JobError
     from jobs.imports import brings_own_trainer
 
@@ -48,15 +45,15 @@ def checkpoint_bytes(settings: Settings) -> int | str:
                 return "the job brings a trainer of its own"
             from jobs.training.footprint import checkpoint_bytes
 
-            return checkpoint_bytes(settings.model_dump(mode="json"))
-    except Exception as error:  # the user's code; a node with a GPU may be what it needs, so it is tried there
-        said = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
-        return f"the model can't be made here: {' '.join(said.split())}"
+            return checkpoint_bytes(settings)
+    except Exception as error:  # the user's code may need a GPU, which the node of the job has
+        reason = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+        return f"the model can't be made here: {' '.join(reason.split())}"
 
 
 @contextmanager
 def apart_from_stdout() -> Iterator[None]:
-    """What the user's code and its libraries print goes to standard error: standard output is orch's own."""
+    """Send what the user's code and its libraries print to standard error; standard output is for orch's own output."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -69,12 +66,14 @@ def apart_from_stdout() -> Iterator[None]:
 
 
 @contextmanager
-def as_job_error(job: str, own: type[Exception]) -> Iterator[None]:
-    """Whatever the user's code raises is one clear error, and what it prints does not mix with our output."""
+def as_job_error(job: str) -> Iterator[None]:
+    """Any error of the user's code becomes one clear JobSpecError, and its output goes to standard error."""
+    from jobs.errors import JobError
+
     try:
         with apart_from_stdout():
             yield
-    except own as error:
+    except JobError as error:
         raise JobSpecError(str(error)) from error
     except OrchError:
         raise
@@ -83,9 +82,11 @@ def as_job_error(job: str, own: type[Exception]) -> Iterator[None]:
 
 
 def import_ahead(job: str) -> threading.Thread:
-    """Import the job's module, and with it torch, in the background: it takes seconds, in which the worker
-    waits for sbatch, squeue and the database. What goes wrong here is raised when the job is opened. To be joined
-    before that: torch's parts must not be imported by two threads at once."""
+    """Import the job's module, and with it torch, in the background: that takes seconds, in which the worker waits
+    for sbatch, squeue and the database. Errors are ignored here; opening the job raises them again.
+
+    Join the thread before opening the job: two threads must not import torch's parts at once.
+    """
 
     def quietly() -> None:
         with suppress(BaseException):
@@ -99,33 +100,32 @@ def import_ahead(job: str) -> threading.Thread:
 
 
 def open_trainer(settings: Settings, cores: int, run_folder: Path) -> Trainer:
-    """The settings' job, ready to train; its loggers write below run_folder. A job class that is no torch job brings
-    its own trainer: a static method `open_trainer(settings, cores)` that returns a `worker.Trainer`."""
-    module, _, name = settings.job.partition(":")
-    own = getattr(getattr(importlib.import_module(module), name, None), "open_trainer", None)
-    if own is not None:
-        trainer: Trainer = own(settings.model_dump(mode="json"), cores)
+    """The settings' job, ready to train; its loggers write below run_folder. A job class that is not a jobs.job.Job has
+    a static method `open_trainer(settings: Settings, cores: int)`, which returns a Trainer."""
+    from jobs.imports import brings_own_trainer, find_class
+
+    if brings_own_trainer(settings.job):
+        trainer: Trainer = find_class(settings.job, f"job {settings.job}").open_trainer(settings, cores)
         return trainer
     from jobs.training.opening import open_session
 
-    return open_session(settings.model_dump(mode="json"), cores, run_folder=run_folder)
+    return open_session(settings, cores, run_folder=run_folder)
 
 
 def verify_resume(
     settings: Settings,
     import_paths: Sequence[str],
+    *,
     chunks: int,
     steps_per_epoch: int,
     interruptions: int,
     device: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Is resume exact for this job, here? What was found, as `orch verify-resume --json` prints it.
-
-    say: is told how it goes on, a line at a time. Raises JobSpecError if the job can't be trained."""
+    """Is resume exact for this job, on this machine? Returns what `orch verify-resume --json` prints. say: gets a line
+    for each stage. Raises JobSpecError if the job can't be trained."""
     for line in check_job(settings, import_paths):
         say(line)
-    from jobs.errors import JobError
     from jobs.imports import brings_own_trainer
     from jobs.verify_resume.check import as_json, verify
     from jobs.verify_resume.link import Trial
@@ -135,15 +135,15 @@ def verify_resume(
             f"job {settings.job}: it brings a trainer of its own (open_trainer), whose files orch can't read; "
             "verify-resume is for classes derived from jobs.job.Job"
         )
-    plan = Trial(
-        settings=settings.model_dump(mode="json"),
+    trial = Trial(
+        settings=settings,
         import_paths=[*import_paths],
         cores=settings.cores_per_worker or len(os.sched_getaffinity(0)),
         device=device,
         chunks=chunks,
-        epochs_per_chunk=2,  # so that an epoch's end lies within a chunk, whatever the settings say
+        epochs_per_chunk=2,  # so that an epoch ends inside a chunk, whatever the settings are
         steps_per_epoch=steps_per_epoch,
         interruptions=interruptions,
     )
-    with as_job_error(settings.job, JobError):
-        return as_json(verify(plan, say))
+    with as_job_error(settings.job):
+        return as_json(verify(trial, say))

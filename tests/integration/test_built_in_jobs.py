@@ -1,6 +1,6 @@
-"""Each built-in job on real data, as its settings file has it but for its size: from `orch launch` to a full board.
+"""Each built-in job on real data with its settings file, but smaller: from `orch launch` to a full board.
 
-One file of each kind in every run of the tests; `make test-long` has the others.
+`make test` runs one file of each kind; `make test-long` runs the others.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tests.support.invariants import violations
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
 BATCH = 50
-TRAIN_IMAGES = 500  # of which a tenth is for validation
-STEPS = 9  # in an epoch of those
+TRAIN_IMAGES = 500  # a tenth of them for validation
+STEPS = 9  # of an epoch
 
 SMALL = {
     "num_models": 2,
@@ -47,14 +47,14 @@ Launch = Callable[..., Run]
 
 
 def also(names: list[str]) -> list[Any]:
-    """Settings files that are like another."""
+    """Settings files that are similar to one that is always tested."""
     return [pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
 @pytest.fixture
 def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
-    """The settings file's run on workers of their own, until it is over; its board is full and was tested, in this
-    process: importing torch takes most of the time."""
+    """Launches a settings file, waits for the end, and checks that the board is full and tested. The test runs in this
+    process, because importing torch takes most of the time."""
 
     def run(name: str, root: Path, **changes: Any) -> Run:
         values = SMALL | {"training_source_dir": str(root)} | {key.replace("__", "."): v for key, v in changes.items()}
@@ -89,8 +89,8 @@ def rates(run: Run) -> list[list[float]]:
     lines: dict[int, list[list[float]]] = {}
     for chunk in run.leaderboard.reader.rows("chunk"):
         before = lines[trained_by[chunk["parent_id"]]] if chunk["parent_id"] else []
-        found, _ = curves.of_tensorboard(run.folder / "logs", chunk["chunk_id"])
-        lines[chunk["chunk_id"]] = [*before, [value for _, value in found["train/learning_rate"]]]
+        curve, _ = curves.of_tensorboard(run.folder / "logs", chunk["chunk_id"])
+        lines[chunk["chunk_id"]] = [*before, [value for _, value in curve["train/learning_rate"]]]
     return max(lines.values(), key=len)
 
 
@@ -115,28 +115,26 @@ SCHEDULES: dict[str, Callable[[int], float]] = {  # of an epoch, counted from 0
 
 
 @pytest.mark.parametrize("schedule", ["exponential", *also(["constant", "step", "multistep"])])
-def test_lenet5_fills_a_board_with_each_schedule_which_goes_on_from_chunk_to_chunk(
-    schedule: str, launch: Launch
-) -> None:
+def test_lenet5_fills_a_board_and_each_schedule_continues_from_chunk_to_chunk(schedule: str, launch: Launch) -> None:
     run = launch(f"lenet5_{schedule}", real_data.mnist_root(), num_models=1, stop_after_epochs=12)
     line = rates(run)
     assert len(line) >= 2
     wanted = [
         [SCHEDULES[schedule](4 * chunk + step // STEPS) for step in range(4 * STEPS)] for chunk in range(len(line))
     ]
-    for found, expected in zip(line, wanted, strict=True):
-        assert found == pytest.approx(expected)
+    for trained, expected in zip(line, wanted, strict=True):
+        assert trained == pytest.approx(expected)
 
 
 def test_lenet5_fills_a_board_with_one_cycle_in_each_chunk(launch: Launch) -> None:
     run = launch("lenet5_onecycle", real_data.mnist_root(), num_models=1, stop_after_epochs=16)
-    for found, peak in zip(rates(run), (0.003, 0.0005), strict=True):
-        assert len(found) == 8 * STEPS
-        assert max(found) == pytest.approx(peak, rel=0.001)  # the peak lies between two steps
-        assert found[0] == pytest.approx(peak / 25)  # torch's defaults
-        assert found[-1] == pytest.approx(peak / 25 / 1e4)
-        top = found.index(max(found))
-        assert found == sorted(found[:top]) + sorted(found[top:], reverse=True)
+    for trained, peak in zip(rates(run), (0.003, 0.0005), strict=True):
+        assert len(trained) == 8 * STEPS
+        assert max(trained) == pytest.approx(peak, rel=0.001)  # the peak lies between two steps
+        assert trained[0] == pytest.approx(peak / 25)  # torch's defaults
+        assert trained[-1] == pytest.approx(peak / 25 / 1e4)
+        top = trained.index(max(trained))
+        assert trained == sorted(trained[:top]) + sorted(trained[top:], reverse=True)
 
 
 def test_lenet5_learns_digits_within_a_few_epochs_and_fills_a_board(launch: Launch) -> None:
@@ -150,7 +148,7 @@ def test_lenet5_learns_digits_within_a_few_epochs_and_fills_a_board(launch: Laun
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a network that has learned nothing, for other classes: what is downloaded is not here."""
+    """Weights of an untrained network for other classes, because tests do not download."""
     path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
     with randomness.random_state_kept():
         torch.save(models.resnet18(num_classes=BREEDS + 1).state_dict(), path)

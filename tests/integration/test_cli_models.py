@@ -74,7 +74,7 @@ def test_an_exported_model_loads_and_scores_as_it_did(folder: Path) -> None:
     assert names_in(folder / "out") == {"model.pt", "model.json"}
 
     weights = torch.load(folder / "out/model.pt", weights_only=True)
-    job = load_job(Run.open(folder / "runs/quick").settings.model_dump(mode="json"))
+    job = load_job(Run.open(folder / "runs/quick").settings)
     model = job.model()
     model.load_state_dict(weights)
     model.eval()

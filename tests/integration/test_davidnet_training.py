@@ -1,4 +1,4 @@
-"""davidnet in the training loop: it learns real pictures, and every trick resumes exactly."""
+"""The davidnet job in the training loop: it learns real pictures, and all its tricks resume exactly."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jobs.training.session import Session
 from jobs.training.states import read
 from orchestrator.records import Finished, Interrupted, Profile, Work
 from orchestrator.settings.loading import load
+from orchestrator.settings.settings import Settings
 from tests.support import real_data
 
 ROOT = Path(__file__).parents[2]
@@ -24,12 +25,12 @@ SEED = 5  # of the founder
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def settings_of(name: str, **changes: Any) -> dict[str, Any]:
+def settings_of(name: str, **changes: Any) -> Settings:
     """The settings file, with a narrow network and changes to its parameters."""
     params = changes.pop("job_params")
     options = [f"job_params.{key}={value}".replace("'", '"') for key, value in params.items()]
     settings, _ = load(ROOT / "settings" / f"{name}.json", options, **changes)
-    return settings.model_dump(mode="json")
+    return settings
 
 
 def test_a_narrow_network_learns_real_pictures_within_two_epochs() -> None:
@@ -69,12 +70,12 @@ def tricky(tmp_path: Path, **changes: Any) -> Session:
     return Session(load_job(settings_of("davidnet_tricks", job_params=params, deterministic=True, **(small | changes))))
 
 
-def page(settings: Any) -> Profile:
-    return Profile(**settings["training_profiles"][0])
+def page(settings: Settings) -> Profile:
+    return settings.training_profiles[0]
 
 
 def same(left: Any, right: Any) -> bool:
-    """Equal values of equal kinds, tensors bit for bit."""
+    """Whether values and types are equal, tensors bit for bit."""
     if isinstance(left, Tensor):
         return torch.equal(left, right)
     if isinstance(left, dict):
@@ -87,8 +88,7 @@ def same(left: Any, right: Any) -> bool:
 @pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_tricks_together_resume_bit_for_bit(precision: str, tmp_path: Path) -> None:
-    """Two epochs in one chunk; and a chunk of one epoch, another that is interrupted, and the rest of that one, each in
-    a process of its own."""
+    """Two epochs in one chunk equal a chunk of one epoch, an interrupted one, and its rest, each in another session."""
     whole = tricky(tmp_path, precision=precision)
     profile = page(whole.settings)
     whole.train(Work(profile, 2, SEED, 0, None, None), lambda: False, lambda epoch: None)
@@ -115,8 +115,8 @@ def test_all_tricks_together_resume_bit_for_bit(precision: str, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("pictures")
-def test_what_is_whitened_goes_on_as_the_founder_began_it(tmp_path: Path) -> None:
-    """The filters are in the checkpoint; those of other pictures do not take their place."""
+def test_a_lineage_keeps_the_whitening_of_its_founder(tmp_path: Path) -> None:
+    """The filters come from the checkpoint, even if the pictures are others now."""
     session = tricky(tmp_path)
     session.train(Work(page(session.settings), 1, SEED, 0, None, None), lambda: False, lambda epoch: None)
     with (tmp_path / "parent.pt").open("wb") as file:

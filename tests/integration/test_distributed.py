@@ -13,6 +13,7 @@ import torch
 
 from jobs.training.distributed import dismiss
 from jobs.training.states import read
+from orchestrator.settings.settings import Settings
 from tests.support.distributed_jobs import (
     STEPS,
     Dicts,
@@ -22,9 +23,9 @@ from tests.support.distributed_jobs import (
     Together,
     Watched,
     alone,
+    assert_close,
     check_equal,
-    close,
-    found,
+    founder,
     interrupt,
     metrics,
     saved,
@@ -40,7 +41,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     with team_of(2, tmp_path_factory.mktemp("two")) as team:
         yield team
         dismiss(team.ranks)
-        assert team.endings() == [(0, "rank 0 said stop")]
+        assert team.endings() == [(0, "stopped by rank 0")]
         assert not team.failed
 
 
@@ -59,15 +60,15 @@ def test_a_last_batch_of_one_example_leaves_one_process_with_nothing(two: Team, 
 def test_parts_of_unequal_size_weigh_what_they_are(two: Team, tmp_path: Path) -> None:
     """Batches of 3: one process has 1, the other 2 examples."""
     given = settings(max_batch_size=3)
-    states = [interrupt(s, found(), 12, tmp_path / "cut.pt") for s in (alone(given), two.open(given))]
-    close(*states)
+    states = [interrupt(s, founder(), 12, tmp_path / "cut.pt") for s in (alone(given), two.open(given))]
+    assert_close(*states)
     assert states[1]["cut"]["loss_sum"] == pytest.approx(states[0]["cut"]["loss_sum"], abs=1e-4)
 
 
 def test_the_parts_of_a_step_are_its_batch_in_order(two: Team, tmp_path: Path) -> None:
-    def steps(folder: Path, session: Callable[[dict[str, Any]], Any], *names: str) -> list[list[list[int]]]:
+    def steps(folder: Path, session: Callable[[Settings], Any], *names: str) -> list[list[list[int]]]:
         folder.mkdir()
-        train(session(settings(job_params={"seen": str(folder)})), found())
+        train(session(settings(job_params={"seen": str(folder)})), founder())
         return [[json.loads(line) for line in (folder / name).read_text().splitlines()] for name in names]
 
     (whole,) = steps(tmp_path / "one", alone, "rank-0")
@@ -84,19 +85,19 @@ def test_batches_of_any_structure_are_shared_and_the_average_is_the_same(two: Te
 
 def test_a_loop_of_the_job_s_own_is_run_by_all_processes(two: Team, tmp_path: Path) -> None:
     session = two.open(settings(Together))
-    result = train(session, found(epochs=2))
+    result = train(session, founder(epochs=2))
     assert [epoch["accuracy"] for epoch in metrics(result)] == pytest.approx([0.3, 0.3])
     assert saved(session, tmp_path / "x.pt")["own"] == {"ranks": 2}
-    interrupt(session, found(epochs=2), 1, tmp_path / "cut.pt")
-    assert len(train(session, replace(found(epochs=2), suspended=tmp_path / "cut.pt")).results) == 2
+    interrupt(session, founder(epochs=2), 1, tmp_path / "cut.pt")
+    assert len(train(session, replace(founder(epochs=2), suspended=tmp_path / "cut.pt")).results) == 2
 
 
 def test_what_no_process_uses_is_left_alone_and_what_one_uses_is_trained(two: Team, tmp_path: Path) -> None:
     """Rank 1 alone has a part of 75 examples, in the last batch."""
     session = two.open(settings(Odd))
-    start = interrupt(session, found(), 0, tmp_path / "start.pt")["model"]
-    cut = interrupt(session, found(), STEPS - 1, tmp_path / "cut.pt")
-    train(session, replace(found(), suspended=tmp_path / "cut.pt"))
+    start = interrupt(session, founder(), 0, tmp_path / "start.pt")["model"]
+    cut = interrupt(session, founder(), STEPS - 1, tmp_path / "cut.pt")
+    train(session, replace(founder(), suspended=tmp_path / "cut.pt"))
     end = saved(session, tmp_path / "end.pt")
     assert torch.equal(end["model"]["unused.weight"], start["unused.weight"])
     assert torch.equal(cut["model"]["sometimes.weight"], start["sometimes.weight"])
@@ -108,7 +109,7 @@ def test_the_model_that_is_scored_is_the_one_that_is_saved(two: Team, tmp_path: 
     """Without a GPU, batch normalisation counts each part by itself, so the processes' counts differ."""
     given = settings(Odd, job_params={"normalise": True}, max_batch_size=100)
     session = two.open(given)
-    result = train(session, found())
+    result = train(session, founder())
     saved(session, tmp_path / "one.pt")
     again = alone(given).evaluate_file(tmp_path / "one.pt", "validation")
     assert {name: result.results[0].metrics[name] for name in again} == pytest.approx(again)
@@ -121,12 +122,12 @@ def test_the_model_that_is_scored_is_the_one_that_is_saved(two: Team, tmp_path: 
 def test_an_interrupted_chunk_is_the_uninterrupted_one_dropout_included(two: Team, steps: int, tmp_path: Path) -> None:
     given = settings(Watched, job_params={"seen": str(tmp_path)})
     session = two.open(given)
-    expected = train(session, found(epochs=2))
+    expected = train(session, founder(epochs=2))
     whole = saved(session, tmp_path / "whole.pt")
 
-    interrupt(two.open(given), found(epochs=2), steps, tmp_path / "cut.pt")
+    interrupt(two.open(given), founder(epochs=2), steps, tmp_path / "cut.pt")
     later = two.open(given)
-    result = train(later, replace(found(epochs=2), suspended=tmp_path / "cut.pt"))
+    result = train(later, replace(founder(epochs=2), suspended=tmp_path / "cut.pt"))
     resumed = saved(later, tmp_path / "resumed.pt")
 
     for part in ("model", "optimizer"):
@@ -138,7 +139,7 @@ def test_an_interrupted_chunk_is_the_uninterrupted_one_dropout_included(two: Tea
 def test_all_processes_stop_at_the_same_step(two: Team, tmp_path: Path) -> None:
     session = two.open(settings(job_params={"seen": str(tmp_path)}))
     for steps in (3, 1):
-        interrupt(session, found(), steps, tmp_path / "cut.pt")
+        interrupt(session, founder(), steps, tmp_path / "cut.pt")
         parts = [(tmp_path / name).read_text().splitlines() for name in ("rank-0", "rank-1")]
         assert [len(part) for part in parts] == [steps, steps]
         for name in ("rank-0", "rank-1"):
@@ -147,12 +148,12 @@ def test_all_processes_stop_at_the_same_step(two: Team, tmp_path: Path) -> None:
 
 def test_a_child_goes_on_with_the_parent_that_rank_0_reads(two: Team, tmp_path: Path) -> None:
     given = settings()
-    founder = alone(given)
-    train(founder, found())
-    saved(founder, tmp_path / "parent.pt")
-    work = replace(found(), parent=tmp_path / "parent.pt", repeat=1)
+    parent = alone(given)
+    train(parent, founder())
+    saved(parent, tmp_path / "parent.pt")
+    work = replace(founder(), parent=tmp_path / "parent.pt", repeat=1)
     children = []
     for session in (alone(given), two.open(given)):
         train(session, work)
         children.append(saved(session, tmp_path / "child.pt"))
-    close(*children)
+    assert_close(*children)

@@ -26,12 +26,13 @@ from tests.support.distributed_jobs import (
     Unlucky,
     Watched,
     check_equal,
-    found,
+    founder,
     settings,
     team_of,
     train,
 )
 from tests.support.invariants import violations
+from tests.support.settings import settings as common_settings
 
 ORCH = Path(sys.executable).with_name("orch")
 
@@ -40,7 +41,7 @@ def test_three_processes_train_what_one_trains(tmp_path: Path) -> None:
     with team_of(3, tmp_path) as three:
         check_equal(three, settings(), tmp_path)
         dismiss(three.ranks)
-        assert three.endings() == [(0, "rank 0 said stop")] * 2
+        assert three.endings() == [(0, "stopped by rank 0")] * 2
 
 
 # --- deaths
@@ -52,7 +53,7 @@ def test_a_follower_that_is_killed_ends_the_others_at_once(count: int, tmp_path:
         session = team.open(settings(Unlucky, job_params={"what": "dies"}))
         started = time.monotonic()
         with pytest.raises(RankLostError, match="another process of this job died or hangs"):
-            train(session, found())
+            train(session, founder())
         assert time.monotonic() - started < AT_ONCE_S
         assert team.failed, "the worker is told that no chunk can be trained any more"
         codes = [code for code, _ in team.endings()]
@@ -63,7 +64,7 @@ def test_what_a_follower_failed_of_is_what_rank_0_reports(tmp_path: Path) -> Non
     with team_of(2, tmp_path) as team:
         session = team.open(settings(Unlucky, job_params={"what": "fails"}))
         with pytest.raises(RankLostError, match=r"^rank 1: ValueError: no luck on rank 1$"):
-            train(session, found())
+            train(session, founder())
         assert team.endings() == [(0, "failed: ValueError: no luck on rank 1")]
 
 
@@ -71,7 +72,7 @@ def test_an_error_of_the_job_is_what_rank_0_reports(tmp_path: Path) -> None:
     with team_of(2, tmp_path) as team:
         session = team.open(settings(Unlucky, job_params={"what": "fails", "who": 0}))
         with pytest.raises(ValueError, match=r"^no luck on rank 0$"):
-            train(session, found())
+            train(session, founder())
         assert team.failed
         assert [code for code, _ in team.endings()] == [0]
 
@@ -81,7 +82,7 @@ def test_a_follower_that_hangs_is_given_up(tmp_path: Path) -> None:
         session = team.open(settings(Unlucky, job_params={"what": "hangs"}))
         started = time.monotonic()
         with pytest.raises(RankLostError, match=r"died or hangs .*Timed out waiting 8000ms"):
-            train(session, found())
+            train(session, founder())
         assert time.monotonic() - started < 8.0 + AT_ONCE_S
         team.followers[0].kill()
 
@@ -89,12 +90,12 @@ def test_a_follower_that_hangs_is_given_up(tmp_path: Path) -> None:
 def test_a_job_that_can_not_be_opened_ends_all(tmp_path: Path) -> None:
     with team_of(2, tmp_path) as team:
         with pytest.raises(JobError, match="nowhere can't be imported"):
-            team.open(settings() | {"job": "nowhere:Nothing"})
+            team.open(common_settings(job="nowhere:Nothing"))
         assert [code for code, _ in team.endings()] == [0]
 
 
 def test_processes_that_do_not_come_are_not_waited_for_long(tmp_path: Path) -> None:
-    with pytest.raises(RankLostError, match=r"did not say within 0\.2 s where it is"):
+    with pytest.raises(RankLostError, match=r"rank 0 did not write its port to .* within 0\.2 s"):
         meet(1, 2, tmp_path / "meeting", meeting_s=0.2)
     with pytest.raises(RankLostError, match="here 1"):
         meet(0, 2, tmp_path / "meeting", meeting_s=0.2)

@@ -55,7 +55,7 @@ def plan_for(job: str = "Noisy", chunks: int = CHUNKS, interruptions: int = 4, *
     named = job if ":" in job else f"tests.support.resume_jobs:{job}"
     given = SETTINGS | {"job": named} | changes
     return Trial(
-        settings=Settings.model_validate(given).model_dump(mode="json"),
+        settings=Settings.model_validate(given),
         import_paths=[],
         cores=1,
         device="cpu",
@@ -187,10 +187,10 @@ def in_this_process(plan: Trial, root: Path, name: str, start: int, stop: int | 
     scramble(7 + start)
     torch.use_deterministic_algorithms(False)  # as it is in a process that begins
     link_module.main(root, name, start, NO_STOP if stop is None else stop)
-    found: dict[str, Any] = json.loads((root / "link.json").read_text())
-    if "error" in found:
-        raise JobError(found["error"])
-    return found
+    result: dict[str, Any] = json.loads((root / "link.json").read_text())
+    if "error" in result:
+        raise JobError(result["error"])
+    return result
 
 
 def verdict_on(job: str, chunks: int = 2, **changes: Any) -> Verdict:
@@ -287,7 +287,9 @@ def test_with_deterministic_mode_off_a_difference_is_reported_with_that_as_a_cau
         ),
         pytest.param("Exploding", "^the loss is infinite or NaN after 3 steps under the profile 'fast'", id="no loss"),
         pytest.param("Failing", r"^job .*:Failing: ValueError: no loss today$", id="an error of the job's own"),
-        pytest.param("AnotherLength", r"data\('train'\) is not of the same length .*: an epoch had 3", id="other data"),
+        pytest.param(
+            "AnotherLength", r"data\('train'\) does not have the same length .*: an epoch had 3", id="other data"
+        ),
         pytest.param("Nobody", r"has no class Nobody$", id="no such class"),
     ],
 )
@@ -449,5 +451,5 @@ class OwnTrainer:
     """A job class that is no torch job."""
 
     @staticmethod
-    def open_trainer(settings: Any, cores: int) -> Any:
+    def open_trainer(settings: Settings, cores: int) -> Any:
         raise NotImplementedError

@@ -25,6 +25,7 @@ from orchestrator.settings.settings import Settings
 from orchestrator.worker import user_job
 from tests.integration.test_local_chains import processes_of
 from tests.support.curves import READERS, Curves, needed
+from tests.support.settings import settings as common_settings
 
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
@@ -51,12 +52,9 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def settings(*loggers: str, **changes: Any) -> dict[str, Any]:
-    values = {
-        "name": "mine", "job": "jobs.digits:Digits", "max_batch_size": 250, "loggers": loggers,
-        "training_profiles": [{"name": "fast", "learning_rate": 0.05}],
-    }  # fmt: skip
-    return Settings.model_validate(values | changes).model_dump(mode="json")
+def settings(*loggers: str, **changes: Any) -> Settings:
+    values = {"name": "mine", "job": "jobs.digits:Digits", "max_batch_size": 250, "loggers": list(loggers)}
+    return common_settings(**values | changes)
 
 
 def work(folder: Path, epochs: int = 2, **changes: Any) -> Work:
@@ -185,7 +183,7 @@ def test_a_full_disk_turns_a_logger_off_and_the_chunk_is_trained(
 
 def test_what_is_no_logger_is_refused_at_launch() -> None:
     with pytest.raises(JobSpecError, match="loggers: 'not_there:Mine': not_there can't be imported"):
-        user_job.check_job(Settings.model_validate(settings("not_there:Mine")), [])
+        user_job.check_job(settings("not_there:Mine"), [])
 
 
 # --- a user's own
@@ -197,7 +195,7 @@ def test_the_example_of_the_docs_is_a_logger(tmp_path: Path, monkeypatch: pytest
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     (tmp_path / "my_module.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    user_job.check_job(Settings.model_validate(settings("my_module:MyLogger")), [str(tmp_path)])
+    user_job.check_job(settings("my_module:MyLogger"), [str(tmp_path)])
     job = Job(tmp_path, "my_module:MyLogger")
     (tmp_path / "logs").mkdir()
     job.train(work(tmp_path))

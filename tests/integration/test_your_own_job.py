@@ -18,16 +18,18 @@ import torch
 from jobs.data import randomness
 from jobs.errors import JobError
 from jobs.job import ChunkContext, ChunkInterrupted, ChunkResult, Job, JobContext
+from jobs.loggers.observer import Observer
 from jobs.training.opening import check_job, has_own_loop, load_job, open_session
 from jobs.training.own_loop import OwnLoop
 from jobs.training.session import Session
 from jobs.training.states import export, read
-from jobs.verify_resume.exactness import first_difference
+from jobs.verify_resume.exactness import differences
 from jobs.verify_resume.link import Trial, open_short
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
 from tests.support.invariants import violations
+from tests.support.settings import settings as common_settings
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "your-own-job.md").read_text(encoding="utf-8")
@@ -52,10 +54,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def settings(job: str, **changes: Any) -> dict[str, Any]:
-    profile = {"name": "one", "learning_rate": 0.1}
-    given = {"name": "run", "job": job, "training_profiles": [profile], "max_batch_size": 8, "precision": "fp32"}
-    return Settings.model_validate(given | changes).model_dump(mode="json")
+def settings(job: str, **changes: Any) -> Settings:
+    return common_settings(**{"job": job, "max_batch_size": 8, "precision": "fp32"} | changes)
 
 
 def orch(folder: Path, command: str) -> str:
@@ -198,7 +198,7 @@ def test_jobs_of_other_libraries_train_as_the_page_shows_them(
     given = settings(f"theirs:{job}", training_profiles=[rate])
     assert check_job(given) == []
     one = open_session(given, cores=1)
-    work = Work(Profile(**given["training_profiles"][0]), 8, seed=1, repeat=0, parent=None, suspended=None)
+    work = Work(given.training_profiles[0], 8, seed=1, repeat=0, parent=None, suspended=None)
     result = one.train(work, lambda: False, lambda _epoch: None)
     assert isinstance(result, Finished)
     assert result.score > 0.9
@@ -280,7 +280,7 @@ def test_a_loop_of_its_own_that_was_cut_is_the_uninterrupted_one(steps: int, sta
     cut = train(walk(), work, tmp_path / "cut.pt", steps)
     assert cut == Interrupted(steps % Walk.STEPS)
     again = train(walk(), Work(ONE, 3, 0, 0, work.parent, tmp_path / "cut.pt"), tmp_path / "again.pt")
-    assert first_difference(read(tmp_path / "whole.pt"), read(tmp_path / "again.pt")) is None
+    assert not list(differences(read(tmp_path / "whole.pt"), read(tmp_path / "again.pt")))
     assert isinstance(whole, Finished)
     assert isinstance(again, Finished)
     assert [(r.number, r.metrics) for r in again.results] == [(r.number, r.metrics) for r in whole.results]
@@ -328,7 +328,7 @@ class Bare(Walk):
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        (Hasty, r"returned ChunkInterrupted, but context.should_stop\(\) had not said so"),
+        (Hasty, r"returned ChunkInterrupted, but context.should_stop\(\) had not returned True"),
         (Whole, r"a state that can't be kept: .*Linear.*; allowed are dicts, lists, tensors"),
         (Bare, r"a state that is a str; allowed is a dict"),
         (Lazy, r"reported 1 of 3 epochs; call context.report"),
@@ -366,24 +366,22 @@ def test_a_checkpoint_of_orch_s_loop_is_none_of_an_own_one(tmp_path: Path) -> No
 
 
 def test_an_observer_is_told_of_epochs(tmp_path: Path) -> None:
-    class Noting:
-        said: list[Any] = []  # noqa: RUF012
+    calls: list[Any] = []
 
+    class Noting(Observer):
         def chunk(self, work: Work) -> None:
-            self.said.append("chunk")
+            calls.append("chunk")
 
         def epoch(self, result: EpochResult) -> None:
-            self.said.append(result.number)
-
-        def step(self, *_: Any) -> None: ...
+            calls.append(result.number)
 
         def close(self) -> None:
-            self.said.append("close")
+            calls.append("close")
 
     one = OwnLoop(Walk(JobContext(settings("any:Job"))), observer=Noting())
     train(one, founder(), tmp_path / "x.pt")
     one.close()
-    assert Noting.said == ["chunk", 1, 2, 3, "close"]
+    assert calls == ["chunk", 1, 2, 3, "close"]
 
 
 def test_steps_of_an_own_loop_can_t_be_counted_by_verify_resume() -> None:

@@ -25,13 +25,14 @@ from torch.utils.data import Dataset, TensorDataset
 from jobs.data.splits import Split
 from jobs.digits import Digits
 from jobs.job import Averaging, ChunkContext, ChunkInterrupted, ChunkResult
-from jobs.training.distributed import DistributedSession, dismiss, lead
+from jobs.training.distributed import DistributedSession, Opening, dismiss, lead
 from jobs.training.opening import open_session
 from jobs.training.ranks import Ranks, meet
 from jobs.training.session import Session
 from jobs.training.states import read
 from orchestrator.records import Finished, Interrupted, Profile, Work
 from orchestrator.settings.settings import Settings
+from tests.support.settings import settings as common_settings
 
 ROOT = Path(__file__).parents[2]
 FAST = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.0005)
@@ -57,8 +58,8 @@ class Plain(Digits):
         return nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.Dropout)))
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        if torch.is_grad_enabled() and "seen" in self.context.settings["job_params"]:
-            with Path(self.context.settings["job_params"]["seen"], f"rank-{rank()}").open("a") as seen:
+        if torch.is_grad_enabled() and "seen" in self.context.settings.job_params:
+            with Path(self.context.settings.job_params["seen"], f"rank-{rank()}").open("a") as seen:
                 seen.write(json.dumps(targets.tolist()) + "\n")
         return super().loss(outputs, targets)
 
@@ -150,7 +151,7 @@ class Net(nn.Module):
 
 class Odd(Plain):
     def model(self) -> nn.Module:
-        return Net(self.context.settings["job_params"].get("normalise", False))
+        return Net(self.context.settings.job_params.get("normalise", False))
 
 
 class Unlucky(Plain):
@@ -160,7 +161,7 @@ class Unlucky(Plain):
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         self.step += torch.is_grad_enabled()
-        what, who = self.context.settings["job_params"]["what"], self.context.settings["job_params"].get("who", 1)
+        what, who = self.context.settings.job_params["what"], self.context.settings.job_params.get("who", 1)
         if self.step == 3 and rank() in (who, 1):
             if what == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -178,17 +179,15 @@ class Watched(Digits):
     def model(self) -> nn.Module:
         names = ("CUDA_VISIBLE_DEVICES", "SLURM_LOCALID", "SLURM_PROCID", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID")
         seen = {name: os.environ.get(name) for name in names} | {"pid": os.getpid(), "cores": self.context.cores}
-        with Path(self.context.settings["job_params"]["seen"], f"rank-{rank()}").open("a") as file:
+        with Path(self.context.settings.job_params["seen"], f"rank-{rank()}").open("a") as file:
             file.write(json.dumps(seen) + "\n")
         self.params = type("Width", (), {"width": 4})
         return super().model()
 
 
-def settings(job: type[Digits] = Plain, **changes: Any) -> dict[str, Any]:
-    profile = {"name": "fast", "learning_rate": 0.05}
-    given = {"name": "run", "job": f"{__name__}:{job.__name__}", "training_profiles": [profile], "seed": 3}
-    given |= {"validation_fraction": 0.2, "max_batch_size": 200, "deterministic": True, "precision": "fp32"}
-    return Settings.model_validate(given | changes).model_dump(mode="json")
+def settings(job: type[Digits] = Plain, **changes: Any) -> Settings:
+    values = {"job": f"{__name__}:{job.__name__}", "seed": 3, "validation_fraction": 0.2, "max_batch_size": 200}
+    return common_settings(**(values | {"deterministic": True, "precision": "fp32"} | changes))
 
 
 # --- processes
@@ -226,11 +225,11 @@ class Team:
             raise
         assert not place.exists(), "it is of no use any more"
 
-    def open(self, given: dict[str, Any]) -> DistributedSession:
+    def open(self, given: Settings) -> DistributedSession:
         def failed() -> None:
             self.failed = True
 
-        return lead(self.ranks, given, 1, [str(ROOT)], "", failed)
+        return lead(self.ranks, Opening(given, 1, [str(ROOT)], ""), failed)
 
     def end(self, patience_s: float = AT_ONCE_S) -> None:
         for follower in self.followers:
@@ -259,7 +258,7 @@ def team_of(count: int, folder: Path, step_s: float = 60.0) -> Iterator[Team]:
 # --- training
 
 
-def found(seed: int = 1, epochs: int = 1) -> Work:
+def founder(seed: int = 1, epochs: int = 1) -> Work:
     return Work(FAST, epochs, seed, repeat=0, parent=None, suspended=None)
 
 
@@ -297,11 +296,11 @@ def saved(session: Session | DistributedSession, file: Path) -> dict[str, Any]:
     return state
 
 
-def alone(given: dict[str, Any]) -> Session:
+def alone(given: Settings) -> Session:
     return open_session(given, 1)
 
 
-def close(left: dict[str, Any], right: dict[str, Any]) -> None:
+def assert_close(left: dict[str, Any], right: dict[str, Any]) -> None:
     """Weights and momentum are the same but for the order in which gradients were added."""
     torch.testing.assert_close(left["model"], right["model"], rtol=0, atol=CLOSE)
     torch.testing.assert_close(left["optimizer"]["state"], right["optimizer"]["state"], rtol=0, atol=CLOSE)
@@ -314,11 +313,11 @@ def metrics(result: Finished) -> list[dict[str, float]]:
     return [dict(epoch.metrics) for epoch in result.results]
 
 
-def check_equal(team: Team, given: dict[str, Any], folder: Path, epochs: int = 1) -> None:
+def check_equal(team: Team, given: Settings, folder: Path, epochs: int = 1) -> None:
     """The same chunk by one process and by all."""
     one, all_ = alone(given), team.open(given)
-    expected, result = train(one, found(epochs=epochs)), train(all_, found(epochs=epochs))
-    close(saved(all_, folder / "all.pt"), saved(one, folder / "one.pt"))
+    expected, result = train(one, founder(epochs=epochs)), train(all_, founder(epochs=epochs))
+    assert_close(saved(all_, folder / "all.pt"), saved(one, folder / "one.pt"))
     for have, want in zip(metrics(result), metrics(expected), strict=True):
         assert have == pytest.approx(want, abs=1e-4)
     assert result.score == pytest.approx(expected.score, abs=1 / 288 + 1e-9), "one example may tip over"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from orchestrator.records import EpochResult, Finished, Interrupted, Work
+from orchestrator.settings.settings import Settings
 from orchestrator.worker.trainer import Trainer
 
 STEPS = 10
@@ -19,8 +20,8 @@ class Quick(Trainer):
     """job_params: {"seconds": of one epoch}. Its score depends only on the parent and the profile."""
 
     @staticmethod
-    def open_trainer(settings: Mapping[str, Any], cores: int) -> Quick:
-        return Quick(settings["job_params"].get("seconds", 0.5))
+    def open_trainer(settings: Settings, cores: int) -> Quick:
+        return Quick(settings.job_params.get("seconds", 0.5))
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

@@ -1,4 +1,4 @@
-"""Real data sets for tests, in torchvision's layout, unpacked from beside this repository; without it a test skips."""
+"""Real data sets in torchvision's layout, unpacked from a folder beside this repository; without it a test skips."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def mnist_root() -> Path:
 
 
 def pets_root() -> Path:
-    """The folder that torchvision's OxfordIIITPet(root) takes: 370 of its pictures, 10 a breed."""
+    """The folder that torchvision's OxfordIIITPet(root) takes: 370 of its pictures, 10 per breed."""
     return _root("pets")
 
 
 def _root(name: str) -> Path:
-    """Unpacked once on this machine, whichever of several test processes comes first."""
+    """Unpacked once on this machine, by whichever test process comes first."""
     if not (UNPACK.is_file() and (UNPACK.parent / name).is_dir()):
         pytest.skip(f"no real data: {name} is not in {UNPACK.parent}")
     CACHE.mkdir(mode=0o700, exist_ok=True)

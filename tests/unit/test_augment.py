@@ -52,7 +52,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def numbered(height: int, width: int, channels: int = 3) -> Tensor:
-    """An image of which no two pixels are the same, uint8 (channels, height, width)."""
+    """An image whose values all differ, uint8 (channels, height, width)."""
     return torch.arange(1, channels * height * width + 1, dtype=torch.uint8).view(channels, height, width)
 
 
@@ -61,7 +61,7 @@ def numbered(height: int, width: int, channels: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("mode", Pad.MODES)
 @pytest.mark.parametrize(("size", "padding"), [(32, 4), ((28, 20), 2), (40, 4), (9, 0)], ids=str)
-def test_a_padded_crop_is_torchvisions_for_the_same_place(
+def test_a_padded_crop_equals_torchvisions_at_the_same_place(
     size: int | tuple[int, int], padding: int, mode: str, photographs: Tensor
 ) -> None:
     step = PadCrop(size, padding, mode)
@@ -77,7 +77,7 @@ def test_a_padded_crop_is_torchvisions_for_the_same_place(
 
 
 @pytest.mark.parametrize("size", [(95, 97), (96, 96), (120, 110)], ids=str)
-def test_a_large_crop_is_torchvisions_too(size: tuple[int, int], photographs: Tensor) -> None:
+def test_a_large_crop_equals_torchvisions(size: tuple[int, int], photographs: Tensor) -> None:
     large = functional.resize(photographs[:8], [130, 120])
     step = RandomCrop(size)
     drawn = step.draw(8, seeded())
@@ -91,7 +91,7 @@ def test_a_large_crop_is_torchvisions_too(size: tuple[int, int], photographs: Te
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
-def test_a_flip_is_torchvisions(dtype: torch.dtype, photographs: Tensor) -> None:
+def test_a_flip_equals_torchvisions(dtype: torch.dtype, photographs: Tensor) -> None:
     images = photographs.to(dtype)
     drawn = Flip().draw(len(images), seeded())
     expected = [
@@ -103,7 +103,7 @@ def test_a_flip_is_torchvisions(dtype: torch.dtype, photographs: Tensor) -> None
 
 
 @pytest.mark.parametrize("size", [1, 8, 31, 32])
-def test_a_cutout_is_torchvisions_erasing_at_the_same_place(size: int, photographs: Tensor) -> None:
+def test_a_cutout_equals_torchvisions_erasing_at_the_same_place(size: int, photographs: Tensor) -> None:
     step = Cutout(size)
     drawn = step.draw(len(photographs), seeded())
     tops, lefts = (place(drawn[name], 32 - size + 1).tolist() for name in ("y", "x"))
@@ -116,7 +116,7 @@ def test_a_cutout_is_torchvisions_erasing_at_the_same_place(size: int, photograp
         assert torch.equal(step.apply(images, drawn), torch.stack(expected))
 
 
-def test_normalisation_is_torchvisions(photographs: Tensor) -> None:
+def test_normalisation_equals_torchvisions(photographs: Tensor) -> None:
     mean, std = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
     expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])(photographs)
     step = Normalize(mean, std)
@@ -142,7 +142,7 @@ def test_normalisation_is_torchvisions(photographs: Tensor) -> None:
         pytest.param(Pad(3, "edge"), v2.Pad(3, padding_mode="edge"), id="padded"),
     ],
 )
-def test_what_draws_nothing_is_torchvisions(step: Step, theirs: v2.Transform, photographs: Tensor) -> None:
+def test_a_step_without_random_draws_equals_torchvisions(step: Step, theirs: v2.Transform, photographs: Tensor) -> None:
     wide = photographs[:, :, :28]
     assert step.draw(5, seeded()) == {}
     assert torch.equal(step.apply(wide, {}), theirs(wide))
@@ -155,7 +155,7 @@ JITTER = {"brightness": 0.4, "contrast": (0.3, 2.0), "saturation": 1.5, "hue": 0
     "names", [["brightness"], ["contrast"], ["saturation"], ["hue"], list(JITTER)], ids=lambda names: " ".join(names)
 )
 @pytest.mark.parametrize("channels", [3, 1])
-def test_colour_jitter_is_torchvisions_for_the_same_factors_in_the_same_order(
+def test_colour_jitter_equals_torchvisions_for_the_same_factors_in_the_same_order(
     names: list[str], channels: int, photographs: Tensor
 ) -> None:
     images = photographs[:, :channels]
@@ -166,12 +166,12 @@ def test_colour_jitter_is_torchvisions_for_the_same_factors_in_the_same_order(
         for number in drawn["order"][row].tolist():
             image = getattr(functional, f"adjust_{names[number]}")(image, drawn[names[number]][row].item())
         off = (changed[row].int() - image.int()).abs()
-        # One level where float32 rounds otherwise; changes after it make more of that, at few pixels.
+        # float32 may round by one level; the next changes enlarge that at a few pixels.
         assert off.float().mean() < (0.05 if len(names) == 1 else 0.2)
         assert off.max() <= (1 if len(names) == 1 else 8)
 
 
-def test_colour_jitter_leaves_its_input_as_it_was(photographs: Tensor) -> None:
+def test_colour_jitter_does_not_change_its_input(photographs: Tensor) -> None:
     before = photographs.clone()
     step = ColorJitter(brightness=0.4)
     step.apply(photographs, step.draw(len(photographs), seeded()))
@@ -211,7 +211,7 @@ def test_every_outcome_is_as_likely_as_with_torchvision(step: Step, theirs: v2.T
     assert all(abs(count - DRAWS * share) <= tolerance for count in (*ours.values(), *other.values()))
 
 
-def test_jitter_factors_are_distributed_as_torchvisions() -> None:
+def test_jitter_factors_have_torchvisions_distribution() -> None:
     drawn = ColorJitter(**JITTER).draw(DRAWS, seeded())
     theirs = v2.ColorJitter(**JITTER)
     with randomness.random_state_kept():
@@ -220,7 +220,7 @@ def test_jitter_factors_are_distributed_as_torchvisions() -> None:
     for name in JITTER:
         ours = drawn[name].sort().values
         other = torch.tensor([one[f"{name}_factor"] for one in made]).sort().values
-        # Kolmogorov and Smirnov's distance of two samples; 2.0 is exceeded once in 1,500 times (Smirnov 1948)
+        # the Kolmogorov-Smirnov distance of two samples exceeds 2.0 once in 1,500 times (Smirnov 1948)
         distance = (torch.searchsorted(other, ours, right=True) - torch.arange(1, DRAWS + 1)).abs().max() / DRAWS
         assert distance < 2.0 * math.sqrt(2 / DRAWS), name
     orders = collections.Counter(map(tuple, drawn["order"].tolist()))
@@ -230,7 +230,7 @@ def test_jitter_factors_are_distributed_as_torchvisions() -> None:
 
 @given(places=st.integers(1, 5000), bits=st.integers(0, 2**31 - 1))
 @settings(derandomize=True)
-def test_a_place_is_always_one_of_the_places(places: int, bits: int) -> None:
+def test_a_place_is_never_outside_the_range(places: int, bits: int) -> None:
     first, drawn, last = place(torch.tensor([0, bits, 2**31 - 1]), places).tolist()
     assert first == 0
     assert 0 <= drawn < places
@@ -241,7 +241,7 @@ def test_a_place_is_always_one_of_the_places(places: int, bits: int) -> None:
 
 
 def alternate(images: Tensor, epochs: int, seed: int) -> list[Tensor]:
-    """What Jordan's CIFAR-10 loader does: half of the images mirrored once for all, and every second epoch all."""
+    """As in Jordan's CIFAR-10 loader: half of the images are mirrored at the start, and all in every second epoch."""
     step = AlternatingFlip(seed)
     first = step.draw(len(images), seeded(), 0)["flipped"]
     images = torch.stack([image.flip(2) if flip else image for image, flip in zip(images, first, strict=True)])
@@ -249,14 +249,14 @@ def alternate(images: Tensor, epochs: int, seed: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("seed", [0, 7])
-def test_the_alternating_flip_is_that_of_its_author(seed: int, photographs: Tensor) -> None:
+def test_the_alternating_flip_equals_its_authors(seed: int, photographs: Tensor) -> None:
     step = AlternatingFlip(seed)
     for epoch, expected in enumerate(alternate(photographs, 5, seed)):
         drawn = step.draw(len(photographs), seeded(epoch), epoch)  # the epochs' seeds differ
         assert torch.equal(step.apply(photographs, drawn), expected)
 
 
-def test_half_of_the_examples_are_flipped_first_in_the_first_epoch() -> None:
+def test_half_of_the_examples_are_flipped_in_the_first_epoch() -> None:
     flipped = AlternatingFlip().draw(DRAWS, seeded(), 0)["flipped"]
     assert abs(flipped.sum() - DRAWS / 2) < 5 * math.sqrt(DRAWS / 4)
     assert not torch.equal(flipped, AlternatingFlip(1).draw(DRAWS, seeded(), 0)["flipped"])
@@ -279,7 +279,7 @@ each_step = pytest.mark.parametrize("step", STEPS, ids=lambda step: type(step)._
 
 
 @each_step
-def test_a_part_of_a_batch_becomes_what_it_becomes_in_the_whole(step: Step, photographs: Tensor) -> None:
+def test_a_step_changes_part_of_a_batch_as_it_changes_the_whole(step: Step, photographs: Tensor) -> None:
     drawn = step.draw(len(photographs), seeded())
     some = torch.tensor([3, 50, 4])
     part = step.apply(photographs[some], {name: rows[some] for name, rows in drawn.items()})
@@ -287,7 +287,7 @@ def test_a_part_of_a_batch_becomes_what_it_becomes_in_the_whole(step: Step, phot
 
 
 @each_step
-def test_a_draw_follows_from_its_generator_and_leaves_the_global_state_alone(step: Step) -> None:
+def test_a_draw_depends_on_its_generator_and_not_on_the_global_state(step: Step) -> None:
     before = torch.get_rng_state()
     one, two = step.draw(100, seeded(3)), step.draw(100, seeded(3))
     assert torch.equal(torch.get_rng_state(), before)
@@ -296,7 +296,7 @@ def test_a_draw_follows_from_its_generator_and_leaves_the_global_state_alone(ste
 
 
 @each_step
-def test_no_image_is_as_good_as_many(step: Step) -> None:
+def test_a_step_accepts_an_empty_batch(step: Step) -> None:
     nothing = step.apply(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), step.draw(0, seeded()))
     assert nothing.shape[:2] == (0, 3)
 
@@ -312,14 +312,14 @@ def test_no_image_is_as_good_as_many(step: Step) -> None:
         pytest.param(lambda: RandomCrop(0), "size of 0x0 pixels", id="crop of nothing"),
         pytest.param(lambda: CenterCrop((8, 0)), "size of 8x0 pixels", id="crop of no width"),
         pytest.param(lambda: Cutout(0), "cutout of 0 pixels", id="cutout of nothing"),
-        pytest.param(lambda: Normalize((0.5,), (0.2, 0.2)), "one of each for a channel", id="a mean less than std"),
+        pytest.param(lambda: Normalize((0.5,), (0.2, 0.2)), "each channel needs one of each", id="too few means"),
         pytest.param(lambda: Normalize((0.5,), (0.0,)), "std above 0", id="std 0"),
         pytest.param(lambda: ColorJitter(brightness=-0.1), "brightness -0.1 is not allowed", id="negative jitter"),
         pytest.param(lambda: ColorJitter(hue=0.6), "hue 0.6 is not allowed; .* from 0 to 0.5", id="hue"),
         pytest.param(lambda: ColorJitter(contrast=(2.0, 1.0)), "the lower first", id="a range upside down"),
     ],
 )
-def test_a_step_that_can_not_be_is_an_error(make, message) -> None:
+def test_an_impossible_step_is_an_error(make, message) -> None:
     with pytest.raises(JobError, match=message):
         make()
 

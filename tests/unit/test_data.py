@@ -1,4 +1,4 @@
-"""Splits and batches depend on a seed alone, and what is drawn for them leaves no trace."""
+"""Splits and batches depend only on a seed, and drawing for them does not change the random state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 BATCH = 8
 
 pytestmark = [
-    # Two loader processes on a machine with one core, and beside torch's threads, are what these tests are about.
+    # These tests need two loader processes, also on one core and beside torch's threads.
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
 ]
@@ -41,14 +41,14 @@ PIXELS, DIGITS = (torch.as_tensor(part) for part in load_digits(return_X_y=True)
 
 
 def digits(counts: Sequence[int]) -> TensorDataset:
-    """As many of scikit-learn's digits as wanted of each class, the classes mixed."""
+    """scikit-learn's digits, this many of each class, in mixed order."""
     chosen = torch.cat([torch.nonzero(DIGITS.eq(digit)).flatten()[:count] for digit, count in enumerate(counts)])
     chosen = chosen.sort().values
     return TensorDataset(PIXELS[chosen].float(), DIGITS[chosen])
 
 
 class Listed(Dataset[Any]):
-    """The same examples, one by one, so that a loader has to fetch them."""
+    """The same examples, but not as tensors, so that a loader has to fetch them."""
 
     def __init__(self, source: TensorDataset, **labels: Any) -> None:
         self._source = source
@@ -83,7 +83,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
 
 @given(counts=st.lists(st.integers(20, 60), min_size=2, max_size=10), seed=st.integers(0, 2**31 - 1))
 @settings(deadline=None, derandomize=True, max_examples=30)
-def test_a_split_keeps_of_every_class_its_share_and_of_the_whole_everything(counts: list[int], seed: int) -> None:
+def test_a_split_takes_the_same_share_of_every_class_and_loses_no_example(counts: list[int], seed: int) -> None:
     source = digits(counts)
     train, validation = splits.split(source, 0.2, seed)
     assert sorted(train + validation) == list(range(len(source)))
@@ -98,7 +98,7 @@ def test_the_split_is_fixed_by_the_seed() -> None:
     assert splits.split(source, 0.2, seed=7) != splits.split(source, 0.2, seed=8)
 
 
-def test_a_data_set_without_classes_is_split_too() -> None:
+def test_a_data_set_without_classes_can_be_split() -> None:
     source = TensorDataset(PIXELS[:50])
     train, validation = splits.split(source, 0.2, 0)
     assert (len(train), len(validation)) == (40, 10)
@@ -120,7 +120,7 @@ def test_a_class_that_is_too_small_for_both_sides_is_an_error(source: TensorData
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
-def test_a_rare_class_gives_one_example_at_least_to_either_side(fraction: float) -> None:
+def test_a_rare_class_gives_at_least_one_example_to_each_side(fraction: float) -> None:
     source = digits([40, 2, 3])
     for side in splits.split(source, fraction, 0):
         assert set(source.tensors[1][side].tolist()) == {0, 1, 2}
@@ -155,7 +155,7 @@ def test_a_split_either_has_every_class_on_both_sides_or_is_refused(counts: list
         pytest.param(Listed(digits([2, 1])), None, id="a data set that does not tell"),
     ],
 )
-def test_classes_are_read_where_a_data_set_tells_them(source: Dataset[Any], labels: list[int] | None) -> None:
+def test_classes_are_read_from_a_data_set_that_lists_them(source: Dataset[Any], labels: list[int] | None) -> None:
     assert splits.labels_of(source) == labels
 
 
@@ -168,7 +168,7 @@ Make = Callable[[int], Feed]
 
 @pytest.fixture(params=["in memory", "without processes", "with two processes"])
 def make(request: pytest.FixtureRequest) -> Make:
-    """A feed of the same digits by each way, with batches of a size."""
+    """Makes a feed of the same digits, of each kind, with a given batch size."""
     source = digits([20] * 10)
     if request.param == "in memory":
         return lambda size: TensorFeed(source, INDICES, size, CPU)
@@ -190,7 +190,7 @@ def same(left: Iterator[Any], right: Iterator[Any]) -> bool:
     )
 
 
-def test_an_epoch_has_each_example_once_in_whole_batches_and_a_rest(make: Make) -> None:
+def test_an_epoch_has_each_example_once_in_full_batches_and_a_smaller_last_one(make: Make) -> None:
     source, feed = digits([20] * 10), make(BATCH)
     batches = flat(feed.shuffled(seed=5))
     assert [len(targets) for _, targets in batches] == [8] * 8 + [3]
@@ -199,10 +199,10 @@ def test_an_epoch_has_each_example_once_in_whole_batches_and_a_rest(make: Make) 
     assert seen == sorted(source.tensors[0][i].tolist() for i in INDICES)
 
 
-def test_the_order_depends_on_the_seed_and_on_nothing_that_was_read_before(make: Make) -> None:
+def test_the_order_depends_on_the_seed_and_not_on_earlier_reads(make: Make) -> None:
     feed, again = make(BATCH), make(BATCH)
     assert not same(feed.shuffled(seed=5), feed.shuffled(seed=6))
-    next(feed.shuffled(seed=7))  # an epoch that is given up
+    next(feed.shuffled(seed=7))  # an abandoned epoch
     random.seed(1)
     torch.manual_seed(1)
     assert same(feed.shuffled(seed=5), again.shuffled(seed=5))
@@ -214,12 +214,12 @@ def test_evaluation_reads_in_the_order_of_the_indices(make: Make) -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1, 5, 8, 9], ids=lambda first: f"from batch {first}")
-def test_an_epoch_that_goes_on_is_the_rest_of_the_same_epoch(make: Make, first: int) -> None:
+def test_a_resumed_epoch_is_the_rest_of_the_same_epoch(make: Make, first: int) -> None:
     whole = flat(make(BATCH).shuffled(seed=5))
     assert same(make(BATCH).shuffled(seed=5, first_batch=first), iter(whole[first:]))
 
 
-def test_reading_leaves_the_random_state_as_it_was(make: Make) -> None:
+def test_reading_does_not_change_the_random_state(make: Make) -> None:
     before = randomness.random_state()
     feed = make(BATCH)
     flat(feed.shuffled(seed=5))
@@ -229,7 +229,7 @@ def test_reading_leaves_the_random_state_as_it_was(make: Make) -> None:
 
 @pytest.mark.parametrize("processes", [0, 2])
 @pytest.mark.parametrize("size", [1, 8, 100], ids=lambda size: f"batches of {size}")
-def test_a_data_set_in_memory_gives_the_batches_of_its_loader(size: int, processes: int) -> None:
+def test_a_data_set_in_memory_gives_the_same_batches_as_a_loader(size: int, processes: int) -> None:
     source = digits([20] * 10)
     memory, loader = TensorFeed(source, INDICES, size, CPU), LoaderFeed(source, INDICES, size, CPU, processes)
     assert same(memory.shuffled(seed=5), loader.shuffled(seed=5))
@@ -255,14 +255,14 @@ def feed_pictures(pictures: ImageFolder, processes: int) -> LoaderFeed:
 
 
 def test_augmentation_is_the_same_with_any_number_of_processes(pictures: ImageFolder) -> None:
-    here, elsewhere = feed_pictures(pictures, 0), feed_pictures(pictures, 2)
-    for seed in (5, 6):  # the processes stay from one epoch to the next
-        assert same(here.shuffled(seed), elsewhere.shuffled(seed))
+    inside, outside = feed_pictures(pictures, 0), feed_pictures(pictures, 2)
+    for seed in (5, 6):  # the processes are the same in both epochs
+        assert same(inside.shuffled(seed), outside.shuffled(seed))
 
 
 @pytest.mark.parametrize("processes", [0, 2])
 @pytest.mark.parametrize("first", [1, 4], ids=lambda first: f"from batch {first}")
-def test_augmentation_is_the_same_in_an_epoch_that_goes_on(pictures: ImageFolder, first: int, processes: int) -> None:
+def test_augmentation_is_the_same_in_a_resumed_epoch(pictures: ImageFolder, first: int, processes: int) -> None:
     whole = flat(feed_pictures(pictures, 0).shuffled(seed=5))
     rest = feed_pictures(pictures, processes).shuffled(seed=5, first_batch=first)
     assert same(rest, iter(whole[first:]))
@@ -276,7 +276,7 @@ def test_augmentation_differs_from_epoch_to_epoch_and_from_batch_to_batch(pictur
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_augmentation_leaves_the_random_state_as_it_was(pictures: ImageFolder, processes: int) -> None:
+def test_augmentation_does_not_change_the_random_state(pictures: ImageFolder, processes: int) -> None:
     before = randomness.random_state()
     feed = feed_pictures(pictures, processes)
     flat(feed.shuffled(seed=5))
@@ -296,7 +296,7 @@ class WhoReads(Dataset[Any]):
 
 
 def test_the_processes_of_a_loader_stay_from_epoch_to_epoch() -> None:
-    """Starting them anew would take longer than a small epoch does."""
+    """Starting them again would take longer than a small epoch."""
     feed = LoaderFeed(WhoReads(), range(40), 2, CPU, processes=2)
     readers = [{pid for batch in feed.shuffled(seed) for pid in batch.tolist()} for seed in (5, 6, 7)]
     assert readers[0] == readers[1] == readers[2]
@@ -317,10 +317,10 @@ def unchanged_since(state: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("drawn", range(3), ids=lambda drawn: f"after {drawn} draws")
-def test_a_random_state_goes_on_where_it_was_after_a_file_that_executes_nothing(drawn: int) -> None:
+def test_a_random_state_is_restored_from_a_file_that_executes_no_code(drawn: int) -> None:
     randomness.seed_all(11)
     for _ in range(drawn):
-        draw()  # one normal number of each library is kept for the next call
+        draw()  # each library stores a second normal number for the next call
     file = io.BytesIO()
     torch.save(randomness.random_state(), file)
     expected = [draw() for _ in range(3)]
@@ -339,7 +339,7 @@ def test_a_seed_fixes_all_three_libraries() -> None:
     assert all(a != b for a, b in zip(draws[1], draws[2], strict=True))
 
 
-def test_what_is_drawn_aside_leaves_no_trace_even_where_it_fails() -> None:
+def test_draws_in_a_kept_random_state_leave_no_trace_even_after_an_error() -> None:
     def fail() -> None:
         randomness.seed_all(1)
         raise ZeroDivisionError
@@ -350,7 +350,7 @@ def test_what_is_drawn_aside_leaves_no_trace_even_where_it_fails() -> None:
     assert unchanged_since(before)
 
 
-def test_a_derived_seed_tells_its_parts_and_their_order_apart() -> None:
+def test_a_derived_seed_depends_on_its_parts_and_their_order() -> None:
     seeds = {randomness.hash_seed(*parts) for parts in [(1,), (2,), (1, 2), (2, 1), (1, 2, 3), (2**62, 1), (1, 2**62)]}
     assert len(seeds) == 7
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -20,6 +20,7 @@ from jobs.davidnet import DavidNet, GhostBatchNorm, Pictures
 from jobs.errors import JobError
 from jobs.job import Averaging, JobContext
 from orchestrator.records import Profile
+from tests.support.settings import settings
 
 ROOT = Path(__file__).parents[2]
 NARROW = [4, 6, 8, 10]
@@ -53,7 +54,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[bool, tuple[T
 
 
 def job(folder: Path, **params: Any) -> DavidNet:
-    return DavidNet(JobContext({"job_params": {"channels": NARROW} | params, "training_source_dir": str(folder)}))
+    return DavidNet(JobContext(settings(job_params={"channels": NARROW} | params, training_source_dir=str(folder))))
 
 
 def batch_of(source: DavidNet, split: Any = "train", seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -70,8 +71,8 @@ def batch_of(source: DavidNet, split: Any = "train", seed: int = 0) -> tuple[Ten
 # --- the recipe without tricks
 
 
-def test_the_learning_rate_and_weight_decay_are_pages_for_the_mean_loss(tmp_path: Path) -> None:
-    """His update, as he writes it down, with the sum of the loss; ours with the mean."""
+def test_the_updates_equal_pages_for_the_mean_loss(tmp_path: Path) -> None:
+    """His update, as he gives it, is for the sum of the loss; ours is for the mean."""
     ours = nn.Linear(5, 3)
     his = copy.deepcopy(ours)
     optimizer = job(tmp_path).optimizer(ours, PAGE)
@@ -95,16 +96,16 @@ def test_the_learning_rate_and_weight_decay_are_pages_for_the_mean_loss(tmp_path
         torch.testing.assert_close(one, other)
 
 
-def test_what_is_not_augmented_is_normalised_by_the_training_set_alone(tmp_path: Path) -> None:
+def test_images_that_are_not_augmented_are_normalised_by_the_training_set_only(tmp_path: Path) -> None:
     source = job(tmp_path)
     seen, _ = batch_of(source, "validation")
     torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(seen.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
     tested, _ = batch_of(source, "test")
-    assert tested.mean() < -0.5  # darker than what was seen in training
+    assert tested.mean() < -0.5  # darker than the training images
 
 
-def test_training_images_are_cropped_flipped_and_partly_as_grey_as_the_mean(tmp_path: Path) -> None:
+def test_training_images_are_cropped_and_flipped_and_a_square_has_the_mean_colour(tmp_path: Path) -> None:
     source = job(tmp_path)
     plain, _ = batch_of(source, "validation")
     padded = functional.pad(plain, (4, 4, 4, 4), mode="reflect")
@@ -128,7 +129,7 @@ def test_training_images_are_cropped_flipped_and_partly_as_grey_as_the_mean(tmp_
         ({"cutout": 0}, {Flip}),
     ],
 )
-def test_augmentation_is_what_is_asked_for(params: dict[str, Any], kinds: set[type], tmp_path: Path) -> None:
+def test_the_parameters_choose_the_augmentation(params: dict[str, Any], kinds: set[type], tmp_path: Path) -> None:
     data = job(tmp_path, **params).data("train")
     assert isinstance(data, images.ImageTensors)
     assert {type(step) for step in data.steps} & {Flip, AlternatingFlip, Cutout} == kinds
@@ -141,7 +142,7 @@ def modules(net: nn.Module, kind: type[nn.Module]) -> list[Any]:
     return [module for module in net.modules() if isinstance(module, kind)]
 
 
-def test_the_parameters_without_tricks_are_those_of_the_network_without_tricks(tmp_path: Path) -> None:
+def test_the_default_parameters_give_the_network_without_tricks(tmp_path: Path) -> None:
     net, wanted = job(tmp_path).model(), davidnet.network(NARROW)
     assert str(net) == str(wanted)
 
@@ -165,7 +166,7 @@ def test_frozen_scales_leave_batch_norms_biases_to_be_trained(tmp_path: Path) ->
         assert (layer.weight.requires_grad, layer.bias.requires_grad) == (False, True)
 
 
-def test_max_pool_is_moved(tmp_path: Path) -> None:
+def test_the_parameter_moves_max_pool(tmp_path: Path) -> None:
     net: Any = job(tmp_path, pool="before_norm").model()
     assert [name for name, _ in net.layer2.named_children()] == ["conv", "pool", "norm", "act"]
 
@@ -175,21 +176,21 @@ def test_the_classifiers_scale_is_set(tmp_path: Path) -> None:
     assert net.classifier.scale == 0.0625
 
 
-def test_whitening_is_that_of_the_training_images(tmp_path: Path) -> None:
+def test_whitening_filters_come_from_the_training_images(tmp_path: Path) -> None:
     source = job(tmp_path, whitening=True)
     net: Any = source.model()
     seen, _ = batch_of(source, "validation")
     torch.testing.assert_close(net.prep.whitening.weight, davidnet.whitening_filters(seen))
 
 
-def test_the_size_of_the_model_is_told_without_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_model_is_known_without_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(images, "cifar10")
     with torch.device("meta"):
         net: Any = job(tmp_path, whitening=True).model()
     assert net.prep.whitening.weight.shape == (27, 3, 3, 3)
 
 
-def test_a_checkpoints_whitening_is_not_replaced_by_that_of_other_images(
+def test_a_checkpoints_whitening_is_kept_with_other_images(
     tmp_path: Path, cifar: dict[bool, tuple[Tensor, Tensor]]
 ) -> None:
     state = job(tmp_path, whitening=True).model().state_dict()
@@ -202,7 +203,7 @@ def test_a_checkpoints_whitening_is_not_replaced_by_that_of_other_images(
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_label_smoothing_blends_in_all_classes_and_is_left_out_of_what_is_reported(
+def test_label_smoothing_blends_in_all_classes_in_training_but_not_in_evaluation(
     smoothing: float, tmp_path: Path
 ) -> None:
     source = job(tmp_path, label_smoothing=smoothing)
@@ -215,7 +216,7 @@ def test_label_smoothing_blends_in_all_classes_and_is_left_out_of_what_is_report
     assert metrics["accuracy"] == (outputs.argmax(1) == targets).float().mean()
 
 
-def test_biases_have_a_learning_rate_and_a_weight_decay_of_their_own(tmp_path: Path) -> None:
+def test_biases_have_their_own_learning_rate_and_weight_decay(tmp_path: Path) -> None:
     source = job(tmp_path, bias_lr_factor=64, bias_weight_decay_factor=1 / 64, batchnorm_scale=1, whitening=True)
     net = source.model()
     weights, biases = source.optimizer(net, PAGE).param_groups
@@ -236,7 +237,7 @@ def test_biases_have_a_learning_rate_and_a_weight_decay_of_their_own(tmp_path: P
         (Profile("adam", 0.001, 0.9, 0.0, optimizer="AdamW"), torch.optim.AdamW, None),
     ],
 )
-def test_nesterovs_momentum_is_the_default_and_the_profile_may_say_otherwise(
+def test_nesterovs_momentum_is_the_default_and_the_profile_can_change_it(
     profile: Profile, kind: type, nesterov: bool | None, tmp_path: Path
 ) -> None:
     source = job(tmp_path)
@@ -251,7 +252,7 @@ def test_the_average_is_updated_every_few_steps_with_the_decay_of_a_step(tmp_pat
     assert job(tmp_path, ema_decay=0.9, ema_every=2).averaging() == Averaging(0.9**2, 2)
 
 
-def test_an_image_and_its_mirror_image_are_told_the_same_with_test_flip_alone(tmp_path: Path) -> None:
+def test_only_test_flip_gives_an_image_and_its_mirror_image_equal_outputs(tmp_path: Path) -> None:
     inputs = torch.randn(4, 3, 32, 32)
     for flips in (False, True):
         source = job(tmp_path, test_flip=flips)
@@ -265,7 +266,7 @@ def test_an_image_and_its_mirror_image_are_told_the_same_with_test_flip_alone(tm
 # --- preprocessing by a loader
 
 
-def test_a_loaders_images_are_those_on_the_device(tmp_path: Path) -> None:
+def test_a_loaders_images_equal_those_on_the_device(tmp_path: Path) -> None:
     source, loaded = job(tmp_path), job(tmp_path, preprocessing="loader").data("test")
     assert isinstance(loaded, Pictures)
     seen, targets = batch_of(source, "test")
@@ -292,17 +293,17 @@ def test_a_loader_augments_as_the_device_does(tmp_path: Path) -> None:
     assert 8 < flipped < 32
 
 
-def test_a_loader_knows_no_epoch_to_alternate_flips(tmp_path: Path) -> None:
+def test_a_loader_refuses_alternating_flips(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r'^job_params: flip "alternating" needs preprocessing "device"'):
         job(tmp_path, preprocessing="loader", flip="alternating").prepare(download=False)
 
 
-# --- what is said
+# --- messages
 
 
-def test_what_is_ready_is_told(tmp_path: Path) -> None:
-    told = job(tmp_path, train_images=30).prepare(download=False)
-    assert told == [f"CIFAR-10, 30 training and 20 test images, in {tmp_path}"]
+def test_prepare_reports_what_is_ready(tmp_path: Path) -> None:
+    lines = job(tmp_path, train_images=30).prepare(download=False)
+    assert lines == [f"CIFAR-10, 30 training and 20 test images, in {tmp_path}"]
 
 
 @pytest.mark.parametrize(
@@ -319,22 +320,20 @@ def test_what_is_ready_is_told(tmp_path: Path) -> None:
         ({"celu": 0.3}, "celu.*celu_alpha"),
     ],
 )
-def test_parameters_that_make_no_sense_are_errors_that_name_them(
-    params: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_invalid_parameters_are_errors_that_name_them(params: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=rf"job_params: {message}"):
         job(tmp_path, **params)
 
 
-def test_data_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
+def test_missing_data_is_an_error(tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "gone", "gone is not a folder"), ("", "training_source_dir is not set")):
-        source = DavidNet(JobContext({"job_params": {}, "training_source_dir": str(folder)}))
+        source = DavidNet(JobContext(settings(training_source_dir=str(folder))))
         with pytest.raises(JobError, match=message):
             source.prepare(download=False)
 
 
 def test_importing_the_job_does_not_import_torchvision() -> None:
-    """It takes a second, which each job of a chain would wait."""
+    """It takes a second, and each job of a chain would have to wait for it."""
     script = "import sys, jobs.davidnet, jobs.lenet5; print('torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""Pictures are decoded once on a node, are found again, and make the same batches wherever they lie."""
+"""Pictures are decoded once on a node, are found again, and give the same batches on the device and fetched."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # Two loader processes on a machine with one core, and beside torch's threads, are what these tests are about.
+    # These tests need two loader processes, also on one core and beside torch's threads.
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
 ]
@@ -44,7 +44,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A disk of this node, empty at first."""
+    """An empty disk of this node."""
     place = tmp_path / "node"
     place.mkdir()
     monkeypatch.setenv("SLURM_TMPDIR", str(place))
@@ -80,39 +80,39 @@ def kept(node: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("cores", [1, 2])
-def test_each_picture_is_what_torchvision_makes_of_its_file(cores: int, mixed: list[Path]) -> None:
-    found = decoded(mixed, SIZE, cores)
-    for picture, path in zip(found, mixed, strict=True):
+def test_each_picture_equals_torchvisions(cores: int, mixed: list[Path]) -> None:
+    pictures = decoded(mixed, SIZE, cores)
+    for picture, path in zip(pictures, mixed, strict=True):
         expected = v2.functional.pil_to_tensor(v2.Resize(SIZE)(Image.open(path).convert("RGB")))
         assert torch.equal(torch.from_numpy(picture).permute(2, 0, 1), expected)
-    assert not found.equal
+    assert not pictures.equal
 
 
 def test_grey_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
     for mode in ("L", "RGBA", "P", "1"):
         Image.new(mode, (25, 25)).save(tmp_path / f"{mode}.png")
-    found = decoded(sorted(tmp_path.glob("*.png")), SIZE)
-    assert [picture.shape for picture in found] == [(SIZE, SIZE, 3)] * 4
+    pictures = decoded(sorted(tmp_path.glob("*.png")), SIZE)
+    assert [picture.shape for picture in pictures] == [(SIZE, SIZE, 3)] * 4
 
 
-def test_statistics_are_those_of_all_pixels(mixed: list[Path]) -> None:
-    found = decoded(mixed, SIZE)
-    values = np.concatenate([picture.reshape(-1, 3) for picture in found]) / 255
-    mean, std = found.statistics()
+def test_statistics_cover_all_pixels(mixed: list[Path]) -> None:
+    pictures = decoded(mixed, SIZE)
+    values = np.concatenate([picture.reshape(-1, 3) for picture in pictures]) / 255
+    mean, std = pictures.statistics()
     assert mean == pytest.approx(values.mean(axis=0))
     assert std == pytest.approx(values.std(axis=0))
 
 
-def test_what_was_decoded_is_found_again(squares: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoded_pictures_are_found_again(squares: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     first = decoded(squares, SIZE)
-    monkeypatch.setattr(decode_cache, "decode", None)  # nothing more is decoded
+    monkeypatch.setattr(decode_cache, "decode", None)  # decoding again would fail
     again = decoded(squares, SIZE)
     assert again.file == first.file
     assert np.array_equal(again[7], first[7])
     assert again.statistics() == first.statistics()
 
 
-def test_nothing_of_it_is_for_others(squares: list[Path], node: Path) -> None:
+def test_only_the_owner_can_open_the_cache(squares: list[Path], node: Path) -> None:
     umask = os.umask(0)
     try:
         decoded(squares, SIZE)
@@ -124,7 +124,7 @@ def test_nothing_of_it_is_for_others(squares: list[Path], node: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["content", "time", "another file", "a file less", "another size"])
-def test_other_files_or_another_size_are_decoded_anew(change: str, squares: list[Path], node: Path) -> None:
+def test_other_files_or_another_size_are_decoded_again(change: str, squares: list[Path], node: Path) -> None:
     decoded(squares, SIZE)
     size = SIZE
     match change:
@@ -140,17 +140,17 @@ def test_other_files_or_another_size_are_decoded_anew(change: str, squares: list
             squares = squares[1:]
         case "another size":
             size += 1
-    found = decoded(squares, size)
+    pictures = decoded(squares, size)
     assert len(kept(node)) == 2
-    assert np.array_equal(found[3], decode_cache.decode(squares[3], size))
+    assert np.array_equal(pictures[3], decode_cache.decode(squares[3], size))
 
 
 @pytest.mark.parametrize("damage", ["pixels cut off", "no pixels", "index cut off", "no index"])
-def test_what_is_damaged_is_decoded_anew(damage: str, squares: list[Path]) -> None:
-    found = decoded(squares, SIZE)
-    expected = np.array(found[39])
-    assert found.file is not None
-    broken = found.file if "pixels" in damage else found.file.with_name(decode_cache.INDEX)
+def test_a_damaged_entry_is_decoded_again(damage: str, squares: list[Path]) -> None:
+    pictures = decoded(squares, SIZE)
+    expected = np.array(pictures[39])
+    assert pictures.file is not None
+    broken = pictures.file if "pixels" in damage else pictures.file.with_name(decode_cache.INDEX)
     if damage.startswith("no"):
         broken.unlink()
     else:
@@ -158,12 +158,12 @@ def test_what_is_damaged_is_decoded_anew(damage: str, squares: list[Path]) -> No
     assert np.array_equal(decoded(squares, SIZE)[39], expected)
 
 
-def test_jobs_of_a_node_that_start_together_decode_once(squares: list[Path], node: Path) -> None:
+def test_jobs_that_start_together_on_a_node_decode_once(squares: list[Path], node: Path) -> None:
     script = (
         "import sys, logging; from pathlib import Path; logging.basicConfig(level=logging.INFO)\n"
         "from jobs.data.decode_cache import decoded\n"
-        f"found = decoded(sorted(Path({str(squares[0].parent)!r}).iterdir()), {SIZE})\n"
-        "print(int(found[39].sum()))"
+        f"pictures = decoded(sorted(Path({str(squares[0].parent)!r}).iterdir()), {SIZE})\n"
+        "print(int(pictures[39].sum()))"
     )
     root = Path(__file__).parents[2]
     started = [
@@ -172,28 +172,28 @@ def test_jobs_of_a_node_that_start_together_decode_once(squares: list[Path], nod
         )
         for _ in range(3)
     ]
-    said = [process.communicate(timeout=120) for process in started]
-    assert len({out for out, _ in said}) == 1
-    assert sum("decoded 40 pictures" in err for _, err in said) == 1
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert len({out for out, _ in outputs}) == 1
+    assert sum("decoded 40 pictures" in err for _, err in outputs) == 1
     assert len(kept(node)) == 1
 
 
-def test_what_is_kept_goes_to_another_process_as_a_path(squares: list[Path]) -> None:
-    found = decoded(squares, SIZE)
-    assert found[3].any()  # it is mapped into memory now
-    sent = pickle.dumps(found)
+def test_a_cached_list_is_sent_to_another_process_as_a_path(squares: list[Path]) -> None:
+    pictures = decoded(squares, SIZE)
+    assert pictures[3].any()  # now it is mapped into memory
+    sent = pickle.dumps(pictures)
     assert len(sent) < 20_000
-    assert np.array_equal(pickle.loads(sent)[3], found[3])
+    assert np.array_equal(pickle.loads(sent)[3], pictures[3])
 
 
-def test_a_picture_that_is_changed_in_memory_stays_as_it_is_on_the_disk(squares: list[Path]) -> None:
-    found = decoded(squares, SIZE)
-    before = int(found[3].sum())
-    found[3][:] = 0
+def test_a_change_in_memory_does_not_reach_the_disk(squares: list[Path]) -> None:
+    pictures = decoded(squares, SIZE)
+    before = int(pictures[3].sum())
+    pictures[3][:] = 0
     assert int(decoded(squares, SIZE)[3].sum()) == before
 
 
-def test_nothing_is_kept_of_no_picture() -> None:
+def test_an_empty_list_can_be_decoded() -> None:
     assert len(decoded([], SIZE)) == 0
 
 
@@ -206,7 +206,7 @@ def age(entry: Path, days: float) -> None:
             os.utime(path, (time.time() - days * 86400,) * 2)
 
 
-def test_what_nobody_has_opened_for_a_week_is_removed(squares: list[Path], mixed: list[Path], node: Path) -> None:
+def test_an_entry_that_was_not_opened_for_a_week_is_removed(squares: list[Path], mixed: list[Path], node: Path) -> None:
     first = decoded(squares, SIZE)
     before = int(first[3].sum())
     (entry,) = kept(node)
@@ -216,10 +216,10 @@ def test_what_nobody_has_opened_for_a_week_is_removed(squares: list[Path], mixed
     age(entry, 7.5)
     decoded(mixed, SIZE)
     assert not entry.exists()
-    assert int(first[3].sum()) == before, "who has it open keeps it"
+    assert int(first[3].sum()) == before, "an open entry can still be read"
 
 
-def test_what_is_used_stays(squares: list[Path], mixed: list[Path], node: Path) -> None:
+def test_an_entry_in_use_stays(squares: list[Path], mixed: list[Path], node: Path) -> None:
     decoded(squares, SIZE)
     (entry,) = kept(node)
     age(entry, 8)
@@ -228,9 +228,7 @@ def test_what_is_used_stays(squares: list[Path], mixed: list[Path], node: Path) 
     assert entry.exists()
 
 
-def test_what_a_dead_builder_left_is_removed_and_what_a_living_one_makes_is_not(
-    squares: list[Path], node: Path
-) -> None:
+def test_a_dead_builders_files_are_removed_but_not_a_living_ones(squares: list[Path], node: Path) -> None:
     decoded(squares, SIZE)
     (folder,) = node.iterdir()
     dead, alive = folder / "dead.part", folder / "alive.part"
@@ -246,7 +244,7 @@ def test_what_a_dead_builder_left_is_removed_and_what_a_living_one_makes_is_not(
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file that is to hold pixels is the device that is always full."""
+    """Every file for pixels is the device that is always full."""
     opened = Path.open
 
     def open_full(path: Path, *arguments: Any, **options: Any) -> Any:
@@ -263,13 +261,13 @@ def no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fill", [full_disk, no_folder])
-def test_a_full_disk_is_a_warning_and_the_same_batches(
+def test_a_full_disk_gives_a_warning_and_the_same_batches(
     fill: Any, mixed: list[Path], node: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with monkeypatch.context() as there:
-        fill(there)
-        found = decoded(mixed, SIZE)
-    assert found.file is None
+    with monkeypatch.context() as patch:
+        fill(patch)
+        pictures = decoded(mixed, SIZE)
+    assert pictures.file is None
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert line.startswith("40 pictures can't be kept decoded (0.0 GB): ")
     assert "No space left on device" in line
@@ -277,9 +275,9 @@ def test_a_full_disk_is_a_warning_and_the_same_batches(
     assert kept(node) == [] if list(node.iterdir()) else True
     good = decoded(mixed, SIZE)
     assert good.file is not None
-    assert found.statistics() == good.statistics()
+    assert pictures.statistics() == good.statistics()
     steps: list[Step] = [RandomCrop(16), Flip()]
-    batches = [whole(feed(DecodedImages(one, [0] * 40, steps)).shuffled(5))[0] for one in (found, good)]
+    batches = [whole(feed(DecodedImages(one, [0] * 40, steps)).shuffled(5))[0] for one in (pictures, good)]
     assert torch.equal(*batches)
 
 
@@ -297,14 +295,16 @@ def test_a_folder_that_others_can_open_is_refused(squares: list[Path], node: Pat
 
 @pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html>", None], ids=["empty", "no picture", "cut off"])
-def test_a_file_that_is_no_picture_is_named(content: bytes | None, cores: int, squares: list[Path], node: Path) -> None:
+def test_a_file_that_is_not_a_picture_is_named(
+    content: bytes | None, cores: int, squares: list[Path], node: Path
+) -> None:
     squares[21].write_bytes(squares[21].read_bytes()[:300] if content is None else content)
-    with pytest.raises(JobError, match=rf"^{squares[21]} is no picture that can be read: .*; mend it or take it away$"):
+    with pytest.raises(JobError, match=rf"^{squares[21]} can't be read as a picture: .*; repair or remove it$"):
         decoded(squares, SIZE, cores)
     assert kept(node) == []
 
 
-def test_a_file_that_is_not_there_is_named(squares: list[Path]) -> None:
+def test_a_missing_file_is_named(squares: list[Path]) -> None:
     squares[3].unlink()
     with pytest.raises(JobError, match=rf"^{squares[3]} can't be read: No such file"):
         decoded(squares, SIZE)
@@ -336,25 +336,25 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_pictures_of_one_size_make_the_same_batches_on_the_device_as_fetched(name: str, squares: list[Path]) -> None:
+def test_batches_on_the_device_equal_fetched_ones(name: str, squares: list[Path]) -> None:
     pictures, targets = decoded(squares, SIZE), list(range(40))
-    here = feed(DecodedImages(pictures, targets, STEPS[name]))
+    resident = feed(DecodedImages(pictures, targets, STEPS[name]))
     fetched = feed(DecodedImages(pictures, targets, STEPS[name], memory_bytes=0))
-    assert (type(here), type(fetched)) == (ImageFeed, DecodedFeed)
-    assert here.augmented == fetched.augmented == (name not in ("middle", "nothing"))
+    assert (type(resident), type(fetched)) == (ImageFeed, DecodedFeed)
+    assert resident.augmented == fetched.augmented == (name not in ("middle", "nothing"))
     for batches in (lambda f: f.shuffled(5), lambda f: f.shuffled(5, 2, 1), lambda f: f.in_order(1, 2)):
-        one, other = whole(batches(here)), whole(batches(fetched))
+        one, other = whole(batches(resident)), whole(batches(fetched))
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
         assert one[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("first", [0, 2, 4])
-def test_batches_do_not_depend_on_the_processes_nor_on_where_the_epoch_begins(first: int, mixed: list[Path]) -> None:
+def test_batches_do_not_depend_on_the_processes_or_on_where_the_epoch_begins(first: int, mixed: list[Path]) -> None:
     source = DecodedImages(decoded(mixed, SIZE), list(range(40)), STEPS["random crop"])
     one = list(feed(source, cores=1).shuffled(5))
     processes = feed(source, cores=4)
-    for _ in range(2):  # the processes stay
+    for _ in range(2):  # with the same processes
         rest = list(processes.shuffled(5, first))
         assert len(rest) == len(one) - first
         for (images, targets), (same_images, same_targets) in zip(rest, one[first:], strict=True):
@@ -362,7 +362,7 @@ def test_batches_do_not_depend_on_the_processes_nor_on_where_the_epoch_begins(fi
             assert torch.equal(targets, same_targets)
 
 
-def test_pictures_of_many_sizes_are_cropped_as_torchvision_would(mixed: list[Path]) -> None:
+def test_pictures_of_many_sizes_are_cropped_as_torchvision_does(mixed: list[Path]) -> None:
     pictures = decoded(mixed, SIZE)
     made, targets = whole(feed(DecodedImages(pictures, list(range(40)), [CenterCrop(16)])).in_order())
     for image, target in zip(made, targets.tolist(), strict=True):
@@ -374,20 +374,20 @@ def test_pictures_of_many_sizes_are_cropped_as_torchvision_would(mixed: list[Pat
     for image, target in zip(cropped, targets.tolist(), strict=True):
         picture = torch.from_numpy(np.array(pictures[target])).permute(2, 0, 1) / 255
         windows = picture.unfold(1, 16, 1).unfold(2, 16, 1)
-        found = torch.nonzero((windows.permute(1, 2, 0, 3, 4) - image).abs().amax(dim=(2, 3, 4)) < 1e-6)
-        assert len(found) == 1
-        places.add(tuple(found[0].tolist()))
+        matches = torch.nonzero((windows.permute(1, 2, 0, 3, 4) - image).abs().amax(dim=(2, 3, 4)) < 1e-6)
+        assert len(matches) == 1
+        places.add(tuple(matches[0].tolist()))
     assert len(places) > 10
 
 
-def test_a_part_of_the_pictures_is_a_data_set_too(mixed: list[Path]) -> None:
+def test_a_subset_of_the_pictures_is_fed_by_a_loader(mixed: list[Path]) -> None:
     source = DecodedImages(decoded(mixed, SIZE), list(range(40)), STEPS["random crop"])
     images, targets = whole(feeds.make_feed(Subset(source, range(10)), range(10), 4, CPU, 1).shuffled(5))
     assert images.shape == (10, 3, 16, 16)
     assert sorted(targets.tolist()) == list(range(10))
 
 
-def test_reading_leaves_the_random_state_as_it_was(mixed: list[Path]) -> None:
+def test_reading_does_not_change_the_random_state(mixed: list[Path]) -> None:
     source = DecodedImages(decoded(mixed, SIZE, cores=2), [0] * 40, STEPS["random crop"])
     before = torch.get_rng_state()
     whole(feed(source).shuffled(5))
@@ -403,19 +403,19 @@ def test_reading_leaves_the_random_state_as_it_was(mixed: list[Path]) -> None:
         pytest.param([RandomCrop(21)], "crop of 21x21 pixels is larger than a picture, 20x2", id="crop too large"),
     ],
 )
-def test_pictures_of_many_sizes_that_make_no_batch_are_an_error(
+def test_pictures_of_many_sizes_without_a_fitting_crop_are_an_error(
     steps: list[Step], message: str, mixed: list[Path]
 ) -> None:
     with pytest.raises(JobError, match=message):
         next(feed(DecodedImages(decoded(mixed, SIZE), [0] * 40, steps)).shuffled(5))
 
 
-def test_as_many_targets_as_pictures_are_needed(squares: list[Path]) -> None:
+def test_a_missing_target_is_an_error(squares: list[Path]) -> None:
     with pytest.raises(JobError, match="40 pictures and 39 targets"):
         DecodedImages(decoded(squares, SIZE), [0] * 39)
 
 
-def test_photographs_of_pets_are_fed(node: Path) -> None:
+def test_photographs_of_pets_can_be_fed(node: Path) -> None:
     source = OxfordIIITPet(str(pets_root()), split="test")
     pictures = decoded([Path(path) for path in source._images][:48], 64, cores=2)
     assert isinstance(pictures, Decoded)
@@ -427,7 +427,7 @@ def test_photographs_of_pets_are_fed(node: Path) -> None:
     assert abs(images.std().item() - 1) < 0.2
 
 
-def test_an_image_folder_gives_its_targets(tmp_path: Path) -> None:
+def test_the_targets_of_an_image_folder_are_used(tmp_path: Path) -> None:
     for label in range(3):
         draw(tmp_path / "folder" / f"class{label}", [(30, 30)] * 6)
     folder = ImageFolder(str(tmp_path / "folder"))

@@ -149,8 +149,8 @@ def test_an_unknown_checkpoint_size_is_reported(tmp_path: Path) -> None:
 # --- how large a checkpoint is
 
 
-def real_bytes(values: dict[str, Any], run: Settings) -> int:
-    session = open_session(values, 1)
+def real_bytes(run: Settings) -> int:
+    session = open_session(run, 1)
     session.train(Work(run.policy(1).cycle[0], 1, 0, 0, None, None), lambda: False, lambda result: None)
     written = io.BytesIO()
     session.save(written)
@@ -160,8 +160,7 @@ def real_bytes(values: dict[str, Any], run: Settings) -> int:
 @pytest.mark.parametrize("width", [8, 64])
 def test_the_estimate_for_the_digits_is_close_to_the_real_size(width: int) -> None:
     run, _ = load(ROOT / "settings/digits.json", [f"job_params.width={width}", "validation_fraction=0.97"])
-    values = run.model_dump(mode="json")
-    assert checkpoint_bytes(values) == pytest.approx(real_bytes(values, run), rel=0.2)
+    assert checkpoint_bytes(run) == pytest.approx(real_bytes(run), rel=0.2)
 
 
 class Large(Job):
@@ -200,12 +199,12 @@ def test_the_estimate_knows_what_the_optimizer_keeps(job: str, momentum: float, 
         {"name": "a", "learning_rate": 0.1, "momentum": 0},
         {"name": "b", "learning_rate": 0.1, "momentum": momentum},
     ]
-    values = settings(job=f"{__name__}:{job}", training_profiles=profiles).model_dump(mode="json")
+    values = settings(job=f"{__name__}:{job}", training_profiles=profiles)
     assert checkpoint_bytes(values) == pytest.approx(times * 400e6, rel=0.01)
 
 
 def test_a_model_that_needs_its_values_is_made_on_the_cpu() -> None:
-    found = checkpoint_bytes(settings(job=f"{__name__}:LooksAtValues").model_dump(mode="json"))
+    found = checkpoint_bytes(settings(job=f"{__name__}:LooksAtValues"))
     assert found is not None
     assert found > 2 * 40_400
 
@@ -232,7 +231,7 @@ def test_a_launch_file_s_demand_is_in_the_plan(tmp_path: Path) -> None:
     run, _ = load(ROOT / "settings/digits.json")
     arguments = ["launch", str(ROOT / "settings/digits.json"), "--dry-run", "--json", "--runs-dir", str(tmp_path)]
     done = CliRunner().invoke(app, [*arguments, "--executor", "local"])
-    size = checkpoint_bytes(run.model_dump(mode="json"))
+    size = checkpoint_bytes(run)
     assert size is not None
     assert json.loads(done.stdout)["disk_gb_at_most_about"] == pytest.approx(9 * size / 1e9, rel=0.01)
     assert "disk: about 0.0023" in done.stderr

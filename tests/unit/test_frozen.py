@@ -19,9 +19,9 @@ from jobs.errors import JobError
 from jobs.job import Averaging, Job, JobContext
 from jobs.training import frozen
 from jobs.training.session import Session
-from jobs.verify_resume.link import _Noted
+from jobs.verify_resume.link import RecordedFeed
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
-from orchestrator.settings.settings import Settings
+from tests.support.settings import settings
 
 PROFILE = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.001)
 TRAIN, VALIDATION = 80, 20  # examples
@@ -91,19 +91,8 @@ class AveragedNotKept(NotKept, Averaged):
 
 
 def session(job: type[Job], **changes: Any) -> Session:
-    given = {
-        "name": "frozen",
-        "job": "tests.unit.test_frozen:Frozen",
-        "num_models": 1,
-        "seed": 3,
-        "max_batch_size": BATCH,
-        "validation_fraction": 0.2,
-        "precision": "fp32",
-        "total_lifetime": 100,
-        "eon_lifetime": 10,
-        "training_profiles": [{"name": "fast", "learning_rate": 0.1}],
-    }
-    return Session(job(JobContext(Settings.model_validate(given | changes).model_dump(mode="json"))))
+    values = {"seed": 3, "max_batch_size": BATCH, "validation_fraction": 0.2, "precision": "fp32"}
+    return Session(job(JobContext(settings(**values | changes))))
 
 
 def never() -> bool:
@@ -174,10 +163,10 @@ def test_a_chunk_that_was_cut_goes_on_as_if_it_was_not(tmp_path: Path) -> None:
 
 
 def test_the_check_of_exact_resume_sees_what_is_trained_on() -> None:
-    running, notes = session(Frozen), list[str]()
-    running._feeds["train"] = _Noted(running.feed("train"), notes)
+    running, digests = session(Frozen), list[str]()
+    running._feeds["train"] = RecordedFeed(running.feed("train"), digests)
     assert train(running)[0] == train(session(NotKept))[0]
-    assert len(notes) == 2 * -(-TRAIN // BATCH)
+    assert len(digests) == 2 * -(-TRAIN // BATCH)
 
 
 def test_other_frozen_weights_have_their_own_outputs(tmp_path: Path) -> None:
@@ -244,7 +233,7 @@ def test_outputs_that_take_too_much_memory_are_not_kept(
     monkeypatch.setattr(frozen, "resident_bytes", lambda device: 30 * 8 * 3 * 3 * 4)  # enough for validation
     with caplog.at_level(logging.INFO, logger="orch"):
         metrics, weights = train(session(Frozen))
-    assert "which is too much to keep" in caplog.text
+    assert "the frozen layers' outputs are not kept" in caplog.text
     expected, expected_weights = train(session(NotKept))
     assert metrics == expected
     assert same(weights, expected_weights)
@@ -319,7 +308,7 @@ class NoPairs(Frozen):
     [
         (Trained, r"0\.weight, 0\.bias are trained; call requires_grad_\(False\)"),
         (Flipped, "the training images are augmented"),
-        (WithDropout, "is a dropout, which draws anew each time"),
+        (WithDropout, "is a dropout, which draws at random"),
         (WithStatistics, "normalises by its batch in training; keep it in eval mode"),
         (NotFirst, "it must be what the model does first"),
         (NoPairs, r"batches must be \(inputs, targets\), two tensors"),

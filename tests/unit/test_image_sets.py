@@ -1,4 +1,4 @@
-"""Data sets of torchvision's: a part of one for trials, and what is said where one is missing."""
+"""The part of a data set that is used in trials."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobs.image_sets import Limits, first_of_each_class, limited
 
 
 @given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), count=st.integers(1, 70))
-def test_the_first_of_each_class_are_taken_as_evenly_as_can_be(labels: list[int], count: int) -> None:
+def test_the_first_of_each_class_are_taken_as_evenly_as_possible(labels: list[int], count: int) -> None:
     targets = torch.tensor(labels)
     classes = sorted(set(labels))
     if count > len(labels):
@@ -34,12 +34,12 @@ def test_the_first_of_each_class_are_taken_as_evenly_as_can_be(labels: list[int]
 
 
 @pytest.mark.parametrize("count", [None, 3])
-def test_no_limit_and_one_as_large_as_the_set_take_all(count: int | None) -> None:
+def test_no_limit_or_a_limit_as_large_as_the_data_set_takes_all(count: int | None) -> None:
     assert first_of_each_class(torch.tensor([5, 5, 1]), count, "train_images").tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("side", ["train", "test"])
-def test_more_images_than_there_are_is_an_error_that_names_both_numbers(side: str) -> None:
+def test_a_limit_larger_than_the_data_set_is_an_error_that_names_both_numbers(side: str) -> None:
     limits = Limits.model_validate({f"{side}_images": 4})
     message = f"^job_params: {side}_images: 4 is more than the 3 examples that there are; allowed is at most 3"
     with pytest.raises(JobError, match=message):

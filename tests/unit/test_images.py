@@ -1,5 +1,5 @@
-"""Images that live on the device: batches follow from a seed and the epoch's number alone, and are what torchvision's
-transforms would make of each image."""
+"""Images on the device: batches depend only on a seed and the epoch's number, and equal what torchvision's transforms
+make of each image."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from jobs.job import Job, JobContext
 from jobs.training.ranks import Ranks
 from jobs.training.session import Session
 from orchestrator.records import Finished, Interrupted, Profile, Work
-from orchestrator.settings.settings import Settings
 from tests.support.real_data import cifar10_root, mnist_root
+from tests.support.settings import settings
 
 CPU = torch.device("cpu")
 COUNT, BATCH = 67, 8
@@ -92,7 +92,7 @@ def test_evaluation_reads_in_the_order_of_the_indices_and_ranks_share_it() -> No
 
 @pytest.mark.parametrize("first", [0, 1, 5, 8, 9], ids=lambda first: f"from batch {first}")
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_an_epoch_that_goes_on_is_the_rest_of_the_same_epoch(first: int, epoch: int) -> None:
+def test_a_resumed_epoch_is_the_rest_of_the_same_epoch(first: int, epoch: int) -> None:
     batches = list(feed().shuffled(5, epoch=epoch))
     rest = list(feed().shuffled(5, first, epoch))
     assert len(rest) == len(batches) - first
@@ -105,10 +105,10 @@ def test_the_augmentation_of_an_example_does_not_depend_on_the_batch_size() -> N
     assert equal(feed(batch_size=5).shuffled(5), feed(batch_size=100).shuffled(5))
 
 
-def test_an_epoch_follows_from_its_seed_and_leaves_the_random_state_alone() -> None:
+def test_an_epoch_depends_on_its_seed_and_does_not_change_the_random_state() -> None:
     made, again = feed(), feed()
     assert not equal(made.shuffled(5), made.shuffled(6))
-    next(made.shuffled(7))  # an epoch that is given up
+    next(made.shuffled(7))  # an abandoned epoch
     random.seed(1)
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -124,11 +124,11 @@ def test_augmentation_differs_from_epoch_to_epoch_and_from_example_to_example() 
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_the_ranks_parts_of_a_batch_are_the_batch(count: int) -> None:
+def test_the_parts_of_all_ranks_make_up_the_batch(count: int) -> None:
     batch = next(feed().shuffled(5))
     parts: list[tuple[Tensor, Tensor]] = []
     for rank in range(count):
-        ranks = object.__new__(Ranks)  # without the others, whom sharing does not ask
+        ranks = object.__new__(Ranks)  # without other ranks, which share() does not need
         ranks.rank, ranks.count = rank, count
         parts.append(ranks.share(next(feed().shuffled(5)), BATCH))
     images, targets = whole(iter(parts))
@@ -136,8 +136,8 @@ def test_the_ranks_parts_of_a_batch_are_the_batch(count: int) -> None:
     assert torch.equal(targets, batch[1])
 
 
-def test_a_batch_is_what_torchvision_makes_of_each_image() -> None:
-    """The steps of an epoch are the transforms of one image, each with that image's own draw."""
+def test_a_batch_equals_torchvisions_transforms_of_each_image() -> None:
+    """Each image gets its own draw."""
     images = drawn_images()
     steps: list[Step] = [Resize(16), PadCrop(12, 2, "reflect"), Flip(), Normalize(MEAN, STD)]
     made, targets = whole(feed(steps).shuffled(5))
@@ -151,7 +151,7 @@ def test_a_batch_is_what_torchvision_makes_of_each_image() -> None:
 
 
 @pytest.mark.parametrize("steps", [[], augmented()], ids=["without steps", "with steps"])
-def test_no_example_makes_no_batch(steps: list[Step]) -> None:
+def test_a_feed_without_examples_has_no_batches(steps: list[Step]) -> None:
     made = feeds.make_feed(ImageTensors(drawn_images(), torch.arange(100), steps), [], 4, CPU, cores=1)
     assert (made.batches, list(made.shuffled(5)), list(made.in_order())) == (0, [], [])
 
@@ -159,7 +159,7 @@ def test_no_example_makes_no_batch(steps: list[Step]) -> None:
 # --- as a data set like any other
 
 
-def test_a_part_of_the_images_is_fed_by_a_loader_with_the_same_kind_of_augmentation() -> None:
+def test_a_subset_of_the_images_is_fed_by_a_loader_with_the_same_augmentation() -> None:
     source = ImageTensors(drawn_images(), torch.arange(100), [PadCrop(12, 2), Flip(), Normalize(MEAN, STD)])
     made = feeds.make_feed(Subset(source, range(40)), range(40), 10, CPU, cores=1)
     assert isinstance(made, LoaderFeed)
@@ -170,7 +170,7 @@ def test_a_part_of_the_images_is_fed_by_a_loader_with_the_same_kind_of_augmentat
     assert not torch.equal(one[0], whole(made.shuffled(6))[0])
 
 
-def test_a_single_example_has_no_epoch_to_alternate_by() -> None:
+def test_a_single_example_can_not_have_alternating_flips() -> None:
     with pytest.raises(JobError, match=r"AlternatingFlip needs the epoch's number.*use Flip\(\)"):
         ImageTensors(drawn_images(), torch.arange(100), [AlternatingFlip()])[0]
 
@@ -190,12 +190,12 @@ def test_classes_are_split_by_their_targets() -> None:
         pytest.param(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), 5, "4 images and 5 targets", id="a target too many"),
     ],
 )
-def test_what_is_no_set_of_images_is_an_error(images: Tensor, count: int, message: str) -> None:
+def test_invalid_images_are_an_error(images: Tensor, count: int, message: str) -> None:
     with pytest.raises(JobError, match=message):
         ImageTensors(images, torch.zeros(count))
 
 
-def test_a_step_that_does_not_fit_is_told_before_the_first_batch_is_used() -> None:
+def test_a_step_that_does_not_fit_is_an_error_at_the_first_batch() -> None:
     with pytest.raises(JobError, match="crop of 13x13 pixels is larger than the images, 12x12"):
         next(feed([RandomCrop(13)]).shuffled(5))
 
@@ -204,7 +204,7 @@ def test_a_step_that_does_not_fit_is_told_before_the_first_batch_is_used() -> No
 
 
 class Recorder(nn.Module):
-    """Notes what it is shown in training."""
+    """Records its inputs in training."""
 
     def __init__(self, shown: list[Tensor]) -> None:
         super().__init__()
@@ -232,19 +232,7 @@ class Watched(Job):
 
 
 def watched() -> Watched:
-    given = {
-        "name": "watched",
-        "job": "tests.unit.test_images:Watched",
-        "num_models": 1,
-        "seed": 3,
-        "max_batch_size": 8,
-        "validation_fraction": 0.2,
-        "precision": "fp32",
-        "total_lifetime": 100,
-        "eon_lifetime": 10,
-        "training_profiles": [{"name": "fast", "learning_rate": 0.1}],
-    }
-    return Watched(JobContext(Settings.model_validate(given).model_dump(mode="json")))
+    return Watched(JobContext(settings(seed=3, max_batch_size=8, validation_fraction=0.2, precision="fp32")))
 
 
 def stops_at(step: int | None, asked: Iterator[int]) -> bool:
@@ -255,14 +243,14 @@ PROFILE = Profile("fast", learning_rate=0.1, momentum=0.9, weight_decay=0.0)
 
 
 class TestTraining:
-    def test_the_number_of_the_epoch_in_the_lineage_decides_about_alternating_flips(self, tmp_path: Path) -> None:
+    def test_alternating_flips_depend_on_the_epochs_number_in_the_lineage(self, tmp_path: Path) -> None:
         shown = []
         job = watched()
         job.data = lambda split: ImageTensors(  # type: ignore[method-assign]
             drawn_images(40), torch.arange(40) % 2, [AlternatingFlip()] if split == "train" else []
         )
         parent = None
-        for chunk in range(2):  # of one epoch each, the second on what the first has left
+        for chunk in range(2):  # of one epoch each, the second from the first one's checkpoint
             session = Session(job)
             done = session.train(Work(PROFILE, 1, 5, 0, parent, None), lambda: False, lambda epoch: None)
             assert isinstance(done, Finished)
@@ -275,7 +263,7 @@ class TestTraining:
         assert not one & two
         assert one == mirrored
 
-    def test_a_chunk_that_was_cut_goes_on_with_the_same_images(self, tmp_path: Path) -> None:
+    def test_an_interrupted_chunk_goes_on_with_the_same_images(self, tmp_path: Path) -> None:
         job = watched()
         work = Work(PROFILE, 2, 5, 0, None, None)
         session = Session(job)
@@ -302,7 +290,7 @@ class TestTraining:
 # --- real data sets
 
 
-def test_cifar10_is_torchvisions() -> None:
+def test_cifar10_equals_torchvisions() -> None:
     root = cifar10_root()
     images, targets = cifar10(root, train=False)
     source = CIFAR10(str(root), train=False)
@@ -313,7 +301,7 @@ def test_cifar10_is_torchvisions() -> None:
         assert targets[index] == label
 
 
-def test_mnist_is_torchvisions() -> None:
+def test_mnist_equals_torchvisions() -> None:
     images, targets = mnist(mnist_root(), train=False)
     assert (images.shape, images.dtype, targets.dtype) == ((10_000, 1, 28, 28), torch.uint8, torch.int64)
     assert targets[:5].tolist() == [7, 2, 1, 0, 4]
@@ -349,6 +337,6 @@ def test_images_without_statistics_are_an_error(images: Tensor, message: str) ->
 
 
 @pytest.mark.parametrize(("load", "name"), [(cifar10, "CIFAR-10"), (mnist, "MNIST")])
-def test_a_data_set_that_is_not_there_says_how_to_get_it(load: Any, name: str, tmp_path: Path) -> None:
+def test_a_missing_data_set_is_an_error_that_says_how_to_get_it(load: Any, name: str, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=rf"^{name} is not in training_source_dir .*Run `orch prepare SETTINGS`"):
         load(tmp_path, train=True)

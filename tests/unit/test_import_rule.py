@@ -22,7 +22,7 @@ FLOORS = (
     ("orchestrator.worker",),
     ("orchestrator.doctor",),
     ("jobs.alexnet", "jobs.davidnet", "jobs.digits", "jobs.lenet5", "jobs.resnet18"),
-    ("jobs.image_sets", "jobs.verify_resume"),
+    ("jobs.image_sets", "jobs.pictures", "jobs.verify_resume"),
     ("jobs.training",),
     ("jobs.loggers",),
     ("jobs.job",),

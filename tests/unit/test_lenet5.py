@@ -18,6 +18,7 @@ from jobs.lenet5 import LeNet5
 from jobs.training.opening import check_job
 from orchestrator.records import Profile
 from orchestrator.settings.loading import load
+from tests.support.settings import settings
 
 ROOT = Path(__file__).parents[2]
 PROFILE = {"name": "own", "learning_rate": 0.002}
@@ -36,7 +37,7 @@ def mnist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job(folder: Path, **params: Any) -> LeNet5:
-    return LeNet5(JobContext({"job_params": params, "training_source_dir": str(folder)}))
+    return LeNet5(JobContext(settings(job_params=params, training_source_dir=str(folder))))
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
@@ -59,7 +60,7 @@ def test_the_network_has_the_papers_sizes_in_every_variant(activation: str, pool
     ("profile", "kind"),
     [
         (Profile("own", 0.002, 0.8, 0.0), torch.optim.Adam),
-        (Profile("said", 0.1, 0.9, 0.0, optimizer="SGD"), torch.optim.SGD),
+        (Profile("chosen", 0.1, 0.9, 0.0, optimizer="SGD"), torch.optim.SGD),
     ],
 )
 def test_adam_is_the_default_optimizer(profile: Profile, kind: type, tmp_path: Path) -> None:
@@ -72,19 +73,20 @@ def test_adam_is_the_default_optimizer(profile: Profile, kind: type, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"amsgrad": True}, None), ({"nesterov": True}, "optimizer Adam: 'nesterov' is no option")]
+    ("options", "message"),
+    [({"amsgrad": True}, None), ({"nesterov": True}, "optimizer Adam: it has no option 'nesterov'")],
 )
-def test_a_launch_takes_the_options_of_the_default_optimizer_and_no_others(
+def test_a_launch_accepts_only_options_of_the_default_optimizer(
     options: dict[str, Any], message: str | None, tmp_path: Path
 ) -> None:
     changes = {"training_source_dir": str(tmp_path), "training_profiles": [PROFILE | {"optimizer_options": options}]}
-    settings, _ = load(ROOT / "settings/lenet5_constant.json", **changes)
+    loaded, _ = load(ROOT / "settings/lenet5_constant.json", **changes)
     with pytest.raises(JobError, match=message) if message else nullcontext():
-        check_job(settings.model_dump(mode="json"))
+        check_job(loaded)
 
 
 @pytest.mark.parametrize("shift", [0, 2])
-def test_training_images_are_shifted_by_so_many_pixels_at_most_and_no_others_are(shift: int, tmp_path: Path) -> None:
+def test_only_training_images_are_shifted_and_at_most_by_the_given_pixels(shift: int, tmp_path: Path) -> None:
     source = job(tmp_path, shift=shift)
     moved = set()
     for split, most in (("train", shift), ("validation", 0), ("test", 0)):
@@ -105,12 +107,12 @@ def test_training_images_are_shifted_by_so_many_pixels_at_most_and_no_others_are
     assert moved == set(range(-shift, shift + 1))
 
 
-def test_what_is_ready_is_told(tmp_path: Path) -> None:
-    told = job(tmp_path, train_images=20).prepare(download=False)
-    assert told == [f"MNIST, 20 training and 10 test images, in {tmp_path}"]
+def test_prepare_reports_what_is_ready(tmp_path: Path) -> None:
+    lines = job(tmp_path, train_images=20).prepare(download=False)
+    assert lines == [f"MNIST, 20 training and 10 test images, in {tmp_path}"]
 
 
 @pytest.mark.parametrize("params", [{"activation": "gelu"}, {"pooling": "min"}, {"shift": -1}, {"shifts": 2}])
-def test_parameters_that_make_no_sense_are_errors_that_name_them(params: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_parameters_are_errors_that_name_them(params: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(JobError, match=rf"^job_params: {next(iter(params))}"):
         job(tmp_path, **params)

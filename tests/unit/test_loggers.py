@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from jobs.loggers.logger import run_id
 from jobs.loggers.recorder import Recorder
 from orchestrator.files import checkpoints
 from orchestrator.records import EpochResult, Profile, Work
+from tests.support.settings import settings
 
 PROFILE = Profile("fast", learning_rate=0.1, momentum=0.9, weight_decay=0.0)
 FOUNDER = Work(PROFILE, 1, 0, 0, None, None, chunk_id=7, generation=9, worker_id=2, position=0)
@@ -316,7 +317,7 @@ def test_a_logger_that_hangs_is_left_behind(
         while len(kept.curve("train/loss")) < chunk:  # the other one keeps up
             assert time.monotonic() - began < 60
             time.sleep(0.01)
-    assert warnings() == ["logger hanging is off for the rest of this job: it does not keep up: 20 orders wait"]
+    assert warnings() == ["logger hanging is off for the rest of this job: it is too slow: 20 calls are waiting"]
     observer.close()
     assert time.monotonic() - began < 60, "it would sleep for an hour"
     assert len(kept.curve("train/loss")) == 12
@@ -347,9 +348,8 @@ def test_built_in_loggers_and_their_libraries_are_imported_when_they_write(tmp_p
         "import sys\n"
         "from pathlib import Path\n"
         "from jobs.loggers import choice\n"
-        "settings = {'name': 'run', 'loggers': ['tensorboard', 'wandb', 'mlflow'], 'lock': 'flock',"
-        " 'select_on': 'validation'}\n"
-        f"choice.observer(settings, Path({str(tmp_path)!r}))\n"
+        "from tests.support.settings import settings\n"
+        f"choice.observer(settings(loggers=['tensorboard', 'wandb', 'mlflow']), Path({str(tmp_path)!r}))\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'tensorboard', 'wandb', 'mlflow', 'google'}))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -364,7 +364,7 @@ def test_an_extra_that_is_not_installed_is_an_error_that_says_how(
     with pytest.raises(JobError) as caught:
         choice.check_loggers([name])
     assert str(caught.value) == (
-        f"loggers: {name!r} needs the package {name}, which is not installed here. Say: pip install {install}; or take "
+        f"loggers: {name!r} needs the package {name}, which is not installed here. Run: pip install {install}; or take "
         f'{name!r} out of "loggers"'
     )
 
@@ -373,9 +373,9 @@ def test_an_extra_that_is_not_installed_is_an_error_that_says_how(
     ("name", "problem"),
     [
         ("not_there:Mine", "not_there can't be imported: ModuleNotFoundError"),
-        ("jobs.digits:Digits", "jobs.digits has no class 'Digits' that is derived from jobs.loggers.Logger"),
-        ("jobs.digits:Nothing", "jobs.digits has no class 'Nothing'"),
-        ("jobs.digits", "jobs.digits has no class ''"),
+        ("jobs.digits:Digits", "loggers: 'jobs.digits:Digits' is not derived from jobs.loggers.Logger; allowed are"),
+        ("jobs.digits:Nothing", "loggers: 'jobs.digits:Nothing': jobs.digits has no class Nothing"),
+        ("jobs.digits", "jobs.digits has no class "),
     ],
 )
 def test_what_is_no_logger_is_an_error_that_says_why(name: str, problem: str) -> None:
@@ -406,7 +406,7 @@ def test_a_run_has_one_id_whoever_asks_first(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["run-id"]
 
 
-def test_mapping_of_names(tmp_path: Path) -> None:
-    settings: Mapping[str, Any] = {"name": "run", "loggers": ["tensorboard"], "lock": "auto"}
-    made = choice.makers(settings, tmp_path)["tensorboard"]()
-    assert (made.run, made.folder, made.lock) == ("run", tmp_path / "logs", "soft")
+@pytest.mark.parametrize(("lock", "expected"), [("auto", "soft"), ("soft", "soft"), ("flock", "flock")])
+def test_a_logger_is_given_the_run_its_folder_and_the_lock_that_holds(tmp_path: Path, lock: str, expected: str) -> None:
+    made = choice.makers(settings(loggers=["tensorboard"], lock=lock), tmp_path)["tensorboard"]()
+    assert (made.run, made.folder, made.lock) == ("test", tmp_path / "logs", expected)

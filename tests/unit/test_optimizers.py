@@ -1,4 +1,4 @@
-"""A profile's optimizer: torch's by name or a user's own, with the profile's numbers, fused where torch can."""
+"""A profile's optimizer: torch's by name or a user's own, with the profile's numbers, fused if torch can."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_a_profile_gives_its_numbers_to_its_optimizer(given: Profile, kind: type
     assert numbers.items() <= group(made).items()
 
 
-def test_the_default_is_for_profiles_that_name_none() -> None:
+def test_profiles_without_an_optimizer_get_the_default() -> None:
     assert type(optimizers.make(profile(), parameters(), default="AdamW")) is torch.optim.AdamW
     assert type(optimizers.make(profile("SGD"), parameters(), default="AdamW")) is torch.optim.SGD
 
 
-def test_factors_of_a_group_are_of_the_profiles_numbers() -> None:
+def test_factors_of_a_group_multiply_the_profiles_numbers() -> None:
     one, two = parameters()
     groups = [{"params": [one], "lr_factor": 0.1, "weight_decay_factor": 0}, {"params": [two]}]
     for rate in (1.0, 0.5):
@@ -70,7 +70,7 @@ def test_factors_of_a_group_are_of_the_profiles_numbers() -> None:
         assert [(g["lr"], g["weight_decay"]) for g in made.param_groups] == [(0.1 * rate, 0), (rate, 0.01)]
 
 
-def test_what_needs_no_gradient_is_left_out_with_groups_that_are_empty_then() -> None:
+def test_parameters_without_gradients_and_empty_groups_are_left_out() -> None:
     frozen, trained = parameters()
     frozen.requires_grad_(False)
     assert [g["params"] for g in optimizers.make(profile(), [frozen, trained]).param_groups] == [[trained]]
@@ -94,8 +94,8 @@ def test_what_needs_no_gradient_is_left_out_with_groups_that_are_empty_then() ->
         (profile("Optimizer"), r"optimizer Optimizer: torch has none"),
         (profile("no_such_module:A"), r"no_such_module can't be imported: ModuleNotFoundError"),
         (profile(f"{__name__}:NoOptimizer"), r"no class NoOptimizer that is derived from torch's Optimizer"),
-        (profile("SGD", nestrov=True), r"optimizer SGD: 'nestrov' is no option of it; did you mean 'nesterov'\?"),
-        (profile("Adam", xyz=1), r"optimizer Adam: 'xyz' is no option of it; allowed are .*betas.*eps"),
+        (profile("SGD", nestrov=True), r"optimizer SGD: it has no option 'nestrov'; did you mean 'nesterov'\?"),
+        (profile("Adam", xyz=1), r"optimizer Adam: it has no option 'xyz'; allowed are .*betas.*eps"),
         (profile("SGD", momentum=0.0, nesterov=True), r"optimizer SGD: Nesterov momentum requires a momentum"),
         (profile("Adam", betas=[2, 0.9]), r"optimizer Adam: Invalid beta parameter at index 0: 2"),
         (profile("Adam", betas=[0.9]), r"optimizer Adam: .*\(given: .*\"betas\": \[0.9\]"),
@@ -104,15 +104,15 @@ def test_what_needs_no_gradient_is_left_out_with_groups_that_are_empty_then() ->
     ],
     ids=lambda value: "" if isinstance(value, str) else f"{value.optimizer} {dict(value.optimizer_options) or ''}",
 )
-def test_what_is_wrong_is_one_clear_error(given: Profile, message: str) -> None:
+def test_a_mistake_is_one_clear_error(given: Profile, message: str) -> None:
     with pytest.raises(JobError, match=message) as raised:
         optimizers.check_optimizer(given)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay"])
-def test_the_profiles_own_numbers_are_no_options(option: str) -> None:
-    with pytest.raises(JobError, match=f"{option!r} is no option of it"):
+def test_the_profiles_own_numbers_are_not_options(option: str) -> None:
+    with pytest.raises(JobError, match=f"it has no option {option!r}"):
         optimizers.check_optimizer(Profile("p", 0.1, 0.9, 0.0, "SGD", {option: 0.5}))
 
 
@@ -120,7 +120,7 @@ def test_the_profiles_own_numbers_are_no_options(option: str) -> None:
 
 
 def train(optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> list[Tensor]:
-    """Some steps with gradients that follow from the step's number."""
+    """Some steps with gradients that depend on the step's number."""
     given = [p for g in optimizer.param_groups for p in g["params"]]
     for step in range(first, first + steps):
         for number, parameter in enumerate(given):
@@ -130,14 +130,14 @@ def train(optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> list[
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_fused_steps_are_taken_unless_the_options_say_otherwise(name: str) -> None:
+def test_fused_kernels_are_used_unless_the_options_say_otherwise(name: str) -> None:
     assert group(optimizers.make(profile(name), parameters()))["fused"] is True
     assert not group(optimizers.make(profile(name, fused=False), parameters()))["fused"]
     assert not group(optimizers.make(profile(name, foreach=True), parameters()))["fused"]
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_where_torch_has_no_fused_step_another_is_taken(name: str) -> None:
+def test_other_kernels_are_used_where_torch_has_no_fused_ones(name: str) -> None:
     for of_kind in ({"dtype": torch.complex64}, {"device": "meta"}):
         made = optimizers.make(profile(name), [nn.Parameter(torch.zeros(2, 3, **of_kind))])
         assert not group(made)["fused"]
@@ -145,14 +145,14 @@ def test_where_torch_has_no_fused_step_another_is_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"dampening": 0.5}], ids=str)
-def test_sgd_steps_as_torch_s_own_does(options: dict[str, Any]) -> None:
+def test_sgd_makes_the_same_steps_as_torchs_own(options: dict[str, Any]) -> None:
     plain = torch.optim.SGD(parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, foreach=False, **options)
     made = optimizers.make(profile("SGD", **options), parameters())
     for ours, theirs in zip(train(made, 4), train(plain, 4), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_a_parameter_whose_first_gradient_comes_late_is_trained_by_the_fused_step() -> None:
+def test_the_fused_step_trains_a_parameter_whose_first_gradient_comes_late() -> None:
     early, late = parameters()
     made = optimizers.make(profile(), [early, late])
     early.grad = torch.ones_like(early)
@@ -186,7 +186,7 @@ def taken_over(old: Profile, new: Profile) -> tuple[bool, torch.optim.Optimizer,
     ],
     ids=["SGD", "SGD without momentum", "SGD with nesterov", "SGD by default", "Adam", "Adam without amsgrad"],
 )
-def test_the_same_class_keeps_what_it_has_gathered_under_the_new_numbers(old: Profile, new: Profile) -> None:
+def test_the_same_class_keeps_its_state_under_the_new_numbers(old: Profile, new: Profile) -> None:
     kept, after, before = taken_over(old, new)
     assert kept
     for number, state in before["state"].items():
@@ -208,7 +208,7 @@ def test_the_same_class_keeps_what_it_has_gathered_under_the_new_numbers(old: Pr
     ],
     ids=["another", "a relative", "a derived one", "amsgrad is new", "momentum is new", "centered is new"],
 )
-def test_otherwise_it_begins_afresh(old: Profile, new: Profile) -> None:
+def test_another_class_or_new_state_begins_from_nothing(old: Profile, new: Profile) -> None:
     kept, after, _ = taken_over(old, new)
     assert not kept
     fresh = optimizers.make(new, parameters())
@@ -216,7 +216,7 @@ def test_otherwise_it_begins_afresh(old: Profile, new: Profile) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_other_parameter_groups_begin_afresh() -> None:
+def test_other_parameter_groups_begin_from_nothing() -> None:
     one, two = parameters()
     before = optimizers.make(profile(), [one, two])
     train(before, 1)

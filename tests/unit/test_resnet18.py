@@ -1,4 +1,4 @@
-"""The resnet18 job: what it starts from, what it trains, and what it shows of each picture."""
+"""The resnet18 job: its initial weights, the layers that it trains, and its pictures."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from jobs.job import JobContext
 from jobs.resnet18 import BREEDS, ResNet18
 from jobs.training.pretrained import IMAGENET
 from orchestrator.records import Profile
+from tests.support.settings import settings
 
 CLASSES = ("Abyssinian", "Beagle", "Persian")
 EACH = {"trainval": 4, "test": 2}
@@ -26,7 +27,7 @@ EACH = {"trainval": 4, "test": 2}
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread; decoded pictures go nowhere else, and nothing was ever downloaded."""
+    """One thread, a separate cache of decoded pictures, and a machine where nothing was downloaded yet."""
     place = tmp_path_factory.mktemp("tmp")
     monkeypatch.setattr("tempfile.tempdir", str(place))
     monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
@@ -36,7 +37,7 @@ def _alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few pictures, laid out as the data set is; those of the test are darker."""
+    """A few pictures in the layout of the data set; the test pictures are darker."""
     root = tmp_path_factory.mktemp("pets")
     folder = root / "oxford-iiit-pet"
     for part in ("images", "annotations"):
@@ -63,14 +64,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(root: Path, **params: Any) -> ResNet18:
-    settings = {
-        "job_params": {"image_size": 32} | params,
-        "training_source_dir": str(root),
-        "select_on": "validation",
-        "validation_fraction": 0.25,
-        "seed": 0,
-    }
-    return ResNet18(JobContext(settings))
+    params = {"image_size": 32} | params
+    return ResNet18(JobContext(settings(job_params=params, training_source_dir=str(root), validation_fraction=0.25)))
 
 
 def step(source: ResNet18, net: nn.Module, seed: int = 0) -> None:
@@ -85,7 +80,7 @@ def step(source: ResNet18, net: nn.Module, seed: int = 0) -> None:
 # --- what it starts from and what it trains
 
 
-def test_from_scratch_it_is_torchvisions_network_for_the_breeds(pets: Path) -> None:
+def test_from_scratch_the_network_is_torchvisions_for_the_breeds(pets: Path) -> None:
     net = job(pets).model()
     wanted = models.resnet18(num_classes=BREEDS)
     assert {name: tuple(value.shape) for name, value in net.state_dict().items()} == {
@@ -97,7 +92,7 @@ def test_from_scratch_it_is_torchvisions_network_for_the_breeds(pets: Path) -> N
 
 
 @pytest.mark.parametrize("train", ["all", "head"])
-def test_all_layers_but_the_last_start_from_the_weights_and_those_are_trained_that_should(
+def test_all_layers_but_the_last_start_from_the_weights_and_the_chosen_ones_are_trained(
     train: str, pets: Path, weights: Path
 ) -> None:
     source = job(pets, pretrained=str(weights), train=train)
@@ -110,19 +105,19 @@ def test_all_layers_but_the_last_start_from_the_weights_and_those_are_trained_th
     assert changed == ({"fc.weight", "fc.bias"} if train == "head" else set(start))
 
 
-def test_a_file_for_as_many_classes_gives_its_last_layer_too(pets: Path, tmp_path: Path) -> None:
+def test_a_file_for_the_same_number_of_classes_also_gives_its_last_layer(pets: Path, tmp_path: Path) -> None:
     own = models.resnet18(num_classes=BREEDS).state_dict()
     torch.save(own, tmp_path / "own.pt")
     net = job(pets, pretrained=str(tmp_path / "own.pt")).model()
     assert all(torch.equal(value, own[name]) for name, value in net.state_dict().items())
 
 
-def test_the_head_alone_can_only_be_trained_on_weights_that_know_something(pets: Path) -> None:
+def test_training_only_the_head_needs_pretrained_weights(pets: Path) -> None:
     with pytest.raises(JobError, match=r'^job_params: train "head" needs pretrained weights'):
         job(pets, train="head")
 
 
-def test_frozen_layers_are_offered_where_every_image_is_shown_in_one_way(pets: Path, weights: Path) -> None:
+def test_frozen_layers_are_offered_if_images_are_not_augmented(pets: Path, weights: Path) -> None:
     for params, offered in (
         ({"train": "head", "augment": "none"}, True),
         ({"train": "head", "augment": "random"}, False),
@@ -143,7 +138,7 @@ def test_frozen_layers_are_offered_where_every_image_is_shown_in_one_way(pets: P
 
 
 @pytest.mark.parametrize("name", ["IMAGENET1K_V1", "DEFAULT"])
-def test_weights_that_were_not_fetched_are_never_replaced_by_untrained_ones(name: str, pets: Path) -> None:
+def test_missing_weights_are_never_replaced_by_untrained_ones(name: str, pets: Path) -> None:
     source = job(pets, pretrained=name)
     message = f"^job_params: pretrained: {name} is not on this machine .* Run `orch prepare SETTINGS` where there is"
     for build in (source.model, lambda: source.prepare(download=False)):
@@ -152,14 +147,14 @@ def test_weights_that_were_not_fetched_are_never_replaced_by_untrained_ones(name
 
 
 def cut_file() -> bytes:
-    """All but the end of a file of torch.save's."""
+    """A file of torch.save without its end."""
     whole = io.BytesIO()
     torch.save({"conv1.weight": torch.ones(100)}, whole)
     return whole.getvalue()[:-100]
 
 
 CUT = cut_file()
-DAMAGED = r"it is damaged, or no file of torch.save's \(\w+Error\); fetch it again .*`orch prepare SETTINGS`"
+DAMAGED = r"it is damaged, or torch.save did not write it \(\w+Error\); fetch it again .*`orch prepare SETTINGS`"
 
 
 @pytest.mark.parametrize(
@@ -183,11 +178,13 @@ DAMAGED = r"it is damaged, or no file of torch.save's \(\w+Error\); fetch it aga
             "weights.pt is a checkpoint of orch's own; `orch export` writes the weights of one",
             id="a checkpoint of orch's own",
         ),
-        pytest.param({"conv1.weight": torch.ones(1)}, "holds no weights of a ResNet-18: conv1.weight, ", id="not its"),
-        pytest.param({"extra": torch.ones(1)}, "holds no weights of a ResNet-18: .*", id="of another model"),
+        pytest.param(
+            {"conv1.weight": torch.ones(1)}, "does not hold weights of a ResNet-18: conv1.weight, ", id="not its"
+        ),
+        pytest.param({"extra": torch.ones(1)}, "does not hold weights of a ResNet-18: .*", id="of another model"),
     ],
 )
-def test_weights_that_can_not_be_used_are_an_error(content: Any, message: str, pets: Path, tmp_path: Path) -> None:
+def test_unusable_weights_are_an_error(content: Any, message: str, pets: Path, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -201,12 +198,12 @@ def test_weights_that_can_not_be_used_are_an_error(content: Any, message: str, p
 def test_weights_of_a_larger_model_are_an_error(pets: Path, tmp_path: Path) -> None:
     larger = models.resnet18().state_dict() | {"layer5.weight": torch.ones(1)}
     torch.save(larger, tmp_path / "larger.pt")
-    with pytest.raises(JobError, match=r"larger.pt holds no weights of a ResNet-18: layer5.weight do not fit"):
+    with pytest.raises(JobError, match=r"larger.pt does not hold weights of a ResNet-18: layer5.weight do not fit"):
         job(pets, pretrained=str(tmp_path / "larger.pt")).model()
 
 
-def test_a_file_is_named_by_its_absolute_path(pets: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of the chain may begin in another folder."""
+def test_a_relative_path_of_a_file_is_refused(pets: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later jobs of the chain may start in another folder."""
     monkeypatch.chdir(weights.parent)
     with pytest.raises(
         JobError, match=f"^job_params: pretrained: {weights.name} must be an absolute path, .*{weights}"
@@ -219,15 +216,15 @@ def test_a_file_is_named_by_its_absolute_path(pets: Path, weights: Path, monkeyp
 
 def batch_of(source: ResNet18, split: Any, epoch: int = 0) -> Tensor:
     """All its pictures, in order."""
-    found = source.data(split)
-    feed = found.feed(range(len(found)), len(found), torch.device("cpu"), 1)
+    pictures = source.data(split)
+    feed = pictures.feed(range(len(pictures)), len(pictures), torch.device("cpu"), 1)
     pixels, targets = next(feed.shuffled(epoch))
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(epoch))
-    assert targets.tolist() == [found.targets[i] for i in order]
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(epoch))
+    assert targets.tolist() == [pictures.targets[i] for i in order]
     return pixels[torch.argsort(order)]
 
 
-def test_training_pictures_are_cropped_by_chance_and_the_others_in_the_middle(pets: Path) -> None:
+def test_training_pictures_are_cropped_at_random_and_the_others_in_the_middle(pets: Path) -> None:
     source = job(pets)
     for split, count, varies in (("train", 12, True), ("validation", 12, False), ("test", 6, False)):
         first, second = batch_of(source, split, 0), batch_of(source, split, 1)
@@ -237,22 +234,22 @@ def test_training_pictures_are_cropped_by_chance_and_the_others_in_the_middle(pe
     assert torch.equal(batch_of(fixed, "train", 0), batch_of(fixed, "train", 1))
 
 
-def test_normalisation_is_that_of_the_weights_or_of_the_training_set(pets: Path, weights: Path) -> None:
+def test_pictures_are_normalised_as_the_weights_or_the_training_set_need(pets: Path, weights: Path) -> None:
     scratch, tuned = job(pets), job(pets, pretrained=str(weights))
     seen = batch_of(scratch, "validation")
-    assert seen.mean().abs() < 0.1  # the middle of each picture is much like the whole
+    assert seen.mean().abs() < 0.1  # the middle of each picture is about as bright as the whole
     assert batch_of(scratch, "test").mean() < -0.5
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
     own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for values in scratch.training_statistics)
     torch.testing.assert_close(batch_of(tuned, "validation") * std + mean, seen * own_std + own_mean)
 
 
-def test_what_is_ready_is_told(pets: Path, weights: Path) -> None:
-    told = job(pets, pretrained=str(weights), train_images=9).prepare(download=False)
-    assert told == [f"Oxford-IIIT Pet, 9 training and 6 test images, in {pets}", f"pretrained weights: {weights}"]
+def test_prepare_reports_what_is_ready(pets: Path, weights: Path) -> None:
+    lines = job(pets, pretrained=str(weights), train_images=9).prepare(download=False)
+    assert lines == [f"Oxford-IIIT Pet, 9 training and 6 test images, in {pets}", f"pretrained weights: {weights}"]
 
 
-def test_pictures_that_are_nowhere_are_an_error_that_says_what_to_do(pets: Path, tmp_path: Path) -> None:
+def test_missing_pictures_are_an_error_that_says_what_to_do(pets: Path, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=rf"^Oxford-IIIT Pet is not in training_source_dir {tmp_path}.*`orch prepare"):
         job(tmp_path).prepare(download=False)
     with pytest.raises(JobError, match="one side would have none of the classes"):
@@ -262,6 +259,6 @@ def test_pictures_that_are_nowhere_are_an_error_that_says_what_to_do(pets: Path,
 @pytest.mark.parametrize(
     "params", [{"image_size": 31}, {"pretrained": True}, {"train": "none"}, {"augment": True}, {"pretraind": False}]
 )
-def test_parameters_that_make_no_sense_are_errors_that_name_them(params: dict[str, Any], pets: Path) -> None:
+def test_invalid_parameters_are_errors_that_name_them(params: dict[str, Any], pets: Path) -> None:
     with pytest.raises(JobError, match=rf"^job_params: {next(iter(params))}"):
         job(pets, **params)

@@ -1,4 +1,4 @@
-"""The learning rate of each step is torch's, whatever the schedule, and however the training is cut into chunks."""
+"""Each step has the learning rate of torch's own schedule, in chunks of any length."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def new_optimizer(given: Profile) -> Optimizer:
 
 
 def numbers(optimizer: Optimizer) -> list[tuple[Any, ...]]:
-    """What a step of each group is done with."""
+    """The numbers that each group's next step uses."""
     return [(g["lr"], g.get("momentum"), g.get("betas")) for g in optimizer.param_groups]
 
 
@@ -62,9 +62,9 @@ def one_step(optimizer: Optimizer) -> None:
 
 
 def in_chunks(given: Profile, chunks: list[int], cut_at: int | None = None) -> list[Any]:
-    """The numbers of each step, trained in chunks of so many epochs, each from the file of the one before; cut_at:
-    after so many steps in all there is another file."""
-    found: list[Any] = []
+    """The numbers of each step. chunks: epochs of each; each chunk starts from the file of the one before. cut_at: the
+    step before which the training is saved and opened again."""
+    steps: list[Any] = []
     saved: bytes | None = None
     epoch = 0
 
@@ -86,23 +86,23 @@ def in_chunks(given: Profile, chunks: list[int], cut_at: int | None = None) -> l
         optimizer, schedule = opened()
         for _ in range(epochs):
             for _ in range(STEPS):
-                if len(found) == cut_at:
+                if len(steps) == cut_at:
                     saved = written(optimizer, schedule)
                     optimizer, schedule = opened()
-                found.append(numbers(optimizer))
+                steps.append(numbers(optimizer))
                 one_step(optimizer)
                 schedule.after_step()
             schedule.after_epoch(measured(epoch))
             epoch += 1
         saved = written(optimizer, schedule)
-    return found
+    return steps
 
 
 def plainly(given: Profile, make: Callable[[Optimizer], Any], each_step: bool, length: int | None = None) -> list[Any]:
-    """The same with torch's scheduler in a plain loop. length: of its steps, after which it is left alone."""
+    """The same with torch's scheduler in a plain loop. length: the number of its steps; then it is not called."""
     optimizer = new_optimizer(given)
     scheduler = make(optimizer)
-    found = []
+    steps = []
     done = 0
 
     def step(*measurements: float) -> None:
@@ -113,19 +113,19 @@ def plainly(given: Profile, make: Callable[[Optimizer], Any], each_step: bool, l
 
     for epoch in range(EPOCHS):
         for _ in range(STEPS):
-            found.append(numbers(optimizer))
+            steps.append(numbers(optimizer))
             one_step(optimizer)
             if each_step:
                 step()
         if not each_step:
             step(*([measured(epoch)["accuracy"]] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
-    return found
+    return steps
 
 
 L = lr_scheduler
 RATES = [RATE, RATE * 0.5]
 TOTAL = EPOCHS * STEPS
-# The schedule's dict, torch's own, whether it is stepped with each step, and after how many steps it is over.
+# The schedule's dict, torch's own, whether it is stepped after each batch, and the number of its steps.
 CASES: list[tuple[dict[str, Any], Callable[[Optimizer], Any], bool, int | None]] = [
     ({"name": "StepLR", "step_size": 2, "gamma": 0.5}, lambda o: L.StepLR(o, 2, 0.5), False, None),
     ({"name": "StepLR", "step_size": 4, "every": "step"}, lambda o: L.StepLR(o, 4), True, None),
@@ -181,7 +181,7 @@ each_case = pytest.mark.parametrize(
 
 @each_case
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_chunks_of_one_epoch_are_one_chunk_and_both_are_a_plain_loop_of_torch(
+def test_chunks_of_any_length_give_the_rates_of_a_plain_loop_of_torch(
     schedule: dict[str, Any], make: Callable[[Optimizer], Any], each_step: bool, length: int | None, optimizer: str
 ) -> None:
     given = profile(schedule, optimizer)
@@ -189,18 +189,18 @@ def test_chunks_of_one_epoch_are_one_chunk_and_both_are_a_plain_loop_of_torch(
     assert in_chunks(given, [1] * EPOCHS) == whole
     assert in_chunks(given, [2, 1, EPOCHS - 3]) == whole
     expected = plainly(given, make, each_step, length)
-    if schedule["name"] == "PiecewiseLinear":  # torch has none; the same lines by another formula
+    if schedule["name"] == "PiecewiseLinear":  # torch has no such schedule; LambdaLR rounds differently
         torch.testing.assert_close(
             [[g[0] for g in step] for step in whole], [[g[0] for g in step] for step in expected]
         )
     else:
         assert whole == expected
-    assert len({step[0][0] for step in whole}) > 1  # it moves
+    assert len({step[0][0] for step in whole}) > 1  # the learning rate changes
 
 
 @each_case
 @pytest.mark.parametrize("cut_at", [1, STEPS - 1, STEPS, 2 * STEPS + 1])
-def test_a_schedule_goes_on_where_an_epoch_was_cut(
+def test_a_schedule_goes_on_where_an_epoch_was_interrupted(
     schedule: dict[str, Any], make: Callable[[Optimizer], Any], each_step: bool, length: int | None, cut_at: int
 ) -> None:
     assert in_chunks(profile(schedule), [EPOCHS], cut_at) == in_chunks(profile(schedule), [EPOCHS])
@@ -211,7 +211,7 @@ def test_without_a_schedule_the_learning_rate_is_constant() -> None:
 
 
 @pytest.mark.parametrize("schedule", [case[0] for case in CASES], ids=lambda s: str(s["name"]))
-def test_a_schedule_that_is_over_never_raises(schedule: dict[str, Any]) -> None:
+def test_a_finished_schedule_does_not_raise(schedule: dict[str, Any]) -> None:
     whole = in_chunks(profile(schedule), [40])
     assert all(rate >= 0 for step in whole for rate, _, _ in step)
     if "epochs" in schedule:
@@ -224,7 +224,7 @@ def test_a_schedule_that_is_over_never_raises(schedule: dict[str, Any]) -> None:
     ),
     st.integers(1, 7),
 )
-def test_piecewise_linear_is_its_corners_and_between_two_of_them(
+def test_piecewise_linear_is_between_its_neighbouring_corners(
     corners: tuple[list[float], list[float]], steps_per_epoch: int
 ) -> None:
     gaps, factors = corners
@@ -252,17 +252,17 @@ def test_piecewise_linear_is_its_corners_and_between_two_of_them(
         ({"name": "StepLR"}, r"schedule StepLR: .*missing 1 required positional argument: 'step_size'"),
         (
             {"name": "StepLR", "stepsize": 5},
-            r"schedule StepLR: 'stepsize' is no option of it; did you mean 'step_size'",
+            r"schedule StepLR: it has no option 'stepsize'; did you mean 'step_size'",
         ),
         ({"name": "StepLR", "step_size": "5"}, r"profile 'one': StepLR: .*str"),
-        ({"name": "StepLR", "step_size": 2, "epochs": 5}, r"schedule StepLR: 'epochs' is no option of it"),
+        ({"name": "StepLR", "step_size": 2, "epochs": 5}, r"schedule StepLR: it has no option 'epochs'"),
         ({"name": "StepLR", "step_size": 0}, r"profile 'one': .*\"step_size\": 0"),
         ({"name": "CosineAnnealingLR"}, r"CosineAnnealingLR: .*T_max.*\"epochs\" says how many epochs it takes"),
         ({"name": "ExponentialLR", "gamma": -1}, r"makes the learning rate -.*must stay 0 or more"),
         ({"name": "ExponentialLR", "gamma": None}, r"profile 'one': ExponentialLR: "),
         ({"name": "OneCycleLR"}, r"schedule OneCycleLR: .*total_steps"),
         ({"name": "OneCycleLR", "epochs": 2.5}, r"schedule OneCycleLR: Expected positive integer epochs"),
-        ({"name": "OneCycleLR", "epochs": 2, "steps_per_epoch": 9}, r"'steps_per_epoch' is no option of it"),
+        ({"name": "OneCycleLR", "epochs": 2, "steps_per_epoch": 9}, r"it has no option 'steps_per_epoch'"),
         ({"name": "OneCycleLR", "epochs": 2, "max_lr": [1, 2]}, r"schedule OneCycleLR: .*max_lr"),
         ({"name": "CosineAnnealingLR", "epochs": 2, "T_max": 4}, r"both 'epochs' and 'T_max' say how long it is"),
         (
@@ -271,9 +271,9 @@ def test_piecewise_linear_is_its_corners_and_between_two_of_them(
         ),
         (
             {"name": "ReduceLROnPlateau", "mode": "min"},
-            r"schedule ReduceLROnPlateau: mode: 'min', but it looks at the metric 'accuracy', whose mode is 'max'",
+            r"schedule ReduceLROnPlateau: mode: 'min', but it follows the metric 'accuracy', whose mode is 'max'",
         ),
-        ({"name": "ReduceLROnPlateau", "every": "step"}, r"it looks at 'accuracy', measured once an epoch"),
+        ({"name": "ReduceLROnPlateau", "every": "step"}, r"it follows 'accuracy', measured once an epoch"),
         ({"name": "PiecewiseLinear", "epochs": [0, 1]}, r"schedule PiecewiseLinear: .*factors"),
         ({"name": "PiecewiseLinear", "epochs": [0, 1], "factors": [1]}, r"epochs has 2 corners, factors 1"),
         ({"name": "PiecewiseLinear", "epochs": [1, 0], "factors": [1, 0]}, r"epochs must rise"),
@@ -282,26 +282,26 @@ def test_piecewise_linear_is_its_corners_and_between_two_of_them(
     ],
     ids=str,
 )
-def test_what_is_wrong_is_one_clear_error(schedule: dict[str, Any], message: str) -> None:
+def test_a_mistake_is_one_clear_error(schedule: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message) as raised:
         schedules.check_schedule(profile(schedule), ACCURACY)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("schedule", [None, *(case[0] for case in CASES)], ids=str)
-def test_what_is_right_passes_the_check(schedule: dict[str, Any] | None) -> None:
+def test_a_valid_schedule_passes_the_check(schedule: dict[str, Any] | None) -> None:
     schedules.check_schedule(profile(schedule), ACCURACY)
 
 
-def test_a_plateau_may_say_the_mode_that_the_metric_has() -> None:
+def test_a_plateau_can_repeat_the_metrics_mode() -> None:
     schedules.check_schedule(profile({"name": "ReduceLROnPlateau", "mode": "min"}), Metric("loss", "min"))
 
 
 class LambdaLR(Halving):
-    """A user's own, of the name of one of torch's that does not fit."""
+    """A user's own class with the name of a torch class that is refused."""
 
 
-def test_a_user_s_own_class_may_have_the_name_of_one_of_torch_s() -> None:
+def test_a_users_own_class_can_have_the_name_of_a_refused_torch_class() -> None:
     schedules.check_schedule(profile({"name": f"{__name__}:LambdaLR"}), ACCURACY)
 
 

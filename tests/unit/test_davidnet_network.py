@@ -1,4 +1,4 @@
-"""DavidNet's layers: their shape, and what each trick of the bag changes in them."""
+"""DavidNet's layers: their shapes, and what each trick changes in them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_network_has_pages_nine_layers_and_parameters() -> None:
 
 
 @pytest.mark.parametrize("tricks", TRICKS)
-def test_every_network_gives_a_logit_a_class_and_trains_all_that_is_not_frozen(tricks: dict[str, Any]) -> None:
+def test_every_network_gives_one_logit_per_class_and_trains_all_that_is_not_frozen(tricks: dict[str, Any]) -> None:
     net = network(NARROW, **tricks, classes=7)
     for module in net.modules():
         if isinstance(module, PatchWhitening):
@@ -110,7 +110,7 @@ def test_logits_are_not_rounded_to_bf16() -> None:
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
-def test_a_residual_adds_two_blocks_to_what_comes_in() -> None:
+def test_a_residual_adds_the_output_of_two_blocks_to_its_input() -> None:
     residual = network(NARROW).layer1.residual.eval()
     inputs = torch.randn(2, NARROW[1], 8, 8)
     first, second = residual.layers
@@ -128,14 +128,14 @@ def test_a_residual_adds_two_blocks_to_what_comes_in() -> None:
         ("before_norm", ["conv", "pool", "norm", "act"]),
     ],
 )
-def test_max_pool_stands_where_it_is_wanted(pool: Pool, order: list[str]) -> None:
+def test_max_pool_is_in_the_chosen_place(pool: Pool, order: list[str]) -> None:
     net = network(NARROW, pool=pool)
     for layer in (net.layer1, net.layer2, net.layer3):
         assert [name for name, _ in layer.named_children()][:4] == order
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, partial(nn.CELU, 0.3)])
-def test_pooling_before_a_rising_activation_changes_nothing_and_before_norm_changes_its_statistics(
+def test_pooling_changes_the_output_before_norm_but_not_before_the_activation(
     activation: Any,
 ) -> None:
     after, before, earliest = (
@@ -155,7 +155,7 @@ def test_pooling_before_a_rising_activation_changes_nothing_and_before_norm_chan
 
 @settings(deadline=None, max_examples=60)
 @given(count=st.integers(2, 40), ghost=st.integers(2, 12), last=st.booleans())
-def test_every_ghost_batch_is_normalised_by_itself(count: int, ghost: int, last: bool) -> None:
+def test_every_ghost_batch_is_normalised_separately(count: int, ghost: int, last: bool) -> None:
     layout = torch.channels_last if last else torch.contiguous_format
     inputs = torch.randn(count, 3, 5, 4).mul(3).add(1).contiguous(memory_format=layout).requires_grad_()
     norm, plain = GhostBatchNorm(3, ghost), nn.BatchNorm2d(3)
@@ -199,7 +199,7 @@ def test_ghost_batch_norm_evaluates_as_batch_norm_and_has_its_state() -> None:
     assert torch.equal(norm.eval()(inputs), plain.eval()(inputs))
 
 
-def test_a_batch_no_larger_than_a_ghost_batch_is_normalised_as_ever() -> None:
+def test_a_batch_no_larger_than_a_ghost_batch_is_normalised_as_a_whole() -> None:
     norm, plain = GhostBatchNorm(3, 32), nn.BatchNorm2d(3)
     inputs = torch.randn(32, 3, 4, 4)
     torch.testing.assert_close(norm(inputs), plain(inputs))
@@ -229,7 +229,7 @@ def patches_of(pictures: Tensor) -> Tensor:
 
 
 def test_whitened_patches_are_uncorrelated_and_of_one_scale() -> None:
-    pictures = images(700)  # more than are taken at once
+    pictures = images(700)  # more than one part of 100
     filters = whitening_filters(pictures, epsilon=1e-9)
     assert filters.shape == (27, 3, 3, 3)
     before, after = torch.cov(patches_of(pictures)), torch.cov(filters.view(27, 27) @ patches_of(pictures))
@@ -237,18 +237,18 @@ def test_whitened_patches_are_uncorrelated_and_of_one_scale() -> None:
     torch.testing.assert_close(after, torch.eye(27), atol=0.01, rtol=0)
 
 
-def test_directions_that_hardly_vary_are_not_blown_up() -> None:
+def test_directions_with_little_variance_are_not_amplified() -> None:
     pictures = images(100)
     filters = whitening_filters(pictures, epsilon=0.01).view(27, 27)
     values = torch.linalg.eigvalsh(torch.cov(patches_of(pictures))).flip(0)
     variances = torch.cov(filters @ patches_of(pictures)).diag()
     torch.testing.assert_close(variances, values / (values + 0.01), atol=0.001, rtol=0.01)
-    assert (values.diff() <= 0).all()  # the widest first
+    assert (values.diff() <= 0).all()  # the largest first
     norms = filters.norm(dim=1)
     assert (norms.diff() > -1e-4).all()
 
 
-def test_a_filters_sign_does_not_depend_on_the_library_that_found_it() -> None:
+def test_a_filters_sign_does_not_depend_on_the_library() -> None:
     filters = whitening_filters(images(50)).view(27, 27)
     largest = filters.gather(1, filters.abs().argmax(1, keepdim=True))
     assert (largest > 0).all()

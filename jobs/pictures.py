@@ -1,0 +1,78 @@
+"""What the jobs on picture files share: decoding once on each node, crops, normalisation, pretrained weights."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jobs.data import splits
+from jobs.data.augment import CenterCrop, Flip, Normalize, RandomCrop, Step
+from jobs.data.decode_cache import Decoded, decoded
+from jobs.data.decoded import DecodedImages
+from jobs.data.images import Statistics
+from jobs.data.splits import Split
+from jobs.errors import JobError
+from jobs.job import Job
+from jobs.training.pretrained import IMAGENET
+from orchestrator.settings.fields import Strict
+
+Files = tuple[list[Path], list[int]]  # pictures, and the class of each
+
+
+class PictureParams(Strict):
+    image_size: Annotated[int, Field(ge=32)] = 224  # pixels, of the square that the network sees
+    augment: Literal["random", "none"] = "random"  # crops and flips of the training images
+    memory_gb: Annotated[float, Field(ge=0)] | None = None  # for images on the device; see docs/data.md
+
+
+class PictureJob(Job):
+    """Its Params derive from PictureParams. A subclass lists its files and says whether it uses pretrained weights."""
+
+    uses_pretrained: bool  # set before `data` or `prepared` is called
+
+    def files(self, train: bool) -> Files:
+        """The training pictures or the test pictures. Raises JobError if they are not there."""
+        raise JobError(f"{type(self).__name__} has no files(train); it must return pictures and their classes")
+
+    def weights_file(self, download: bool = False) -> Path:
+        """The file of pretrained weights, fetched first with download. Raises JobError if it is not there."""
+        raise JobError(f"{type(self).__name__} has no weights_file(download); it must return a path")
+
+    def data(self, split: Split) -> DecodedImages:
+        """Pictures with a shorter side of 8/7 of image_size, cropped to squares: at random or in the middle."""
+        pictures, targets = self._test if split == "test" else self._train
+        size = self.params.image_size
+        random = split == "train" and self.params.augment == "random"
+        steps: list[Step] = [RandomCrop(size), Flip()] if random else [CenterCrop(size)]
+        steps.append(Normalize(*(IMAGENET if self.uses_pretrained else self.training_statistics)))
+        memory_bytes = None if self.params.memory_gb is None else self.params.memory_gb * 1e9
+        return DecodedImages(pictures, targets, steps, memory_bytes)
+
+    @cached_property
+    def training_statistics(self) -> Statistics:
+        """Mean and standard deviation of each channel over the training set, of values in [0, 1]."""
+        return self._train[0].statistics()
+
+    @cached_property
+    def _train(self) -> tuple[Decoded, list[int]]:
+        return self._decoded(train=True)
+
+    @cached_property
+    def _test(self) -> tuple[Decoded, list[int]]:
+        return self._decoded(train=False)
+
+    def _decoded(self, train: bool) -> tuple[Decoded, list[int]]:
+        paths, targets = self.files(train)
+        return decoded(paths, self.params.image_size * 8 // 7, self.context.cores), targets  # 256 pixels for 224
+
+    def prepared(self, targets: list[int], download: bool) -> list[str]:
+        """Check weights, model and validation split; targets: of training. Lines for the user. Raises JobError."""
+        lines = [f"pretrained weights: {self.weights_file(download)}"] if self.uses_pretrained else []
+        self.model()
+        settings = self.context.settings
+        if settings.select_on == "validation":
+            splits.split_labels(targets, len(targets), settings.validation_fraction, settings.seed)
+        return lines
