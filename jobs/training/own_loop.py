@@ -19,7 +19,7 @@ from jobs.data.randomness import random_state
 from jobs.data.splits import Split
 from jobs.errors import JobError
 from jobs.job import ChunkContext, ChunkInterrupted, ChunkResult
-from jobs.training.session import JobTrainer, Session, resume_random_state
+from jobs.training.session import JobTrainer, Session, fresh_cut, resume_random_state
 from jobs.training.states import why_unreadable
 from orchestrator.messages import counted
 from orchestrator.records import EpochResult, Finished, Interrupted, Work
@@ -76,8 +76,8 @@ class OwnLoop(JobTrainer):
 
         outcome = self.job.train_chunk(self._context(work, state, work.epochs - len(results), stops, report))
         if not isinstance(outcome, ChunkResult | ChunkInterrupted):
-            returned = type(outcome).__name__
-            raise JobError(f"train_chunk returned {returned}; allowed are ChunkResult and ChunkInterrupted")
+            allowed = "allowed are ChunkResult and ChunkInterrupted"
+            raise JobError(f"train_chunk returned {type(outcome).__name__}; {allowed}")
         self._own = checked_state(outcome.state)
         if isinstance(outcome, ChunkInterrupted):
             if not told_to_stop and self.group.rank == 0:
@@ -93,14 +93,12 @@ class OwnLoop(JobTrainer):
 
     def _begin(self, work: Work) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
         """The job's own state to continue from, and what was reported of this chunk before."""
-        nothing = {"results": [], "seconds": 0.0}
         state = self._load(work)
         if state is None:
-            return None, nothing
+            return None, fresh_cut()
         if "own" not in state:
             raise JobError(f"{work.suspended or work.parent}: it was not made by the job's own loop")
-        cut = resume_random_state(state, work)
-        return state["own"], cut if work.suspended else nothing
+        return state["own"], resume_random_state(state, work)
 
     def _context(
         self,

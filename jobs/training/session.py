@@ -104,7 +104,7 @@ class Session(JobTrainer):
             results.append(result)
             self._observer.epoch(result)
             on_epoch(result)
-            cut = _fresh_cut()
+            cut = fresh_cut()
             lost = not math.isfinite(result.metrics["train_loss"])  # training can't recover from that
         score = math.nan if lost else results[-1].metrics[self.metric.name]  # NaN is never admitted to the board
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
@@ -117,7 +117,7 @@ class Session(JobTrainer):
             learner = Learner(self.job, work.profile, self._speed, self.group, batches, self.metric)
         self._learner = learner
         if state is None:
-            return learner, _fresh_cut()
+            return learner, fresh_cut()
         learner.restore(state)
         return learner, resume_random_state(state, work)
 
@@ -227,8 +227,9 @@ def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
     set_random_state(state["rng"])
     if work.repeat:
         seed_all(hash_seed(int(torch.randint(2**62, ()).item()), work.repeat))
-    return _fresh_cut()
+    return fresh_cut()
 
 
-def _fresh_cut() -> dict[str, Any]:
+def fresh_cut() -> dict[str, Any]:
+    """The place of a chunk that has not begun."""
     return {"seed": None, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "results": [], "rng": None}

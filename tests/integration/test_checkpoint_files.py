@@ -65,7 +65,7 @@ def test_evaluation_gives_the_same_metrics_again_in_another_session(fresh: Fresh
 # --- exported, damaged, or not checkpoints
 
 
-def test_an_export_is_the_weights_alone(fresh: Fresh, tmp_path: Path) -> None:
+def test_an_export_holds_only_the_weights(fresh: Fresh, tmp_path: Path) -> None:
     session = fresh()
     file = save_trained(session, founder(), tmp_path / "one.pt")
     with (tmp_path / "weights.pt").open("wb") as target:
@@ -76,7 +76,7 @@ def test_an_export_is_the_weights_alone(fresh: Fresh, tmp_path: Path) -> None:
 
 
 class RunsCode:
-    """Unpickled in the ordinary way, it makes a file."""
+    """Makes a file when it is unpickled without protection."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,7 +90,7 @@ def pickle_alone(content: Any, target: IO[bytes]) -> None:
 
 
 @pytest.mark.parametrize("write", [torch.save, pickle_alone], ids=["as torch saves", "as pickle alone writes"])
-def test_a_file_that_would_run_code_is_refused_and_runs_none(write: Callable[..., None], tmp_path: Path) -> None:
+def test_a_file_that_would_run_code_is_refused_without_running_it(write: Callable[..., None], tmp_path: Path) -> None:
     with (tmp_path / "bad.pt").open("wb") as target:
         write({"format": 2, "model": RunsCode(tmp_path / "it ran")}, target)
     with pytest.raises(JobError, match=r"bad\.pt: not a checkpoint of format 2: .*orch executes no code in a file"):
@@ -111,7 +111,7 @@ def test_arbitrary_bytes_are_an_error_that_names_the_file(content: bytes, tmp_pa
         read(file)
 
 
-def test_a_file_that_lacks_its_end_is_an_error_wherever_it_was_cut(tmp_path: Path) -> None:
+def test_a_file_truncated_anywhere_is_an_error(tmp_path: Path) -> None:
     whole = save_trained(digits_session(), founder(), tmp_path / "whole.pt").read_bytes()
     for size in [0, 1, 4, 30, *range(100, len(whole), len(whole) // 50), len(whole) - 1]:
         (tmp_path / "cut.pt").write_bytes(whole[:size])
@@ -119,27 +119,27 @@ def test_a_file_that_lacks_its_end_is_an_error_wherever_it_was_cut(tmp_path: Pat
             read(tmp_path / "cut.pt")
 
 
-def test_a_file_that_is_not_there_is_the_systems_own_error(tmp_path: Path) -> None:
+def test_a_missing_file_is_the_systems_own_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
         read(tmp_path / "absent.pt")
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "problem"),
     [
         pytest.param({"model": {}}, "it names no format", id="no format"),
         pytest.param({"format": 3, "model": {}}, "its format is 3", id="a later format"),
         pytest.param([1], "it names no format", id="no state"),
     ],
 )
-def test_a_file_of_another_format_is_an_error_that_names_it(content: Any, found: str, tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_an_error_that_names_it(content: Any, problem: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(JobError, match=rf"other\.pt: not a checkpoint of format 2: {found}$"):
+    with pytest.raises(JobError, match=rf"other\.pt: not a checkpoint of format 2: {problem}$"):
         read(tmp_path / "other.pt")
 
 
-def test_tensors_are_read_to_the_cpu_and_each_goes_to_its_place_from_there(tmp_path: Path) -> None:
-    """An optimizer's step count and the random states belong on the CPU whatever the model is trained on."""
+def test_all_tensors_are_read_to_the_cpu(tmp_path: Path) -> None:
+    """An optimizer's step count and the random states belong on the CPU, even if the model is on a GPU."""
     state = read(save_trained(digits_session(), founder(), tmp_path / "one.pt"))
     tensors = [*state["model"].values(), *momentum(state), state["rng"]["torch"]]
     assert {tensor.device.type for tensor in tensors} == {"cpu"}

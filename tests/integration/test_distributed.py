@@ -1,4 +1,4 @@
-"""One worker on two processes: what they train is what one would train."""
+"""One worker on two processes trains as one on a single process does."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
         assert not team.failed
 
 
-def test_an_epoch_of_two_processes_is_that_of_one(two: Team, tmp_path: Path) -> None:
+def test_an_epoch_of_two_processes_equals_one_of_a_single_process(two: Team, tmp_path: Path) -> None:
     check_equal(two, settings(), tmp_path, epochs=2)
 
 
-def test_random_augmentation_of_two_processes_is_that_of_one(two: Team, tmp_path: Path) -> None:
+def test_two_processes_augment_as_a_single_process_does(two: Team, tmp_path: Path) -> None:
     check_equal(two, settings(Noisy), tmp_path)
 
 
-def test_a_last_batch_of_one_example_leaves_one_process_with_nothing(two: Team, tmp_path: Path) -> None:
+def test_a_last_batch_of_one_example_is_trained_by_one_of_two_processes(two: Team, tmp_path: Path) -> None:
     check_equal(two, settings(max_batch_size=287), tmp_path)  # 1149 examples are 4 batches and 1 example
 
 
-def test_parts_of_unequal_size_weigh_what_they_are(two: Team, tmp_path: Path) -> None:
+def test_unequal_parts_are_weighted_by_their_size(two: Team, tmp_path: Path) -> None:
     """Batches of 3: one process has 1, the other 2 examples."""
     given = settings(max_batch_size=3)
     states = [interrupt(s, founder(), 12, tmp_path / "cut.pt") for s in (alone(given), two.open(given))]
@@ -65,7 +65,7 @@ def test_parts_of_unequal_size_weigh_what_they_are(two: Team, tmp_path: Path) ->
     assert states[1]["cut"]["loss_sum"] == pytest.approx(states[0]["cut"]["loss_sum"], abs=1e-4)
 
 
-def test_the_parts_of_a_step_are_its_batch_in_order(two: Team, tmp_path: Path) -> None:
+def test_the_parts_of_a_step_make_up_its_batch_in_order(two: Team, tmp_path: Path) -> None:
     def steps(folder: Path, session: Callable[[Settings], Any], *names: str) -> list[list[list[int]]]:
         folder.mkdir()
         train(session(settings(job_params={"seen": str(folder)})), founder())
@@ -83,7 +83,7 @@ def test_batches_of_any_structure_are_shared_and_the_average_is_the_same(two: Te
     assert read(tmp_path / "all.pt")["average"]["updates"] == 2 * STEPS
 
 
-def test_a_loop_of_the_job_s_own_is_run_by_all_processes(two: Team, tmp_path: Path) -> None:
+def test_all_processes_run_a_jobs_own_loop(two: Team, tmp_path: Path) -> None:
     session = two.open(settings(Together))
     result = train(session, founder(epochs=2))
     assert [epoch["accuracy"] for epoch in metrics(result)] == pytest.approx([0.3, 0.3])
@@ -92,8 +92,8 @@ def test_a_loop_of_the_job_s_own_is_run_by_all_processes(two: Team, tmp_path: Pa
     assert len(train(session, replace(founder(epochs=2), suspended=tmp_path / "cut.pt")).results) == 2
 
 
-def test_what_no_process_uses_is_left_alone_and_what_one_uses_is_trained(two: Team, tmp_path: Path) -> None:
-    """Rank 1 alone has a part of 75 examples, in the last batch."""
+def test_a_layer_that_only_one_process_uses_is_trained_and_an_unused_one_is_not(two: Team, tmp_path: Path) -> None:
+    """Only rank 1 has a part of 75 examples, in the last batch."""
     session = two.open(settings(Odd))
     start = interrupt(session, founder(), 0, tmp_path / "start.pt")["model"]
     cut = interrupt(session, founder(), STEPS - 1, tmp_path / "cut.pt")
@@ -105,8 +105,8 @@ def test_what_no_process_uses_is_left_alone_and_what_one_uses_is_trained(two: Te
     assert sum(bool(state["momentum_buffer"].any()) for state in end["optimizer"]["state"].values()) == 4
 
 
-def test_the_model_that_is_scored_is_the_one_that_is_saved(two: Team, tmp_path: Path) -> None:
-    """Without a GPU, batch normalisation counts each part by itself, so the processes' counts differ."""
+def test_the_scored_model_is_the_saved_one(two: Team, tmp_path: Path) -> None:
+    """Without a GPU, batch normalisation uses each part by itself, so the processes' statistics differ."""
     given = settings(Odd, job_params={"normalise": True}, max_batch_size=100)
     session = two.open(given)
     result = train(session, founder())
@@ -119,7 +119,7 @@ def test_the_model_that_is_scored_is_the_one_that_is_saved(two: Team, tmp_path: 
 
 
 @pytest.mark.parametrize("steps", [0, 2, STEPS, 2 * STEPS - 1])
-def test_an_interrupted_chunk_is_the_uninterrupted_one_dropout_included(two: Team, steps: int, tmp_path: Path) -> None:
+def test_an_interrupted_chunk_with_dropout_equals_the_uninterrupted_one(two: Team, steps: int, tmp_path: Path) -> None:
     given = settings(Watched, job_params={"seen": str(tmp_path)})
     session = two.open(given)
     expected = train(session, founder(epochs=2))
@@ -146,7 +146,7 @@ def test_all_processes_stop_at_the_same_step(two: Team, tmp_path: Path) -> None:
             (tmp_path / name).unlink()
 
 
-def test_a_child_goes_on_with_the_parent_that_rank_0_reads(two: Team, tmp_path: Path) -> None:
+def test_a_child_continues_from_the_parent_that_rank_0_reads(two: Team, tmp_path: Path) -> None:
     given = settings()
     parent = alone(given)
     train(parent, founder())

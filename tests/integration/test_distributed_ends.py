@@ -1,4 +1,4 @@
-"""One worker on several processes: none outlives the others, and whole runs of such workers."""
+"""One worker on several processes: how they end, and whole runs of such workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.support.settings import settings as common_settings
 ORCH = Path(sys.executable).with_name("orch")
 
 
-def test_three_processes_train_what_one_trains(tmp_path: Path) -> None:
+def test_three_processes_train_as_a_single_process_does(tmp_path: Path) -> None:
     with team_of(3, tmp_path) as three:
         check_equal(three, settings(), tmp_path)
         dismiss(three.ranks)
@@ -60,7 +60,7 @@ def test_a_follower_that_is_killed_ends_the_others_at_once(count: int, tmp_path:
         assert codes == [-signal.SIGKILL, *[0] * (count - 2)], "exit code 0, or Slurm would kill rank 0"
 
 
-def test_what_a_follower_failed_of_is_what_rank_0_reports(tmp_path: Path) -> None:
+def test_rank_0_reports_a_followers_error(tmp_path: Path) -> None:
     with team_of(2, tmp_path) as team:
         session = team.open(settings(Unlucky, job_params={"what": "fails"}))
         with pytest.raises(RankLostError, match=r"^rank 1: ValueError: no luck on rank 1$"):
@@ -68,7 +68,7 @@ def test_what_a_follower_failed_of_is_what_rank_0_reports(tmp_path: Path) -> Non
         assert team.endings() == [(0, "failed: ValueError: no luck on rank 1")]
 
 
-def test_an_error_of_the_job_is_what_rank_0_reports(tmp_path: Path) -> None:
+def test_rank_0_reports_its_own_error(tmp_path: Path) -> None:
     with team_of(2, tmp_path) as team:
         session = team.open(settings(Unlucky, job_params={"what": "fails", "who": 0}))
         with pytest.raises(ValueError, match=r"^no luck on rank 0$"):
@@ -77,7 +77,7 @@ def test_an_error_of_the_job_is_what_rank_0_reports(tmp_path: Path) -> None:
         assert [code for code, _ in team.endings()] == [0]
 
 
-def test_a_follower_that_hangs_is_given_up(tmp_path: Path) -> None:
+def test_a_hanging_follower_is_given_up_after_the_step_limit(tmp_path: Path) -> None:
     with team_of(2, tmp_path, step_s=8.0) as team:
         session = team.open(settings(Unlucky, job_params={"what": "hangs"}))
         started = time.monotonic()
@@ -87,14 +87,14 @@ def test_a_follower_that_hangs_is_given_up(tmp_path: Path) -> None:
         team.followers[0].kill()
 
 
-def test_a_job_that_can_not_be_opened_ends_all(tmp_path: Path) -> None:
+def test_a_job_that_cannot_be_opened_ends_all_processes(tmp_path: Path) -> None:
     with team_of(2, tmp_path) as team:
         with pytest.raises(JobError, match="nowhere can't be imported"):
             team.open(common_settings(job="nowhere:Nothing"))
         assert [code for code, _ in team.endings()] == [0]
 
 
-def test_processes_that_do_not_come_are_not_waited_for_long(tmp_path: Path) -> None:
+def test_waiting_for_missing_processes_has_a_limit(tmp_path: Path) -> None:
     with pytest.raises(RankLostError, match=r"rank 0 did not write its port to .* within 0\.2 s"):
         meet(1, 2, tmp_path / "meeting", meeting_s=0.2)
     with pytest.raises(RankLostError, match="here 1"):
@@ -130,7 +130,7 @@ def test_a_process_uses_one_of_the_gpus_that_it_sees(visible: list[str], count: 
 
 
 @pytest.mark.parametrize(
-    ("found", "each", "shares"),
+    ("visible", "each", "shares"),
     [
         ("0,1,2,3", 1, ["0", "1", "2"]),
         ("0,1,2,3", 2, ["0,1", "2,3", "0,1"]),
@@ -141,14 +141,14 @@ def test_a_process_uses_one_of_the_gpus_that_it_sees(visible: list[str], count: 
     ],
 )
 def test_local_workers_share_the_gpus(
-    found: str, each: int, shares: list[str | None], monkeypatch: pytest.MonkeyPatch
+    visible: str, each: int, shares: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", found)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert host.gpus_of(range(3), each) == shares
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_part_of_a_nested_batch_is_the_part_of_all_in_it(rank: int) -> None:
+def test_the_part_of_a_nested_batch_has_the_part_of_each_tensor(rank: int) -> None:
     ranks = Ranks.__new__(Ranks)
     ranks.rank, ranks.count = rank, 2
     part = slice(0, 2) if rank == 0 else slice(2, 5)
@@ -198,14 +198,13 @@ def launch(runs_dir: Path, *options: str) -> Run:
 
 
 def seen_by(runs_dir: Path, rank: int) -> list[dict[str, Any]]:
-    """What processes of this rank have noted, but for the launch, which is the first to look at the model, for its
-    size."""
+    """What processes of this rank have recorded, without the launch, which makes the model first to tell its size."""
     lines = [json.loads(line) for line in (runs_dir.parent / f"rank-{rank}").read_text().splitlines()]
     return [line for line in lines if rank > 0 or line["pid"] != lines[0]["pid"]]
 
 
 def pids(runs_dir: Path) -> list[int]:
-    """Of the first job's processes, rank 0 first."""
+    """The process ids of the first job, rank 0 first."""
     return [seen_by(runs_dir, rank)[0]["pid"] for rank in (0, 1)]
 
 
@@ -213,7 +212,7 @@ def outputs(run: Run, rank: int) -> list[str]:
     return [path.read_text() for path in sorted((run.folder / "jobs").glob(f"*/*_{rank}_log.out"))]
 
 
-def test_a_run_of_two_processes_a_worker_has_one_writer_and_leaves_nothing_behind(runs_dir: Path) -> None:
+def test_a_run_with_two_processes_per_worker_has_one_writer_and_leaves_no_process(runs_dir: Path) -> None:
     run = launch(runs_dir, "--set", "stop_after_epochs=30")
     until("some work", lambda: run.leaderboard.reader.counts()["epochs"] >= 3)
     for pid in pids(runs_dir):  # a cluster's signal reaches all processes of a job

@@ -1,4 +1,4 @@
-"""Training that is interrupted at any step, in any chunk, and resumed elsewhere is the uninterrupted one, bit for bit:
+"""Training that is interrupted at any step of any chunk and resumed elsewhere equals the uninterrupted one bit for bit:
 weights, buffers, optimizer, random states, metrics, and the order of the data."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ ONE_CYCLE = [
 
 
 def scramble(seed: int) -> None:
-    """As little as there is left of the random states of another process."""
+    """A process of its own has other random states."""
     random.seed(seed)
     random.gauss(0, 1)  # python and numpy keep the second of two draws
     np.random.seed(seed)
@@ -83,13 +83,13 @@ def scramble(seed: int) -> None:
 def link(
     plan: Trial, folder: Path, start: int, stop: int | None, snapshots: Collection[int] = (), seed: int | None = None
 ) -> dict[str, Any]:
-    """What a process of its own would do, in this one: another Session, another job, other random states."""
+    """Does in this process what a process of its own would do: another Session, another job, other random states."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     scramble(1000 + start if seed is None else seed)
     session = ShortSession(plan, torch.device("cpu"))
-    found = train_link(session, plan, folder, start, stop, snapshots)
-    return found | {"seen": session.job.__dict__["seen"]}
+    trained = train_link(session, plan, folder, start, stop, snapshots)
+    return trained | {"seen": session.job.__dict__["seen"]}
 
 
 class Reference:
@@ -97,15 +97,15 @@ class Reference:
 
     def __init__(self, folder: Path) -> None:
         self.plan, self.folder = plan_for(), folder
-        self.found = link(self.plan, folder, 0, None, snapshots=range(TOTAL))
+        self.trained = link(self.plan, folder, 0, None, snapshots=range(TOTAL))
         self.states = {steps: whole(folder / f"{steps}.pt") for steps in range(1, TOTAL + 1)}
 
     def check(self, folder: Path, links: list[dict[str, Any]], stops: list[int]) -> None:
         for stop in stops:
             assert list(differences(self.states[stop], whole(folder / f"{stop}.pt"))) == []
         for what in ("seen", "batches"):
-            assert [one for found in links for one in found[what]] == self.found[what]
-        assert {end: each for found in links for end, each in found["metrics"].items()} == self.found["metrics"]
+            assert [one for trained in links for one in trained[what]] == self.trained[what]
+        assert {end: each for trained in links for end, each in trained["metrics"].items()} == self.trained["metrics"]
 
 
 def whole(file: Path) -> dict[str, Any]:
@@ -117,13 +117,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(tmp_path_factory.mktemp("reference"))
 
 
-def test_the_training_that_is_compared_moves_everything_that_there_is(reference: Reference) -> None:
-    """The other tests count on it: each step changes the weights, buffers, momentum and every random state."""
-    assert len(reference.found["batches"]) == len(set(reference.found["batches"])) == TOTAL
-    epochs = [reference.found["seen"][at : at + STEPS] for at in range(0, TOTAL, STEPS)]
+def test_each_step_of_the_compared_training_changes_the_whole_state(reference: Reference) -> None:
+    """The other tests rely on it: each step changes the weights, buffers, momentum and every random state."""
+    assert len(reference.trained["batches"]) == len(set(reference.trained["batches"])) == TOTAL
+    epochs = [reference.trained["seen"][at : at + STEPS] for at in range(0, TOTAL, STEPS)]
     assert {tuple(sorted(chain.from_iterable(epoch))) for epoch in epochs} == {tuple(sorted(chain(*epochs[0])))}
     assert len({str(epoch) for epoch in epochs}) == TOTAL // STEPS
-    assert list(reference.found["metrics"]) == [str(end) for end in range(STEPS, TOTAL + 1, STEPS)]
+    assert list(reference.trained["metrics"]) == [str(end) for end in range(STEPS, TOTAL + 1, STEPS)]
     for steps in range(1, TOTAL):
         changed = {d.path for d in differences(reference.states[steps], reference.states[steps + 1])}
         assert {"model.0.weight", "model.1.running_mean", "model.1.num_batches_tracked"} <= changed
@@ -137,14 +137,14 @@ def test_the_training_that_is_compared_moves_everything_that_there_is(reference:
 
 
 @pytest.mark.parametrize("stop", range(1, TOTAL), ids=lambda stop: f"after {stop} steps")
-def test_training_that_is_interrupted_at_any_step_is_the_uninterrupted_one(
+def test_training_interrupted_at_any_one_step_equals_the_uninterrupted_one(
     reference: Reference, stop: int, tmp_path: Path
 ) -> None:
     links = [link(reference.plan, tmp_path, 0, stop), link(reference.plan, tmp_path, stop, None)]
     reference.check(tmp_path, links, [stop, TOTAL])
 
 
-def test_training_that_is_interrupted_before_every_step_is_the_uninterrupted_one(
+def test_training_interrupted_before_every_step_equals_the_uninterrupted_one(
     reference: Reference, tmp_path: Path
 ) -> None:
     links = [link(reference.plan, tmp_path, step, step + 1) for step in range(TOTAL)]
@@ -153,7 +153,7 @@ def test_training_that_is_interrupted_before_every_step_is_the_uninterrupted_one
 
 @hypothesis_settings(max_examples=8, deadline=None)
 @given(stops=st.sets(st.integers(1, TOTAL - 1), max_size=6), seed=st.integers(0, 2**32 - 1))
-def test_training_that_is_interrupted_at_any_steps_is_the_uninterrupted_one(
+def test_training_interrupted_at_several_steps_equals_the_uninterrupted_one(
     reference: Reference, stops: set[int], seed: int
 ) -> None:
     marks = [0, *sorted(stops), TOTAL]
@@ -171,7 +171,7 @@ def test_interruptions_come_first_where_they_matter_most() -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 3), st.integers(1, 3), st.integers(1, 60))
-def test_interruptions_lie_within_the_training_and_are_as_many_as_asked_for(
+def test_there_are_as_many_interruptions_as_wanted_all_inside_the_training(
     steps: int, epochs: int, chunks: int, wanted: int
 ) -> None:
     points = break_points(steps, epochs, chunks, wanted)
@@ -214,15 +214,15 @@ def verdict_on(job: str, chunks: int = 2, **changes: Any) -> Verdict:
     ],
 )
 def test_a_job_whose_checkpoint_is_complete_is_exact(plan: Trial) -> None:
-    said: list[str] = []
-    verdict = verify(plan, said.append, in_this_process)
+    lines: list[str] = []
+    verdict = verify(plan, lines.append, in_this_process)
     assert verdict.exact
     assert verdict.advice == []
     assert verdict.steps == STEPS * EPOCHS * plan.chunks
     assert verdict.batches_compared == verdict.steps
     assert verdict.states_compared == len({*verdict.interrupted_after, *range(PER_CHUNK, verdict.steps + 1, PER_CHUNK)})
     assert verdict.tensors_compared % verdict.states_compared == 0
-    assert len(said) == len(verdict.interrupted_after) + 2
+    assert len(lines) == len(verdict.interrupted_after) + 2
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_job_whose_checkpoint_is_complete_is_exact(plan: Trial) -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_job_that_keeps_something_to_itself_is_caught_with_the_first_place_that_differs(
+def test_a_job_with_state_outside_its_checkpoint_is_inexact_and_the_first_difference_named(
     job: str, first: str, at: tuple[int, int], batch: int | None, parts: list[str], cause: str
 ) -> None:
     verdict = verdict_on(job)
@@ -261,7 +261,7 @@ def test_a_job_that_keeps_something_to_itself_is_caught_with_the_first_place_tha
     assert [cause in line for line in verdict.advice] == [True]
 
 
-def test_processes_that_never_train_the_same_are_not_blamed_on_an_interruption() -> None:
+def test_a_difference_before_any_interruption_is_reported_as_such() -> None:
     verdict = verdict_on("FromTheClock")
     assert verdict.inexact is not None
     assert verdict.inexact.first.path == "model.0.weight"
@@ -293,23 +293,25 @@ def test_with_deterministic_mode_off_a_difference_is_reported_with_that_as_a_cau
         pytest.param("Nobody", r"has no class Nobody$", id="no such class"),
     ],
 )
-def test_a_job_that_can_not_be_trained_is_one_clear_error(job: str, message: str) -> None:
+def test_a_job_that_cannot_be_trained_is_one_clear_error(job: str, message: str) -> None:
     with pytest.raises(JobError, match=message):
         verdict_on(job)
 
 
-def test_that_operation_is_no_error_with_deterministic_mode_off() -> None:
+def test_an_operation_without_deterministic_kernel_is_allowed_with_deterministic_mode_off() -> None:
     assert verdict_on("NoDeterministicKernel", chunks=1, deterministic=False).exact
 
 
-def test_a_gpu_that_is_not_there_is_an_error_that_says_what_to_do() -> None:
+def test_a_missing_gpu_is_an_error_that_says_what_to_do() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(JobError, match=r"^--device cuda: torch sees no GPU here; .* --device cpu$"):
         verify(replace(plan_for(), device="cuda"), lambda _line: None, in_this_process)
 
 
-def test_nothing_is_left_behind_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_temporary_folder_is_removed_after_success_and_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert verdict_on("Noisy", chunks=1).exact
     with pytest.raises(JobError):
@@ -325,17 +327,17 @@ def test_a_temporary_folder_without_room_is_an_error_that_says_what_to_do(tmp_pa
         link(plan_for(), tmp_path, 0, 2)
 
 
-def test_a_difference_that_is_no_number_is_null_in_json() -> None:
+def test_an_infinite_difference_is_null_in_json() -> None:
     verdict = verdict_on("OwnGenerator")
     assert verdict.inexact is not None
     inexact = replace(verdict.inexact, first=replace(verdict.inexact.first, max_abs_difference=float("inf")))
-    found = as_json(replace(verdict, inexact=inexact))
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["exact"] is False
-    assert found["inexact"]["first"]["max_abs_difference"] is None
+    report = as_json(replace(verdict, inexact=inexact))
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["exact"] is False
+    assert report["inexact"]["first"]["max_abs_difference"] is None
 
 
-def test_a_process_that_is_killed_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_an_error_that_names_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = tmp_path / "killed"
     killed.write_text("#!/bin/sh\nkill -9 $$\n")
     killed.chmod(0o755)
@@ -381,18 +383,18 @@ def verify_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
     return run
 
 
-def test_a_users_own_job_that_is_resumed_in_fresh_processes_is_exact(verify_resume: Verify) -> None:
+def test_a_users_own_job_is_exact_when_fresh_processes_resume_it(verify_resume: Verify) -> None:
     code, out, err = verify_resume(
         *("--json", "--steps", "3", "--interruptions", "2", "--device", "cpu"),
         job_params={"width": 2, "trace": "trace"},
     )
     assert code == 0, err
-    found = json.loads(out)
-    assert found["exact"] is True
-    assert found["inexact"] is None
-    assert (found["job"], found["device"], found["threads"]) == ("mine:Noisy", "cpu", 1)
-    assert (found["steps"], found["interrupted_after"]) == (12, [2, 6])
-    assert (found["states_compared"], found["tensors_compared"], found["batches_compared"]) == (3, 63, 12)
+    report = json.loads(out)
+    assert report["exact"] is True
+    assert report["inexact"] is None
+    assert (report["job"], report["device"], report["threads"]) == ("mine:Noisy", "cpu", 1)
+    assert (report["steps"], report["interrupted_after"]) == (12, [2, 6])
+    assert (report["states_compared"], report["tensors_compared"], report["batches_compared"]) == (3, 63, 12)
     assert "resume_jobs says hello" in err
     assert "steps 7 to 12 in a fresh process are the same" in err
 
@@ -434,7 +436,7 @@ def test_a_users_own_module_with_a_generator_of_its_own_is_not_exact(verify_resu
             ["--set", "job=tests.integration.test_exact_resume:OwnTrainer"],
             {},
             "brings a trainer of its own",
-            id="no Job",
+            id="not a Job",
         ),
     ],
 )
@@ -448,7 +450,7 @@ def test_a_mistake_is_one_error_and_exit_code_2(
 
 
 class OwnTrainer:
-    """A job class that is no torch job."""
+    """A job class that does not derive from Job."""
 
     @staticmethod
     def open_trainer(settings: Settings, cores: int) -> Any:

@@ -1,4 +1,4 @@
-"""What a job's own methods may return, and what an observer of the training is told."""
+"""What a job's own methods may return, and what the training reports to an observer."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Scorer(nn.Module):
 
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.head(self.embedding(ids).mean(dim=1))
-        found = {"logits": logits}
-        return found if labels is None else found | {"loss": nn.functional.cross_entropy(logits, labels)}
+        outputs = {"logits": logits}
+        return outputs if labels is None else outputs | {"loss": nn.functional.cross_entropy(logits, labels)}
 
 
 def test_a_batch_may_be_a_dict_and_the_loss_the_models_own(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_batch_may_be_a_dict_and_the_loss_the_models_own(tmp_path: Path) -> No
 
 
 class Returning(Small):
-    """Its own losses and metrics are what the test says."""
+    """Its methods return what the test wants."""
 
     wrong: tuple[str, Any]
 
@@ -90,7 +90,7 @@ class Returning(Small):
 
 
 class ReturningWhole(Returning):
-    """The same of the methods that get the whole batch."""
+    """The same for the methods that get the whole batch."""
 
     def training_loss(self, model: nn.Module, batch: Any) -> Any:
         return self.returned("training_loss", super().training_loss(model, batch))
@@ -141,7 +141,7 @@ class ReturningWhole(Returning):
         ),
     ],
 )
-def test_what_a_method_may_not_return_is_one_error_that_names_it(
+def test_a_wrong_return_value_is_an_error_that_names_the_method(
     kind: type[Returning], method: str, change: Callable[[Any], Any], message: str
 ) -> None:
     job = type("Mine", (kind,), {"wrong": (method, change)})
@@ -149,7 +149,7 @@ def test_what_a_method_may_not_return_is_one_error_that_names_it(
         session_of(job).train(founder(), lambda: False, lambda _epoch: None)
 
 
-def test_data_that_has_no_length_is_one_error_that_names_its_method() -> None:
+def test_data_without_a_length_is_an_error_that_names_the_method() -> None:
     job = type("Mine", (Returning,), {"wrong": ("data", lambda data: iter(()))})
     with pytest.raises(JobError, match=r"^Mine\.data\('train'\) returned a value of type tuple_iterator; allowed is a"):
         session_of(job).train(founder(), lambda: False, lambda _epoch: None)
@@ -179,30 +179,30 @@ def test_one_number_may_come_in_any_shape(method: str, change: Callable[[Any], A
 
 class Noting(Observer):
     def __init__(self) -> None:
-        self.said: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
 
     def chunk(self, work: Work) -> None:
-        self.said.append(("chunk", work.parent is not None))
+        self.calls.append(("chunk", work.parent is not None))
 
     def step(self, step: int, loss: Tensor, learning_rate: float) -> None:
         assert loss.shape == ()
-        self.said.append(("step", step, round(learning_rate, 6)))
+        self.calls.append(("step", step, round(learning_rate, 6)))
 
     def epoch(self, result: EpochResult) -> None:
-        self.said.append(("epoch", result.number))
+        self.calls.append(("epoch", result.number))
 
     def close(self) -> None:
-        self.said.append(("close",))
+        self.calls.append(("close",))
 
 
-def test_an_observer_is_told_each_step_with_the_rate_that_it_was_done_with(tmp_path: Path) -> None:
+def test_each_step_is_reported_to_an_observer_with_its_learning_rate(tmp_path: Path) -> None:
     profile = replace(SGD, schedule={"name": "StepLR", "step_size": 1, "gamma": 0.1})
     noting = Noting()
     session = session_of(observer=noting)
-    train(session, founder(profile), tmp_path / "session.pt")
-    train(session, child(tmp_path / "session.pt", profile), tmp_path / "two.pt")
+    train(session, founder(profile), tmp_path / "one.pt")
+    train(session, child(tmp_path / "one.pt", profile), tmp_path / "two.pt")
     session.close()
     first = [("step", i, 0.05) for i in range(1, STEPS + 1)]
     second = [("step", i, 0.005) for i in range(STEPS + 1, 2 * STEPS + 1)]
     expected = [("chunk", False), *first, ("epoch", 1), ("chunk", True), *second, ("epoch", 2), ("close",)]
-    assert noting.said == expected
+    assert noting.calls == expected

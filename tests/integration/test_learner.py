@@ -1,4 +1,4 @@
-"""Everything that a step depends on goes through the file: schedules, averages, half precision, another optimizer."""
+"""A checkpoint keeps all that a step depends on: schedules, averages, half precision, another optimizer."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ TORCHS: list[Callable[[torch.optim.Optimizer], Any] | None] = [
 
 
 def plain_loop(scheduler: Callable[[torch.optim.Optimizer], Any] | None, each_step: bool) -> nn.Module:
-    """What a reader of torch's tutorials would write; only the order of the examples is the project's."""
+    """A loop as in torch's tutorials; only the order of the examples is orch's."""
     session = session_of()
     feed = session.feed("train")
     randomness.seed_all(founder().seed)
@@ -84,7 +84,7 @@ def plain_loop(scheduler: Callable[[torch.optim.Optimizer], Any] | None, each_st
 @pytest.mark.parametrize(
     ("schedule", "plain"), list(zip(SCHEDULES, TORCHS, strict=True)), ids=[str(s and s["name"]) for s in SCHEDULES]
 )
-def test_chunks_of_one_epoch_are_one_chunk_of_all_and_both_are_a_plain_loop(
+def test_chunks_of_one_epoch_equal_one_long_chunk_and_a_plain_loop(
     schedule: dict[str, Any] | None, plain: Any, tmp_path: Path
 ) -> None:
     profile = replace(SGD, schedule=schedule)
@@ -111,7 +111,7 @@ def test_under_another_profile_the_schedule_begins_and_the_momentum_stays(tmp_pa
     assert rates(back) == rates(fresh)  # it was away: its line is broken
 
 
-def test_a_profile_that_only_repeats_goes_on_with_its_schedule(tmp_path: Path) -> None:
+def test_an_equal_profile_continues_its_schedule(tmp_path: Path) -> None:
     cycle = replace(SGD, schedule=CYCLE)
     before = train(session_of(), founder(cycle), tmp_path / "parent.pt")
     start = train(session_of(), child(tmp_path / "parent.pt", cycle), tmp_path / "start.pt", steps=0)
@@ -127,7 +127,7 @@ def test_profiles_are_equal_if_all_of_their_fields_are(change: dict[str, Any], t
     assert start["schedule"]["count"] == 0
 
 
-def test_another_optimizer_begins_afresh_and_the_same_one_keeps_its_state(tmp_path: Path) -> None:
+def test_another_optimizer_starts_without_state_and_the_same_one_keeps_it(tmp_path: Path) -> None:
     adam = Profile("adam", 0.001, 0.9, 0.0, "Adam")
     before = train(session_of(), founder(), tmp_path / "sgd.pt")
     states = {}
@@ -153,7 +153,7 @@ FEATURES: dict[str, tuple[type[Job], dict[str, Any], Profile]] = {
 
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("steps", [1, STEPS - 1, STEPS, STEPS + 2])
-def test_a_chunk_that_was_cut_is_the_uninterrupted_one(feature: str, steps: int, tmp_path: Path) -> None:
+def test_an_interrupted_chunk_equals_the_uninterrupted_one(feature: str, steps: int, tmp_path: Path) -> None:
     job, changes, profile = FEATURES[feature]
     train(session_of(job, **changes), founder(profile), tmp_path / "parent.pt")
     work = child(tmp_path / "parent.pt", profile, epochs=2)
@@ -164,7 +164,7 @@ def test_a_chunk_that_was_cut_is_the_uninterrupted_one(feature: str, steps: int,
 
 
 class Exploding(Small):
-    """Whose gradients overflow in fp16 until its scale has come down."""
+    """Its gradients overflow in fp16 until the loss scale is small enough."""
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         return super().loss(outputs, targets) * 4096
@@ -183,7 +183,7 @@ def test_the_scale_of_fp16_comes_down_with_overflows_and_stays_there_in_the_next
 # --- the average
 
 
-def test_the_average_is_the_exponential_one_of_the_weights(tmp_path: Path) -> None:
+def test_the_average_is_the_exponential_average_of_the_weights(tmp_path: Path) -> None:
     weights = []
     for steps in range(STEPS):
         weights.append(train(session_of(), founder(), tmp_path / "x.pt", steps=steps)["model"]["5.weight"])
@@ -226,7 +226,7 @@ def test_before_the_first_average_the_weights_are_evaluated(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("decay", "every"), [(1.0, 1), (-0.1, 1), (0.9, 0)])
-def test_an_average_that_is_none_is_an_error(decay: float, every: int) -> None:
+def test_an_average_with_impossible_values_is_an_error(decay: float, every: int) -> None:
     with pytest.raises(JobError, match="decay must be from 0 to below 1, every_steps 1 or more"):
         Averaging(decay, every)
 
@@ -275,7 +275,7 @@ def test_auto_is_fp16_on_gpus_without_bf16(
 
 
 class Looking(Small):
-    """Notes what the model gets and gives, in training and in evaluation."""
+    """Records the model's inputs and outputs in training and in evaluation."""
 
     seen: list[tuple[bool, torch.dtype, bool, torch.dtype]]
 
@@ -312,7 +312,7 @@ def test_a_model_without_convolutions_is_not_laid_out() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch has deprecated
-def test_compiled_chunks_that_were_cut_are_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_interrupted_compiled_chunks_equal_the_uninterrupted_one(tmp_path: Path) -> None:
     class Tiny(Small):
         def model(self) -> nn.Module:
             return nn.Sequential(nn.Flatten(), nn.Linear(72, 3))

@@ -1,4 +1,4 @@
-"""Real chunks and real runs, read back by each logger's own means: the curves are what was trained."""
+"""Real chunks and real runs: each logger's own reader finds the curves of the training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ close_to = pytest.approx  # TensorBoard keeps values as float32
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loggers set some variables unless the user has: not for the tests after this one."""
+    """Loggers set some variables unless the user has; this undoes it after each test."""
     for name in ("WANDB_MODE", "WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -64,7 +64,7 @@ def work(folder: Path, epochs: int = 2, **changes: Any) -> Work:
 
 
 class Job:
-    """One job of the chain: a session, and what came out of it."""
+    """One job of the chain: a session and its results."""
 
     def __init__(self, folder: Path, *loggers: str, **changes: Any) -> None:
         self.folder = folder
@@ -88,7 +88,7 @@ def at_each_epoch(curves: Curves, name: str) -> list[float]:
 
 
 @each_logger
-def test_a_chunk_that_is_suspended_and_dies_once_more_is_one_series_without_repeated_steps(
+def test_a_suspended_chunk_whose_next_job_dies_is_one_series_without_repeated_steps(
     logger: str, tmp_path: Path
 ) -> None:
     needed(logger)
@@ -97,7 +97,7 @@ def test_a_chunk_that_is_suspended_and_dies_once_more_is_one_series_without_repe
     suspended = first.save()
     first.session.close()
 
-    killed = Job(tmp_path, logger)  # after what it has told its logger, and before it could save
+    killed = Job(tmp_path, logger)  # after it has logged steps, and before it could save
     assert isinstance(killed.train(work(tmp_path, suspended=suspended), steps=4), Interrupted)
     killed.session.close()
 
@@ -118,7 +118,7 @@ def test_a_chunk_that_is_suspended_and_dies_once_more_is_one_series_without_repe
 
 
 @each_logger
-def test_the_loss_of_every_step_is_the_one_that_was_trained_with(logger: str, tmp_path: Path) -> None:
+def test_the_logged_losses_are_those_of_the_training(logger: str, tmp_path: Path) -> None:
     needed(logger)
     job = Job(tmp_path, logger, max_batch_size=100, select_on="test")
     job.train(work(tmp_path, epochs=1))
@@ -131,7 +131,7 @@ def test_the_loss_of_every_step_is_the_one_that_was_trained_with(logger: str, tm
     assert at_each_epoch(curves, "test/accuracy") == close_to([job.results[0].metrics["accuracy"]])
 
 
-def test_logging_changes_nothing_of_the_training(tmp_path: Path) -> None:
+def test_logging_does_not_change_the_training(tmp_path: Path) -> None:
     def trained(*loggers: str) -> dict[str, Any]:
         folder = tmp_path / (loggers or ("none",))[0]
         job = Job(folder, *loggers, deterministic=True)
@@ -181,7 +181,7 @@ def test_a_full_disk_turns_a_logger_off_and_the_chunk_is_trained(
         assert warnings(caplog)[0].startswith(f"logger {logger} is off for the rest of this job: ")
 
 
-def test_what_is_no_logger_is_refused_at_launch() -> None:
+def test_a_name_that_is_not_a_logger_is_refused_at_launch() -> None:
     with pytest.raises(JobSpecError, match="loggers: 'not_there:Mine': not_there can't be imported"):
         user_job.check_job(settings("not_there:Mine"), [])
 
@@ -211,7 +211,7 @@ def test_the_example_of_the_docs_is_a_logger(tmp_path: Path, monkeypatch: pytest
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, list[str]]]:
-    """A run of two workers that was tested, and the loggers that it had."""
+    """A run of two workers whose models were tested, and its loggers."""
     from importlib.util import find_spec
 
     loggers = [name for name in READERS if find_spec(name)]
@@ -232,15 +232,15 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, li
 
 
 @each_logger
-def test_the_curves_of_a_run_are_its_leaderboard(logger: str, launched: tuple[Run, list[str]]) -> None:
+def test_the_curves_of_a_run_agree_with_its_leaderboard(logger: str, launched: tuple[Run, list[str]]) -> None:
     needed(logger)
     run, loggers = launched
     assert logger in loggers
     reader = run.leaderboard.reader
     epochs, tests = reader.rows("epoch"), {c["chunk_id"]: c["test_metrics"] for c in reader.rows("checkpoint")}
     chunks = {c["chunk_id"]: c for c in reader.rows("chunk") if c["state"] in ("promoted", "discarded")}
-    told = [line for log in (run.folder / "logs").glob("worker-*.log") for line in log.read_text().splitlines()]
-    assert [line for line in told if "is off" in line] == []
+    logged = [line for log in (run.folder / "logs").glob("worker-*.log") for line in log.read_text().splitlines()]
+    assert [line for line in logged if "is off" in line] == []
     made_by = {c["checkpoint_id"]: c["chunk_id"] for c in reader.rows("checkpoint")}
     curves = {}
     for chunk, row in chunks.items():
@@ -263,7 +263,7 @@ def test_the_curves_of_a_run_are_its_leaderboard(logger: str, launched: tuple[Ru
     assert any(row["parent_id"] for row in chunks.values())
 
 
-def test_a_run_leaves_two_entries_of_the_file_system_for_each_chunk_and_job_and_no_process(
+def test_a_run_leaves_at_most_two_files_for_each_chunk_and_job_and_no_process(
     launched: tuple[Run, list[str]],
 ) -> None:
     run, loggers = launched

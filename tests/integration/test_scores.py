@@ -34,7 +34,7 @@ from tests.support.short_training import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_training_learns_and_the_score_is_the_metric_of_the_last_epoch() -> None:
+def test_training_learns_and_the_score_is_the_last_epochs_metric() -> None:
     result = train(digits_session(), founder(epochs=8))
     accuracies = [epoch.metrics["accuracy"] for epoch in result.results]
     assert result.score == accuracies[-1]
@@ -42,7 +42,7 @@ def test_training_learns_and_the_score_is_the_metric_of_the_last_epoch() -> None
     assert result.results[-1].metrics["train_loss"] < result.results[0].metrics["train_loss"]
 
 
-def test_metrics_are_means_over_examples_whatever_the_batches(tmp_path: Path) -> None:
+def test_metrics_are_means_over_examples_for_any_batch_size(tmp_path: Path) -> None:
     file = save_trained(digits_session(), founder(), tmp_path / "one.pt")
     whole, small = (digits_session(max_batch_size=size).evaluate_file(file, "validation") for size in (10_000, 7))
     assert whole == pytest.approx(small)
@@ -55,10 +55,10 @@ def test_metrics_are_means_over_examples_whatever_the_batches(tmp_path: Path) ->
     "profile",
     [
         pytest.param(replace(FAST, learning_rate=1e30), id="the weights explode"),
-        pytest.param(replace(FAST, learning_rate=1e10), id="the loss is infinite or no number"),
+        pytest.param(replace(FAST, learning_rate=1e10), id="the loss is infinite or NaN"),
     ],
 )
-def test_a_loss_that_is_no_number_ends_the_chunk_with_a_score_that_never_enters(profile: Profile) -> None:
+def test_a_loss_of_nan_or_infinity_ends_the_chunk_with_a_score_of_nan(profile: Profile) -> None:
     result = train(digits_session(), founder(epochs=5, profile=profile))
     assert not math.isfinite(result.results[-1].metrics["train_loss"])
     assert math.isnan(result.score)
@@ -67,7 +67,7 @@ def test_a_loss_that_is_no_number_ends_the_chunk_with_a_score_that_never_enters(
 
 
 @pytest.mark.parametrize("name", ["mean_iou", "Accuracy", "train_loss"])
-def test_a_metric_that_the_job_lacks_is_an_error_that_names_those_there_are(name: str) -> None:
+def test_a_metric_that_the_job_lacks_is_an_error_that_names_the_known_ones(name: str) -> None:
     session = digits_session(metric={"name": name})
     with pytest.raises(
         JobError, match=rf"^metric\.name: '{name}' is not among the metrics of the job: accuracy, loss$"
@@ -75,7 +75,7 @@ def test_a_metric_that_the_job_lacks_is_an_error_that_names_those_there_are(name
         train(session, founder())
 
 
-def test_a_metric_of_which_less_is_better_is_the_score_as_it_is() -> None:
+def test_a_metric_to_minimise_is_the_score_without_a_change_of_sign() -> None:
     result = train(digits_session(metric={"name": "loss", "mode": "min"}), founder())
     assert result.score == result.results[0].metrics["loss"] > 0
 
@@ -84,7 +84,7 @@ def test_a_metric_of_which_less_is_better_is_the_score_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_a_process_trains_with_the_cores_and_the_determinism_that_the_settings_ask_for(
+def test_a_process_has_the_cores_and_the_determinism_of_the_settings(
     deterministic: bool,
 ) -> None:
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
@@ -102,7 +102,7 @@ def test_a_process_trains_with_the_cores_and_the_determinism_that_the_settings_a
 
 
 class ClosedTest(Digits):
-    """Reading the test set is an accident."""
+    """Fails if the test set is read."""
 
     def data(self, split: Split) -> TensorDataset:
         if split == "test":
@@ -121,7 +121,7 @@ def test_selection_on_validation_never_reads_the_test_set(tmp_path: Path) -> Non
     session = digits_session(ClosedTest)
     parent = save_trained(session, founder(epochs=2), tmp_path / "parent.pt")
     train(session, child(parent))
-    with pytest.raises(PermissionError):  # it would have said so
+    with pytest.raises(PermissionError):  # so reading it would have been noticed
         session.evaluate_file(parent, "test")
 
 
@@ -143,7 +143,7 @@ def test_selection_on_the_test_set_trains_on_the_whole_training_set_and_scores_o
     assert on_test != digits_session().evaluate_file(file, "validation")
 
 
-def test_the_kept_examples_depend_on_the_seed_of_the_run_alone() -> None:
+def test_the_validation_examples_depend_only_on_the_runs_seed() -> None:
     one, again, other = (digits_session(seed=seed) for seed in (3, 3, 4))
     train(again, founder(seed=8))
     assert pixels_of(one, "validation") == pixels_of(again, "validation")
@@ -178,7 +178,7 @@ class OnlyModel(Job):
         pytest.param(OnlyModel, r"OnlyModel has no data\(split\); it must return a torch Dataset", id="no data"),
     ],
 )
-def test_a_job_that_lacks_a_method_is_told_which(job: type[Job], message: str) -> None:
+def test_a_job_without_a_needed_method_is_an_error_that_names_the_method(job: type[Job], message: str) -> None:
     with pytest.raises(JobError, match=message):
         train(digits_session(job, job_params={}), founder())
 
@@ -197,6 +197,6 @@ def test_a_job_that_lacks_a_method_is_told_which(job: type[Job], message: str) -
         pytest.param({"job_params": {"width": 0}}, "job_params: width: 0 is not allowed", id="a value out of bounds"),
     ],
 )
-def test_a_job_that_can_not_be_made_is_an_error_that_says_why(changes: dict[str, Any], message: str) -> None:
+def test_a_job_that_cannot_be_made_is_an_error_that_says_why(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message):
         load_job(digits_settings(**changes))

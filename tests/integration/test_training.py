@@ -49,7 +49,7 @@ def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 # --- chunks
 
 
-def test_chunks_in_jobs_of_their_own_are_the_uninterrupted_training(fresh: Fresh, tmp_path: Path) -> None:
+def test_chunks_in_separate_jobs_equal_one_uninterrupted_training(fresh: Fresh, tmp_path: Path) -> None:
     whole = fresh()
     expected = train(whole, founder(epochs=3))
 
@@ -66,8 +66,8 @@ def test_chunks_in_jobs_of_their_own_are_the_uninterrupted_training(fresh: Fresh
     assert results[-1].epochs == expected.epochs == 3
 
 
-def test_the_whole_state_is_compared_and_it_moves(tmp_path: Path) -> None:
-    """The other tests count on it: momentum, weights and random state are in the file, each epoch changes them."""
+def test_the_compared_state_is_complete_and_changes_in_each_epoch(tmp_path: Path) -> None:
+    """The other tests rely on it: the file holds momentum, weights and random state, and each epoch changes them."""
     session = digits_session()
     train(session, founder())
     before = read(save(session, tmp_path / "one.pt"))
@@ -110,7 +110,7 @@ def test_founders_of_different_seeds_differ_from_the_start(tmp_path: Path) -> No
     assert len(differences(one["model"], two["model"])) == 6
 
 
-def test_what_a_session_did_before_makes_no_difference(tmp_path: Path) -> None:
+def test_earlier_work_of_a_session_makes_no_difference(tmp_path: Path) -> None:
     """A job of a chain trains many chunks in one process."""
     parent = save_trained(digits_session(), founder(), tmp_path / "parent.pt")
     used = digits_session()
@@ -123,7 +123,7 @@ def test_what_a_session_did_before_makes_no_difference(tmp_path: Path) -> None:
 
 
 class Watched(Digits):
-    """Notes the classes of the examples in the order in which they are trained on."""
+    """Records the classes of the examples in the order of training."""
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         if outputs.requires_grad:
@@ -131,7 +131,7 @@ class Watched(Digits):
         return super().loss(outputs, targets)
 
 
-def test_every_epoch_and_every_founder_has_an_order_of_its_own() -> None:
+def test_every_epoch_and_every_founder_has_its_own_order_of_examples() -> None:
     orders = set()
     for seed in (1, 2):
         session = digits_session(Watched)
@@ -164,7 +164,7 @@ def uninterrupted(request: pytest.FixtureRequest, fresh: Fresh, tmp_path_factory
 
 
 @pytest.mark.parametrize("steps", range(EPOCHS * STEPS), ids=lambda steps: f"after {steps} steps")
-def test_a_chunk_that_is_interrupted_is_the_uninterrupted_one(
+def test_an_interrupted_chunk_equals_the_uninterrupted_one(
     uninterrupted: Reference, steps: int, tmp_path: Path
 ) -> None:
     seen: list[EpochResult] = []
@@ -181,7 +181,9 @@ def test_a_chunk_that_is_interrupted_is_the_uninterrupted_one(
     assert [epoch.number for epoch in seen] == [epoch.number for epoch in uninterrupted.seen]
 
 
-def test_a_chunk_that_gets_one_step_a_job_is_the_uninterrupted_one(uninterrupted: Reference, tmp_path: Path) -> None:
+def test_a_chunk_with_one_step_in_each_job_equals_the_uninterrupted_one(
+    uninterrupted: Reference, tmp_path: Path
+) -> None:
     work, seen = uninterrupted.work, []
     for done in range(1, EPOCHS * STEPS):
         interrupt(uninterrupted.fresh(), work, 1, tmp_path / f"{done}.pt", seen)
@@ -194,13 +196,13 @@ def test_a_chunk_that_gets_one_step_a_job_is_the_uninterrupted_one(uninterrupted
     assert [epoch.number for epoch in seen] == [epoch.number for epoch in uninterrupted.seen]
 
 
-def test_stopping_is_asked_before_each_step(fresh: Fresh) -> None:
+def test_should_stop_is_called_before_each_step(fresh: Fresh) -> None:
     asked = []
     train(fresh(), founder(epochs=EPOCHS), stop=lambda: bool(asked.append(None)))
     assert len(asked) == EPOCHS * STEPS
 
 
-def test_an_interrupted_epoch_takes_as_long_as_its_parts(tmp_path: Path) -> None:
+def test_the_time_of_an_interrupted_epoch_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     interrupt(digits_session(SlowDigits), founder(), STEPS - 1, tmp_path / "cut.pt")
     result = train(digits_session(SlowDigits), replace(founder(), suspended=tmp_path / "cut.pt"))
     assert result.train_seconds >= STEPS * SlowDigits.STEP_S
@@ -218,7 +220,7 @@ class SlowDigits(Digits):
 
 
 @pytest.mark.parametrize("profile", [FAST, PLAIN, FINE], ids=lambda profile: f"to {profile.name}")
-def test_a_profile_brings_its_own_numbers_and_keeps_the_momentum(profile: Profile, tmp_path: Path) -> None:
+def test_a_new_profile_changes_the_numbers_and_keeps_the_momentum(profile: Profile, tmp_path: Path) -> None:
     parent = save_trained(digits_session(), founder(), tmp_path / "parent.pt")
     session = digits_session()
     interrupt(session, child(parent, profile), 0, tmp_path / "start.pt")
@@ -231,7 +233,7 @@ def test_a_profile_brings_its_own_numbers_and_keeps_the_momentum(profile: Profil
 
 
 def test_the_kept_momentum_moves_the_weights(tmp_path: Path) -> None:
-    """One step without any gradient: what moves the weights is the parent's momentum, by the new profile."""
+    """One step with zero gradients: only the parent's momentum moves the weights, with the new profile's numbers."""
     parent = save_trained(digits_session(), founder(), tmp_path / "parent.pt")
     session = digits_session(FlatDigits)
     interrupt(session, child(parent, replace(FINE, weight_decay=0.0)), 1, tmp_path / "cut.pt")

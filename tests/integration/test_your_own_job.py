@@ -1,4 +1,4 @@
-"""What docs/your-own-job.md shows is taken from it as it stands there, and run."""
+"""The examples in docs/your-own-job.md are read from the page and run."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ MOONS, MOONS_JSON, COMMANDS = (body for _, body in BLOCKS[:3])
 
 
 def block_with(word: str) -> str:
-    (found,) = [body for language, body in BLOCKS if language == "python" and word in body]
-    return found
+    (block,) = [body for language, body in BLOCKS if language == "python" and word in body]
+    return block
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the user's modules are; they are forgotten afterwards."""
+    """The folder of the user's modules, which are unloaded afterwards."""
     (tmp_path / "moons.py").write_text(MOONS)
     (tmp_path / "moons.json").write_text(MOONS_JSON)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -75,7 +75,7 @@ def test_the_complete_example_has_at_most_30_lines() -> None:
     assert len(f"{MOONS}{MOONS_JSON}{COMMANDS}".splitlines()) <= 30
 
 
-def test_the_complete_example_runs_as_it_stands(folder: Path) -> None:
+def test_the_complete_example_runs_unchanged(folder: Path) -> None:
     for command in COMMANDS.splitlines():
         orch(folder, command)
     run = Run.open(folder / "runs" / "moons")
@@ -95,7 +95,7 @@ def test_every_settings_block_is_valid() -> None:
         check_job(settings("jobs.digits:Digits", training_profiles=[profile]))
 
 
-# --- other libraries: modules that are called as theirs are stand in for them, for they need not be installed
+# --- other libraries: modules of the same names replace them, since they need not be installed
 
 TRANSFORMERS = """
 import torch
@@ -159,7 +159,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 class LitClassifier(torch.nn.Module):
-    """Has what a LightningModule has that orch needs."""
+    """Has the parts of a LightningModule that orch needs."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +189,7 @@ test_set = training_set
     ],
     ids=["Hugging Face", "Lightning"],
 )
-def test_jobs_of_other_libraries_train_as_the_page_shows_them(
+def test_the_pages_jobs_for_other_libraries_train(
     word: str, job: str, modules: Mapping[str, str], optimizer: str | None, folder: Path
 ) -> None:
     for name, text in (modules | {"theirs": block_with(word)}).items():
@@ -211,7 +211,7 @@ def test_jobs_of_other_libraries_train_as_the_page_shows_them(
 # --- the long form
 
 
-def test_the_loop_of_one_s_own_goes_through_orch_launch(folder: Path) -> None:
+def test_the_pages_own_loop_runs_with_orch_launch(folder: Path) -> None:
     (folder / "closure.py").write_text(block_with("LBFGS"))
     given = {"job": "closure:Closure", "num_models": 2, "max_batch_size": 900, "stop_after_epochs": 5}
     given["training_profiles"] = [{"name": "one", "learning_rate": 0.5}]
@@ -231,7 +231,7 @@ ONE = Profile("one", 0.1, 0.9, 0.0)
 
 
 class Walk(Job):
-    """Its state is where a random walk stands."""
+    """A random walk; its state is the current place."""
 
     STEPS = 4  # of an epoch
 
@@ -273,7 +273,9 @@ def train(one: OwnLoop, work: Work, file: Path, steps: int | None = None) -> Fin
 
 @pytest.mark.parametrize("start", ["a founder", "a child"])
 @pytest.mark.parametrize("steps", range(3 * Walk.STEPS))
-def test_a_loop_of_its_own_that_was_cut_is_the_uninterrupted_one(steps: int, start: str, tmp_path: Path) -> None:
+def test_an_interrupted_chunk_of_an_own_loop_equals_the_uninterrupted_one(
+    steps: int, start: str, tmp_path: Path
+) -> None:
     train(walk(), founder(), tmp_path / "parent.pt")
     work = founder() if start == "a founder" else child(tmp_path / "parent.pt")
     whole = train(walk(), work, tmp_path / "whole.pt")
@@ -287,7 +289,7 @@ def test_a_loop_of_its_own_that_was_cut_is_the_uninterrupted_one(steps: int, sta
     assert (again.score, again.epochs) == (whole.score, whole.epochs)
 
 
-def test_children_of_one_parent_go_their_own_ways(tmp_path: Path) -> None:
+def test_repeated_children_of_one_parent_differ(tmp_path: Path) -> None:
     train(walk(), founder(), tmp_path / "parent.pt")
     ends = [train(walk(), child(tmp_path / "parent.pt", repeat), tmp_path / "x.pt") for repeat in (0, 0, 1)]
     scores = [end.score for end in ends if isinstance(end, Finished)]
@@ -336,12 +338,14 @@ class Bare(Walk):
         (Forgetful, r"train_chunk returned dict; allowed are ChunkResult and ChunkInterrupted"),
     ],
 )
-def test_a_loop_that_does_not_keep_to_the_rules_is_told_how(job: type[Job], message: str, tmp_path: Path) -> None:
+def test_a_loop_that_breaks_a_rule_is_an_error_that_names_the_rule(
+    job: type[Job], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(JobError, match=message):
         train(walk(job), founder(), tmp_path / "x.pt")
 
 
-def test_a_loss_that_is_lost_may_be_given_up_early(tmp_path: Path) -> None:
+def test_a_loop_may_end_early_with_a_score_of_nan(tmp_path: Path) -> None:
     class GivesUp(Walk):
         def train_chunk(self, context: ChunkContext) -> ChunkResult:
             context.report({"accuracy": float("nan")})
@@ -353,19 +357,19 @@ def test_a_loss_that_is_lost_may_be_given_up_early(tmp_path: Path) -> None:
     assert result.epochs == 1
 
 
-def test_a_state_without_a_model_can_t_be_exported(tmp_path: Path) -> None:
+def test_a_state_without_a_model_cannot_be_exported(tmp_path: Path) -> None:
     train(walk(), founder(), tmp_path / "x.pt")
     with (tmp_path / "out.pt").open("wb") as target, pytest.raises(JobError, match=r'returned has no "model"'):
         export(tmp_path / "x.pt", target)
 
 
-def test_a_checkpoint_of_orch_s_loop_is_none_of_an_own_one(tmp_path: Path) -> None:
+def test_an_own_loop_refuses_a_checkpoint_of_orchs_loop(tmp_path: Path) -> None:
     torch.save({"format": 2, "epochs": 1, "model": {}}, tmp_path / "x.pt")
     with pytest.raises(JobError, match=r"x\.pt: it was not made by the job's own loop"):
         train(walk(), child(tmp_path / "x.pt"), tmp_path / "y.pt")
 
 
-def test_an_observer_is_told_of_epochs(tmp_path: Path) -> None:
+def test_an_own_loop_reports_epochs_to_an_observer(tmp_path: Path) -> None:
     calls: list[Any] = []
 
     class Noting(Observer):
@@ -384,7 +388,7 @@ def test_an_observer_is_told_of_epochs(tmp_path: Path) -> None:
     assert calls == ["chunk", 1, 2, 3, "close"]
 
 
-def test_steps_of_an_own_loop_can_t_be_counted_by_verify_resume() -> None:
+def test_verify_resume_refuses_a_job_with_an_own_loop() -> None:
     plan = Trial(
         settings(f"{__name__}:Walk"), [], 1, "cpu", chunks=1, epochs_per_chunk=1, steps_per_epoch=2, interruptions=1
     )
@@ -392,7 +396,7 @@ def test_steps_of_an_own_loop_can_t_be_counted_by_verify_resume() -> None:
         open_short(plan)
 
 
-def test_a_job_has_a_loop_of_its_own_if_it_overrides_it() -> None:
+def test_a_job_has_an_own_loop_if_it_overrides_train_chunk() -> None:
     context = JobContext(settings("any:Job"))
     assert has_own_loop(Walk(context))
     assert not has_own_loop(Job(context))

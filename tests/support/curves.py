@@ -1,4 +1,4 @@
-"""What loggers have written, read back by each one's own means: {name: [(step, value), ...]}."""
+"""What loggers have written, read by each one's own reader: {name: [(step, value), ...]}."""
 
 from __future__ import annotations
 

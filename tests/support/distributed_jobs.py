@@ -48,7 +48,7 @@ AT_ONCE_S = 20.0  # that another process is dead shows in its sockets; the rest 
 
 
 class Plain(Digits):
-    """Without dropout, whose random numbers can't be the same on other processes. Writes down its batches."""
+    """Without dropout, whose random numbers differ between processes. Records its batches."""
 
     Params: ClassVar[Any] = None
 
@@ -135,7 +135,7 @@ class Together(Plain):
 
 
 class Net(nn.Module):
-    """A layer that nobody uses, one that only some batches use, and a batch normalisation."""
+    """A layer that no batch uses, one that only some batches use, and a batch normalisation."""
 
     def __init__(self, normalise: bool) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Unlucky(Plain):
 
 
 class Watched(Digits):
-    """Writes down what each process of a worker sees."""
+    """Records what each process of a worker sees."""
 
     Params: ClassVar[Any] = None
 
@@ -223,7 +223,7 @@ class Team:
         except BaseException:
             self.end(0.0)
             raise
-        assert not place.exists(), "it is of no use any more"
+        assert not place.exists(), "it is removed after the meeting"
 
     def open(self, given: Settings) -> DistributedSession:
         def failed() -> None:
@@ -240,7 +240,7 @@ class Team:
                 follower.communicate()
 
     def endings(self) -> list[tuple[int, str]]:
-        """Exit code and last word of each follower."""
+        """Exit code and output of each follower."""
         said = [follower.communicate(timeout=AT_ONCE_S)[0].strip() for follower in self.followers]
         return [(f.returncode, word) for f, word in zip(self.followers, said, strict=True)]
 
@@ -267,7 +267,7 @@ def never() -> bool:
 
 
 def after(steps: int) -> Callable[[], bool]:
-    """Asked before each step: says stop when so many are done."""
+    """For should_stop, which is called before each step: True after so many steps."""
     asked = iter(range(steps + 1))
     return lambda: next(asked) == steps
 

@@ -1,4 +1,4 @@
-"""Jobs that draw random numbers wherever a job can, and jobs that keep what no checkpoint holds.
+"""Jobs that draw random numbers wherever a job can, and jobs with state outside their checkpoints.
 
 Copied into a folder, this file is also a user's own module.
 """
@@ -20,7 +20,7 @@ from jobs.digits import Digits
 from jobs.digits import Params as DigitsParams
 from jobs.job import Averaging
 
-print("resume_jobs says hello")  # a user's module may print what it likes
+print("resume_jobs says hello")  # as a user's module may
 
 
 class Params(DigitsParams):
@@ -29,7 +29,7 @@ class Params(DigitsParams):
 
 
 class NoisyPictures(Dataset[Any]):
-    """Every example is another one each time: shifted, noisy and dark by chance."""
+    """Each example differs each time: randomly shifted, noisy and darkened."""
 
     def __init__(self, pictures: Tensor, labels: Tensor) -> None:
         self.pictures, self.targets = pictures, labels
@@ -82,7 +82,7 @@ class Noisy(Digits):
 
 
 class RandomSubset(Noisy):
-    """Which examples there are is drawn when the data are loaded, as torch's random_split does."""
+    """The examples are drawn when the data are loaded, as torch's random_split does."""
 
     def data(self, split: Split) -> Any:
         pictures, labels = super(Noisy, self).data(split).tensors
@@ -110,7 +110,7 @@ _of_the_module = random.Random(1)
 
 
 class ModuleGenerator(Noisy):
-    """The loss draws from a generator that lives as long as the process, whatever object asks."""
+    """The loss draws from a generator of the module, which all objects share."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = super().loss(outputs, targets)
@@ -148,13 +148,13 @@ class OwnCounter(Noisy):
 
 
 class BufferedCounter(OwnCounter):
-    """The same, mended."""
+    """The same, corrected."""
 
     in_checkpoint = True
 
 
 class ExtraState(OwnCounter):
-    """The same, mended in the other way."""
+    """The same, corrected in the other way."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(WarmingWithExtraState(in_checkpoint=False), Noisy.model(self))

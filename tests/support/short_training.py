@@ -41,7 +41,7 @@ class PicturesParams(BaseModel):
 
 
 class Pictures(Job):
-    """PNG files that are read, cropped and mirrored in each epoch anew."""
+    """PNG files that are read, cropped and mirrored again in each epoch."""
 
     Params = PicturesParams
 

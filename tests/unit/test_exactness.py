@@ -124,13 +124,13 @@ def test_a_difference_is_named_with_its_place_and_its_size(expected: Any, found:
     ],
     ids=repr,
 )
-def test_what_is_bit_for_bit_the_same_is_the_same(value: Any) -> None:
+def test_copies_have_no_differences_and_the_same_digest(value: Any) -> None:
     again = copy.deepcopy(value)
     assert not list(differences({"at": value}, {"at": again}))
     assert digest({"at": value}) == digest({"at": again})
 
 
-def test_where_a_tensor_lies_in_memory_and_what_it_is_called_does_not_count() -> None:
+def test_memory_layout_and_subclasses_do_not_count() -> None:
     turned = torch.arange(6.0).view(2, 3).t()
     assert not list(differences(turned, turned.contiguous()))
     assert digest(turned) == digest(turned.contiguous())
@@ -153,7 +153,7 @@ def test_all_differences_are_listed_in_the_order_of_the_expected_state() -> None
     dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.int64, torch.uint8]),
     data=st.data(),
 )
-def test_any_one_bit_that_flips_is_found(shape: list[int], dtype: torch.dtype, data: st.DataObject) -> None:
+def test_any_flipped_bit_is_a_difference(shape: list[int], dtype: torch.dtype, data: st.DataObject) -> None:
     tensor = torch.zeros(shape, dtype=dtype)
     flipped = tensor.clone()
     raw = flipped.view(-1).view(torch.uint8)

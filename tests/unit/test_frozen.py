@@ -1,4 +1,4 @@
-"""Layers that are not trained are run once for each example, and nothing else changes by that."""
+"""Each example goes through the layers that are not trained once, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Counted(nn.Conv2d):
-    """Notes how many examples went through it."""
+    """Counts the examples that went through it."""
 
     seen = 0
 
@@ -42,7 +42,7 @@ class Counted(nn.Conv2d):
 
 
 class Net(nn.Module):
-    """A frozen convolution with a batch norm that stays as it is, then what is trained."""
+    """A frozen convolution with a frozen batch norm, then the layers that are trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,9 +102,9 @@ def never() -> bool:
 def train(
     running: Session, epochs: int = 2, seed: int = 5, parent: Path | None = None, stop: Callable[[], bool] = never
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    told: list[EpochResult] = []
-    running.train(Work(PROFILE, epochs, seed, 0, parent, None), stop, told.append)
-    return [dict(result.metrics) for result in told], running.state()["model"]
+    results: list[EpochResult] = []
+    running.train(Work(PROFILE, epochs, seed, 0, parent, None), stop, results.append)
+    return [dict(result.metrics) for result in results], running.state()["model"]
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -149,7 +149,7 @@ def test_half_precision_is_kept_as_it_is() -> None:
     assert same(weights, expected_weights)
 
 
-def test_a_chunk_that_was_cut_goes_on_as_if_it_was_not(tmp_path: Path) -> None:
+def test_an_interrupted_chunk_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     _, expected = train(session(NotKept), epochs=2)
     running, asked = session(Frozen), iter(range(100))
     cut = running.train(Work(PROFILE, 2, 5, 0, None, None), lambda: next(asked) == 9, lambda epoch: None)
@@ -162,7 +162,7 @@ def test_a_chunk_that_was_cut_goes_on_as_if_it_was_not(tmp_path: Path) -> None:
     assert same(again.state()["model"], expected)
 
 
-def test_the_check_of_exact_resume_sees_what_is_trained_on() -> None:
+def test_verify_resume_records_the_batches_that_are_trained_on() -> None:
     running, digests = session(Frozen), list[str]()
     running._feeds["train"] = RecordedFeed(running.feed("train"), digests)
     assert train(running)[0] == train(session(NotKept))[0]
@@ -195,14 +195,14 @@ def test_a_checkpoint_is_evaluated_with_its_own_frozen_weights(tmp_path: Path) -
         assert running.evaluate_file(path, "test") == alone.evaluate_file(path, "test")
 
 
-def test_a_checkpoint_is_the_same_with_and_without(tmp_path: Path) -> None:
+def test_kept_outputs_do_not_change_the_checkpoint(tmp_path: Path) -> None:
     running = session(Frozen)
     train(running)
     assert running.state()["model"].keys() == Net().state_dict().keys()
 
 
 class Slice(Frozen):
-    """The frozen part is the first layers of a Sequential, some of which go on being trained."""
+    """The frozen part is the first layers of a Sequential; its last layer is trained."""
 
     def model(self) -> nn.Module:
         net = Net()

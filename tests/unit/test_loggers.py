@@ -1,4 +1,4 @@
-"""Loggers look on: what they are told is what was trained, and nothing they do is felt by the training."""
+"""Loggers get what was trained, and nothing that they do affects the training."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ PLACE = Place("run", Path("logs"))
 
 @dataclass
 class Kept(Logger):
-    """Keeps what it is told."""
+    """Keeps what it is called with."""
 
-    told: list[Any] = field(default_factory=list)
+    calls: list[Any] = field(default_factory=list)
     thread: str = ""
 
     def begin(self, series: Series) -> None:
         self.thread = threading.current_thread().name
-        self.told.append(series)
+        self.calls.append(series)
 
     def log(self, points: Points) -> None:
-        self.told.append(points)
+        self.calls.append(points)
 
     def judge(self, promoted: bool) -> None:
-        self.told.append(promoted)
+        self.calls.append(promoted)
 
     def end(self) -> None:
-        self.told.append("end")
+        self.calls.append("end")
 
     def close(self) -> None:
-        self.told.append("close")
+        self.calls.append("close")
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        points = [p for p in self.told if isinstance(p, Points) and name in p.values]
+        points = [p for p in self.calls if isinstance(p, Points) and name in p.values]
         return [pair for p in points for pair in zip(p.steps, p.values[name], strict=True)]
 
 
 class Clock:
-    """Time passes when it is told to."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -81,7 +81,7 @@ def result(number: int = 1, **metrics: float) -> EpochResult:
     return EpochResult(number, 2.5, {"train_loss": 0.7, "accuracy": 0.5} | metrics)
 
 
-# --- what they are told
+# --- what they are called with
 
 
 def test_a_chunk_is_a_series_of_every_step_and_epoch(tmp_path: Path) -> None:
@@ -95,10 +95,10 @@ def test_a_chunk_is_a_series_of_every_step_and_epoch(tmp_path: Path) -> None:
     observer.chunk(replace(FOUNDER, chunk_id=8))
     steps(observer, 1, 1)
     observer.close()
-    first, second = (series for series in kept.told if isinstance(series, Series))
+    first, second = (series for series in kept.calls if isinstance(series, Series))
     assert (first.name, first.step, first.new, first.rewrites) == ("chunk-00000007", 1, True, False)
     assert second.name == "chunk-00000008"
-    of_first = Kept(kept.told[: kept.told.index("end")])
+    of_first = Kept(kept.calls[: kept.calls.index("end")])
     loss = [(step, torch.tensor(1.0 / step).item()) for step in range(1, 7)]
     assert of_first.curve("train/loss") == loss
     assert of_first.curve("train/learning_rate") == [(step, 0.1 * step) for step in range(1, 7)]
@@ -106,11 +106,11 @@ def test_a_chunk_is_a_series_of_every_step_and_epoch(tmp_path: Path) -> None:
     assert of_first.curve("train/epoch_loss") == [(3, 0.7), (6, 0.7)]
     assert of_first.curve("train/epoch_seconds") == [(3, 2.5), (6, 2.5)]
     assert of_first.curve("epoch") == [(3, 1.0), (6, 2.0)]
-    assert kept.told[-2:] == ["end", "close"]
+    assert kept.calls[-2:] == ["end", "close"]
     assert kept.thread == "logger kept"
 
 
-def test_what_became_of_a_chunk_is_told_before_its_end(tmp_path: Path) -> None:
+def test_whether_a_chunk_was_promoted_is_logged_before_its_end(tmp_path: Path) -> None:
     kept = Kept()
     observer = recorder_of(tmp_path, kept=kept)
     for promoted in (True, False):
@@ -120,10 +120,10 @@ def test_what_became_of_a_chunk_is_told_before_its_end(tmp_path: Path) -> None:
     observer.chunk(FOUNDER)
     observer.judged(True)  # of a chunk without a series
     observer.close()
-    assert [told for told in kept.told if isinstance(told, bool | str)] == [True, "end", False, "end", "close"]
+    assert [calls for calls in kept.calls if isinstance(calls, bool | str)] == [True, "end", False, "end", "close"]
 
 
-def test_a_board_that_is_chosen_on_the_test_set_says_so_in_its_curves(tmp_path: Path) -> None:
+def test_with_selection_on_the_test_set_the_curves_are_named_test(tmp_path: Path) -> None:
     kept = Kept()
     observer = Recorder("run", tmp_path, "test", {"kept": lambda: kept})
     observer.chunk(FOUNDER)
@@ -134,7 +134,7 @@ def test_a_board_that_is_chosen_on_the_test_set_says_so_in_its_curves(tmp_path: 
     assert kept.curve("validation/accuracy") == []
 
 
-def test_a_loop_that_tells_no_steps_has_epochs_on_its_axis(tmp_path: Path) -> None:
+def test_a_loop_that_reports_no_steps_has_epochs_on_its_x_axis(tmp_path: Path) -> None:
     kept = Kept()
     observer = recorder_of(tmp_path, kept=kept)
     observer.chunk(FOUNDER)
@@ -143,16 +143,16 @@ def test_a_loop_that_tells_no_steps_has_epochs_on_its_axis(tmp_path: Path) -> No
     assert kept.curve("validation/accuracy") == [(11, 0.5)]
 
 
-def test_a_chunk_that_takes_no_step_makes_no_series(tmp_path: Path) -> None:
+def test_a_chunk_without_a_step_makes_no_series(tmp_path: Path) -> None:
     kept = Kept()
     observer = recorder_of(tmp_path, kept=kept)
     observer.chunk(FOUNDER)
     observer.chunk(FOUNDER)
     observer.close()
-    assert kept.told == []
+    assert kept.calls == []
 
 
-def test_the_lineage_is_told_by_the_records_beside_the_checkpoints(tmp_path: Path) -> None:
+def test_the_lineage_is_read_from_the_records_beside_the_checkpoints(tmp_path: Path) -> None:
     for chunk, parent in ((3, None), (5, "g00000003-c00000003.pt")):
         line = checkpoints.ancestors(tmp_path, parent)
         stem = f"g{chunk:08d}-c{chunk:08d}"
@@ -167,13 +167,13 @@ def test_the_lineage_is_told_by_the_records_beside_the_checkpoints(tmp_path: Pat
     assert "parent_chunk" not in founder.tags
 
 
-def test_a_chunk_that_goes_on_rewrites_from_its_first_step(tmp_path: Path) -> None:
+def test_a_resumed_chunk_rewrites_from_its_first_step(tmp_path: Path) -> None:
     kept = Kept()
     observer = recorder_of(tmp_path, kept=kept)
     observer.chunk(replace(FOUNDER, suspended=Path("suspended.pt")))
     steps(observer, 41, 42)
     observer.close()
-    assert (kept.told[0].step, kept.told[0].new, kept.told[0].rewrites) == (41, False, True)
+    assert (kept.calls[0].step, kept.calls[0].new, kept.calls[0].rewrites) == (41, False, True)
 
 
 # --- when
@@ -185,27 +185,27 @@ def test_a_chunk_that_goes_on_rewrites_from_its_first_step(tmp_path: Path) -> No
     ids=["soon after", "every so many seconds", "as many as may wait"],
 )
 def test_points_are_handed_over_in_bulk(tmp_path: Path, apart_s: float, count: int, handed_over: int) -> None:
-    clock, told = Clock(), []
+    clock, calls = Clock(), []
     observer = recorder_of(tmp_path, clock, kept=Kept())
-    observer._channels.put = told.append  # type: ignore[method-assign]
+    observer._channels.put = calls.append  # type: ignore[method-assign]
     observer.chunk(FOUNDER)
     for step in range(1, count + 1):
         clock.now += apart_s
         observer.step(step, torch.tensor(1.0), 0.1)
     kept = Kept()
-    for order in told:
-        order(kept)
+    for call in calls:
+        call(kept)
     assert len(kept.curve("train/loss")) == handed_over
 
 
 class NothingIsRead(TorchDispatchMode):
-    """Fails where a value would be read, for which a GPU would have to be waited for, and on any other operation."""
+    """Fails on any operation of torch, such as reading a value, which would wait for the GPU."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{function} while the training waits")
 
 
-def test_the_training_computes_and_reads_nothing_for_its_loggers(tmp_path: Path) -> None:
+def test_loggers_cost_the_training_no_computation_and_no_read(tmp_path: Path) -> None:
     kept = Kept()
     observer = recorder_of(tmp_path, kept=kept)
     observer.chunk(FOUNDER)
@@ -239,22 +239,22 @@ class Failing(Kept):
         super().__init__()
         self.at, self.error = at, error
 
-    def _tell(self, what: str) -> None:
-        self.told.append(what)
+    def _record(self, what: str) -> None:
+        self.calls.append(what)
         if what == self.at:
             raise self.error
 
     def begin(self, series: Series) -> None:
-        self._tell("begin")
+        self._record("begin")
 
     def log(self, points: Points) -> None:
-        self._tell("log")
+        self._record("log")
 
     def end(self) -> None:
-        self._tell("end")
+        self._record("end")
 
     def close(self) -> None:
-        self._tell("close")
+        self._record("close")
 
 
 @pytest.fixture
@@ -280,12 +280,12 @@ def test_a_logger_that_fails_is_off_with_one_warning_and_the_others_go_on(
         steps(observer, 1, 2)
         observer.epoch(result())
     observer.close()
-    assert failing.told.count(at) == 1
+    assert failing.calls.count(at) == 1
     assert warnings() == [f"logger failing is off for the rest of this job: {type(error).__name__}: {error}"]
     assert len(kept.curve("train/loss")) == 6
 
 
-def test_a_logger_that_can_not_be_made_is_off(tmp_path: Path, warnings: Callable[[], list[str]]) -> None:
+def test_a_logger_that_cannot_be_made_is_off(tmp_path: Path, warnings: Callable[[], list[str]]) -> None:
     def make() -> Logger:
         raise ImportError("No module named 'wandb'")
 
@@ -297,7 +297,7 @@ def test_a_logger_that_can_not_be_made_is_off(tmp_path: Path, warnings: Callable
 
 
 class Hanging(Kept):
-    """Never comes back from a file system or network that does not answer."""
+    """Hangs, as on a file system or network that does not answer."""
 
     def log(self, points: Points) -> None:
         time.sleep(3600)
@@ -324,7 +324,7 @@ def test_a_logger_that_hangs_is_left_behind(
     assert len(warnings()) == 1
 
 
-def test_what_a_logger_has_not_written_when_the_job_must_end_is_given_up(
+def test_closing_a_hanging_logger_has_a_time_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
 ) -> None:
     monkeypatch.setattr(recorder, "CLOSE_S", 0.2)
@@ -342,8 +342,8 @@ def test_what_a_logger_has_not_written_when_the_job_must_end_is_given_up(
 # --- which
 
 
-def test_built_in_loggers_and_their_libraries_are_imported_when_they_write(tmp_path: Path) -> None:
-    """Each job of a chain would pay for it before its first step."""
+def test_built_in_loggers_import_their_libraries_only_when_they_write(tmp_path: Path) -> None:
+    """Otherwise each job would wait for the imports before its first step."""
     script = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -378,31 +378,31 @@ def test_an_extra_that_is_not_installed_is_an_error_that_says_how(
         ("jobs.digits", "jobs.digits has no class "),
     ],
 )
-def test_what_is_no_logger_is_an_error_that_says_why(name: str, problem: str) -> None:
+def test_a_name_that_is_not_a_logger_is_an_error_that_says_why(name: str, problem: str) -> None:
     with pytest.raises(JobError) as caught:
         choice.check_loggers(["tensorboard", name])
     assert problem in str(caught.value)
 
 
-def test_a_test_is_points_for_a_logger_that_does_nothing_else_with_it() -> None:
+def test_by_default_a_logger_logs_a_test_as_points() -> None:
     kept = Kept()
     Logger.test(kept, 12, {"accuracy": 0.9, "loss": 0.3})
-    (points,) = kept.told
+    (points,) = kept.calls
     assert points.steps == [12]
     assert points.values == {"test/accuracy": [0.9], "test/loss": [0.3]}
 
 
-def test_a_run_has_one_id_whoever_asks_first(tmp_path: Path) -> None:
+def test_threads_that_ask_at_once_get_the_same_run_id(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
-    found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(run_id(folder))) for _ in range(8)]
+    ids: list[str] = []
+    threads = [threading.Thread(target=lambda: ids.append(run_id(folder))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8
-    assert len(set(found)) == 1
-    assert len(found[0]) == 8
+    assert len(ids) == 8
+    assert len(set(ids)) == 1
+    assert len(ids[0]) == 8
     assert [path.name for path in folder.iterdir()] == ["run-id"]
 
 
