@@ -76,7 +76,7 @@ def amend(
     _check_job(opened, set_)
     for line in opened.amend(set_, time.time()) or ["nothing changes"]:
         print(line)
-    is_now = opened.leaderboard.chains.snapshot()
+    is_now = opened.leaderboard.run_state.snapshot()
     if is_now.state is not RunState.ACTIVE:
         print(f"{opened.name} is {is_now.state}; `orch resume {opened.name}` goes on with it")
     elif stopping.lifetime_over(time.time(), is_now.deadline):
@@ -91,7 +91,7 @@ def _check_job(run: Run, changes: Sequence[str]) -> None:
     amended = loading.amend(run.settings, changes)
     kept = {"training_profiles": run.settings.training_profiles, "loggers": run.settings.loggers}
     if amended.model_copy(update=kept) != amended:
-        user_job.check_job(amended, run.leaderboard.reader.run_row()["import_paths"])
+        user_job.check_job(amended, run.leaderboard.run_state.row()["import_paths"])
 
 
 def keep(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from orchestrator.cluster.host import gpus, this_process
 from orchestrator.cluster.place import Place, this_place
 from orchestrator.files import permissions
+from orchestrator.leaderboard.chains import JobStart
 from orchestrator.leaderboard.engine import JOB_CONNECTS_FOR_S
 from orchestrator.worker.loop import JobLoop
 from orchestrator.worker.opened_run import OpenedRun
@@ -110,7 +111,7 @@ class Team:
         def end_the_job() -> None:
             stop.reason = stop.reason or "the failure of one of its processes"
 
-        import_paths = run.leaderboard.reader.run_row()["import_paths"]
+        import_paths = run.leaderboard.run_state.row()["import_paths"]
         settings = run.settings.model_dump(mode="json")
         return lead(self._ranks, settings, run.cluster.cores(), import_paths, gpus, end_the_job, run.folder)
 
@@ -132,21 +133,12 @@ def be_worker(run: OpenedRun, token: str, worker_id: int, stop: StopFlag, team: 
     run = OpenedRun.opened(run.folder, job_main, JOB_CONNECTS_FOR_S)  # it may have been amended during the wait
     from jobs.imports import look_first_in
 
-    look_first_in(run.leaderboard.reader.run_row()["import_paths"])
+    look_first_in(run.leaderboard.run_state.row()["import_paths"])
     ahead = None
     if run.leaderboard.chains.wants_successor(worker_id, time.time(), run.settings.max_failures):  # there is work
         ahead = import_ahead(run.settings.job)
-    cluster_id, host = run.cluster.identity()
-    started = run.leaderboard.chains.start(
-        token,
-        worker_id,
-        cluster_id,
-        host,
-        *this_process(),
-        time.time(),
-        run.settings.max_failures,
-        successor=run.cluster.chains,
-    )
+    start = JobStart(token, worker_id, *run.cluster.identity(), *this_process())
+    started = run.leaderboard.chains.start(start, time.time(), run.settings.max_failures, run.cluster.chains)
     if isinstance(started, str):
         log.warning("this job does nothing: %s", started)
         return Ending(started)

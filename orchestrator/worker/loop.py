@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
@@ -21,6 +22,7 @@ from orchestrator.errors import (
     SubmissionError,
 )
 from orchestrator.files import checkpoints, disk_budget
+from orchestrator.files.checkpoint_record import CheckpointRecord, lineage
 from orchestrator.files.checkpoints import Written
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.messages import counted
@@ -37,6 +39,7 @@ from orchestrator.records import (
     Work,
 )
 from orchestrator.rules import stopping
+from orchestrator.rules.checkpoint_names import SUFFIX, checkpoint_stem
 from orchestrator.settings.loading import thaw
 from orchestrator.settings.settings import Settings
 from orchestrator.worker.mending import reconcile
@@ -65,7 +68,7 @@ class JobLoop:
         self._unsubmitted: ChainJob | None = None
         self._next: Claim | Over | None = None  # claimed with the last result
         self._durations_s: list[float] = []  # of chunks, latest last
-        self._origin: dict[str, object] | None = None
+        self._origin: dict[str, Any] | None = None
         self._no_room = False  # a submit limit is why
         self._refusal: str | None = None  # why the cluster did not take the successor, for good
         self._stepped = False  # in the chunk at hand
@@ -108,7 +111,7 @@ class JobLoop:
         """Opening the trainer imports torch and loads data, which takes a while: not for a run that is over,
         and before a claim, so that none is held meanwhile."""
         now = self.clock()
-        snapshot = self.leaderboard.chains.snapshot()
+        snapshot = self.leaderboard.run_state.snapshot()
         return (
             not self.stop.reason and now < self._job_end and stopping.may_claim(snapshot.state, now, snapshot.deadline)
         )
@@ -204,7 +207,7 @@ class JobLoop:
 
     def _take_amendment(self) -> None:
         """The settings were changed while this job runs. It can get shorter, but Slurm grants it no more time."""
-        text, self.version = self.leaderboard.reader.settings()
+        text, self.version = self.leaderboard.run_state.settings()
         self.settings = thaw(text)
         self._job_end = min(self._job_end, self._began + self.settings.eon_lifetime)
         log.info("the settings were amended (version %d)", self.version)
@@ -216,7 +219,7 @@ class JobLoop:
             return False
         assert self._trainer is not None, "opened before anything was claimed"
         started = self.clock()
-        self.leaderboard.database.rest()
+        self.leaderboard.database.release_connection()
         self._stepped = False
         try:
             result = self._trainer.train(work, self._should_stop, self._on_epoch)
@@ -236,7 +239,7 @@ class JobLoop:
             self._offer(claim, result, job, started)
         except StaleClaimError as error:
             log.warning("%s", error)
-            checkpoints.remove(self.files, [claim.file_stem + checkpoints.SUFFIX])
+            checkpoints.remove(self.files, [checkpoint_stem(claim.generation, claim.chunk_id) + SUFFIX])
             return False
         except CheckpointError as error:
             self.leaderboard.board.give_back(claim, str(error), self.clock())
@@ -287,7 +290,7 @@ class JobLoop:
     # --- results
 
     def _suspend(self, claim: Claim, result: Interrupted) -> None:
-        written = self._write(claim, {"kind": "suspended", "step": result.steps})
+        written = self._write(claim, kind="suspended", step=result.steps)
         garbage = self.leaderboard.board.suspend(claim, written.file, written.sha256, self.clock())
         self._remove(claim, garbage)
         log.info("chunk %d is suspended after %d steps of an epoch", claim.chunk_id, result.steps)
@@ -303,14 +306,12 @@ class JobLoop:
         if metric.better(result.score, than=bar):
             written = self._write(
                 claim,
-                {
-                    "kind": "candidate",
-                    "score": result.score,
-                    "epochs": result.epochs,
-                    "metrics": dict(result.results[-1].metrics),
-                    "results": [asdict(epoch) for epoch in result.results],
-                    "train_seconds": result.train_seconds,
-                },
+                kind="candidate",
+                score=result.score,
+                epochs=result.epochs,
+                metrics=dict(result.results[-1].metrics),
+                results=[asdict(epoch) for epoch in result.results],
+                train_seconds=result.train_seconds,
             )
         candidate = Candidate(
             result.score,
@@ -336,30 +337,30 @@ class JobLoop:
         if judged is not None:
             judged(outcome.promoted)
 
-    def _write(self, claim: Claim, record: dict[str, object]) -> Written:
+    def _write(self, claim: Claim, **result: Any) -> Written:
+        """result: the fields of the checkpoint's record that tell what came of the chunk."""
         assert self._trainer is not None
         if self._origin is None:
-            self._origin = self.leaderboard.reader.origin()
+            self._origin = self.leaderboard.run_state.origin()
         if self.settings.max_disk_gb is not None:
             references = self.leaderboard.reader.references
             disk_budget.make_room(self.folder, self.settings.max_disk_gb, references, self._trainer.save)
-        return checkpoints.write(
-            self.files,
-            claim.file_stem,
-            self._trainer.save,
-            {
-                **record,
-                "chunk": claim.chunk_id,
-                "generation": claim.generation,
-                "worker": claim.worker_id,
-                "position": claim.position,
-                "profile": claim.profile.name,
-                "parent_file": claim.parent_file,
-                "ancestors": checkpoints.ancestors(self.files, claim.parent_file),
-                "created_at": self.clock(),
-                **self._origin,
-            },
-        )
+        about_claim: dict[str, Any] = {
+            "chunk": claim.chunk_id,
+            "generation": claim.generation,
+            "worker": claim.worker_id,
+            "position": claim.position,
+            "profile": claim.profile.name,
+            "parent_file": claim.parent_file,
+            "ancestors": lineage(self.files, claim.parent_file),
+            "created_at": self.clock(),
+        }
+
+        def record(written: Written) -> CheckpointRecord:
+            return CheckpointRecord(**result, **about_claim, **asdict(written), **(self._origin or {}))
+
+        stem = checkpoint_stem(claim.generation, claim.chunk_id)
+        return checkpoints.write(self.files, stem, self._trainer.save, record)
 
     def _remove(self, claim: Claim, garbage: tuple[str, ...]) -> None:
         checkpoints.remove(self.files, [*garbage, *([claim.suspended_file] if claim.suspended_file else [])])

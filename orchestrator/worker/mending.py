@@ -22,7 +22,7 @@ def reconcile(
 
     Returns a line for each thing that was done. The cluster is asked outside every transaction.
     """
-    snapshot = leaderboard.chains.snapshot()
+    snapshot = leaderboard.run_state.snapshot()
     if snapshot.state is not RunState.ACTIVE:
         grace_s = 0.0  # nobody waits for what is being submitted; should it come, it is cancelled
     evidence = cluster.evidence(snapshot.open_jobs)
@@ -45,7 +45,7 @@ def reconcile(
     if unwanted:  # hardly ever: no transaction more at each start of a job
         leaderboard.chains.close(unwanted, JobState.CANCELLED, f"the run is {snapshot.state}", now)
     cluster.cancel(strays + unwanted, now=True)  # asks first which of them are there at all
-    leaderboard.chains.settle(now)
+    leaderboard.run_state.settle(now)
     return done
 
 

@@ -384,7 +384,7 @@ def test_a_run_whose_every_score_is_no_number_says_so_where_it_is_looked_at(tmp_
         assert code == expected
         said = " ".join(out.split())
         assert "finished (2 epochs were trained, of 2 allowed) best - epochs 2" in said
-        assert "warning: all 2 chunks so far ended with a score (accuracy) that is no finite number" in said
+        assert "warning: all 2 chunks so far ended with a score (accuracy) that is not a finite number" in said
         assert "learning rate" in said
     (warning,) = json.loads(orch_here(tmp_path, "status", "--json")[1])["warnings"]
     assert warning.startswith("all 2 chunks so far")
@@ -465,12 +465,12 @@ def test_other_settings_under_the_same_name_are_refused_with_what_differs(folder
 def test_an_amendment_that_the_job_can_t_train_with_is_refused_and_changes_nothing(
     folder: Path, orch_here: Here, change: str, message: str
 ) -> None:
-    before = Run.open(folder / "runs/quick").leaderboard.reader.settings()
+    before = Run.open(folder / "runs/quick").leaderboard.run_state.settings()
     code, _, said = orch_here(folder, "amend", "quick", "--set", change)
     assert code != 0
     assert message in said
     assert "Traceback" not in said
-    assert Run.open(folder / "runs/quick").leaderboard.reader.settings() == before
+    assert Run.open(folder / "runs/quick").leaderboard.run_state.settings() == before
 
 
 def test_an_amendment_says_what_it_does_not_do(folder: Path, orch_here: Here) -> None:

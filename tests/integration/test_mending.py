@@ -15,6 +15,7 @@ from orchestrator.cluster.host import host_name
 from orchestrator.cluster.inline import InlineCluster
 from orchestrator.cluster.local import LocalCluster
 from orchestrator.errors import LeaderboardError
+from orchestrator.leaderboard.chains import JobStart
 from orchestrator.records import JobState, Profile, RunState, Started, Submitted
 from orchestrator.rules.succession import EXIT_GRACE_S, ORPHANED_GRACE_S
 from orchestrator.run.run import Run
@@ -46,8 +47,8 @@ def test_a_job_that_does_not_end_after_its_last_word_is_killed_since_its_success
     leaderboard = Storage(None).make(tmp_path, SETTINGS)
     chains, now = leaderboard.chains, time.time()
     (job,) = chains.add_workers([None], now - since_s)
-    place = (str(hangs.pid), host_name(), hangs.pid, hangs.create_time())
-    started = chains.start(job.token, 0, *place, now - since_s, 5)
+    start = JobStart(job.token, 0, str(hangs.pid), host_name(), hangs.pid, hangs.create_time())
+    started = chains.start(start, now - since_s, 5)
     assert isinstance(started, Started)
     assert started.successor is not None
     me = psutil.Process()  # stands for the successor, which waits
@@ -62,8 +63,8 @@ def test_a_job_that_does_not_end_after_its_last_word_is_killed_since_its_success
 def orphan_a_successor(run: Run, now: float) -> None:
     """A job is killed between writing its successor down and submitting it."""
     (job,) = run.leaderboard.chains.relink([0], now, 5)
-    dead = (999_999_999, now)  # no process has such a pid
-    started = run.leaderboard.chains.start(job.token, 0, "1", host_name(), *dead, now, 5)
+    start = JobStart(job.token, 0, "1", host_name(), 999_999_999, now)  # no process has such a pid
+    started = run.leaderboard.chains.start(start, now, 5)
     assert isinstance(started, Started)
     assert started.successor is not None
 
@@ -92,10 +93,10 @@ def test_waiting_for_a_run_ends_though_a_killed_job_left_a_successor_that_nobody
     orphan_a_successor(run, time.time())
     reconcile(run.leaderboard, run.cluster, run.settings, time.time())
     assert states(run) == [JobState.LOST, JobState.SUBMITTING]
-    run.leaderboard.chains.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
+    run.leaderboard.run_state.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
     monkeypatch.setattr(launch, "MEND_EVERY_S", 0.0)
     launch._wait(run, quiet=True)
-    assert not run.leaderboard.chains.snapshot().open_jobs
+    assert not run.leaderboard.run_state.snapshot().open_jobs
 
 
 def test_a_resume_gives_up_nothing_that_another_one_is_submitting(
@@ -103,14 +104,14 @@ def test_a_resume_gives_up_nothing_that_another_one_is_submitting(
 ) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
     run.pause(time.time())
-    revive = run.leaderboard.chains.revive
+    revive = run.leaderboard.run_state.revive
 
     def another_is_faster(workers: int) -> None:
-        run.leaderboard.chains.change_state(RunState.ACTIVE, list(RunState), None, time.time())
+        run.leaderboard.run_state.change_state(RunState.ACTIVE, list(RunState), None, time.time())
         assert run.leaderboard.chains.relink([0], time.time(), 5), "and has not called sbatch yet"
         revive(workers)
 
-    monkeypatch.setattr(run.leaderboard.chains, "revive", another_is_faster)
+    monkeypatch.setattr(run.leaderboard.run_state, "revive", another_is_faster)
     assert run.resume(time.time()) == []
     assert states(run)[-1] == JobState.SUBMITTING
 
@@ -118,7 +119,7 @@ def test_a_resume_gives_up_nothing_that_another_one_is_submitting(
 def test_what_was_being_submitted_when_a_run_was_paused_does_not_hold_up_its_resume(tmp_path: Path) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
     run.leaderboard.chains.relink([0], time.time(), 5)  # by somebody who died
-    run.leaderboard.chains.change_state(RunState.PAUSED, list(RunState), None, time.time())
+    run.leaderboard.run_state.change_state(RunState.PAUSED, list(RunState), None, time.time())
     run._cluster = InlineCluster(run.settings)
     run.resume(time.time())
     assert states(run)[-2:] != [JobState.SUBMITTING], "it was given up"
@@ -129,7 +130,7 @@ def test_waiting_outlasts_a_database_that_can_not_be_used_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
-    run.leaderboard.chains.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
+    run.leaderboard.run_state.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
     status, answers = run.status, iter([False, False, True])
 
     def sometimes() -> dict[str, object]:

@@ -251,7 +251,7 @@ def test_a_colleague_does_not_open_a_folder_whose_rights_are_not_those_of_its_gr
 def test_what_a_bystander_sees_of_jobs_proves_nothing_and_only_the_owner_queues(tmp_path):
     run = launched(tmp_path)
     seen = ForeignCluster(run.cluster, "alice")
-    jobs = run.leaderboard.chains.snapshot().open_jobs
+    jobs = run.leaderboard.run_state.snapshot().open_jobs
     assert len(jobs) == 1
     assert seen.evidence(jobs) == {jobs[0].job_id: Evidence.UNKNOWN}
     with pytest.raises(SubmissionError, match="only alice can queue"):
