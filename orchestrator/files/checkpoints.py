@@ -82,7 +82,7 @@ def write(
             raise
         raise CheckpointError(
             f"{folder / file}: can't be written: {cause.strerror or cause}. Free some space (`orch gc`) or correct "
-            "the folder's permissions; only this chunk is lost, and it is trained again"
+            "the folder's permissions; nothing is lost, the chunk is trained again"
         ) from error
     return written
 

@@ -25,6 +25,7 @@ from orchestrator.rules import collecting
 from orchestrator.settings.loading import load
 from orchestrator.settings.settings import Settings
 from orchestrator.worker import user_job
+from tests.support.checkpoints import record_of
 
 ROOT = Path(__file__).parents[2]
 STEM = "g{0:08d}-c{0:08d}"
@@ -66,7 +67,7 @@ def test_a_size_is_never_shown_smaller_than_it_is(size_bytes: int) -> None:
 
 def write(folder: Path, number: int, size_bytes: int) -> str:
     return checkpoints.write(
-        folder / "checkpoints", STEM.format(number), lambda target: target.write(b"x" * size_bytes), {}
+        folder / "checkpoints", STEM.format(number), lambda target: target.write(b"x" * size_bytes), record_of()
     ).file
 
 
@@ -116,7 +117,7 @@ def test_a_disk_that_takes_no_more_is_one_clear_error_and_nothing_is_left(
         raise OSError(code, words)
 
     with pytest.raises(CheckpointError, match=rf"can't be written: {words}.*`orch gc`.*nothing is lost"):
-        checkpoints.write(tmp_path, STEM.format(1), save, {})
+        checkpoints.write(tmp_path, STEM.format(1), save, record_of())
     assert list(tmp_path.iterdir()) == []
 
 
