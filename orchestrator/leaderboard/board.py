@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.links import count_failure
 from orchestrator.leaderboard.moves import (
     IS_HELD,
-    BoardRows,
     BoardView,
     consume,
     expire,
@@ -110,26 +109,38 @@ class Board:
         generation: int = context.generation + 1
         _RUN.write(tx, generation=generation, **_progress(context))
         if view.held.suspended:
-            return self._resume(tx, view.board, policy, claimant, generation)
-        return self._begin(tx, view, policy, claimant, generation)
+            work, source = self._resume(tx, claimant, generation)
+        else:
+            work, source = self._begin(tx, view, policy, claimant, generation)
+        return Claim(
+            **work,
+            generation=generation,
+            worker_id=claimant.worker_id,
+            profile=claiming.profile_at(work["position"], policy.cycle),
+            parent_file=source.file if source else None,
+            parent_sha256=source.sha256 if source else None,
+            parent_epochs=source.epochs if source else 0,
+            bar=admission.bar(view.board.entries, policy.num_models, policy.metric),
+            settings_version=policy.version,
+        )
 
-    def _begin(self, tx: Connection, view: BoardView, policy: Policy, claimant: _Claimant, generation: int) -> Claim:
-        """A new chunk: of a founder, or on an entry."""
-        entries = view.board.entries
-        parent = claiming.choose_claim(entries, view.held.founders, policy.num_models, policy.metric)
+    def _begin(
+        self, tx: Connection, view: BoardView, policy: Policy, claimant: _Claimant, generation: int
+    ) -> tuple[dict[str, Any], Any]:
+        """A new chunk, of a founder or on an entry: what its claim holds about it, and the row of its parent."""
+        parent = claiming.choose_claim(view.board.entries, view.held.founders, policy.num_models, policy.metric)
         source, position, repeat = None, 0, 0
         if parent is not None:
             consumed, leased = taken_positions(tx, parent.entry_id, parent.floor)
             position = claiming.next_profile(parent.floor, consumed, leased)
             repeat = claiming.repeat_number(parent, position, policy.cycle)
             source = view.board.rows[parent.entry_id]
-        profile = claiming.profile_at(position, policy.cycle)
         chunk_id = _LEASE.insert(
             tx,
             entry_id=parent.entry_id if parent else None,
             parent_id=parent.checkpoint_id if parent else None,
             position=position,
-            profile=profile.name,
+            profile=claiming.profile_at(position, policy.cycle).name,
             worker_id=claimant.worker_id,
             job_id=claimant.job_id,
             generation=generation,
@@ -137,20 +148,10 @@ class Board:
             claimed_at=claimant.now,
             lease_until=claimant.lease_until,
         )
-        return Claim(
-            chunk_id=chunk_id,
-            generation=generation,
-            worker_id=claimant.worker_id,
-            position=position,
-            profile=profile,
-            repeat=repeat,
-            bar=admission.bar(entries, policy.num_models, policy.metric),
-            settings_version=policy.version,
-            **_parent(source),
-        )
+        return {"chunk_id": chunk_id, "position": position, "repeat": repeat}, source
 
-    def _resume(self, tx: Connection, board: BoardRows, policy: Policy, claimant: _Claimant, generation: int) -> Claim:
-        """A chunk that was suspended."""
+    def _resume(self, tx: Connection, claimant: _Claimant, generation: int) -> tuple[dict[str, Any], Any]:
+        """A chunk that was suspended: what its claim holds about it, and the row of its parent."""
         suspended = _SUSPENDED.first(tx, by_worker=claimant.worker_id)
         tx.execute(
             update(chunk)
@@ -164,19 +165,8 @@ class Board:
             )
         )
         source = tx.execute(select(checkpoint).where(checkpoint.c.checkpoint_id == suspended.parent_id)).one_or_none()
-        return Claim(
-            chunk_id=suspended.chunk_id,
-            generation=generation,
-            worker_id=claimant.worker_id,
-            position=suspended.position,
-            profile=claiming.profile_at(suspended.position, policy.cycle),
-            repeat=0,
-            bar=admission.bar(board.entries, policy.num_models, policy.metric),
-            settings_version=policy.version,
-            suspended_file=suspended.suspended_file,
-            suspended_sha256=suspended.suspended_sha256,
-            **_parent(source),
-        )
+        names = ("chunk_id", "position", "suspended_file", "suspended_sha256")
+        return {name: getattr(suspended, name) for name in names} | {"repeat": 0}, source
 
     def bar(self) -> float | None:
         """The score that a candidate has to beat now; None while a slot is free."""
@@ -188,10 +178,9 @@ class Board:
 
     def record(self, claim: Claim, candidate: Candidate, now: float) -> Outcome:
         """The ratchet decides. Raises StaleClaimError, having written nothing, if the claim was lost."""
-        results = _epoch_rows(claim, candidate)
         with self._database.transaction() as tx:
             view = look(tx, claim.worker_id, None, claim.chunk_id)
-            outcome, context = self._record(tx, view, claim, candidate, results, now)
+            outcome, context = self._record(tx, view, claim, candidate, now)
             _RUN.write(tx, **_progress(context))
             return outcome
 
@@ -199,24 +188,17 @@ class Board:
         self, claim: Claim, candidate: Candidate, job_id: int, starts: int, now: float, lease_until: float
     ) -> tuple[Outcome, Claim | Over]:
         """`record`, then `claim` for the same job, in one transaction, which waits for the lock and the disk once."""
-        results = _epoch_rows(claim, candidate)
         claimant = _Claimant(claim.worker_id, job_id, starts, now, lease_until)
         with self._database.transaction() as tx:
             view = look(tx, claim.worker_id, job_id, claim.chunk_id)
-            outcome, context = self._record(tx, view, claim, candidate, results, now)
+            outcome, context = self._record(tx, view, claim, candidate, now)
             following = self._claim(tx, claimant, look_again(tx, context))
             if isinstance(following, Over):
                 _RUN.write(tx, **_progress(context))
             return outcome, following
 
     def _record(
-        self,
-        tx: Connection,
-        view: BoardView,
-        claim: Claim,
-        candidate: Candidate,
-        results: Sequence[dict[str, Any]],
-        now: float,
+        self, tx: Connection, view: BoardView, claim: Claim, candidate: Candidate, now: float
     ) -> tuple[Outcome, Any]:
         """The outcome, and the context after it. The caller writes the run's progress, which that holds."""
         context, board = view.context, view.board
@@ -231,12 +213,12 @@ class Board:
             ChunkState.PROMOTED if promoted else ChunkState.DISCARDED,
             now,
             train_seconds=candidate.train_seconds,
-            epochs=len(results),
+            epochs=len(candidate.results),
             score=finite(candidate.score),
             **_NOT_SUSPENDED,
         )
-        if results:
-            _EPOCHS.insert_all(tx, results)
+        if candidate.results:
+            _EPOCHS.insert_all(tx, _epoch_rows(claim, candidate))
         if context.failures:
             _NO_FAILURES.write(tx, by_worker=claim.worker_id)
         consume(tx, context.entry_id, claim.position, context.floor)
@@ -248,7 +230,7 @@ class Board:
         # A discarded chunk frees a file only if its parent has left the board.
         freed = promoted or (context.entry_id is not None and context.entry_id not in board.rows)
         after = context._replace(
-            epochs=context.epochs + len(results),
+            epochs=context.epochs + len(candidate.results),
             chunks_since_promotion=0 if promoted else context.chunks_since_promotion + 1,
         )
         return Outcome(promoted, reason, release(tx) if freed else ()), after
@@ -360,15 +342,7 @@ def _progress(context: Any) -> dict[str, int]:
     return {"epochs": context.epochs, "chunks_since_promotion": context.chunks_since_promotion}
 
 
-def _parent(row: Any) -> dict[str, Any]:
-    """What a claim says about its parent. row: with its checkpoint's columns; None for a founder."""
-    if row is None:
-        return {"parent_file": None, "parent_sha256": None, "parent_epochs": 0}
-    return {"parent_file": row.file, "parent_sha256": row.sha256, "parent_epochs": row.epochs}
-
-
 def _epoch_rows(claim: Claim, candidate: Candidate) -> list[dict[str, Any]]:
-    """Made before the lock is taken."""
     return [
         {
             "chunk_id": claim.chunk_id,

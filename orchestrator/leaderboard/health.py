@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, inspect, select, text
+from sqlalchemy import Connection, Row, Select, inspect, select, text
 from sqlalchemy.exc import DatabaseError
 
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.engine import Database, is_damage
-from orchestrator.leaderboard.links import OPEN
+from orchestrator.leaderboard.links import IS_OPEN
 from orchestrator.leaderboard.moves import job_of
 from orchestrator.leaderboard.upgrade import check_version, columns_in
 from orchestrator.records import ChainJob, ChunkState, ExpiredBy, JobState, RunState, StopKind
@@ -119,27 +119,28 @@ class RunRow:
 
 def run_row(database: Database) -> RunRow | None:
     """None if the run's row can't be read, or holds something that orch does not write."""
-    run = schema.run
-    try:
-        database.refuse_empty()
-        with database.transaction(own_lock=False) as tx:
-            row = tx.execute(select(run.c.settings, run.c.import_paths, run.c.created_at)).one_or_none()
-    except (LeaderboardError, ValueError, TypeError, LookupError):
+    rows = _salvaged(database, select(*schema.run.c["settings", "import_paths", "created_at"]))
+    if len(rows) != 1 or not isinstance(rows[0].settings, str) or not isinstance(rows[0].created_at, float):
         return None
-    if row is None or not isinstance(row.settings, str) or not isinstance(row.created_at, float):
-        return None
-    paths = row.import_paths
-    whole = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
-    return RunRow(row.settings, tuple(paths), row.created_at) if whole else None
+    paths = rows[0].import_paths
+    valid = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+    return RunRow(rows[0].settings, tuple(paths), rows[0].created_at) if valid else None
 
 
 def open_jobs(database: Database) -> list[ChainJob]:
     """The open jobs in a damaged database; none if they can't be read."""
-    job = schema.job
+    try:
+        return [job_of(row) for row in _salvaged(database, select(schema.job).where(IS_OPEN))]
+    except ValueError:
+        return []
+
+
+def _salvaged(database: Database, query: Select[Any]) -> Sequence[Row[Any]]:
+    """Rows of a damaged database; none if they can't be read."""
     try:
         database.refuse_empty()
         with database.transaction(own_lock=False) as tx:
-            return [job_of(row) for row in tx.execute(select(job).where(job.c.state.in_(OPEN))).all()]
+            return tx.execute(query).all()
     except (LeaderboardError, ValueError, TypeError, LookupError):
         return []
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from sqlalchemy import insert, select
+from sqlalchemy import select
 from sqlalchemy.exc import DatabaseError
 
-from orchestrator import __version__
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.board import Board
@@ -17,9 +16,8 @@ from orchestrator.leaderboard.chains import Chains
 from orchestrator.leaderboard.engine import CONNECT_FOR_S, Database
 from orchestrator.leaderboard.moves import log_event
 from orchestrator.leaderboard.reader import Reader
-from orchestrator.leaderboard.run_state import RunStateStore
+from orchestrator.leaderboard.run_state import RunStateStore, insert_run
 from orchestrator.leaderboard.upgrade import check_version, upgrade
-from orchestrator.records import RunState
 from orchestrator.settings.loading import freeze, thaw
 from orchestrator.settings.settings import Settings
 
@@ -50,22 +48,13 @@ class Leaderboard:
     ) -> None:
         """Create the tables and the run's row. Raises LeaderboardError if there is a run already."""
         with Database(url, run_folder, schema_name).creation() as tx:
-            tx.execute(
-                insert(schema.run).values(
-                    run_id=1,
-                    schema_version=schema.SCHEMA_VERSION,
-                    orch_version=__version__,
-                    name=settings.name,
-                    state=RunState.ACTIVE,
-                    created_at=now,
-                    deadline=deadline,
-                    generation=0,
-                    chunks_since_promotion=0,
-                    epochs=0,
-                    settings=freeze(settings),
-                    settings_version=1,
-                    import_paths=list(import_paths),
-                )
+            insert_run(
+                tx,
+                name=settings.name,
+                settings=freeze(settings),
+                import_paths=list(import_paths),
+                created_at=now,
+                deadline=deadline,
             )
             log_event(tx, now, "launched", name=settings.name, deadline=deadline)
 

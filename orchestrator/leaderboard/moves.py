@@ -46,21 +46,9 @@ ON_BOARD = entry.c.on_board == true()
 # What a transaction needs to know about the run, the worker, its job and its chunk, in one row.
 _CONTEXT = Statement(
     select(
-        run.c.state,
-        run.c.reason,
-        run.c.deadline,
-        run.c.generation,
-        run.c.epochs,
-        run.c.chunks_since_promotion,
-        run.c.settings_version,
-        worker.c.stopped,
-        worker.c.failures,
-        job.c.state.label("job_state"),
-        job.c.starts,
-        chunk.c.entry_id,
-        chunk.c.parent_id,
-        entry.c.floor,
-        checkpoint.c.founder_id,
+        *run.c["state", "reason", "deadline", "generation", "epochs", "chunks_since_promotion", "settings_version"],
+        *(worker.c.stopped, worker.c.failures, job.c.state.label("job_state"), job.c.starts),
+        *(chunk.c.entry_id, chunk.c.parent_id, entry.c.floor, checkpoint.c.founder_id),
     ).select_from(
         run.join(worker, worker.c.worker_id == bindparam("by_worker"))
         .outerjoin(job, job.c.job_id == bindparam("by_job", type_=Integer))
@@ -76,16 +64,8 @@ _HELD_COUNTS = Statement(
 )
 _BOARD = Statement(
     select(
-        entry.c.entry_id,
-        entry.c.checkpoint_id,
-        entry.c.start_position,
-        entry.c.floor,
-        entry.c.worked_on,
-        checkpoint.c.score,
-        checkpoint.c.file,
-        checkpoint.c.sha256,
-        checkpoint.c.epochs,
-        checkpoint.c.parent_id,
+        *entry.c["entry_id", "checkpoint_id", "start_position", "floor", "worked_on"],
+        *checkpoint.c["score", "file", "sha256", "epochs", "parent_id"],
     )
     .join(checkpoint, checkpoint.c.checkpoint_id == entry.c.checkpoint_id)
     .where(ON_BOARD)

@@ -9,16 +9,17 @@ from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, text, update
 
-from orchestrator import __version__
 from orchestrator.files.checkpoint_record import CheckpointRecord
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.moves import log_event
 from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, RebuildPlan
-from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job, run, worker
+from orchestrator.leaderboard.run_state import insert_run
+from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job, worker
 from orchestrator.records import ChunkState, ExpiredBy, JobState, RunState, StopKind
 
 REPAIRED = "repaired; `orch resume` goes on"
+COPIED = {"epochs", "score", "profile", "metrics", "file", "sha256", "size_bytes", "created_at"}  # from a record
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,18 @@ def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | N
     Raises LeaderboardError.
     """
     with database.creation() as tx:
-        _add_run(tx, origin, plan, now)
+        insert_run(
+            tx,
+            name=origin.name,
+            settings=origin.settings,
+            import_paths=list(origin.import_paths),
+            created_at=origin.launched_at,
+            deadline=origin.deadline,
+            state=RunState.PAUSED,
+            reason=REPAIRED,
+            generation=plan.generation + len(plan.gaps),
+            epochs=sum(len(c.record.trained) for c in plan.checkpoints if c.known),
+        )
         _add_workers(tx, origin, plan, now)
         ids = {c.record.file: number for number, c in enumerate(plan.checkpoints, start=1)}
         _add_chunks(tx, plan, now)
@@ -50,27 +62,6 @@ def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | N
         log_event(tx, now, "repaired", kept=kept, entries=entered, notes=list(plan.notes))
         if tx.dialect.name == "postgresql":
             _move_sequences(tx, database.schema_name)
-
-
-def _add_run(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) -> None:
-    tx.execute(
-        insert(run).values(
-            run_id=1,
-            schema_version=schema.SCHEMA_VERSION,
-            orch_version=__version__,
-            name=origin.name,
-            state=RunState.PAUSED,
-            reason=REPAIRED,
-            created_at=origin.launched_at,
-            deadline=origin.deadline,
-            generation=plan.generation + len(plan.gaps),
-            chunks_since_promotion=0,
-            epochs=sum(len(c.record.trained) for c in plan.checkpoints if c.known),
-            settings=origin.settings,
-            settings_version=1,
-            import_paths=list(origin.import_paths),
-        )
-    )
 
 
 def _add_workers(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) -> None:
@@ -129,21 +120,15 @@ def _add_checkpoints(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) 
     in_use = {record.parent_file for record in plan.suspended}
     for made in plan.checkpoints:
         record = made.record
+        same = record.model_dump(include=COPIED)
         tx.execute(
             insert(checkpoint).values(
+                **same,
                 checkpoint_id=ids[record.file],
                 chunk_id=record.chunk,
                 parent_id=ids[record.parent_file] if record.parent_file else None,
                 founder_id=ids[made.founder],
                 worker_id=record.worker,
-                epochs=record.epochs,
-                score=record.score,
-                profile=record.profile,
-                metrics=record.metrics,
-                file=record.file,
-                sha256=record.sha256,
-                size_bytes=record.size_bytes,
-                created_at=record.created_at,
                 released=not made.on_board and record.file not in in_use,
             )
         )

@@ -227,20 +227,17 @@ def _gaps(family: _Family, suspended: Sequence[CheckpointRecord], cycle: Sequenc
     for record in suspended:
         if record.parent_file:
             taken[record.parent_file].add(record.position)
-    open_positions = sum(
-        max(0, max(taken[file], default=0) - claiming.child_start(family.records[file].position) - len(taken[file]))
-        for file in taken
-    )
-    if open_positions > MOST_GAPS:
-        raise CheckpointError(
-            f"the records leave {open_positions} positions of the cycle open: some of them are damaged or forged"
-        )
-    return [
-        Gap(file, position, claiming.profile_at(position, cycle).name, family.records[file].worker)
-        for file in sorted(taken)
-        for position in range(claiming.child_start(family.records[file].position), max(taken[file], default=0))
-        if position not in taken[file]
-    ]
+    gaps = []
+    for file in sorted(taken):
+        worker = family.records[file].worker
+        for position in range(claiming.child_start(family.records[file].position), max(taken[file], default=0)):
+            if position not in taken[file]:
+                gaps.append(Gap(file, position, claiming.profile_at(position, cycle).name, worker))
+            if len(gaps) > MOST_GAPS:
+                raise CheckpointError(
+                    f"the records leave more than {MOST_GAPS} positions of the cycle open: some are damaged or forged"
+                )
+    return gaps
 
 
 def _notes(rebuilt: Sequence[Rebuilt], given_up: int, num_models: int) -> list[str]:

@@ -45,41 +45,8 @@ def promote(
     metric: Metric,
 ) -> None:
     """Put the candidate on the board, in place of `evicted` or in a free slot."""
-    origin = view.context
-    checkpoint_id = _add_checkpoint(tx, claim, candidate, origin.parent_id, origin.founder_id, now)
-    founder = origin.parent_id is None
-    entry_id = _ENTER.insert(
-        tx,
-        checkpoint_id=checkpoint_id,
-        start_position=0 if founder else claiming.child_start(claim.position),
-        floor=claiming.child_start(claim.position),  # a founder's chunk consumed position 0
-        worked_on=0,
-        promoted_at=now,
-        on_board=True,
-    )
-    if founder:
-        tx.execute(update(chunk).where(chunk.c.chunk_id == claim.chunk_id).values(entry_id=entry_id))
-    if evicted is not None:
-        done = _EVICT.write(tx, of_entry=evicted.entry_id, on_board=False, evicted_at=now, evicted_by=entry_id)
-        assert done == 1, "read and written in one transaction"
-    scores = [candidate.score, *(e.score for e in view.board.entries if e is not evicted)]
-    what: dict[str, Any] = {
-        "score": candidate.score,
-        "position": claim.position,
-        "profile": claim.profile.name,
-        "epochs": candidate.epochs,
-        "evicted": evicted.entry_id if evicted else None,
-        "entries": len(scores),
-        "worst": min(scores, key=metric.key),
-        "best": max(scores, key=metric.key),
-    }
-    log_event(tx, now, "promoted", worker_id=claim.worker_id, chunk_id=claim.chunk_id, entry_id=entry_id, **what)
-
-
-def _add_checkpoint(
-    tx: Connection, claim: Claim, candidate: Candidate, parent_id: int | None, founder_id: int | None, now: float
-) -> int:
-    """The row of a checkpoint; a founder is its own founder."""
+    parent_id, founder_id = view.context.parent_id, view.context.founder_id
+    founder = parent_id is None
     last = candidate.results[-1].metrics if candidate.results else {}
     checkpoint_id = _ADD_CHECKPOINT.insert(
         tx,
@@ -97,7 +64,31 @@ def _add_checkpoint(
         created_at=now,
         released=False,
     )
-    if founder_id is None:
+    entry_id = _ENTER.insert(
+        tx,
+        checkpoint_id=checkpoint_id,
+        start_position=0 if founder else claiming.child_start(claim.position),
+        floor=claiming.child_start(claim.position),  # a founder's chunk consumed position 0
+        worked_on=0,
+        promoted_at=now,
+        on_board=True,
+    )
+    if founder:  # it is its own founder, and its chunk works on the entry that it becomes
         own = update(checkpoint).where(checkpoint.c.checkpoint_id == checkpoint_id)
         tx.execute(own.values(founder_id=checkpoint_id))
-    return checkpoint_id
+        tx.execute(update(chunk).where(chunk.c.chunk_id == claim.chunk_id).values(entry_id=entry_id))
+    if evicted is not None:
+        done = _EVICT.write(tx, of_entry=evicted.entry_id, on_board=False, evicted_at=now, evicted_by=entry_id)
+        assert done == 1, "read and written in one transaction"
+    scores = [candidate.score, *(e.score for e in view.board.entries if e is not evicted)]
+    what: dict[str, Any] = {
+        "score": candidate.score,
+        "position": claim.position,
+        "profile": claim.profile.name,
+        "epochs": candidate.epochs,
+        "evicted": evicted.entry_id if evicted else None,
+        "entries": len(scores),
+        "worst": min(scores, key=metric.key),
+        "best": max(scores, key=metric.key),
+    }
+    log_event(tx, now, "promoted", worker_id=claim.worker_id, chunk_id=claim.chunk_id, entry_id=entry_id, **what)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import ColumnElement, Connection, insert, select, update
 
+from orchestrator import __version__
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.links import IS_OPEN, close_link, settle
 from orchestrator.leaderboard.moves import ON_BOARD, job_of, log_event, set_state, worker_of
-from orchestrator.leaderboard.schema import checkpoint, chunk, entry, job, run, worker
+from orchestrator.leaderboard.schema import SCHEMA_VERSION, checkpoint, chunk, entry, job, run, worker
 from orchestrator.records import (
     ChainJob,
     ChunkState,
@@ -29,15 +30,20 @@ from orchestrator.records import (
 class Snapshot:
     """The run as it is now, read in one transaction."""
 
-    name: str
     state: RunState
     reason: str | None
     created_at: float
     deadline: float
-    settings_version: int
     progress: Progress
     workers: tuple[Worker, ...]
     open_jobs: tuple[ChainJob, ...]
+
+
+def insert_run(tx: Connection, **values: Any) -> None:
+    """The row of a new run. values: its name, settings, times and import paths, and what differs from a fresh run."""
+    fresh = {"state": RunState.ACTIVE, "generation": 0, "chunks_since_promotion": 0, "epochs": 0, "settings_version": 1}
+    version = {"schema_version": SCHEMA_VERSION, "orch_version": __version__}
+    tx.execute(insert(run).values({"run_id": 1} | version | fresh | values))
 
 
 class RunStateStore:
@@ -74,12 +80,10 @@ class RunStateStore:
             workers = tx.execute(select(worker).order_by(worker.c.worker_id)).all()
             jobs = tx.execute(select(job).where(IS_OPEN).order_by(job.c.job_id)).all()
         return Snapshot(
-            name=row.name,
             state=RunState(row.state),
             reason=row.reason,
             created_at=row.created_at,
             deadline=row.deadline,
-            settings_version=row.settings_version,
             progress=Progress(row.chunks_since_promotion, best, row.epochs),
             workers=tuple(worker_of(w) for w in workers),
             open_jobs=tuple(job_of(j) for j in jobs),

@@ -39,7 +39,7 @@ import sqlalchemy
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Candidate, EpochResult
 from tests.support.boards import file_of
-from tests.support.storage import _do_not_wait_for_the_disk
+from tests.support.storage import do_not_wait_for_the_disk
 
 folder, url, schema, jobs, seconds = json.loads(sys.argv[1])
 folder = Path(folder)
@@ -47,7 +47,7 @@ folder = Path(folder)
 def work(worker_id, job_id, starts, barrier):
     leaderboard = Leaderboard.open(folder, url, schema)
     if url is None:
-        sqlalchemy.event.listen(leaderboard.database._engine, "connect", _do_not_wait_for_the_disk)
+        sqlalchemy.event.listen(leaderboard.database._engine, "connect", do_not_wait_for_the_disk)
     board, draw, did, errors, longest = leaderboard.board, random.Random(worker_id), collections.Counter(), [], 0.0
     barrier.wait(60)
     end = time.monotonic() + seconds

@@ -21,7 +21,7 @@ from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
 from orchestrator.worker.loop import JobLoop
 from orchestrator.worker.trainer import Ending, StopFlag
-from tests.support.storage import Storage, _do_not_wait_for_the_disk
+from tests.support.storage import Storage, do_not_wait_for_the_disk
 
 ROOT = Path(__file__).parents[2]
 CUT = "cut"  # instead of a score: the chunk is interrupted
@@ -82,7 +82,7 @@ def make_run(storage: Storage, folder: Path, **changes: Any) -> Run:
 def opened(folder: Path) -> Run:
     run = Run.open(folder)
     if run.leaderboard.database.file:  # what is tested with it holds without a power cut too
-        sqlalchemy.event.listen(run.leaderboard.database._engine, "connect", _do_not_wait_for_the_disk)
+        sqlalchemy.event.listen(run.leaderboard.database._engine, "connect", do_not_wait_for_the_disk)
     return run
 
 

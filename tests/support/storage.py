@@ -28,7 +28,7 @@ class Storage:
         Leaderboard.create(folder, self.url, schema, settings=settings, import_paths=[], now=0.0, deadline=1e12)
         board = Leaderboard.open(folder, self.url, schema)
         if self.url is None and not durable:
-            sqlalchemy.event.listen(board.database._engine, "connect", _do_not_wait_for_the_disk)
+            sqlalchemy.event.listen(board.database._engine, "connect", do_not_wait_for_the_disk)
         return board
 
     def remove(self, board: Leaderboard) -> None:
@@ -52,6 +52,6 @@ class Storage:
         return self.rows(board, *TABLES)
 
 
-def _do_not_wait_for_the_disk(connection: sqlite3.Connection, _record: object) -> None:
+def do_not_wait_for_the_disk(connection: sqlite3.Connection, _record: object) -> None:
     for pragma in ("synchronous=OFF", "journal_mode=MEMORY"):
         connection.execute(f"PRAGMA {pragma}")
