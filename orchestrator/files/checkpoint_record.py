@@ -84,7 +84,7 @@ class CheckpointRecord(BaseModel):
 
     @property
     def trained(self) -> tuple[EpochRecord, ...]:
-        """The epochs of its chunk, as far as they are known: at least the last one is."""
+        """The known epochs of its chunk; the last one is always known."""
         return self.results or (EpochRecord(number=self.epochs, seconds=0.0, metrics=self.metrics),)
 
     def to_json(self) -> str:
@@ -125,7 +125,7 @@ def read_record(folder: Path, file: str) -> CheckpointRecord:
 
 
 def lineage(folder: Path, file: str | None) -> tuple[CheckpointRecord, ...]:
-    """The records of a checkpoint's line, its founder first and itself last, as far as they are known.
+    """The known records of a checkpoint's line, its founder first and itself last.
 
     Each record holds those of its ancestors, whose own files are deleted when they have left the board.
     """

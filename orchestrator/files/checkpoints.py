@@ -112,7 +112,7 @@ def verify(folder: Path, file: str, sha256: str) -> Path:
 
 
 def remove(folder: Path, files: Collection[str]) -> None:
-    """Delete checkpoints and their records, as far as they exist. A path that leads out of the folder is ignored."""
+    """Delete checkpoints and their records, if they exist. A path that leads out of the folder is ignored."""
     for file in filter(is_file_name, files):
         for name in (file, record_name(file)):
             with contextlib.suppress(OSError):  # a file that can't be deleted now is collected later

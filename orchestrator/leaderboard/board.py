@@ -252,7 +252,7 @@ class Board:
             return release(tx)
 
     def give_back(self, claim: Claim, reason: str, now: float) -> None:
-        """The worker can't go on, which is no fault of the chunk: its position is free again."""
+        """The worker can't go on, for a reason outside the chunk: its position is free again."""
         with self._database.transaction() as tx:
             close(tx, claim, ChunkState.EXPIRED, now, error=reason, expired_by=ExpiredBy.GIVEN_BACK, **_NOT_SUSPENDED)
             whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id}

@@ -1,4 +1,4 @@
-"""The workers' chains of jobs: which links there are, and what is written about them."""
+"""The workers' chains of jobs: new links, and what happens to them."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ class Chains:
             this_job = update(job).where(job.c.job_id == mine.job_id)
             tx.execute(this_job.values(**place, **begins, ended_at=None, outcome=None))
             self._close_earlier(tx, mine, now)
-            me, why_not = why_no_successor(tx, worker_id, now, max_failures)
+            who, why_not = why_no_successor(tx, worker_id, now, max_failures)
             link = None
             # An earlier start of this job may have added its successor.
             if successor and why_not is None and not _count_later(tx, mine, IS_OPEN):
                 link = add_link(tx, worker_id, mine.job_id, f"{new_base()}-0", now)
-            return Started(job_of(tx.execute(select(job).where(job.c.job_id == mine.job_id)).one()), me, link, why_not)
+            return Started(job_of(tx.execute(select(job).where(job.c.job_id == mine.job_id)).one()), who, link, why_not)
 
     def _close_earlier(self, tx: Connection, mine: ChainJob, now: float) -> None:
         earlier = select(job.c.job_id).where(job.c.worker_id == mine.worker_id, job.c.link < mine.link, IS_OPEN)
@@ -186,17 +186,17 @@ class Chains:
             settle(tx, now)
 
     def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[ChainJob]:
-        """New links for chains that have none open, as far as the rules still want them."""
+        """New links for chains without an open one, if the rules still want them."""
         base = new_base()
         links: list[ChainJob] = []
         with self._database.transaction() as tx:
             for worker_id in worker_ids:
-                me, why_not = why_no_successor(tx, worker_id, now, max_failures)
+                who, why_not = why_no_successor(tx, worker_id, now, max_failures)
                 if tx.execute(select(func.count()).where(job.c.worker_id == worker_id, IS_OPEN)).scalar_one():
                     continue
                 if why_not is None:
                     links.append(add_link(tx, worker_id, None, f"{base}-{len(links)}", now))
-                elif me.failures >= max_failures and me.stopped is None:
+                elif who.failures >= max_failures and who.stopped is None:
                     last = select(job.c.outcome).where(job.c.worker_id == worker_id, job.c.outcome.is_not(None))
                     outcome = tx.execute(last.order_by(job.c.link.desc()).limit(1)).scalar_one_or_none()
                     stop_worker(tx, worker_id, f"{why_not}; the last: {outcome}" if outcome else why_not, now)

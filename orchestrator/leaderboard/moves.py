@@ -137,7 +137,7 @@ def look_again(tx: Connection, context: Any) -> BoardView:
 
 
 def _count_held(tx: Connection) -> Held:
-    """Reads a row for each entry that is worked on, however many workers there are."""
+    """Reads a row for each entry that is worked on; the number of workers does not matter."""
     by_entry: dict[int | None, int] = {}
     suspended = 0
     leases = []

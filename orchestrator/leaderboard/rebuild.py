@@ -18,7 +18,7 @@ from orchestrator.leaderboard.run_state import insert_run
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job, worker
 from orchestrator.records import ChunkState, ExpiredBy, JobState, RunState, StopKind
 
-REPAIRED = "repaired; `orch resume` goes on"
+REPAIRED = "repaired; `orch resume` continues it"
 COPIED = {"epochs", "score", "profile", "metrics", "file", "sha256", "size_bytes", "created_at"}  # from a record
 
 

@@ -230,7 +230,7 @@ def _rebuild(
         _rebuild_file(database, origin, plan, stamp, report, now)
     if database.file is not None and not (folder / SETTINGS_NAME).exists():
         _write_settings(folder, origin.settings)
-    report.done.append(f"the run is paused: `orch resume {folder.name}` goes on with it")
+    report.done.append(f"the run is paused: `orch resume {folder.name}` continues it")
 
 
 def _shown(record: CheckpointRecord) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def _set_aside(folder: Path, unusable: Iterable[str], stamp: str) -> Path | None
 def _origin(
     folder: Path, settings: Settings, salvaged: RunRow | None, records: Sequence[CheckpointRecord], now: float
 ) -> tuple[Origin, list[str]]:
-    """The run's row as far as it is known, and notes on what was guessed."""
+    """The new row of the run, and notes on what had to be guessed."""
     notes = []
     with_origin = [r for r in sorted(records, key=lambda r: r.generation) if r.launched_at is not None]
     if salvaged:

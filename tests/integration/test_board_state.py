@@ -1,7 +1,7 @@
 """The leaderboard under any order of claims, results, deaths and zombies, on a real SQLite file and a real
 PostgreSQL server: the same contract for both.
 
-A model beside it, of plain sets and dicts, says what must be so after each step (DESIGN 6, invariants 2, 3, 4 and 6).
+A model of plain sets and dicts (`tests/support/board_model.py`) says what must hold after each step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +28,7 @@ from hypothesis.stateful import (
 
 from orchestrator.errors import StaleClaimError
 from orchestrator.records import ChainJob, Claim, Metric, Over, Started
+from tests.support.board_model import EVENTS, LIVE, SUSPENDED, ModelChunk, ModelEntry, ModelWorker
 from tests.support.boards import (
     CYCLE,
     LEASE_S,
@@ -42,51 +42,7 @@ from tests.support.boards import (
 )
 from tests.support.storage import Storage
 
-LIVE, SUSPENDED = "live", "suspended"
-
-# --- the model
-
-
-@dataclass
-class ModelEntry:
-    """A model that was admitted, by the name of its file."""
-
-    file: str
-    score: float
-    start: int
-    founder: bool
-    consumed: set[int] = field(default_factory=set)
-    failures: Counter[int] = field(default_factory=Counter)
-    on_board: bool = True
-
-
-@dataclass
-class ModelChunk:
-    """A claim on a position of an entry (None: a founder), and what has become of it."""
-
-    entry: ModelEntry | None
-    position: int
-    state: str
-    claim: Claim  # the last one
-    job_id: int
-    lease_until: float
-    suspended_file: str | None = None
-
-    @property
-    def held(self) -> bool:
-        return self.state in (LIVE, SUSPENDED)
-
-
-@dataclass
-class ModelWorker:
-    """A chain: the job that works, the one that waits, and all that ever were."""
-
-    waiting: ChainJob | None
-    running: ChainJob | None = None
-    past: list[ChainJob] = field(default_factory=list)
-
-
-# Few, so that ties are common.
+# Few values, so that ties are common.
 scores = st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, math.nan, math.inf])
 mostly = st.sampled_from([True, True, True, False])
 
@@ -530,8 +486,7 @@ class BoardMachine(RuleBasedStateMachine):
 def test_the_invariants_hold_whatever_happens_in_whatever_order(storage):
     BoardMachine.storage = storage
     BoardMachine.seen.clear()
-    # Several short runs see more than a long one, which repeats what it has found. (A server is slower to ask, and
-    # what is different there shows in the first.)
+    # Several short runs cover more than a long one, which repeats itself. (One run is enough on the slower server.)
     runs = 4 if storage.url is None else 1
     for number in range(runs):
         run_state_machine_as_test(
@@ -544,13 +499,5 @@ def test_the_invariants_hold_whatever_happens_in_whatever_order(storage):
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
             ),
         )
-    happened = {
-        *("link begun", "job requeued", "job ended", "running lost", "waiting lost", "both lost"),
-        *("stale job refused", "claim taken", "suspended claim taken", "resumed by its worker"),
-        *("resumed by another worker", "founder claimed", "child claimed", "position taken again"),
-        *("position past the cycle", "child promoted", "promoted", "discarded", "entry evicted", "suspended"),
-        *("given back", "failed", "position given up", "entry condemned", "zombie refused", "second result refused"),
-        *("work on an entry that lost its place", "job back in the queue", "claimed again"),
-    }
-    missing = happened - {what for what, times in BoardMachine.seen.items() if times}
-    assert runs == 1 or not missing, "it happened in no example, so nothing was proved of it"
+    missing = EVENTS - {what for what, times in BoardMachine.seen.items() if times}
+    assert runs == 1 or not missing, "it happened in no example, so it was not tested"

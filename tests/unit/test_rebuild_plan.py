@@ -93,8 +93,8 @@ def test_a_checkpoint_with_descendants_was_admitted() -> None:
 
 def test_a_founder_starts_at_0_and_a_child_after_the_position_that_made_it() -> None:
     result = planned(record(1), record(4, 0.6, parent=1, position=5, ancestors=[raw(1, 0.5)]))
-    found = {c.record.generation: (c.start, c.floor, c.worked_on, c.founder) for c in result.checkpoints}
-    assert found == {1: (0, 1, 1, file(1)), 4: (6, 6, 0, file(1))}
+    entries = {c.record.generation: (c.start, c.floor, c.worked_on, c.founder) for c in result.checkpoints}
+    assert entries == {1: (0, 1, 1, file(1)), 4: (6, 6, 0, file(1))}
 
 
 def test_consumed_positions_are_passed_over_and_those_in_between_are_given_back() -> None:
@@ -141,7 +141,7 @@ def test_new_claims_have_generations_above_every_one_that_may_have_been_given() 
     ("chunk", "others", "goes_on"),
     [
         pytest.param(suspended(5), [], True, id="a founder's"),
-        pytest.param(suspended(5, parent=1, position=1), [], True, id="of a parent that is there"),
+        pytest.param(suspended(5, parent=1, position=1), [], True, id="of a parent that is complete"),
         pytest.param(suspended(5, parent=2, position=1), [], False, id="of a parent that is gone"),
         pytest.param(suspended(5, parent=1, position=1, profile="c"), [], False, id="of a profile that was amended"),
         pytest.param(

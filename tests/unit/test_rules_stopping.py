@@ -111,9 +111,9 @@ def test_the_user_is_warned_if_no_score_is_a_finite_number(promoted, discarded, 
     assert all(line.startswith(told) and "learning rate" in line and "precision" in line for line in lines)
 
 
-@pytest.mark.parametrize(("count", "said"), [(0, "0 entries"), (1, "1 entry"), (2, "2 entries")])
-def test_only_one_has_the_singular(count, said):
-    assert counted(count, "entry", "entries") == said
+@pytest.mark.parametrize(("count", "text"), [(0, "0 entries"), (1, "1 entry"), (2, "2 entries")])
+def test_only_one_has_the_singular(count, text):
+    assert counted(count, "entry", "entries") == text
     assert counted(count, "epoch") == f"{count} epoch" + "s" * (count != 1)
 
 
