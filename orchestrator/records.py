@@ -23,7 +23,6 @@ from orchestrator.messages import one_line, shown
 CLASS = re.compile(r"[A-Za-z_]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 OWN_KEYS = {"lr": "learning_rate", "momentum": "momentum", "weight_decay": "weight_decay"}
 
-Mode = Literal["max", "min"]
 LockKind = Literal["flock", "soft"]
 WantedLock = Literal["auto", "flock", "soft"]  # the setting "lock"
 
@@ -168,7 +167,7 @@ class Metric:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: Line = "accuracy"
-    mode: Mode = "max"
+    mode: Literal["max", "min"] = "max"
 
     def key(self, score: float | None) -> float:
         """The score as a number where higher is better; -inf for a score that is not finite."""
@@ -332,12 +331,11 @@ class Over:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A job has begun. `successor` is the link to submit now; without one, `why_no_successor` says why."""
+    """A job has begun."""
 
     job: ChainJob
     worker: Worker
-    successor: ChainJob | None
-    why_no_successor: str | None
+    successor: ChainJob | None  # the link to submit now, if any
 
 
 @dataclass(frozen=True, slots=True)

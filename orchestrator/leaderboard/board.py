@@ -29,18 +29,7 @@ from orchestrator.leaderboard.moves import (
 from orchestrator.leaderboard.results import close, promote
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, run, worker
 from orchestrator.leaderboard.statements import Statement
-from orchestrator.records import (
-    Candidate,
-    ChunkState,
-    Claim,
-    Evidence,
-    ExpiredBy,
-    JobState,
-    Over,
-    Policy,
-    Progress,
-    RunState,
-)
+from orchestrator.records import Candidate, ChunkState, Claim, ExpiredBy, JobState, Over, Policy, Progress, RunState
 from orchestrator.rules import admission, claiming, stopping
 from orchestrator.rules.admission import Discard, Promote
 from orchestrator.settings.loading import thaw
@@ -100,7 +89,7 @@ class Board:
         if context.stopped is not None:
             return Over(RunState(context.state), context.stopped)
         first_end = view.held.first_lease_end
-        if first_end is not None and claiming.expired(now, first_end, Evidence.UNKNOWN):
+        if first_end is not None and claiming.expired(now, first_end):
             _expire_late(tx, now)
             view = look_again(tx, context)
         over = self._end_if_over(tx, view, policy, now)
@@ -283,9 +272,7 @@ class Board:
             entry_id = tx.execute(where).scalar_one()
             earlier = tx.execute(
                 select(func.count()).where(
-                    chunk.c.entry_id == entry_id,
-                    chunk.c.position == claim.position,
-                    chunk.c.state == ChunkState.FAILED,
+                    chunk.c.entry_id == entry_id, chunk.c.position == claim.position, chunk.c.state == ChunkState.FAILED
                 )
             ).scalar_one()
             given_up = entry_id is not None and earlier + 1 >= self._policy_now(tx).max_chunk_attempts
@@ -333,7 +320,7 @@ class Board:
 def _expire_late(tx: Connection, now: float) -> None:
     """Take back the claims whose lease is over."""
     live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(IS_HELD)).all()
-    late = [row.chunk_id for row in live if claiming.expired(now, row.lease_until, Evidence.UNKNOWN)]
+    late = [row.chunk_id for row in live if claiming.expired(now, row.lease_until)]
     expire(tx, chunk.c.chunk_id.in_(late), ExpiredBy.LEASE_ENDED, now)
 
 

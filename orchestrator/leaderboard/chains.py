@@ -81,7 +81,7 @@ class Chains:
             # An earlier start of this job may have added its successor.
             if successor and why_not is None and not _count_later(tx, mine, IS_OPEN):
                 link = add_link(tx, worker_id, mine.job_id, f"{new_base()}-0", now)
-            return Started(job_of(tx.execute(select(job).where(job.c.job_id == mine.job_id)).one()), who, link, why_not)
+            return Started(job_of(tx.execute(select(job).where(job.c.job_id == mine.job_id)).one()), who, link)
 
     def _close_earlier(self, tx: Connection, mine: ChainJob, now: float) -> None:
         earlier = select(job.c.job_id).where(job.c.worker_id == mine.worker_id, job.c.link < mine.link, IS_OPEN)

@@ -66,11 +66,7 @@ class Leaderboard:
 
     @classmethod
     def open(
-        cls,
-        run_folder: Path,
-        url: str | None,
-        schema_name: str | None,
-        connect_for_s: float = CONNECT_FOR_S,
+        cls, run_folder: Path, url: str | None, schema_name: str | None, connect_for_s: float = CONNECT_FOR_S
     ) -> Leaderboard:
         """Upgrades a database of version 1. Raises LeaderboardError if there is none, or one of an unknown version."""
         database = Database(url, run_folder, schema_name, connect_for_s)

@@ -97,10 +97,7 @@ class Statement:
             return self._compiled[key]
         # column_keys: the columns that an insert or update writes. render_schema_translate: now, not at each execution.
         core = self._core.compile(
-            dialect=dialect,
-            column_keys=list(names),
-            schema_translate_map=tables,
-            render_schema_translate=bool(tables),
+            dialect=dialect, column_keys=list(names), schema_translate_map=tables, render_schema_translate=bool(tables)
         )
         assert isinstance(core, SQLCompiler)
         binds = core.binds.items()

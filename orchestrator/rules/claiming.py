@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from orchestrator.records import Entry, Evidence, Metric, Profile
+from orchestrator.records import Entry, Metric, Profile
 
 
 def choose_claim(entries: Sequence[Entry], founders_in_progress: int, num_models: int, metric: Metric) -> Entry | None:
@@ -57,7 +57,7 @@ def repeat_number(entry: Entry, position: int, cycle: Sequence[Profile]) -> int:
     return rounds * per_round + sum(profile_at(start + i, cycle) == profile for i in range(remaining))
 
 
-def expired(now: float, lease_until: float, evidence: Evidence) -> bool:
-    """May a claim be taken from its worker? If its job is proved gone, or after its lease, which ends with the hard
-    time limit of its job. A worker that is alive after all can't write: its generation is stale."""
-    return evidence is Evidence.GONE or now > lease_until
+def expired(now: float, lease_until: float) -> bool:
+    """May a claim be taken from its worker? After its lease, which ends with the hard time limit of its job. A worker
+    that is alive after all can't write: its generation is stale."""
+    return now > lease_until

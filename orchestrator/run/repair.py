@@ -163,16 +163,13 @@ def _refuse_if_alive(folder: Path, settings: Settings, database: Database, force
     alive, unknown = _known_jobs(folder, settings, database)
     pids = [pid for pid in live_jobs.processes(folder) if pid != os.getpid()]
     listed = live_jobs.slurm_jobs(settings.name, folder) if settings.executor == "slurm" else []
-    if pids:
+    ids = sorted({*alive, *(listed or [])})
+    if pids or ids:
+        which = f" on this machine (processes {', '.join(map(str, pids))})" if pids else f": {', '.join(ids)}"
+        kill = "kill" if pids else f"scancel {' '.join(ids)}"
         raise RunError(
-            f"jobs of {folder.name} are alive on this machine (processes {', '.join(map(str, pids))}). End them "
-            f"(`orch cancel {folder.name}` if the database still answers, else kill), then repair"
-        )
-    if alive or listed:
-        ids = sorted({*alive, *(listed or [])})
-        raise RunError(
-            f"jobs of {folder.name} are alive: {', '.join(ids)}. End them (`orch cancel {folder.name}` where the "
-            f"database still answers, else scancel {' '.join(ids)}), then repair"
+            f"jobs of {folder.name} are alive{which}. End them (`orch cancel {folder.name}` if the database still "
+            f"answers, else {kill}), then repair"
         )
     if (listed is None or unknown) and not force:
         who = "Slurm does not answer" if listed is None else f"the jobs {', '.join(unknown)} can't be seen from here"
@@ -221,9 +218,7 @@ def _rebuild(
     report.done.append(f"{entries} and {counted(len(plan.suspended), 'suspended chunk')} are written to a new database")
     if report.dry_run:
         return
-    damaged = _set_aside(folder, files.unusable, stamp)
-    if damaged:
-        report.kept.append(str(damaged))
+    report.kept += _set_aside(folder, files.unusable, stamp)
     if database.file is None:
         _rebuild_on_server(folder, settings, origin, plan, report, now)
     else:
@@ -253,7 +248,7 @@ def _read(folder: Path) -> _Checkpoints:
     return _Checkpoints(records, names, unusable)
 
 
-def _set_aside(folder: Path, unusable: Iterable[str], stamp: str) -> Path | None:
+def _set_aside(folder: Path, unusable: Iterable[str], stamp: str) -> list[str]:
     """Move checkpoints that can't be used away, since the next collection would delete them. Returns where they are."""
     aside = folder / f"{CHECKPOINTS}.damaged-{stamp}"
     for file in unusable:
@@ -262,7 +257,7 @@ def _set_aside(folder: Path, unusable: Iterable[str], stamp: str) -> Path | None
             if source.exists():
                 aside.mkdir(exist_ok=True)
                 source.rename(aside / name)
-    return aside if aside.is_dir() else None
+    return [str(aside)] if aside.is_dir() else []
 
 
 def _origin(

@@ -1,8 +1,5 @@
-"""The leaderboard under any order of claims, results, deaths and zombies, on a real SQLite file and a real
-PostgreSQL server: the same contract for both.
-
-A model of plain sets and dicts (`tests/support/board_model.py`) says what must hold after each step.
-"""
+"""The leaderboard under any order of claims, results, deaths and zombies, on both databases, compared after each step
+with a model of plain sets and dicts."""
 
 from __future__ import annotations
 
@@ -486,7 +483,6 @@ class BoardMachine(RuleBasedStateMachine):
 def test_the_invariants_hold_whatever_happens_in_whatever_order(storage):
     BoardMachine.storage = storage
     BoardMachine.seen.clear()
-    # Several short runs cover more than a long one, which repeats itself. (One run is enough on the slower server.)
     runs = 4 if storage.url is None else 1
     for number in range(runs):
         run_state_machine_as_test(

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from orchestrator.records import (
     Entry,
-    Evidence,
 )
 from orchestrator.rules import claiming
 from tests.support.rules import (
@@ -177,23 +176,12 @@ def test_the_repeat_number_counts_the_earlier_tries_of_the_same_profile(names, s
 
 
 @pytest.mark.parametrize(
-    ("now", "evidence", "expected"),
+    ("now", "expected"),
     [
-        pytest.param(99.0, Evidence.RUNNING, False, id="it runs"),
-        pytest.param(99.0, Evidence.QUEUED, False, id="it is in the queue again"),
-        pytest.param(99.0, Evidence.UNKNOWN, False, id="UNKNOWN is never gone"),
-        pytest.param(99.0, Evidence.GONE, True, id="its job is gone"),
-        pytest.param(100.0, Evidence.UNKNOWN, False, id="the last moment of the lease"),
-        pytest.param(100.1, Evidence.UNKNOWN, True, id="past the lease, which is the hard end of the job"),
-        pytest.param(100.1, Evidence.RUNNING, True, id="past the lease whatever the cluster says"),
+        pytest.param(99.0, False, id="within the lease"),
+        pytest.param(100.0, False, id="the last moment of the lease"),
+        pytest.param(100.1, True, id="past the lease, which is the hard end of the job"),
     ],
 )
-def test_a_lease_until_100_is_expired(now, evidence, expected):
-    assert claiming.expired(now, 100.0, evidence) is expected
-
-
-@PROPERTY
-@given(st.floats(0, 1e4), st.floats(0, 1e4))
-def test_a_claim_without_evidence_expires_only_with_time(now, lease_until):
-    by_evidence = {e: claiming.expired(now, lease_until, e) for e in Evidence}
-    assert by_evidence == dict.fromkeys(Evidence, now > lease_until) | {Evidence.GONE: True}
+def test_a_lease_until_100_is_expired(now, expected):
+    assert claiming.expired(now, 100.0) is expected
