@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from jobs.loggers.logger import LEARNING_RATE, TRAIN_LOSS, Logger, Points, Series
 from jobs.loggers.observer import Observer
-from orchestrator.files import checkpoints
+from orchestrator.files.checkpoint_record import lineage
 from orchestrator.records import EpochResult, Work
 
 EVERY_S = 10.0  # between two hand-overs of points; they are also handed over at the end of each epoch
@@ -198,32 +198,45 @@ class Recorder(Observer):
 
 
 def series_of(run: str, checkpoints_folder: Path, work: Work, first_step: int) -> Series:
-    """The series of a chunk that begins or continues."""
-    own = {"chunk": work.chunk_id, "parent_file": work.parent_file, "profile": work.profile.name}
-    own |= {"position": work.position, "worker": work.worker_id, "generation": work.generation}
-    line = checkpoints.ancestors(checkpoints_folder, work.parent_file)
-    resumed = work.suspended is not None
-    return Series(
-        series_name(work.chunk_id), work.chunk_id, _tags(run, line, own), first_step, new=not resumed, rewrites=resumed
+    """The series of a chunk that begins or continues. Tags that the records do not tell are left out."""
+    line = lineage(checkpoints_folder, work.parent_file)
+    founder = work.chunk_id if not work.parent_file else line[0].chunk if line else None
+    tags = _known(
+        run=run,
+        chunk=work.chunk_id,
+        founder=founder,
+        parent_chunk=line[-1].chunk if line else None,
+        parent_checkpoint=work.parent_file,
+        profile=work.profile.name,
+        position=work.position,
+        worker=work.worker_id,
+        generation=work.generation,
     )
+    resumed = work.suspended is not None
+    return Series(series_name(work.chunk_id), work.chunk_id, tags, first_step, new=not resumed, rewrites=resumed)
 
 
 def series_of_tested(run: str, checkpoints_folder: Path, file: str, step: int) -> Series | None:
     """The series of the chunk that made this checkpoint; None if its record is gone. step: the last of its lineage."""
-    line = checkpoints.ancestors(checkpoints_folder, file)
-    if not line or not isinstance(line[-1].get("chunk"), int):
+    line = lineage(checkpoints_folder, file)
+    if not line:
         return None
-    *ancestors, own = line
-    return Series(series_name(own["chunk"]), own["chunk"], _tags(run, ancestors, own), step, new=False)
+    own = line[-1]
+    tags = _known(
+        run=run,
+        chunk=own.chunk,
+        founder=line[0].chunk,
+        parent_chunk=line[-2].chunk if len(line) > 1 else None,
+        parent_checkpoint=own.parent_file,
+        profile=own.profile,
+        position=own.position,
+        worker=own.worker,
+        generation=own.generation,
+    )
+    return Series(series_name(own.chunk), own.chunk, tags, step, new=False)
 
 
-def _tags(run: str, ancestors: Sequence[Mapping[str, Any]], own: Mapping[str, Any]) -> dict[str, str | int]:
-    """ancestors: the known records, the founder's first. own: the chunk's. What the records do not tell is left out."""
-    parent_file = own.get("parent_file")
-    founder = ancestors[0] if ancestors else {} if parent_file else own
-    tags = {"run": run, "chunk": own["chunk"], "founder": founder.get("chunk")}
-    tags |= {"parent_chunk": ancestors[-1].get("chunk") if ancestors else None, "parent_checkpoint": parent_file}
-    tags |= {name: own.get(name) for name in ("profile", "position", "worker", "generation")}
+def _known(**tags: str | int | None) -> dict[str, str | int]:
     return {name: value for name, value in tags.items() if value is not None}
 
 

@@ -13,6 +13,7 @@ from orchestrator.files import checkpoints
 from orchestrator.files.run_folder import CHECKPOINTS, nearest_folder
 from orchestrator.messages import GB, counted, gb
 from orchestrator.rules import collecting
+from orchestrator.rules.checkpoint_names import SUFFIX
 
 References = Callable[[], tuple[Collection[str], Collection[int]]]
 
@@ -48,7 +49,7 @@ def _size(path: Path) -> int:
 
 def needed_bytes(files: Path, save: Callable[[IO[bytes]], None]) -> int:
     """The size of the next checkpoint: that of the largest one in the folder, or of what `save` would write."""
-    largest = max((_size(path) for path in files.glob("*" + checkpoints.SUFFIX)), default=0)
+    largest = max((_size(path) for path in files.glob("*" + SUFFIX)), default=0)
     if largest:
         return largest
     counter = _Counter()

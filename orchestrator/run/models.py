@@ -30,7 +30,7 @@ def test_models(run: Run, again: bool, now: float) -> None:
     from jobs.training.states import last_step
 
     reader, job = run.leaderboard.reader, run.settings.job
-    look_first_in(reader.run_row()["import_paths"])
+    look_first_in(run.leaderboard.run_state.row()["import_paths"])
     with as_job_error(job):
         session = open_session(run.settings, len(os.sched_getaffinity(0)))
         session.feed("test")
@@ -45,7 +45,7 @@ def test_models(run: Run, again: bool, now: float) -> None:
             with suppress(FileNotFoundError):  # it left the board during its test, which is not recorded either
                 tests[path.name] = (last_step(path), metrics)
             try:
-                reader.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
+                run.leaderboard.board.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
             except StaleClaimError:
                 log.warning("checkpoint %s left the board during its test", entry["checkpoint"])
     finally:

@@ -53,7 +53,7 @@ def dead_pid() -> int:
 
 
 def tokens(*chains: str) -> list[tuple[int, str, bool]]:
-    """A chain a string: a letter a job, a capital one is open."""
+    """A string for each chain, a letter for each job; capital letters are open jobs."""
     return [(n, token(letter), letter.isupper()) for n, chain in enumerate(chains) for letter in chain]
 
 
@@ -181,20 +181,20 @@ def violations_but_for_files_put_there(run: Run) -> list[str]:
     return violations(run, over=False)
 
 
-def test_curves_stay_of_every_chunk_that_the_board_or_a_chunk_under_way_comes_from(run: Run) -> None:
+def test_the_curves_of_every_chunk_in_the_lineage_of_the_board_or_of_a_chunk_in_training_stay(run: Run) -> None:
     work(run, [0.8, 0.05, CUT])
     reader = run.leaderboard.reader
     parents = {c["checkpoint_id"]: (c["chunk_id"], c["parent_id"]) for c in reader.rows("checkpoint")}
     tips = [e["checkpoint_id"] for e in reader.rows("entry") if e["on_board"]]
-    under_way = [c for c in reader.rows("chunk") if c["state"] == "suspended"]
-    lines = {c["chunk_id"] for c in under_way}
-    for tip in (*tips, *(c["parent_id"] for c in under_way)):
+    in_training = [c for c in reader.rows("chunk") if c["state"] == "suspended"]
+    lines = {c["chunk_id"] for c in in_training}
+    for tip in (*tips, *(c["parent_id"] for c in in_training)):
         while tip is not None:
             chunk, tip = parents[tip]
             lines.add(chunk)
     chunks = {c["chunk_id"] for c in reader.rows("chunk")}
     assert len(lines) < len(chunks)
-    assert len(lines) > len(tips) + len(under_way), "of some line an ancestor has left the board"
+    assert len(lines) > len(tips) + len(in_training), "an ancestor has left the board"
     for chunk in chunks:
         put(run.folder / "logs" / "tensorboard" / f"chunk-{chunk:08d}" / "events", gc.CURVES_KEPT_S + 60)
 
@@ -204,7 +204,7 @@ def test_curves_stay_of_every_chunk_that_the_board_or_a_chunk_under_way_comes_fr
     assert set(report.files["curves"]) == {f"chunk-{chunk:08d}" for chunk in chunks - lines}
 
 
-def test_without_a_record_of_the_board_no_curves_are_deleted(tmp_path: Path) -> None:
+def test_without_the_record_of_an_entry_no_curves_are_deleted(tmp_path: Path) -> None:
     run = make_run(Storage(None), tmp_path / "run")
     work(run, SCRIPT)
     curves = put(run.folder / "logs" / "tensorboard" / "chunk-00000099" / "events", gc.CURVES_KEPT_S + 60)
@@ -225,7 +225,7 @@ def test_without_its_database_nothing_is_deleted(tmp_path: Path) -> None:
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == files
 
 
-def test_folders_that_were_deleted_are_no_trouble(tmp_path: Path) -> None:
+def test_deleted_folders_cause_no_error(tmp_path: Path) -> None:
     run = make_run(Storage(None), tmp_path / "run")
     for part in ("checkpoints", "jobs", "logs"):
         (run.folder / part).rmdir()
@@ -252,7 +252,7 @@ def quick(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def test_it_is_safe_while_two_workers_train(tmp_path: Path, runs_dir: Path) -> None:
+def test_a_collection_is_safe_while_two_workers_train(tmp_path: Path, runs_dir: Path) -> None:
     command = [str(ORCH), "launch", str(quick(tmp_path)), "--runs-dir", str(runs_dir)]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     run = Run.open(runs_dir / "quick")

@@ -74,7 +74,7 @@ def orch(folder: Path, *arguments: str, environment: dict[str, str] | None = Non
 
 @pytest.mark.slow
 def test_a_run_outlives_kill_9_and_a_restart_of_the_server(tmp_path: Path, server: postgres.Postgres) -> None:
-    """And the password, which every process has in its environment, is in none of the run's files."""
+    """The password, which every process has in its environment, is in none of the run's files."""
     done = orch(tmp_path, "launch", str(settings_file(tmp_path, server, stop_after_epochs=100)))
     assert done.returncode == 0, done.stderr
     run = Run.open(tmp_path / "runs/quick")
@@ -87,8 +87,8 @@ def test_a_run_outlives_kill_9_and_a_restart_of_the_server(tmp_path: Path, serve
 
     until("a worker to kill", lambda: run.leaderboard.reader.counts()["chunks"]["live"] and kill_one())
     until("more epochs", lambda: run.leaderboard.reader.counts()["epochs"] >= 10)
-    run.leaderboard.database.rest()
-    server.stop("immediate")  # no farewell to anybody, as in a crash
+    run.leaderboard.database.release_connection()
+    server.stop("immediate")  # clients are not told, as in a crash
     time.sleep(2)
     server.start()
     done = orch(tmp_path, "launch", str(settings_file(tmp_path, server, stop_after_epochs=100)), "--wait")
@@ -198,7 +198,7 @@ def test_a_database_that_can_t_be_used_is_one_clear_error(
         ("secret", "does not know the database ''"),
     ],
 )
-def test_a_url_that_will_not_do_is_refused_and_its_password_not_repeated(
+def test_a_url_that_can_not_be_used_is_refused_without_repeating_its_password(
     tmp_path: Path, url: str, message: str
 ) -> None:
     done = orch(tmp_path, "launch", str(settings_file(tmp_path, None, database=url)))
@@ -216,7 +216,7 @@ def test_a_job_whose_turn_comes_while_the_server_is_away_waits_for_it(
 
     def its_turn(*_: Any) -> None:
         run.cancel(at_once=False, now=time.time())  # so that the job has nothing to do
-        run.leaderboard.database.rest()
+        run.leaderboard.database.release_connection()
         server.stop("immediate")
         back.start()
 
@@ -229,8 +229,10 @@ def test_a_job_whose_turn_comes_while_the_server_is_away_waits_for_it(
         back.join()
 
 
-def test_who_asks_again_waits_behind_those_who_wait_already(tmp_path: Path, server: postgres.Postgres) -> None:
-    """Else a few workers would do the work, and others wait for seconds."""
+def test_a_process_that_asks_again_waits_behind_those_that_wait_already(
+    tmp_path: Path, server: postgres.Postgres
+) -> None:
+    """Otherwise a few workers would do all the work while others wait for seconds."""
     run = make_run(Storage(server.url), tmp_path / "run")
     place = run.settings.database, tmp_path, run.settings.database_schema
     turns: list[int] = []
@@ -244,8 +246,8 @@ def test_who_asks_again_waits_behind_those_who_wait_already(tmp_path: Path, serv
                 if len(turns) == 1:
                     for waiting in range(1, 4):
                         others[waiting - 1].start()
-                        until("the next to wait", lambda waiting=waiting: waiters(server) == waiting)  # type: ignore[misc]
-        database.rest()
+                        until("the next waits", lambda waiting=waiting: waiters(server) == waiting)  # type: ignore[misc]
+        database.release_connection()
 
     others = [threading.Thread(target=take_turns, args=(number, 1)) for number in range(1, 4)]
     take_turns(0, 2)
@@ -263,7 +265,7 @@ def waiters(server: postgres.Postgres) -> int:
 def test_the_server_ends_a_transaction_whose_process_was_stopped(
     tmp_path: Path, server: postgres.Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else one worker that is stopped in the middle of its claim would hold up all others for ever."""
+    """Otherwise a worker that is stopped in the middle of its claim would hold up all others for ever."""
     monkeypatch.setattr(engine, "SERVER_LIMITS", engine.SERVER_LIMITS.replace("=60s", "=1s"))
     assert "idle_in_transaction_session_timeout=1s" in engine.SERVER_LIMITS
     assert orch(

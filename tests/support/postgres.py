@@ -1,7 +1,7 @@
 """A real PostgreSQL server for tests: a folder of its own, loopback only, a password, gone at the end.
 
 initdb and postgres refuse to run as root, so as root they run as another user. Where the server is not installed,
-tests that need one skip and say so (Debian: apt install postgresql).
+tests that need it are skipped with this reason (Debian: apt install postgresql).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Postgres:
         return {"PGPASSWORD": self.password}
 
     def start(self) -> None:
-        options = (  # no test here cuts the power, so none waits for the disk
+        options = (  # fsync=off: tests on the server do not cut the power
             f"-c listen_addresses=127.0.0.1 -p {self.port} -c unix_socket_directories= -c max_connections=200 "
             "-c fsync=off"
         )
@@ -79,7 +79,7 @@ class Postgres:
 
 @contextmanager
 def temporary() -> Iterator[Postgres]:
-    """A server that runs while this lives. Raises MissingServerError."""
+    """A server that runs until the context ends. Raises MissingServerError."""
     folder = Path(tempfile.mkdtemp(prefix="orch-postgres-", dir="/tmp"))  # where another user can get to
     server = Postgres(folder, _bin(), _free_port(), secrets.token_urlsafe(12))
     try:
@@ -93,7 +93,7 @@ def temporary() -> Iterator[Postgres]:
 
 
 def _bin() -> Path:
-    """Debian keeps the server's programs off the PATH, by version."""
+    """The folder of the server's programs, which Debian keeps off the PATH, by version."""
     places = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
     if found := shutil.which("initdb"):
         places.append(Path(found).resolve().parent)

@@ -1,4 +1,4 @@
-"""Where a test's leaderboards are: SQLite in their folder, or schemas on a PostgreSQL server."""
+"""The leaderboards of tests: on SQLite in their folder, or in schemas on a PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import sqlalchemy
 
 from orchestrator.leaderboard.leaderboard import Leaderboard
-from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
 
 TABLES = ("run", "worker", "job", "checkpoint", "entry", "chunk", "epoch", "event")
@@ -23,21 +22,20 @@ class Storage:
     url: str | None  # None: SQLite
 
     def make(self, folder: Path, settings: Settings, durable: bool = True) -> Leaderboard:
-        """A new run's leaderboard. durable False: what is tested holds without a power cut too, and waiting for
-        the disk at each commit would take minutes."""
+        """A new run's leaderboard. durable: whether commits wait for the disk, which takes minutes in some tests."""
         schema = f"test_{secrets.token_hex(6)}" if self.url else None
-        Leaderboard.create(folder, self.url, schema, settings.name, freeze(settings), [], now=0.0, deadline=1e12)
+        Leaderboard.create(folder, self.url, schema, settings=settings, import_paths=[], now=0.0, deadline=1e12)
         board = Leaderboard.open(folder, self.url, schema)
         if self.url is None and not durable:
-            sqlalchemy.event.listen(board.database._engine, "connect", _do_not_wait_for_the_disk)
+            sqlalchemy.event.listen(board.database._engine, "connect", do_not_wait_for_the_disk)
         return board
 
     def remove(self, board: Leaderboard) -> None:
         board.database.drop(schema_too=True)
-        board.database.rest()
+        board.database.release_connection()
 
     def rows(self, board: Leaderboard, *names: str) -> list[list[dict[str, Any]]]:
-        """The rows of these tables, by their keys (SQLite's from outside, which is faster and as true)."""
+        """The rows of these tables, in the order of their keys (SQLite's are read directly, which is faster)."""
         if self.url is None:
             assert board.database.file is not None
             with closing(sqlite3.connect(board.database.file)) as connection:
@@ -49,10 +47,10 @@ class Storage:
             return [[dict(r._mapping) for r in tx.execute(query)] for query in select]
 
     def contents(self, board: Leaderboard) -> list[list[dict[str, Any]]]:
-        """Everything that is in the database."""
+        """All rows of the database."""
         return self.rows(board, *TABLES)
 
 
-def _do_not_wait_for_the_disk(connection: sqlite3.Connection, _record: object) -> None:
+def do_not_wait_for_the_disk(connection: sqlite3.Connection, _record: object) -> None:
     for pragma in ("synchronous=OFF", "journal_mode=MEMORY"):
         connection.execute(f"PRAGMA {pragma}")

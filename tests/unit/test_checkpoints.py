@@ -20,6 +20,8 @@ import pytest
 
 from orchestrator.errors import CheckpointError, DamagedCheckpointError
 from orchestrator.files import atomic, checkpoints
+from orchestrator.files.checkpoint_record import CheckpointRecord, lineage, read_record
+from tests.support.checkpoints import write
 
 STEM = "g00000007-c00000003"
 FILE = f"{STEM}.pt"
@@ -108,7 +110,7 @@ def fill(target):
     target.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoints.write(Path(sys.argv[1]), "g00000007-c00000003", fill, {})
+checkpoints.write(Path(sys.argv[1]), "g00000007-c00000003", fill, lambda written: None)
 """
 
 
@@ -126,19 +128,14 @@ def test_a_writer_that_is_killed_leaves_a_temporary_file_which_is_collected_when
 
 
 def test_a_checkpoint_is_written_with_its_checksum_and_its_record(tmp_path):
-    written = checkpoints.write(tmp_path, STEM, save, {"score": 0.5, "epochs": 3, "parent_file": None})
+    written = write(tmp_path, STEM, save, score=0.5, epochs=3)
     sha256 = hashlib.sha256(CONTENT).hexdigest()
     assert written == checkpoints.Written(FILE, sha256, len(CONTENT))
     assert names(tmp_path) == [f"{STEM}.json", FILE]
     assert (tmp_path / FILE).read_bytes() == CONTENT
-    assert checkpoints.read_record(tmp_path, FILE) == {
-        "score": 0.5,
-        "epochs": 3,
-        "parent_file": None,
-        "file": FILE,
-        "sha256": sha256,
-        "size_bytes": len(CONTENT),
-    }
+    record = read_record(tmp_path, FILE)
+    assert (record.file, record.sha256, record.size_bytes) == (FILE, sha256, len(CONTENT))
+    assert (record.score, record.epochs, record.parent_file) == (0.5, 3, None)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +144,7 @@ def test_a_checkpoint_is_written_with_its_checksum_and_its_record(tmp_path):
     ids=["bytes", "bytearray", "memoryview of bytes", "memoryview of doubles", "nothing"],
 )
 def test_the_size_of_a_checkpoint_is_counted_in_bytes_whatever_is_written(tmp_path, data):
-    written = checkpoints.write(tmp_path, STEM, lambda target: target.write(data) and None, {})
+    written = write(tmp_path, STEM, lambda target: target.write(data))
     assert written.size_bytes == (tmp_path / FILE).stat().st_size
     assert checkpoints.verify(tmp_path, written.file, written.sha256)
 
@@ -155,21 +152,21 @@ def test_the_size_of_a_checkpoint_is_counted_in_bytes_whatever_is_written(tmp_pa
 def test_a_measure_that_is_not_finite_stands_as_null_in_the_record(tmp_path):
     # A model with a finite accuracy may have an infinite loss, and is admitted by the board all the same.
     metrics = {"accuracy": 0.004, "loss": math.nan, "train_loss": math.inf}
-    checkpoints.write(tmp_path, STEM, save, {"score": 0.004, "metrics": metrics})
-    record = checkpoints.read_record(tmp_path, FILE)
+    write(tmp_path, STEM, save, score=0.004, metrics=metrics)
+    record = json.loads((tmp_path / f"{STEM}.json").read_text())
     assert record["metrics"] == {"accuracy": 0.004, "loss": None, "train_loss": None}
 
 
 @pytest.mark.parametrize(
-    ("failing_save", "record", "error"),
+    ("failing_save", "score", "error"),
     [
-        pytest.param(lambda target: 1 / 0, {}, ZeroDivisionError, id="the model can't be saved"),
-        pytest.param(save, {"score": object()}, TypeError, id="the record can't be JSON"),
+        pytest.param(lambda target: 1 / 0, 0.5, ZeroDivisionError, id="the model can't be saved"),
+        pytest.param(save, object(), ValueError, id="the record is not valid"),
     ],
 )
-def test_a_mistake_of_the_caller_is_passed_on_and_leaves_nothing(tmp_path, failing_save, record, error):
+def test_a_mistake_of_the_caller_is_passed_on_and_leaves_nothing(tmp_path, failing_save, score, error):
     with pytest.raises(error):
-        checkpoints.write(tmp_path, STEM, failing_save, record)
+        write(tmp_path, STEM, failing_save, score=score)
     assert names(tmp_path) == []
 
 
@@ -202,12 +199,12 @@ def fail_on_call(monkeypatch: pytest.MonkeyPatch, function: str, number: int, co
 def test_a_full_disk_leaves_nothing_of_the_checkpoint_and_says_what_to_do(
     tmp_path, monkeypatch, function, number, code
 ):
-    checkpoints.write(tmp_path, "g00000001-c00000001", save, {})
+    write(tmp_path, "g00000001-c00000001", save)
     before = names(tmp_path)
     with monkeypatch.context() as patch:
         calls = fail_on_call(patch, function, number, code)
         with pytest.raises(CheckpointError) as caught:
-            checkpoints.write(tmp_path, STEM, save, {})
+            write(tmp_path, STEM, save)
     assert number in calls
     assert names(tmp_path) == before, "other checkpoints stay, and nothing of this one"
     message = str(caught.value)
@@ -232,18 +229,18 @@ def save_with_torch(target: IO[bytes]) -> None:
 
 
 @pytest.mark.parametrize("serialise", [save, save_with_torch], ids=["plain bytes", "torch.save"])
-def test_a_write_that_finds_no_room_is_an_error_of_the_checkpoint_and_leaves_nothing(tmp_path, serialise):
-    # torch.save puts an error of its own, which is no OSError, in place of the one that the file raised.
-    checkpoints.write(tmp_path, "g00000001-c00000001", serialise, {})  # it can be written but for the limit
+def test_a_write_that_runs_out_of_room_is_an_error_of_the_checkpoint_and_leaves_nothing(tmp_path, serialise):
+    # torch.save raises an error of its own, which is not an OSError, in place of the file's.
+    write(tmp_path, "g00000001-c00000001", serialise)  # it can be written but for the limit
     before = names(tmp_path)
     with files_no_longer_than(10_000), pytest.raises(CheckpointError, match="can't be written: File too large"):
-        checkpoints.write(tmp_path, STEM, serialise, {})
+        write(tmp_path, STEM, serialise)
     assert names(tmp_path) == before
 
 
 def test_a_checkpoint_for_a_folder_that_is_not_there_is_an_error_of_the_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="can't be written: No such file or directory"):
-        checkpoints.write(tmp_path / "gone", STEM, save, {})
+        write(tmp_path / "gone", STEM, save)
 
 
 # --- verify ------------------------------------------------------------------------------------------
@@ -256,7 +253,7 @@ def flip(content: bytes, position: int) -> bytes:
 
 
 def test_a_checkpoint_as_it_was_written_is_verified(tmp_path):
-    written = checkpoints.write(tmp_path, STEM, save, {})
+    written = write(tmp_path, STEM, save)
     assert checkpoints.verify(tmp_path, written.file, written.sha256) == tmp_path / FILE
 
 
@@ -273,8 +270,8 @@ def test_a_checkpoint_as_it_was_written_is_verified(tmp_path):
         pytest.param(lambda content: bytes(len(content)), id="zeros of the same length"),
     ],
 )
-def test_a_damaged_checkpoint_is_told_from_a_whole_one(tmp_path, damage: Callable[[bytes], bytes]):
-    written = checkpoints.write(tmp_path, STEM, save, {})
+def test_a_damaged_checkpoint_is_noticed(tmp_path, damage: Callable[[bytes], bytes]):
+    written = write(tmp_path, STEM, save)
     (tmp_path / FILE).write_bytes(damage(CONTENT))
     with pytest.raises(DamagedCheckpointError) as caught:
         checkpoints.verify(tmp_path, written.file, written.sha256)
@@ -299,11 +296,11 @@ def test_a_checkpoint_that_cannot_be_read_just_now_is_not_called_damaged(tmp_pat
     [None, b"", b'{"score": 0.5', b"\xff\xfe", b"[1, 2]", b"null"],
     ids=["missing", "empty", "cut", "not text", "a list", "null"],
 )
-def test_a_record_that_is_none_is_named(tmp_path, content):
+def test_a_file_that_is_not_a_record_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / f"{STEM}.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{STEM}.json: not a checkpoint's record: "):
-        checkpoints.read_record(tmp_path, FILE)
+        read_record(tmp_path, FILE)
 
 
 # --- remove and collect ------------------------------------------------------------------------------
@@ -311,7 +308,7 @@ def test_a_record_that_is_none_is_named(tmp_path, content):
 
 def test_a_checkpoint_is_removed_with_its_record_as_far_as_they_are_there(tmp_path):
     for stem in ("g00000001-c00000001", STEM):
-        checkpoints.write(tmp_path, stem, save, {})
+        write(tmp_path, stem, save)
     checkpoints.remove(tmp_path, ["g00000001-c00000001.pt", "g00000002-c00000002.pt"])
     assert names(tmp_path) == [f"{STEM}.json", FILE]
 
@@ -343,17 +340,17 @@ def test_of_the_files_in_the_folder(tmp_path, name, collected):
 
 
 def test_a_checkpoint_that_appears_while_the_references_are_read_is_safe(tmp_path):
-    checkpoints.write(tmp_path, DEAD, save, {})
+    write(tmp_path, DEAD, save)
 
     def references() -> tuple[set[str], set[int]]:
-        checkpoints.write(tmp_path, STEM, save, {})  # its claim began after the references were read
+        write(tmp_path, STEM, save)  # its claim began after the references were read
         return set(), set()
 
     assert checkpoints.collect(tmp_path, references) == [f"{DEAD}.json", f"{DEAD}.pt"]
     assert names(tmp_path) == [f"{STEM}.json", FILE]
 
 
-def test_a_folder_with_the_name_of_a_checkpoint_stops_nobody(tmp_path):
+def test_a_folder_with_the_name_of_a_checkpoint_does_not_stop_a_collection(tmp_path):
     (tmp_path / f"{DEAD}.pt").mkdir()
     (tmp_path / f"{STEM}.pt").write_bytes(b"")
     checkpoints.collect(tmp_path, lambda: (set(), set()))
@@ -361,6 +358,26 @@ def test_a_folder_with_the_name_of_a_checkpoint_stops_nobody(tmp_path):
 
 
 def test_records_are_plain_json_that_any_program_reads(tmp_path):
-    checkpoints.write(tmp_path, STEM, save, {"profile": "é", "metrics": {"loss": 0.1}})
+    write(tmp_path, STEM, save, profile="é", metrics={"loss": 0.1})
     record = json.loads((tmp_path / f"{STEM}.json").read_text(encoding="utf-8"))
     assert (record["profile"], record["metrics"]) == ("é", {"loss": 0.1})
+
+
+def test_a_record_holds_the_records_of_its_ancestors_without_what_they_need_not_repeat(tmp_path):
+    origin = {"launched_at": 1.0, "import_paths": ["/code"]}
+    for generation, parent in ((1, None), (2, 1), (3, 2)):
+        parent_file = f"g{parent:08d}-c{parent:08d}.pt" if parent else None
+        line = lineage(tmp_path, parent_file)
+        write(tmp_path, f"g{generation:08d}-c{generation:08d}", save, parent_file=parent_file, ancestors=line, **origin)
+    record = json.loads((tmp_path / "g00000003-c00000003.json").read_text())
+    assert [one["chunk"] for one in record["ancestors"]] == [1, 2]
+    assert [{"ancestors", "launched_at", "import_paths"} & one.keys() for one in record["ancestors"]] == [set(), set()]
+    assert [one.chunk for one in lineage(tmp_path, "g00000003-c00000003.pt")] == [1, 2, 3]
+    assert lineage(tmp_path, "g00000009-c00000009.pt") == ()
+
+
+def test_a_record_is_written_with_the_fields_that_were_given_and_no_others(tmp_path):
+    write(tmp_path, STEM, save)
+    record = json.loads((tmp_path / f"{STEM}.json").read_text())
+    assert "launched_at" not in record
+    assert CheckpointRecord.model_validate(record) == read_record(tmp_path, FILE)

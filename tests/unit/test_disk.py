@@ -26,6 +26,7 @@ from orchestrator.rules import collecting
 from orchestrator.settings.loading import load
 from orchestrator.settings.settings import Settings
 from orchestrator.worker import user_job
+from tests.support.checkpoints import record_of
 
 ROOT = Path(__file__).parents[2]
 STEM = "g{0:08d}-c{0:08d}"
@@ -67,7 +68,7 @@ def test_a_shown_size_is_never_less_than_the_real_size(size_bytes: int) -> None:
 
 def write(folder: Path, number: int, size_bytes: int) -> str:
     return checkpoints.write(
-        folder / "checkpoints", STEM.format(number), lambda target: target.write(b"x" * size_bytes), {}
+        folder / "checkpoints", STEM.format(number), lambda target: target.write(b"x" * size_bytes), record_of()
     ).file
 
 
@@ -115,7 +116,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_file(tmp_path: Path, code:
         raise OSError(code, words)
 
     with pytest.raises(CheckpointError, match=rf"can't be written: {words}.*`orch gc`.*nothing is lost"):
-        checkpoints.write(tmp_path, STEM.format(1), save, {})
+        checkpoints.write(tmp_path, STEM.format(1), save, record_of())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,8 +20,9 @@ from jobs.errors import JobError
 from jobs.loggers import Logger, Place, Points, Series, choice, recorder
 from jobs.loggers.logger import run_id
 from jobs.loggers.recorder import Recorder
-from orchestrator.files import checkpoints
+from orchestrator.files.checkpoint_record import lineage
 from orchestrator.records import EpochResult, Profile, Work
+from tests.support.checkpoints import write
 from tests.support.settings import settings
 
 PROFILE = Profile("fast", learning_rate=0.1, momentum=0.9, weight_decay=0.0)
@@ -154,9 +155,9 @@ def test_a_chunk_without_a_step_makes_no_series(tmp_path: Path) -> None:
 
 def test_the_lineage_is_read_from_the_records_beside_the_checkpoints(tmp_path: Path) -> None:
     for chunk, parent in ((3, None), (5, "g00000003-c00000003.pt")):
-        line = checkpoints.ancestors(tmp_path, parent)
+        line = lineage(tmp_path, parent)
         stem = f"g{chunk:08d}-c{chunk:08d}"
-        checkpoints.write(tmp_path, stem, lambda target: target.write(b"x"), {"chunk": chunk, "ancestors": line})
+        write(tmp_path, stem, lambda target: target.write(b"x"), parent_file=parent, ancestors=line)
     work = replace(FOUNDER, parent_file="g00000005-c00000005.pt", position=2)
     child, founder = (recorder.series_of("run", tmp_path, each, 1) for each in (work, FOUNDER))
     assert child.tags == {

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import CheckpointError
-from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, RebuildPlan, Record, parse, plan
+from orchestrator.files.checkpoint_record import CheckpointRecord, parse
+from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, RebuildPlan, plan
 from orchestrator.records import Metric, Profile
 
 CYCLE = [Profile(name, 0.1, 0.9, 0.0) for name in ("a", "b", "c")]
@@ -31,11 +32,13 @@ def record(generation: int, score: float | None = 0.5, parent: int | None = None
     return parse(raw(generation, score, parent, position, **more))
 
 
-def suspended(generation: int, parent: int | None = None, position: int = 0, **more: Any) -> Record:
+def suspended(generation: int, parent: int | None = None, position: int = 0, **more: Any) -> CheckpointRecord:
     return record(generation, None, parent, position, kind="suspended", **more)
 
 
-def planned(*records: Record, num_models: int = 2, metric: Metric = MAX, names: tuple[str, ...] = ()) -> RebuildPlan:
+def planned(
+    *records: CheckpointRecord, num_models: int = 2, metric: Metric = MAX, names: tuple[str, ...] = ()
+) -> RebuildPlan:
     return plan(records, names, num_models, metric, CYCLE)
 
 
@@ -49,7 +52,7 @@ def board(result: RebuildPlan) -> list[int]:
 @pytest.mark.parametrize(
     ("scores", "on_board"),
     [
-        pytest.param([], [], id="nobody"),
+        pytest.param([], [], id="none"),
         pytest.param([0.1], [1], id="one, while slots are free"),
         pytest.param([0.1, 0.2, 0.3], [2, 3], id="the best"),
         pytest.param([0.3, 0.2, 0.1], [1, 2], id="the best, in any order"),
@@ -67,7 +70,7 @@ def test_where_less_is_better_the_least_are_on_the_board() -> None:
 
 
 def test_the_order_in_which_files_were_written_counts_and_not_that_of_the_claims() -> None:
-    """A claim of before was slower than the next one; of two equal scores the first to be written holds the slot."""
+    """Of two equal scores the first that was written holds the slot."""
     slow, quick = record(1, 0.5, created_at=20.0), record(2, 0.5, created_at=10.0)
     assert board(planned(slow, quick, num_models=1)) == [2]
 
@@ -78,7 +81,7 @@ def test_of_two_with_the_same_position_the_later_claim_was_the_live_one() -> Non
     assert board(result) == [1, 5]
 
 
-def test_who_has_descendants_was_admitted() -> None:
+def test_a_checkpoint_with_descendants_was_admitted() -> None:
     founder, admitted = raw(1, 0.1), raw(2, 0.4, parent=1, position=1)
     child = record(6, 0.6, parent=2, position=2, ancestors=[founder, admitted])
     late = record(5, 0.9, parent=1, position=1)
@@ -90,8 +93,8 @@ def test_who_has_descendants_was_admitted() -> None:
 
 def test_a_founder_starts_at_0_and_a_child_after_the_position_that_made_it() -> None:
     result = planned(record(1), record(4, 0.6, parent=1, position=5, ancestors=[raw(1, 0.5)]))
-    found = {c.record.generation: (c.start, c.floor, c.worked_on, c.founder) for c in result.checkpoints}
-    assert found == {1: (0, 1, 1, file(1)), 4: (6, 6, 0, file(1))}
+    entries = {c.record.generation: (c.start, c.floor, c.worked_on, c.founder) for c in result.checkpoints}
+    assert entries == {1: (0, 1, 1, file(1)), 4: (6, 6, 0, file(1))}
 
 
 def test_consumed_positions_are_passed_over_and_those_in_between_are_given_back() -> None:
@@ -110,14 +113,14 @@ def test_ancestors_whose_files_are_gone_are_known_from_their_descendants() -> No
     ]  # fmt: skip
 
 
-def test_a_line_that_no_record_tells_has_an_unknown_founder() -> None:
+def test_the_founder_of_a_line_without_records_is_unknown() -> None:
     result = planned(record(3, 0.3, parent=2, position=2))
     assert [(c.record.generation, c.on_board, c.known) for c in result.checkpoints] == [
         (2, False, False),
         (3, True, True),
     ]
     assert any(
-        line == f"the founder is unknown of {file(3)}: no record tells their whole line" for line in result.notes
+        line == f"the founder of {file(3)} is unknown: no record holds their whole line" for line in result.notes
     )
 
 
@@ -138,7 +141,7 @@ def test_new_claims_have_generations_above_every_one_that_may_have_been_given() 
     ("chunk", "others", "goes_on"),
     [
         pytest.param(suspended(5), [], True, id="a founder's"),
-        pytest.param(suspended(5, parent=1, position=1), [], True, id="of a parent that is there"),
+        pytest.param(suspended(5, parent=1, position=1), [], True, id="of a parent that is complete"),
         pytest.param(suspended(5, parent=2, position=1), [], False, id="of a parent that is gone"),
         pytest.param(suspended(5, parent=1, position=1, profile="c"), [], False, id="of a profile that was amended"),
         pytest.param(
@@ -158,10 +161,10 @@ def test_new_claims_have_generations_above_every_one_that_may_have_been_given() 
         ),
     ],
 )
-def test_a_suspended_chunk(chunk: Record, others: list[Record], goes_on: bool) -> None:
+def test_a_suspended_chunk(chunk: CheckpointRecord, others: list[CheckpointRecord], goes_on: bool) -> None:
     result = planned(record(1), chunk, *others)
     assert (chunk in result.suspended) is goes_on
-    assert any("begun anew" in line for line in result.notes) is not goes_on
+    assert any("must begin again" in line for line in result.notes) is not goes_on
 
 
 # --- reading
@@ -172,13 +175,13 @@ def test_a_suspended_chunk(chunk: Record, others: list[Record], goes_on: bool) -
     [
         ({"kind": "else"}, "kind: Input should be 'candidate' or 'suspended'"),
         ({"chunk": None}, "chunk: Input should be a valid integer"),
-        ({"generation": 2}, "of another claim"),
+        ({"generation": 2}, "belongs to another claim"),
         ({"file": "best.pt"}, "its file is named 'best.pt'"),
         ({"score": None}, "it has no finite score"),
         ({"score": float("nan")}, "it has no finite score"),
         ({"ancestors": [{}]}, "ancestors.0.kind: Field required"),
     ],
 )
-def test_what_is_no_record_says_why(change: dict[str, Any], message: str) -> None:
+def test_a_record_that_is_not_valid_is_refused_with_the_reason(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=f"not a .*record: .*{message}"):
         parse(raw(1, 0.5) | change)

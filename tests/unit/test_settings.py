@@ -164,7 +164,6 @@ def test_the_reports_keys_become_the_policy_of_the_board(written):
         num_models=5,
         cycle=(alex, Profile("ron", 0.0001, 0.1, 0.0005), alex),
         stop=StopRules(stale_chunks=15, score=None, epochs=None),
-        max_failures=5,
         max_chunk_attempts=3,
     )
 
