@@ -74,7 +74,7 @@ def run_gaps_s(folder: Path, links: int) -> tuple[list[float], float]:
     while max((j["link"] for j in worked()), default=0) < links:
         time.sleep(0.5)
     run.cancel(at_once=False, now=time.time())
-    while run.leaderboard.chains.snapshot().open_jobs:
+    while run.leaderboard.run_state.snapshot().open_jobs:
         time.sleep(0.2)
     logs = [read_log(run.folder / "logs" / f"worker-{worker}.log") for worker in range(WORKERS)]
     gaps = [gap for log in logs for gap in gaps_in(log)]

@@ -18,9 +18,10 @@ from typing import Any, Protocol
 from sqlalchemy import insert, text, update
 
 from orchestrator.leaderboard import schema
+from orchestrator.leaderboard.chains import JobStart
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Candidate, Claim, EpochResult, Started
-from orchestrator.settings.loading import freeze
+from orchestrator.rules.checkpoint_names import checkpoint_stem
 from orchestrator.settings.settings import Settings
 
 BOARD = 5  # models on the board
@@ -70,11 +71,13 @@ class Orch:
         )
         now = time.time()
         self._schema_name = f"bench_{uuid.uuid4().hex[:12]}" if self.url else None
-        Leaderboard.create(folder, self.url, self._schema_name, "bench", freeze(settings), [], now, now + 1e6)
+        place = (folder, self.url, self._schema_name)
+        Leaderboard.create(*place, settings=settings, import_paths=[], now=now, deadline=now + 1e6)
         board = self._leaderboard(folder)
         self._jobs.clear()
         for job in board.chains.add_workers([None] * workers, now):
-            started = board.chains.start(job.token, job.worker_id, f"c{job.job_id}", "node", 1, 0.0, now, 3)
+            start = JobStart(job.token, job.worker_id, f"c{job.job_id}", "node", 1, 0.0)
+            started = board.chains.start(start, now, 3)
             assert isinstance(started, Started)
             self._jobs.append(started)
         add_history(board, self.history, now)
@@ -114,7 +117,7 @@ class Orch:
                     epochs=epochs,
                     results=(EpochResult(epochs, 60.0, metrics_of(score)),),
                     train_seconds=60.0,
-                    file=f"{claim.file_stem}.pt" if better else None,
+                    file=f"{checkpoint_stem(claim.generation, claim.chunk_id)}.pt" if better else None,
                     sha256="0" * 64 if better else None,
                     size_bytes=100_000_000 if better else 0,
                 ),

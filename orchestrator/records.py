@@ -19,10 +19,9 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.messages import one_line, shown
 
-# A name of torch's own, or a class to import.
+# The name of a class of torch's, or of one to import.
 CLASS = re.compile(r"[A-Za-z_]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 OWN_KEYS = {"lr": "learning_rate", "momentum": "momentum", "weight_decay": "weight_decay"}
-EVERY = ("step", "epoch")
 
 Mode = Literal["max", "min"]
 LockKind = Literal["flock", "soft"]
@@ -30,7 +29,7 @@ WantedLock = Literal["auto", "flock", "soft"]  # the setting "lock"
 
 
 class RunState(StrEnum):
-    """Of the whole run. Only an active run starts chunks and successors."""
+    """The state of a whole run. Only an active run starts chunks and successors."""
 
     ACTIVE = "active"
     PAUSED = "paused"
@@ -42,7 +41,7 @@ class RunState(StrEnum):
 
 
 class ChunkState(StrEnum):
-    """Of one claim and what came of it. LIVE and SUSPENDED hold their cycle position."""
+    """The state of one claim. LIVE and SUSPENDED hold their position of the cycle."""
 
     LIVE = "live"
     SUSPENDED = "suspended"
@@ -52,8 +51,28 @@ class ChunkState(StrEnum):
     FAILED = "failed"
 
 
+class ExpiredBy(StrEnum):
+    """Why a claim was taken from its worker, or given back, so that its position is free again."""
+
+    JOB_SILENT = "job_silent"  # the next link of its chain has begun, and its job never reported its end
+    JOB_GONE = "job_gone"  # the cluster proved it
+    JOB_ENDED = "job_ended"  # its job ended without a result for it
+    LEASE_ENDED = "lease_ended"
+    AMENDED = "amended"  # its position means another profile now
+    GIVEN_BACK = "given_back"  # by its worker, which could not go on; the chunk's error says why
+    PARENT_DAMAGED = "parent_damaged"
+    LOST_WITH_DATABASE = "lost_with_database"
+
+
+class StopKind(StrEnum):
+    """Why a chain ends although its run goes on."""
+
+    SURPLUS = "surplus"  # the run was amended to fewer workers
+    FAILURES = "failures"  # too many in a row
+
+
 class JobState(StrEnum):
-    """Of one link of a chain, as the database has it."""
+    """The state of one link of a chain, as the database has it."""
 
     SUBMITTING = "submitting"
     QUEUED = "queued"
@@ -64,7 +83,7 @@ class JobState(StrEnum):
 
 
 class Evidence(StrEnum):
-    """What a cluster says of a job. UNKNOWN (it does not answer, or can't know) is evidence of nothing."""
+    """What a cluster reports about a job. UNKNOWN (no answer, or not visible from here) proves nothing."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -73,7 +92,7 @@ class Evidence(StrEnum):
 
 
 def _not_a_bool(value: Any) -> Any:
-    """Python and pydantic take true for 1."""
+    """Python and pydantic treat true as 1."""
     if isinstance(value, bool):
         raise PydanticCustomError("bool_for_number", "input should be a number")
     return value
@@ -85,7 +104,7 @@ Line = Annotated[str, AfterValidator(one_line), Field(min_length=1, max_length=1
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One entry of the cycle: what a chunk trains with. What needs torch to be checked, the job checks at launch."""
+    """One entry of the cycle: what a chunk trains with. The job checks at launch what only torch can check."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -93,7 +112,7 @@ class Profile:
     learning_rate: Annotated[Number, Field(gt=0, allow_inf_nan=False)]
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 0.0
-    optimizer: str | None = None  # None: the job's own
+    optimizer: str | None = None  # None: the job's default
     optimizer_options: dict[str, Any] = field(default_factory=dict, hash=False)
     schedule: dict[str, Any] | None = field(default=None, hash=False)  # None: a constant learning rate
 
@@ -118,31 +137,33 @@ class Profile:
         if "name" not in schedule:
             raise ValueError('"name" is missing; it says which schedule, e.g. {"name": "StepLR", "step_size": 5}')
         checked_class(schedule["name"], '"StepLR", "OneCycleLR", "PiecewiseLinear"')
-        if schedule.get("every", EVERY[0]) not in EVERY:
+        if schedule.get("every", "step") not in ("step", "epoch"):
             raise ValueError(f'every: {shown(repr(schedule["every"]))}; allowed are "step" and "epoch"')
         _check_epochs(schedule.get("epochs"))
         return schedule
 
 
 def checked_class(name: Any, examples: str) -> str:
-    """Raises ValueError unless it could name a class of torch's, or one to import."""
+    """Raises ValueError unless it can be the name of a class of torch's, or of one to import."""
     if not isinstance(name, str) or len(name) > 300 or not CLASS.fullmatch(name):
-        raise ValueError(f'{shown(repr(name))} names no class; allowed are {examples}, ... and "package.module:Class"')
+        raise ValueError(
+            f'{shown(repr(name))} is not the name of a class; allowed are {examples}, ... and "package.module:Class"'
+        )
     return name
 
 
 def _check_epochs(epochs: Any) -> None:
-    """A positive number, or (PiecewiseLinear) a list of numbers from 0 on that rises."""
+    """Raises ValueError unless it is a positive number, or (PiecewiseLinear) a rising list of numbers from 0 on."""
     numbers = epochs if isinstance(epochs, list) else [] if epochs is None else [0, epochs]
     plain = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
     if not plain or any(a >= b for a, b in pairwise(numbers)):
-        allowed = "a number above 0, or a list of numbers that rises (PiecewiseLinear)"
+        allowed = "a number above 0, or a rising list of numbers (PiecewiseLinear)"
         raise ValueError(f"epochs: {shown(repr(epochs))}; allowed is {allowed}")
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """The number that the board is ordered by."""
+    """The measure that orders the board."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -150,13 +171,13 @@ class Metric:
     mode: Mode = "max"
 
     def key(self, score: float | None) -> float:
-        """The score as a number of which more is better; scores that never enter are the least of all."""
+        """The score as a number where higher is better; -inf for a score that is not finite."""
         if score is None or not math.isfinite(score):
             return -math.inf
         return score if self.mode == "max" else -score
 
     def better(self, score: float | None, than: float | None) -> bool:
-        """Strictly better: a tie is no improvement."""
+        """Strictly better: a tie is not an improvement."""
         return self.key(score) > self.key(than)
 
 
@@ -168,22 +189,10 @@ class Entry:
     checkpoint_id: int
     score: float
     start_position: int  # the first position of the cycle that this entry consumes
-    floor: int  # every position below it is consumed; saves reading the whole history
+    floor: int  # every position below it is consumed, so older chunks need not be read
     worked_on: int  # chunks that were finished on it, promoted or not
     founder: bool = False  # trained from initial weights: the chunk that made it consumed start_position
-    in_progress: int = 0  # chunks on it that are live or suspended now
-
-
-@dataclass(frozen=True, slots=True)
-class FoundAnew:
-    """Train fresh weights: a slot is free and nobody is filling it."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkOn:
-    """Train a child of this entry."""
-
-    entry: Entry
+    in_progress: int = 0  # its chunks that are live or suspended now
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,24 +204,19 @@ class Claim:
     worker_id: int
     position: int
     profile: Profile
-    repeat: int  # how many earlier positions of this entry had the same profile: 0 goes on with the parent's RNG
+    repeat: int  # how many earlier positions of this entry had the same profile; 0: go on with the parent's RNG state
     parent_file: str | None  # None: a founder, trained from initial weights
     parent_sha256: str | None
     parent_epochs: int
     bar: float | None  # the score to beat on a full board; None while a slot is free
     settings_version: int = 1
-    suspended_file: str | None = None  # where an interrupted chunk goes on
+    suspended_file: str | None = None  # from which an interrupted chunk goes on
     suspended_sha256: str | None = None
-
-    @property
-    def file_stem(self) -> str:
-        """Names every file of this claim, so that a file tells whose it is even before the database does."""
-        return f"g{self.generation:08d}-c{self.chunk_id:08d}"
 
 
 @dataclass(frozen=True, slots=True)
 class EpochResult:
-    """One epoch as it was measured."""
+    """The measurements of one epoch."""
 
     number: int  # epochs of the whole lineage, counted from 1
     seconds: float
@@ -227,41 +231,18 @@ class Candidate:
     epochs: int  # of the whole lineage
     results: tuple[EpochResult, ...]
     train_seconds: float
-    file: str | None = None  # None: not written, since it could not be admitted
+    file: str | None = None  # None: not written, since it would not be admitted
     sha256: str | None = None
     size_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Promote:
-    """The ratchet admits the candidate, in place of this entry or (None) in a free slot."""
-
-    evicted: Entry | None
-
-
-@dataclass(frozen=True, slots=True)
-class Discard:
-    """The ratchet does not admit the candidate."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a candidate, and the files that nothing refers to any more."""
-
-    promoted: bool
-    reason: str
-    collectable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StopRules:
     """When a run ends before its lifetime is over."""
 
-    stale_chunks: int | None  # so many chunks in a row without a promotion
+    stale_chunks: int | None  # this many chunks in a row without a promotion
     score: float | None  # the best entry has reached it
-    epochs: int | None  # so many epochs were trained
+    epochs: int | None  # this many epochs were trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +261,7 @@ class ChainJob:
     job_id: int
     worker_id: int
     link: int
-    token: str  # names its folder; unlike the cluster's id it is never used twice
+    token: str  # unlike the cluster's id it is never used twice
     state: JobState
     cluster_id: str | None = None
     after_job_id: int | None = None
@@ -299,7 +280,7 @@ class ChainJob:
 
     @property
     def base(self) -> str:
-        """The submission that it came with; names its folder on Slurm, and the beginning of it on this machine."""
+        """The submission that it came with: the name of its folder on Slurm, the beginning of that on this machine."""
         return base_of(self.token)
 
 
@@ -314,7 +295,7 @@ class Submitted:
 
     job_id: int
     cluster_id: str
-    pid: int | None = None  # of the local executor's process, with its start time and the host it is on
+    pid: int | None = None  # of the local executor's process, with its start time and host
     pid_created_at: float | None = None
     host: str | None = None
 
@@ -324,27 +305,26 @@ class Worker:
     """One chain."""
 
     worker_id: int
-    device: str | None  # the value of CUDA_VISIBLE_DEVICES on the local executor; None: leave it alone
-    failures: int  # jobs and chunks in a row that failed, with no finished chunk between them
-    stopped: str | None  # why this chain ends although the run goes on
+    device: str | None  # CUDA_VISIBLE_DEVICES on the local executor; None: leave it as it is
+    failures: int  # jobs and chunks that failed since its last finished chunk
+    stopped: str | None  # why this chain ends although the run goes on; None: it does not
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What of the settings the board needs, and which version of them it is."""
+    """The settings that the board needs, and their version."""
 
     version: int
     metric: Metric
     num_models: int
     cycle: tuple[Profile, ...]
     stop: StopRules
-    max_failures: int  # in a row, before a chain ends
-    max_chunk_attempts: int  # failures of one position, before it counts as consumed
+    max_chunk_attempts: int  # failures of one position before it counts as consumed
 
 
 @dataclass(frozen=True, slots=True)
 class Over:
-    """There is nothing to claim, and why."""
+    """Why nothing is left to claim: the state of the run, and the reason for it."""
 
     state: RunState
     reason: str
@@ -361,21 +341,6 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The run as it is now, read in one transaction."""
-
-    name: str
-    state: RunState
-    reason: str | None
-    created_at: float
-    deadline: float
-    settings_version: int
-    progress: Progress
-    workers: tuple[Worker, ...]
-    open_jobs: tuple[ChainJob, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Work:
     """A chunk as the job side sees it."""
 
@@ -385,7 +350,7 @@ class Work:
     repeat: int
     parent: Path | None
     suspended: Path | None
-    # Where it stands, for those who write about it; nothing of the training depends on it.
+    # For logs and loggers; the training does not depend on these.
     chunk_id: int = 0
     generation: int = 0
     worker_id: int = 0
@@ -406,6 +371,6 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """A chunk was stopped between two steps; saved now, it can go on from there."""
+    """A chunk was stopped between two steps. If it is saved now, it can go on from there."""
 
-    steps: int  # in the epoch that was cut
+    steps: int  # trained in the interrupted epoch

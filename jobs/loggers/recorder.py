@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from jobs.loggers.logger import LEARNING_RATE, TRAIN_LOSS, Logger, Points, Series
-from orchestrator.files import checkpoints
+from orchestrator.files.checkpoint_record import lineage
 from orchestrator.records import EpochResult, Work
 
 EVERY_S = 10.0  # points are handed over so often, and at the end of each epoch
@@ -215,16 +215,13 @@ class Recorder:
 
 def series_of(run: str, checkpoints_folder: Path, work: Work, first_step: int) -> Series:
     """The series of a chunk that begins or goes on. What the records beside the checkpoints do not tell is left out."""
-    line = checkpoints.ancestors(checkpoints_folder, work.parent_file)
-    if not line and not work.parent_file:
-        founder: Any = work.chunk_id
-    else:
-        founder = line[0].get("chunk") if line else None
+    line = lineage(checkpoints_folder, work.parent_file)
+    founder = work.chunk_id if not work.parent_file else line[0].chunk if line else None
     tags = _known(
         run=run,
         chunk=work.chunk_id,
         founder=founder,
-        parent_chunk=line[-1].get("chunk") if line else None,
+        parent_chunk=line[-1].chunk if line else None,
         parent_checkpoint=work.parent_file,
         profile=work.profile.name,
         position=work.position,
@@ -237,19 +234,22 @@ def series_of(run: str, checkpoints_folder: Path, work: Work, first_step: int) -
 
 def series_of_tested(run: str, checkpoints_folder: Path, file: str, step: int) -> Series | None:
     """The series of the chunk that made this checkpoint; None where its record is gone. step: its lineage's last."""
-    line = checkpoints.ancestors(checkpoints_folder, file)
-    if not line or not isinstance(line[-1].get("chunk"), int):
+    line = lineage(checkpoints_folder, file)
+    if not line:
         return None
     own = line[-1]
     tags = _known(
         run=run,
-        chunk=own["chunk"],
-        founder=line[0].get("chunk"),
-        parent_chunk=line[-2].get("chunk") if len(line) > 1 else None,
-        parent_checkpoint=own.get("parent_file"),
-        **{name: own.get(name) for name in ("profile", "position", "worker", "generation")},
+        chunk=own.chunk,
+        founder=line[0].chunk,
+        parent_chunk=line[-2].chunk if len(line) > 1 else None,
+        parent_checkpoint=own.parent_file,
+        profile=own.profile,
+        position=own.position,
+        worker=own.worker,
+        generation=own.generation,
     )
-    return Series(series_name(own["chunk"]), own["chunk"], tags, step, new=False)
+    return Series(series_name(own.chunk), own.chunk, tags, step, new=False)
 
 
 def _known(**tags: str | int | None) -> dict[str, str | int]:

@@ -73,7 +73,7 @@ def amend(
     _check_job(opened, set_)
     for line in opened.amend(set_, time.time()) or ["nothing changes"]:
         print(line)
-    snapshot = opened.leaderboard.chains.snapshot()
+    snapshot = opened.leaderboard.run_state.snapshot()
     if snapshot.state is not RunState.ACTIVE:
         print(f"{opened.name} is {snapshot.state}; `orch resume {opened.name}` continues it")
     elif stopping.lifetime_over(time.time(), snapshot.deadline):

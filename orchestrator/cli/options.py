@@ -42,6 +42,6 @@ def print_json(value: Any) -> None:
 
 def has_jobs(status: dict[str, Any]) -> bool:
     """Does any worker have a job? status: see `Run.status`."""
-    from orchestrator.run.run import WorkerState
+    from orchestrator.rules.succession import WorkerState
 
     return any(worker["state"] in (WorkerState.QUEUED, WorkerState.RUNNING) for worker in status["workers"])

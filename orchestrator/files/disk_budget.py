@@ -13,6 +13,7 @@ from orchestrator.errors import NoSpaceError, SettingsError
 from orchestrator.files import checkpoints
 from orchestrator.messages import counted
 from orchestrator.rules import collecting
+from orchestrator.rules.checkpoint_names import SUFFIX
 
 GB = 1e9
 
@@ -50,7 +51,7 @@ def _size(path: Path) -> int:
 
 def needed_bytes(files: Path, save: Callable[[IO[bytes]], None]) -> int:
     """Of the next checkpoint: as many as the largest that is there; before there is any, it is counted."""
-    largest = max((_size(path) for path in files.glob("*" + checkpoints.SUFFIX)), default=0)
+    largest = max((_size(path) for path in files.glob("*" + SUFFIX)), default=0)
     if largest:
         return largest
     counter = _Counter()

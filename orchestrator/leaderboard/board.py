@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,19 +10,17 @@ from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.engine import Database
+from orchestrator.leaderboard.links import count_failure
 from orchestrator.leaderboard.moves import (
     IS_HELD,
-    LEASE_ENDED,
     BoardRows,
     BoardView,
-    after_discard,
     consume,
     expire,
     finite,
     log_event,
     look,
     look_again,
-    progress_of,
     read_board,
     release,
     set_state,
@@ -36,21 +34,18 @@ from orchestrator.records import (
     Candidate,
     ChunkState,
     Claim,
-    Discard,
     Evidence,
-    FoundAnew,
+    ExpiredBy,
     JobState,
-    Outcome,
     Over,
     Policy,
     Progress,
-    Promote,
     RunState,
 )
 from orchestrator.rules import admission, claiming, stopping
+from orchestrator.rules.admission import Discard, Promote
 from orchestrator.settings.loading import thaw
 
-# Built once, so that each execution finds its SQL by one look into a cache.
 _SETTINGS_VERSION = Statement(select(run.c.settings_version))
 # A worker's own first, then the oldest.
 _SUSPENDED = Statement(
@@ -61,11 +56,21 @@ _SUSPENDED = Statement(
 )
 _RUN, _LEASE, _EPOCHS = Statement(update(run)), Statement(insert(chunk)), Statement(insert(epoch))
 _NO_FAILURES = Statement(update(worker).where(worker.c.worker_id == bindparam("by_worker")).values(failures=0))
+_NOT_SUSPENDED: Mapping[str, None] = {"suspended_file": None, "suspended_sha256": None}
 
 
 @dataclass(frozen=True, slots=True)
-class _Asker:
-    """The job that asks for a chunk, at its start number `starts`."""
+class Outcome:
+    """The ratchet's decision on a candidate, and the files that nothing refers to any more."""
+
+    promoted: bool
+    reason: str
+    collectable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Claimant:
+    """The job that asks for a chunk, in its start number `starts`."""
 
     worker_id: int
     job_id: int
@@ -84,105 +89,99 @@ class Board:
     # --- claims
 
     def claim(self, worker_id: int, job_id: int, starts: int, now: float, lease_until: float) -> Claim | Over:
-        """Lease the next chunk to a job: one that was suspended, else what the rules choose."""
+        """Lease the next chunk to a job: a suspended one, else what the rules choose."""
+        claimant = _Claimant(worker_id, job_id, starts, now, lease_until)
         with self._database.transaction() as tx:
-            asker = _Asker(worker_id, job_id, starts, now, lease_until)
-            return self._claim(tx, asker, look(tx, worker_id, job_id, None))
+            return self._claim(tx, claimant, look(tx, worker_id, job_id, None))
 
-    def _claim(self, tx: Connection, asker: _Asker, situation: BoardView) -> Claim | Over:
-        standing, board, held = situation.standing, situation.board, situation.held
-        policy = self._policy_of(tx, standing.settings_version)
-        _check_current(standing, asker)
-        if standing.stopped is not None:
-            return Over(RunState(standing.state), standing.stopped)
-        if held.first_lease_end is not None and claiming.expired(asker.now, held.first_lease_end, Evidence.UNKNOWN):
-            situation = self._reap(tx, standing, asker.now)
-            board, held = situation.board, situation.held
-        over = self._end_if_over(tx, standing, board, policy, asker.now)
+    def _claim(self, tx: Connection, claimant: _Claimant, view: BoardView) -> Claim | Over:
+        context, now = view.context, claimant.now
+        policy = self._policy_of(tx, context.settings_version)
+        _refuse_stale(context, claimant)
+        if context.stopped is not None:
+            return Over(RunState(context.state), context.stopped)
+        first_end = view.held.first_lease_end
+        if first_end is not None and claiming.expired(now, first_end, Evidence.UNKNOWN):
+            _expire_late(tx, now)
+            view = look_again(tx, context)
+        over = self._end_if_over(tx, view, policy, now)
         if over is not None:
             return over
-        generation: int = standing.generation + 1
-        if held.suspended:
-            _RUN.write(tx, generation=generation, **progress_of(standing))
-            chosen = _SUSPENDED.first(tx, by_worker=asker.worker_id)
-            return self._resume(tx, chosen, board, policy, asker, generation)
-        return self._lease(tx, situation, policy, asker, generation)
+        generation: int = context.generation + 1
+        _RUN.write(tx, generation=generation, **_progress(context))
+        if view.held.suspended:
+            return self._resume(tx, view.board, policy, claimant, generation)
+        return self._begin(tx, view, policy, claimant, generation)
 
-    def _lease(self, tx: Connection, situation: BoardView, policy: Policy, asker: _Asker, generation: int) -> Claim:
-        board, held = situation.board, situation.held
-        choice = claiming.choose_claim(board.entries, held.founders, policy.num_models, policy.metric)
-        if isinstance(choice, FoundAnew):
-            parent, position, repeat = None, 0, 0
-        else:
-            parent = choice.entry
+    def _begin(self, tx: Connection, view: BoardView, policy: Policy, claimant: _Claimant, generation: int) -> Claim:
+        """A new chunk: of a founder, or on an entry."""
+        entries = view.board.entries
+        parent = claiming.choose_claim(entries, view.held.founders, policy.num_models, policy.metric)
+        source, position, repeat = None, 0, 0
+        if parent is not None:
             consumed, leased = taken_positions(tx, parent.entry_id, parent.floor)
             position = claiming.next_profile(parent.floor, consumed, leased)
             repeat = claiming.repeat_number(parent, position, policy.cycle)
+            source = view.board.rows[parent.entry_id]
         profile = claiming.profile_at(position, policy.cycle)
-        source = board.rows[parent.entry_id] if parent else None
-        _RUN.write(tx, generation=generation, **progress_of(situation.standing))
         chunk_id = _LEASE.insert(
             tx,
             entry_id=parent.entry_id if parent else None,
             parent_id=parent.checkpoint_id if parent else None,
             position=position,
             profile=profile.name,
-            worker_id=asker.worker_id,
-            job_id=asker.job_id,
+            worker_id=claimant.worker_id,
+            job_id=claimant.job_id,
             generation=generation,
             state=ChunkState.LIVE,
-            claimed_at=asker.now,
-            lease_until=asker.lease_until,
+            claimed_at=claimant.now,
+            lease_until=claimant.lease_until,
         )
         return Claim(
             chunk_id=chunk_id,
             generation=generation,
-            worker_id=asker.worker_id,
+            worker_id=claimant.worker_id,
             position=position,
             profile=profile,
             repeat=repeat,
-            parent_file=source.file if source else None,
-            parent_sha256=source.sha256 if source else None,
-            parent_epochs=source.epochs if source else 0,
-            bar=admission.bar(board.entries, policy.num_models, policy.metric),
+            bar=admission.bar(entries, policy.num_models, policy.metric),
             settings_version=policy.version,
+            **_parent(source),
         )
 
-    def _resume(
-        self, tx: Connection, held: Any, board: BoardRows, policy: Policy, asker: _Asker, generation: int
-    ) -> Claim:
+    def _resume(self, tx: Connection, board: BoardRows, policy: Policy, claimant: _Claimant, generation: int) -> Claim:
+        """A chunk that was suspended."""
+        suspended = _SUSPENDED.first(tx, by_worker=claimant.worker_id)
         tx.execute(
             update(chunk)
-            .where(chunk.c.chunk_id == held.chunk_id)
+            .where(chunk.c.chunk_id == suspended.chunk_id)
             .values(
                 state=ChunkState.LIVE,
                 generation=generation,
-                worker_id=asker.worker_id,
-                job_id=asker.job_id,
-                lease_until=asker.lease_until,
+                worker_id=claimant.worker_id,
+                job_id=claimant.job_id,
+                lease_until=claimant.lease_until,
             )
         )
-        parent = tx.execute(select(checkpoint).where(checkpoint.c.checkpoint_id == held.parent_id)).one_or_none()
+        source = tx.execute(select(checkpoint).where(checkpoint.c.checkpoint_id == suspended.parent_id)).one_or_none()
         return Claim(
-            chunk_id=held.chunk_id,
+            chunk_id=suspended.chunk_id,
             generation=generation,
-            worker_id=asker.worker_id,
-            position=held.position,
-            profile=claiming.profile_at(held.position, policy.cycle),
+            worker_id=claimant.worker_id,
+            position=suspended.position,
+            profile=claiming.profile_at(suspended.position, policy.cycle),
             repeat=0,
-            parent_file=parent.file if parent else None,
-            parent_sha256=parent.sha256 if parent else None,
-            parent_epochs=parent.epochs if parent else 0,
             bar=admission.bar(board.entries, policy.num_models, policy.metric),
             settings_version=policy.version,
-            suspended_file=held.suspended_file,
-            suspended_sha256=held.suspended_sha256,
+            suspended_file=suspended.suspended_file,
+            suspended_sha256=suspended.suspended_sha256,
+            **_parent(source),
         )
 
     def bar(self) -> float | None:
-        """The score a candidate has to beat just now; None while a slot is free."""
+        """The score that a candidate has to beat now; None while a slot is free."""
         with self._database.transaction() as tx:
-            policy = self._policy_of(tx, _SETTINGS_VERSION.first(tx).settings_version)
+            policy = self._policy_now(tx)
             return admission.bar(read_board(tx).entries, policy.num_models, policy.metric)
 
     # --- what became of them
@@ -191,38 +190,37 @@ class Board:
         """The ratchet decides. Raises StaleClaimError, having written nothing, if the claim was lost."""
         results = _epoch_rows(claim, candidate)
         with self._database.transaction() as tx:
-            situation = look(tx, claim.worker_id, None, claim.chunk_id)
-            outcome, standing, _ = self._record(tx, situation, claim, candidate, results, now)
-            _RUN.write(tx, **progress_of(standing))
+            view = look(tx, claim.worker_id, None, claim.chunk_id)
+            outcome, context = self._record(tx, view, claim, candidate, results, now)
+            _RUN.write(tx, **_progress(context))
             return outcome
 
     def record_and_claim(
         self, claim: Claim, candidate: Candidate, job_id: int, starts: int, now: float, lease_until: float
     ) -> tuple[Outcome, Claim | Over]:
-        """`record`, and then `claim` for the same job, in one transaction: it waits for the lock and the disk once."""
+        """`record`, then `claim` for the same job, in one transaction, which waits for the lock and the disk once."""
         results = _epoch_rows(claim, candidate)
-        asker = _Asker(claim.worker_id, job_id, starts, now, lease_until)
+        claimant = _Claimant(claim.worker_id, job_id, starts, now, lease_until)
         with self._database.transaction() as tx:
-            situation = look(tx, claim.worker_id, job_id, claim.chunk_id)
-            outcome, standing, floor = self._record(tx, situation, claim, candidate, results, now)
-            after = look_again(tx, standing) if outcome.promoted else after_discard(situation, standing, floor)
-            following = self._claim(tx, asker, after)
+            view = look(tx, claim.worker_id, job_id, claim.chunk_id)
+            outcome, context = self._record(tx, view, claim, candidate, results, now)
+            following = self._claim(tx, claimant, look_again(tx, context))
             if isinstance(following, Over):
-                _RUN.write(tx, **progress_of(standing))
+                _RUN.write(tx, **_progress(context))
             return outcome, following
 
     def _record(
         self,
         tx: Connection,
-        situation: BoardView,
+        view: BoardView,
         claim: Claim,
         candidate: Candidate,
         results: Sequence[dict[str, Any]],
         now: float,
-    ) -> tuple[Outcome, Any, int]:
-        """What came of it; the standing after it, whose progress is still to be written; and the entry's floor."""
-        standing, board = situation.standing, situation.board
-        policy = self._policy_of(tx, standing.settings_version)
+    ) -> tuple[Outcome, Any]:
+        """The outcome, and the context after it. The caller writes the run's progress, which that holds."""
+        context, board = view.context, view.board
+        policy = self._policy_of(tx, context.settings_version)
         decision = admission.ratchet(candidate.score, board.entries, policy.num_models, policy.metric)
         if isinstance(decision, Promote) and candidate.file is None:
             decision = Discard("its checkpoint was not written")
@@ -235,61 +233,70 @@ class Board:
             train_seconds=candidate.train_seconds,
             epochs=len(results),
             score=finite(candidate.score),
-            suspended_file=None,
-            suspended_sha256=None,
+            **_NOT_SUSPENDED,
         )
         if results:
             _EPOCHS.insert_all(tx, results)
-        if standing.failures:
+        if context.failures:
             _NO_FAILURES.write(tx, by_worker=claim.worker_id)
-        floor = consume(tx, standing.entry_id, claim.position, standing.floor)
+        consume(tx, context.entry_id, claim.position, context.floor)
         if isinstance(decision, Promote):
-            promote(tx, claim, candidate, decision.evicted, board, standing, policy, now)
+            promote(tx, claim, candidate, view, now, evicted=decision.evicted, metric=policy.metric)
             reason = f"evicted entry {decision.evicted.entry_id}" if decision.evicted else "a slot was free"
         else:
             reason = decision.reason
-        # While its parent keeps its place, a discarded chunk was the last to refer to nothing.
-        freed = promoted or (standing.entry_id is not None and standing.entry_id not in board.rows)
-        after = standing._replace(
-            epochs=standing.epochs + len(results),
-            chunks_since_promotion=0 if promoted else standing.chunks_since_promotion + 1,
+        # A discarded chunk frees a file only if its parent has left the board.
+        freed = promoted or (context.entry_id is not None and context.entry_id not in board.rows)
+        after = context._replace(
+            epochs=context.epochs + len(results),
+            chunks_since_promotion=0 if promoted else context.chunks_since_promotion + 1,
         )
-        return Outcome(promoted, reason, release(tx) if freed else ()), after, floor
+        return Outcome(promoted, reason, release(tx) if freed else ()), after
 
     def suspend(self, claim: Claim, file: str, sha256: str, now: float) -> tuple[str, ...]:
-        """Interrupted between two steps; `file` holds everything to go on from. Returns collectable files."""
+        """Interrupted between two steps; `file` holds all that is needed to go on. Returns the files that nothing
+        refers to any more.
+
+        If the profile of its position was amended meanwhile, the chunk expires instead.
+        """
+        whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id}
         with self._database.transaction() as tx:
+            if claiming.profile_at(claim.position, self._policy_now(tx).cycle) != claim.profile:
+                close(tx, claim, ChunkState.EXPIRED, now, expired_by=ExpiredBy.AMENDED, **_NOT_SUSPENDED)
+                log_event(tx, now, "expired", **whose, by=str(ExpiredBy.AMENDED))
+                return (file, *release(tx))
             close(tx, claim, ChunkState.SUSPENDED, None, suspended_file=file, suspended_sha256=sha256)
-            log_event(tx, now, "suspended", claim.worker_id, claim.chunk_id, None, generation=claim.generation)
+            log_event(tx, now, "suspended", **whose, generation=claim.generation)
             return release(tx)
 
     def give_back(self, claim: Claim, reason: str, now: float) -> None:
-        """Nothing came of the claim and nobody is to blame: its position is free again."""
+        """The worker can't go on, which is no fault of the chunk: its position is free again."""
         with self._database.transaction() as tx:
-            close(tx, claim, ChunkState.EXPIRED, now, error=reason, suspended_file=None, suspended_sha256=None)
-            log_event(tx, now, "expired", claim.worker_id, claim.chunk_id, None, reason=reason)
+            close(tx, claim, ChunkState.EXPIRED, now, error=reason, expired_by=ExpiredBy.GIVEN_BACK, **_NOT_SUSPENDED)
+            whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id}
+            log_event(tx, now, "expired", **whose, by=str(ExpiredBy.GIVEN_BACK), reason=reason)
 
     def condemn(self, claim: Claim, reason: str, now: float) -> None:
         """The claim's parent is damaged: its entry leaves the board, and its slot is free."""
+        damaged = ExpiredBy.PARENT_DAMAGED
         with self._database.transaction() as tx:
-            close(tx, claim, ChunkState.EXPIRED, now, error=reason, suspended_file=None, suspended_sha256=None)
+            close(tx, claim, ChunkState.EXPIRED, now, error=reason, expired_by=damaged, **_NOT_SUSPENDED)
             entry_id = tx.execute(select(chunk.c.entry_id).where(chunk.c.chunk_id == claim.chunk_id)).scalar_one()
-            take_off(tx, entry_id, reason, now, claim.worker_id, claim.chunk_id)
+            take_off(tx, entry_id, reason, now, worker_id=claim.worker_id, chunk_id=claim.chunk_id)
 
     def condemn_entry(self, entry_id: int, reason: str, now: float) -> None:
-        """As `condemn`, by somebody who has looked and holds no claim."""
+        """As `condemn`, without a claim."""
         with self._database.transaction() as tx:
-            take_off(tx, entry_id, reason, now, None, None)
+            take_off(tx, entry_id, reason, now)
 
     def fail(self, claim: Claim, error: str, now: float) -> int:
         """Training raised an exception. Its position is free again until it has failed too often; then it is
-        consumed, so that one bad combination can't hold up an entry for ever.
+        consumed, so that it can't hold up its entry for ever.
 
         Returns how many failures in a row the worker has now.
         """
-        error = error.replace("\0", "\N{REPLACEMENT CHARACTER}")  # PostgreSQL keeps none
+        error = error.replace("\0", "\N{REPLACEMENT CHARACTER}")  # PostgreSQL refuses NUL in text
         with self._database.transaction() as tx:
-            policy = self._policy_of(tx, _SETTINGS_VERSION.first(tx).settings_version)
             where = select(chunk.c.entry_id).where(chunk.c.chunk_id == claim.chunk_id)
             entry_id = tx.execute(where).scalar_one()
             earlier = tx.execute(
@@ -299,46 +306,65 @@ class Board:
                     chunk.c.state == ChunkState.FAILED,
                 )
             ).scalar_one()
-            given_up = entry_id is not None and earlier + 1 >= policy.max_chunk_attempts
+            given_up = entry_id is not None and earlier + 1 >= self._policy_now(tx).max_chunk_attempts
             state = ChunkState.DISCARDED if given_up else ChunkState.FAILED
-            close(tx, claim, state, now, error=error, suspended_file=None, suspended_sha256=None)
+            close(tx, claim, state, now, error=error, **_NOT_SUSPENDED)
             if given_up:
                 floor = tx.execute(select(entry.c.floor).where(entry.c.entry_id == entry_id)).scalar_one()
                 consume(tx, entry_id, claim.position, floor)
                 tx.execute(update(run).values(chunks_since_promotion=run.c.chunks_since_promotion + 1))
-            log_event(tx, now, "failed", claim.worker_id, claim.chunk_id, entry_id, error=error[:2000])
-            tx.execute(
-                update(worker).where(worker.c.worker_id == claim.worker_id).values(failures=worker.c.failures + 1)
-            )
+            whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id, "entry_id": entry_id}
+            log_event(tx, now, "failed", **whose, error=error[:2000])
+            count_failure(tx, claim.worker_id)
             return int(tx.execute(select(worker.c.failures).where(worker.c.worker_id == claim.worker_id)).scalar_one())
 
+    def record_test(self, checkpoint_id: int, sha256: str, metrics: Mapping[str, float], now: float) -> None:
+        """This checkpoint was scored on the test set. Raises StaleClaimError if it was replaced meanwhile."""
+        tested = update(checkpoint).where(checkpoint.c.checkpoint_id == checkpoint_id, checkpoint.c.sha256 == sha256)
+        with self._database.transaction() as tx:
+            if tx.execute(tested.values(test_metrics=dict(metrics), tested_at=now)).rowcount != 1:
+                raise StaleClaimError(f"checkpoint {checkpoint_id} is no longer the one that was tested")
+            log_event(tx, now, "tested", checkpoint=checkpoint_id, metrics=dict(metrics))
+
     # --- inside a transaction
+
+    def _policy_now(self, tx: Connection) -> Policy:
+        return self._policy_of(tx, _SETTINGS_VERSION.first(tx).settings_version)
 
     def _policy_of(self, tx: Connection, version: int) -> Policy:
         if self._policy.version != version:  # the settings were amended
             self._policy = thaw(tx.execute(select(run.c.settings)).scalar_one()).policy(version)
         return self._policy
 
-    def _reap(self, tx: Connection, standing: Any, now: float) -> BoardView:
-        """Claims whose lease is over are taken back."""
-        live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(IS_HELD)).all()
-        late = [h.chunk_id for h in live if claiming.expired(now, h.lease_until, Evidence.UNKNOWN)]
-        expire(tx, late, LEASE_ENDED, now)
-        return look_again(tx, standing)
-
-    def _end_if_over(self, tx: Connection, row: Any, board: BoardRows, policy: Policy, now: float) -> Over | None:
-        state = RunState(row.state)
+    def _end_if_over(self, tx: Connection, view: BoardView, policy: Policy, now: float) -> Over | None:
+        context, state = view.context, RunState(view.context.state)
         if state is not RunState.ACTIVE:
-            return Over(state, row.reason or f"the run is {state}")
-        best = max((e.score for e in board.entries), key=policy.metric.key, default=None)
-        progress = Progress(row.chunks_since_promotion, best, row.epochs)
-        ending = stopping.converged(progress, policy.stop, policy.metric)
-        if ending is None and stopping.lifetime_over(now, row.deadline):
-            ending = (RunState.FINISHED, "the run's total lifetime is over")
-        if ending is None:
-            return None
-        set_state(tx, *ending, now)
-        return Over(*ending)
+            return Over(state, context.reason or f"the run is {state}")
+        best = max((e.score for e in view.board.entries), key=policy.metric.key, default=None)
+        progress = Progress(context.chunks_since_promotion, best, context.epochs)
+        over = stopping.run_over(now, context.deadline, stopping.converged(progress, policy.stop, policy.metric))
+        if over is not None:
+            set_state(tx, over.state, over.reason, now)
+        return over
+
+
+def _expire_late(tx: Connection, now: float) -> None:
+    """Take back the claims whose lease is over."""
+    live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(IS_HELD)).all()
+    late = [row.chunk_id for row in live if claiming.expired(now, row.lease_until, Evidence.UNKNOWN)]
+    expire(tx, chunk.c.chunk_id.in_(late), ExpiredBy.LEASE_ENDED, now)
+
+
+def _progress(context: Any) -> dict[str, int]:
+    """What a result changes in the run's row."""
+    return {"epochs": context.epochs, "chunks_since_promotion": context.chunks_since_promotion}
+
+
+def _parent(row: Any) -> dict[str, Any]:
+    """What a claim says about its parent. row: with its checkpoint's columns; None for a founder."""
+    if row is None:
+        return {"parent_file": None, "parent_sha256": None, "parent_epochs": 0}
+    return {"parent_file": row.file, "parent_sha256": row.sha256, "parent_epochs": row.epochs}
 
 
 def _epoch_rows(claim: Claim, candidate: Candidate) -> list[dict[str, Any]]:
@@ -354,9 +380,10 @@ def _epoch_rows(claim: Claim, candidate: Candidate) -> list[dict[str, Any]]:
     ]
 
 
-def _check_current(row: Any, asker: _Asker) -> None:
-    if row.job_state != JobState.RUNNING or row.starts != asker.starts:
+def _refuse_stale(context: Any, claimant: _Claimant) -> None:
+    """Raises StaleClaimError if the chain has another job now, or this job another start."""
+    if context.job_state != JobState.RUNNING or context.starts != claimant.starts:
         raise StaleClaimError(
-            f"job {asker.job_id} (start {asker.starts}) is no longer the one that works: "
-            + ("it is unknown" if row.job_state is None else f"it is {row.job_state}, start {row.starts}")
+            f"job {claimant.job_id} (start {claimant.starts}) is no longer the one that works: "
+            + ("it is unknown" if context.job_state is None else f"it is {context.job_state}, start {context.starts}")
         )

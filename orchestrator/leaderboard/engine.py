@@ -1,5 +1,5 @@
-"""Short transactions on SQLite (one file, one fair lock around it) or on a PostgreSQL server (a schema a run, one
-advisory lock)."""
+"""Short transactions on SQLite (a file with a fair lock around it) or on a PostgreSQL server (a schema for each run,
+with an advisory lock)."""
 
 from __future__ import annotations
 
@@ -28,35 +28,36 @@ from orchestrator.locking.choice import lock_of, read_record
 from orchestrator.locking.mounts import is_local, mount_here
 from orchestrator.locking.soft_lock import HeldError
 
-# Released by the server at the transaction's end, whatever ends it. Its waiters have a queue; those of a row's lock
-# have none: with 64 processes some waited for 3 s, and a third fewer chunks were done.
+# The server releases it at the end of the transaction, whatever ends that. Waiters for it form a queue. Waiters for a
+# lock on a row do not: with 64 processes some waited for 3 s, and a third fewer chunks were finished.
 _RUN_LOCK = Statement(select(func.pg_advisory_xact_lock(bindparam("key", type_=BigInteger))))
 _ANYTHING = Statement(select(literal_column("1").label("one")))
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 SHORT_READ = sqlite3.SQLITE_IOERR | (2 << 8)  # a file that ends too early
-# A server that restarts, or has no connection to spare, is asked again for so long: by a command, and by a job,
-# which has work to lose.
+# How long connecting to a server that restarts, or has no free connection, is tried: by a command, and by a job, which
+# has work to lose.
 CONNECT_FOR_S, JOB_CONNECTS_FOR_S = 3.0, 300.0
-# What the server does by itself about a client that was stopped or lost in the middle of a transaction, so that
-# the others go on; and how long these wait for the run's lock before they say so. (No pipeline of psycopg's: it ends
-# with a Flush after its Sync, which stops the server's clock for idle transactions.)
+# The server ends a transaction whose client was stopped or lost, so that the other clients can go on. They wait this
+# long for the run's lock. (psycopg's pipelines are not used: they end with a Flush after their Sync, which stops the
+# server's clock for idle transactions.)
 SERVER_LIMITS = "-c idle_in_transaction_session_timeout=60s -c lock_timeout=300s -c tcp_keepalives_idle=60"
 
 
 class Database:
-    """Where the tables are, and how to get at them for one transaction at a time."""
+    """The place of the tables, and one transaction at a time on them."""
 
     def __init__(
         self, url: str | None, run_folder: Path, schema_name: str | None = None, connect_for_s: float = CONNECT_FOR_S
     ) -> None:
-        """url: of PostgreSQL or of a SQLite file; None is SQLite in the run folder. schema_name: where this run's
-        tables are on a server, so that runs share a database and never a table. connect_for_s: how long a server that
-        does not answer is tried. Nothing is opened yet.
+        """Opens nothing yet. url: of PostgreSQL or of a SQLite file; None: SQLite in the run folder. schema_name: holds
+        this run's tables on a server. connect_for_s: how long to try to connect to a server.
+
+        Raises LeaderboardError for a URL that can't be used.
         """
         try:
             self.url: URL = make_url(url or f"sqlite:///{run_folder / DATABASE_NAME}")
             self.file = Path(self.url.database) if self.url.database and self._sqlite else None
-            self.lock_choice = read_record(self.file) if self.file else None  # a server keeps its own
+            self.lock_choice = read_record(self.file) if self.file else None  # a server has its own locks
             self._engine = self._make_engine(schema_name)
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             raise LeaderboardError(
@@ -67,33 +68,32 @@ class Database:
         self._lock_key = int.from_bytes(sha256(f"orch {schema_name}".encode()).digest()[:8], signed=True)
         self._run_name = run_folder.absolute().name
         self.connect_for_s = connect_for_s
-        self._opened: tuple[int, int] | None = None  # device and inode of the file that a kept connection is to
+        self._opened: tuple[int, int] | None = None  # device and inode of the file of the kept connection
         self._lock = lock_of(self.lock_choice, self.file) if self.lock_choice and self.file else None
         weakref.finalize(self, self._engine.dispose)
 
     def _make_engine(self, schema_name: str | None) -> Engine:
         if self.file:
-            # There is nothing to reset: a connection is closed after its one transaction, or has committed it.
+            # No reset on return: the connection's transaction has ended by then.
             engine = create_engine(self.url, pool_reset_on_return=None, **self._pool(), **self._without_fcntl())
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_immediate)
             return engine
-        # One connection, kept between transactions that follow each other and let go by `rest`: a server has
-        # fewer connections than a large run has workers.
+        # One connection, kept until `release_connection`: a server has fewer connections than a large run has workers.
         engine = create_engine(
             self.url,
             poolclass=QueuePool,
             pool_size=1,
             max_overflow=0,
-            isolation_level="READ COMMITTED",  # with the run's lock taken first, each statement sees all of it
+            isolation_level="READ COMMITTED",  # enough, since the run's lock is taken first
             connect_args={"options": SERVER_LIMITS, "connect_timeout": 30},
         )
         return engine.execution_options(schema_translate_map={None: schema_name})
 
     def _pool(self) -> dict[str, Any]:
-        """Where no other node sees the file, its connection is kept: SQLite then reads the schema and compiles the
-        statements once, half of its work in a short transaction. Network file systems show what other nodes have
-        written when a file is opened, so there it is opened within the lock, each time.
+        """On a local file system the connection is kept: SQLite then reads the schema and compiles the statements only
+        once, half of its work in a short transaction. A network file system shows other nodes' writes when a file is
+        opened, so there each transaction opens the file, after it has taken the lock.
         """
         mount = mount_here(self.file.parent.resolve()) if self.file else None
         if mount and is_local(mount.fstype):
@@ -101,14 +101,14 @@ class Database:
         return {"poolclass": NullPool}
 
     def _without_fcntl(self) -> dict[str, Any]:
-        """Where a mount refuses SQLite's own locks, the lock around it has to do."""
+        """On a mount that refuses SQLite's own locks, the lock around the file is enough."""
         if self.file is None or self.lock_choice is None or self.lock_choice.sqlite_locks:
             return {}
         uri = f"{self.file.absolute().as_uri()}?vfs=unix-none"
         return {"creator": lambda: sqlite3.connect(uri, uri=True)}
 
-    def rest(self) -> None:
-        """Nothing will be asked for a while (a chunk is trained): give the server its connection back."""
+    def release_connection(self) -> None:
+        """For a time without transactions, such as the training of a chunk."""
         if not self.file:
             self._engine.dispose()
 
@@ -123,7 +123,7 @@ class Database:
 
     @property
     def advice(self) -> str:
-        """For a database that is lost."""
+        """What to do about a lost database."""
         return f"`orch repair {self._run_name}` rebuilds it from the checkpoints' records"
 
     def _hint(self, error: BaseException | None) -> str:
@@ -136,17 +136,17 @@ class Database:
         return self.file is None or self.file.exists()
 
     def refuse_empty(self) -> None:
-        """Raises LeaderboardError for a file of no bytes, which SQLite would take for a new database."""
+        """Raises LeaderboardError for an empty file, which SQLite would take for a new database."""
         if self.file and self.file.exists() and not self.file.stat().st_size:
             raise LeaderboardError(f"{self.file} is empty. {self.advice}")
 
     @contextmanager
     def transaction(self, own_lock: bool = True) -> Iterator[Connection]:
-        """One transaction, serialised with all others of this run: the outer lock and BEGIN IMMEDIATE on SQLite, an
-        advisory lock on a server. Commits at the end, rolls back on an exception. own_lock: False where there may be
-        no run yet, to look only.
+        """One transaction, serialised with all others of this run: by the outer lock and BEGIN IMMEDIATE on SQLite, by
+        an advisory lock on a server. Commits at the end, rolls back on an exception. own_lock: False to look only,
+        without the server's lock.
 
-        Raises LeaderboardError where the database does not answer or is damaged.
+        Raises LeaderboardError if the database does not answer or is damaged.
         """
         with self._open(own_lock) as connection:
             yield connection
@@ -168,21 +168,20 @@ class Database:
             ) from error
         except DatabaseError as error:
             raise LeaderboardError(f"{self.name}: {_in_a_line(error.orig or error)}{self._hint(error.orig)}") from error
-        except OSError as error:  # of the lock's files
+        except OSError as error:  # from the lock's files
             raise LeaderboardError(f"{self.name}: its lock: {error.filename}: {error.strerror or error}") from error
-        except self._engine.dialect.loaded_dbapi.DatabaseError as error:  # of a Statement: from the driver directly
+        except self._engine.dialect.loaded_dbapi.DatabaseError as error:  # a Statement uses the driver directly
             raise LeaderboardError(f"{self.name}: {_in_a_line(error)}{self._hint(error)}") from error
 
     @contextmanager
     def _begin(self, own_lock: bool) -> Iterator[Connection]:
-        """Connecting to a server and waiting for its lock are tried again, since nothing was asked yet; what was begun
-        never is."""
+        """Only connecting to a server and waiting for its lock are tried again, not what follows in a transaction."""
         if self.file:
             self._forget_if_replaced(self.file)
             try:
                 with self._engine.begin() as connection:
                     yield connection
-            except BaseException:  # what a kept connection thinks of the file may be wrong now
+            except BaseException:  # a kept connection may have a wrong view of the file now
                 self._engine.dispose()
                 raise
             return
@@ -199,7 +198,7 @@ class Database:
             connection.commit()
 
     def _on_server(self, own_lock: bool) -> Connection:
-        """A connection in a transaction. A kept one may be lost: the first statement finds out."""
+        """A connection in a transaction. The first statement fails if a kept connection was lost."""
         connection = self._engine.connect()
         try:
             connection.begin()
@@ -214,16 +213,17 @@ class Database:
         return connection
 
     def _forget_if_replaced(self, file: Path) -> None:
-        """`orch repair` puts another file in the place of a damaged one."""
-        found = file.stat()
-        opened = (found.st_dev, found.st_ino)
+        """`orch repair` replaces a damaged file."""
+        stat = file.stat()
+        opened = (stat.st_dev, stat.st_ino)
         if opened != self._opened:
             self._engine.dispose()
             self._opened = opened
 
     def _is_worth_another_try(self, error: BaseException) -> bool:
-        """A server that starts or ends, that can't be reached just now or has too many clients: SQLSTATE classes
-        53 (insufficient resources), 57 (operator intervention) and 08 (connection), or none at all."""
+        """Is the server starting, ending, out of connections or out of reach? SQLSTATE classes 53 (insufficient
+        resources), 57 (operator intervention) and 08 (connection), or none. A refused login has none either; only
+        libpq's text tells it from the others."""
         cause = error.orig if isinstance(error, OperationalError) else error
         if not isinstance(cause, self._engine.dialect.loaded_dbapi.OperationalError):
             return False
@@ -233,10 +233,8 @@ class Database:
 
     @contextmanager
     def creation(self) -> Iterator[Connection]:
-        """Create the tables, for SQLite the file too, for a server the schema if it is not there yet; what the
-        caller then writes belongs to the same transaction: all of it or nothing is there.
-
-        Raises LeaderboardError if the tables are there already.
+        """Create the tables, with SQLite's file or the server's schema if that does not exist. The caller writes in the
+        same transaction. Raises LeaderboardError if the tables exist already.
         """
         if self.file:
             if self.file.exists():
@@ -245,19 +243,19 @@ class Database:
             self.file.touch()
         with self._open() as connection:
             if self.schema_name:
-                there = inspect(connection)
-                if there.has_table(schema.run.name, schema=self.schema_name):
+                inspector = inspect(connection)
+                if inspector.has_table(schema.run.name, schema=self.schema_name):
                     raise LeaderboardError(
                         f"{self.name}: the schema {self.schema_name} holds a run already; choose another "
-                        '"database_schema", or leave it out and each run gets one of its own'
+                        '"database_schema", or leave it out, and each run gets its own schema'
                     )
-                if not there.has_schema(self.schema_name):
+                if not inspector.has_schema(self.schema_name):
                     connection.execute(CreateSchema(self.schema_name))
             schema.metadata.create_all(connection, checkfirst=False)
             yield connection
 
     def drop(self, schema_too: bool) -> None:
-        """Undo `create`. schema_too: it was made for this run. Raises LeaderboardError."""
+        """Undo `creation`. schema_too: the schema was made for this run. Raises LeaderboardError."""
         if self.file:
             self.file.unlink(missing_ok=True)
             journal_of(self.file).unlink(missing_ok=True)
@@ -269,43 +267,43 @@ class Database:
 
 
 def journal_of(file: Path) -> Path:
-    """Where SQLite keeps what undoes a transaction, beside its file."""
+    """SQLite's rollback journal, beside its file."""
     return file.with_name(f"{file.name}-journal")
 
 
 def is_damage(error: BaseException | None) -> bool:
-    """Does SQLite say that the file is not what it wrote? All else (a lock, a right, a full disk) may be over soon."""
+    """Does SQLite report that the file is not what it wrote? Others (a lock, permissions, a full disk) may pass."""
     if not isinstance(error, sqlite3.DatabaseError):
         return False
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:
-        return "decode" in str(error)  # of text that is none
+        return "decode" in str(error)  # sqlite3 has only its text to tell that a text is not UTF-8
     return code & 0xFF in DAMAGE or code == SHORT_READ
 
 
 def _in_a_line(error: BaseException) -> str:
-    """Servers explain themselves in several."""
+    """A server's message may have several lines."""
     return " ".join(str(error).split())
 
 
 def _without_password(url: str | None) -> str:
-    """For messages, whether it is a URL that SQLAlchemy understands or not."""
+    """For messages, also for a URL that SQLAlchemy does not understand."""
     return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", url or "")
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    """What each new connection is told.
+    """The settings of each new connection.
 
-    PERSIST: a rollback journal whose header is overwritten to commit, and which is never deleted. DELETE makes and
-    deletes it in each transaction, two changes of the folder: slower by a quarter on a local disk, two more requests to
-    the metadata server of a network file system, whose other nodes may not see at once that it is there; and only
-    with synchronous=EXTRA does the deletion outlast a power cut. Never WAL: that needs shared memory between the nodes.
+    PERSIST: to commit, the header of the rollback journal is overwritten; it is never deleted. DELETE makes and deletes
+    a journal in each transaction: a quarter slower on a local disk, two more requests to the metadata server
+    of a network file system, whose other nodes may not see the journal at once, and the deletion outlasts a power cut
+    only with synchronous=EXTRA. WAL needs shared memory between the nodes.
     """
-    connection.isolation_level = None  # transactions are begun by _begin_immediate, not by the driver
+    connection.isolation_level = None  # _begin_immediate begins transactions, not the driver
     connection.execute("PRAGMA journal_mode=PERSIST")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
-    connection.execute("PRAGMA busy_timeout=60000")  # serves a reader from outside that takes no lock
+    connection.execute("PRAGMA busy_timeout=60000")  # for other programs, which do not take the outer lock
 
 
 def _begin_immediate(connection: Connection) -> None:

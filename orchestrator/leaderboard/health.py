@@ -1,4 +1,4 @@
-"""Is a run's database there, whole, and consistent with itself? Looks only."""
+"""Does a run's database exist, is it whole, and is it consistent with itself? Changes nothing."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from typing import Any
 from sqlalchemy import Connection, inspect, select, text
 from sqlalchemy.exc import DatabaseError
 
-from orchestrator import __version__
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.engine import Database, is_damage
 from orchestrator.leaderboard.links import OPEN
 from orchestrator.leaderboard.moves import job_of
-from orchestrator.records import ChainJob, ChunkState, JobState, RunState
+from orchestrator.leaderboard.upgrade import check_version, columns_in
+from orchestrator.records import ChainJob, ChunkState, ExpiredBy, JobState, RunState, StopKind
 
-STATES = {"run": RunState, "job": JobState, "chunk": ChunkState}
+ALLOWED: Mapping[tuple[str, str], frozenset[str | None]] = {  # by table and column
+    ("run", "state"): frozenset(map(str, RunState)),
+    ("job", "state"): frozenset(map(str, JobState)),
+    ("chunk", "state"): frozenset(map(str, ChunkState)),
+    ("chunk", "expired_by"): frozenset([None, *map(str, ExpiredBy)]),
+    ("worker", "stop_kind"): frozenset([None, *map(str, StopKind)]),
+}
 
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -31,24 +37,15 @@ class Condition(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What was found, and what is wrong."""
+    """The condition of a database, and what is wrong with it."""
 
     condition: Condition
     problems: tuple[str, ...] = ()
 
 
-def check_version(database: Database, schema_version: int, orch_version: str) -> None:
-    """Raises LeaderboardError if this version of orch does not know the tables."""
-    if schema_version != schema.SCHEMA_VERSION:
-        raise LeaderboardError(
-            f"{database.name} was written by orch {orch_version} (schema {schema_version}); this is orch "
-            f"{__version__} (schema {schema.SCHEMA_VERSION}). Use that version for this run."
-        )
-
-
 def examine(database: Database) -> Health:
-    """Raises LeaderboardError if that can't be found out now (the server does not answer, the file is locked or must
-    not be read), or if another version of orch wrote the database."""
+    """Raises LeaderboardError if the database can't be looked at now (the server does not answer, the file is locked or
+    not readable), or if an unknown version of orch wrote it."""
     if not database.exists():
         return Health(Condition.LOST, (f"{database.name} is missing",))
     if database.file and not database.file.stat().st_size:
@@ -60,7 +57,7 @@ def examine(database: Database) -> Health:
         if not is_damage(_original(error)):
             raise
         return Health(Condition.DAMAGED, (f"{database.name}: {_original(error)}",))
-    except (ValueError, TypeError, LookupError) as error:  # a column that holds no JSON, no text, no number
+    except (ValueError, TypeError, LookupError) as error:  # a value of the wrong type in a column
         return Health(Condition.DAMAGED, (f"{database.name}: {error}",))
 
 
@@ -70,44 +67,50 @@ def _original(error: BaseException) -> BaseException | None:
 
 
 def _examine(tx: Connection, database: Database) -> Health:
-    there = set(inspect(tx).get_table_names(schema=database.schema_name))
-    missing = sorted(set(schema.metadata.tables) - there)
-    if schema.run.name in there:
-        _check_version(tx, database)
+    tables = set(inspect(tx).get_table_names(schema=database.schema_name))
+    missing = sorted(set(schema.metadata.tables) - tables)
+    version = _checked_version(tx, database) if schema.run.name in tables else schema.SCHEMA_VERSION
     if missing:
         lost = len(missing) == len(schema.metadata.tables)
         condition = Condition.LOST if lost and database.file is None else Condition.DAMAGED
         where = f"{database.name}{f', schema {database.schema_name}' if database.schema_name else ''}"
         return Health(condition, (f"{where}: the tables {', '.join(missing)} are missing",))
     if database.file:
-        said = tx.execute(text("PRAGMA integrity_check")).scalars().all()
-        if said != ["ok"]:
-            return Health(Condition.DAMAGED, tuple(str(line) for line in said[:10]))
+        report = tx.execute(text("PRAGMA integrity_check")).scalars().all()
+        if report != ["ok"]:
+            return Health(Condition.DAMAGED, tuple(str(line) for line in report[:10]))
         orphans = tx.execute(text("PRAGMA foreign_key_check")).all()
         if orphans:
             return Health(Condition.DAMAGED, tuple(f"{o[0]}: row {o[1]} refers to a missing {o[2]}" for o in orphans))
-    tables = {name: [dict(r._mapping) for r in tx.execute(select(t))] for name, t in schema.metadata.tables.items()}
-    problems = inconsistencies(tables)
+    problems = inconsistencies(
+        {
+            name: [dict(row._mapping) for row in tx.execute(select(*columns_in(version, table)))]
+            for name, table in schema.metadata.tables.items()
+        }
+    )
     return Health(Condition.DAMAGED if problems else Condition.HEALTHY, tuple(problems))
 
 
-def _check_version(tx: Connection, database: Database) -> None:
-    """As far as it can be read: what is damaged is found afterwards."""
-    if database.file is None:
+def _checked_version(tx: Connection, database: Database) -> int:
+    """The version of the tables, or this one where it can't be read: then the damage is reported later. Raises
+    LeaderboardError if it is not known."""
+    if database.file is None:  # an error would end the server's transaction
         names = {column["name"] for column in inspect(tx).get_columns(schema.run.name, schema=database.schema_name)}
         if not {"schema_version", "orch_version"} <= names:
-            return
+            return schema.SCHEMA_VERSION
     try:
         row = tx.execute(select(schema.run.c.schema_version, schema.run.c.orch_version)).first()
     except DatabaseError:
-        return
-    if row is not None and isinstance(row.schema_version, int):
-        check_version(database, row.schema_version, str(row.orch_version))
+        return schema.SCHEMA_VERSION
+    if row is None or not isinstance(row.schema_version, int):
+        return schema.SCHEMA_VERSION
+    check_version(database, row.schema_version, str(row.orch_version))
+    return int(row.schema_version)
 
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """Of a damaged database, what a new one needs."""
+    """What a new database needs of the run's row in a damaged one."""
 
     settings: str  # JSON
     import_paths: tuple[str, ...]
@@ -115,7 +118,7 @@ class RunRow:
 
 
 def run_row(database: Database) -> RunRow | None:
-    """None where the run's row can't be read, or is not what orch wrote."""
+    """None if the run's row can't be read, or holds something that orch does not write."""
     run = schema.run
     try:
         database.refuse_empty()
@@ -131,7 +134,7 @@ def run_row(database: Database) -> RunRow | None:
 
 
 def open_jobs(database: Database) -> list[ChainJob]:
-    """Of a damaged database, the jobs that were not over; none where that can't be read."""
+    """The open jobs in a damaged database; none if they can't be read."""
     job = schema.job
     try:
         database.refuse_empty()
@@ -145,26 +148,28 @@ def inconsistencies(tables: Tables) -> list[str]:
     """What orch never writes, in the rows of all its tables: a line for each, at most ten."""
     if len(tables["run"]) != 1:
         return [f"run: {len(tables['run'])} rows, not 1"]
-    found = [
-        f"{name}: the state {row['state']!r} of a row is none"
-        for name, states in STATES.items()
-        for row in tables[name]
-        if row["state"] not in {str(state) for state in states}
+    problems = [
+        f"{table}: the {column} {row[column]!r} of a row is not one that orch knows"
+        for (table, column), allowed in ALLOWED.items()
+        for row in tables[table]
+        if row.get(column) not in allowed
     ]
     by_id = {c["checkpoint_id"]: c for c in tables["checkpoint"]}
     entered = {e["checkpoint_id"] for e in tables["entry"]}
-    found += [f"checkpoint {key} has no entry" for key in by_id if key not in entered]
-    found += [
+    problems += [f"checkpoint {key} has no entry" for key in by_id if key not in entered]
+    problems += [
         f"checkpoint {key}: its founder {row['founder_id']} is missing"
         for key, row in by_id.items()
         if row["founder_id"] not in by_id
     ]
-    found += [
+    problems += [
         f"entry {e['entry_id']} is on the board, and its checkpoint's file is released"
         for e in tables["entry"]
         if e["on_board"] and by_id[e["checkpoint_id"]]["released"]
     ]
     highest = max((c["generation"] for c in tables["chunk"]), default=0)
     if highest > tables["run"][0]["generation"]:
-        found.append(f"chunk: generation {highest} was never given; the run's last is {tables['run'][0]['generation']}")
-    return found[:10]
+        problems.append(
+            f"chunk: generation {highest} was never given; the run's last is {tables['run'][0]['generation']}"
+        )
+    return problems[:10]

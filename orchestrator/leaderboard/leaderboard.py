@@ -15,24 +15,26 @@ from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.board import Board
 from orchestrator.leaderboard.chains import Chains
 from orchestrator.leaderboard.engine import CONNECT_FOR_S, Database
-from orchestrator.leaderboard.health import check_version
 from orchestrator.leaderboard.moves import log_event
 from orchestrator.leaderboard.reader import Reader
+from orchestrator.leaderboard.run_state import RunStateStore
+from orchestrator.leaderboard.upgrade import check_version, upgrade
 from orchestrator.records import RunState
-from orchestrator.settings.loading import thaw
+from orchestrator.settings.loading import freeze, thaw
 from orchestrator.settings.settings import Settings
 
 
 class Leaderboard:
-    """One run's database. `create` once, at launch; `open` ever after."""
+    """One run's database: made by `create` at launch, and opened by `open` after that."""
 
     def __init__(self, database: Database, settings: Settings, version: int) -> None:
-        """settings, version: as the run has them now."""
+        """settings, version: the run's, as they are now."""
         self.database = database
         self.settings, self.version = settings, version
         policy = settings.policy(version)
         self.board = Board(database, policy)
-        self.chains = Chains(database, policy.metric)
+        self.chains = Chains(database)
+        self.run_state = RunStateStore(database, policy.metric)
         self.reader = Reader(database, policy.metric)
 
     @staticmethod
@@ -40,8 +42,8 @@ class Leaderboard:
         run_folder: Path,
         url: str | None,
         schema_name: str | None,
-        name: str,
-        settings: str,
+        *,
+        settings: Settings,
         import_paths: Sequence[str],
         now: float,
         deadline: float,
@@ -53,23 +55,23 @@ class Leaderboard:
                     run_id=1,
                     schema_version=schema.SCHEMA_VERSION,
                     orch_version=__version__,
-                    name=name,
+                    name=settings.name,
                     state=RunState.ACTIVE,
                     created_at=now,
                     deadline=deadline,
                     generation=0,
                     chunks_since_promotion=0,
                     epochs=0,
-                    settings=settings,
+                    settings=freeze(settings),
                     settings_version=1,
                     import_paths=list(import_paths),
                 )
             )
-            log_event(tx, now, "launched", None, None, None, name=name, deadline=deadline)
+            log_event(tx, now, "launched", name=settings.name, deadline=deadline)
 
     @staticmethod
     def discard(run_folder: Path, url: str | None, schema_name: str | None, schema_too: bool) -> None:
-        """Undo `create`, as far as the database answers. schema_too: the schema was made for this run."""
+        """Undo `create`, if the database answers. schema_too: the schema was made for this run."""
         with suppress(LeaderboardError):
             Database(url, run_folder, schema_name).drop(schema_too)
 
@@ -81,7 +83,7 @@ class Leaderboard:
         schema_name: str | None,
         connect_for_s: float = CONNECT_FOR_S,
     ) -> Leaderboard:
-        """Raises LeaderboardError if there is none, or if another version of the schema wrote it."""
+        """Upgrades a database of version 1. Raises LeaderboardError if there is none, or one of an unknown version."""
         database = Database(url, run_folder, schema_name, connect_for_s)
         database.refuse_empty()
         with database.transaction(own_lock=False) as tx:
@@ -94,4 +96,6 @@ class Leaderboard:
         if row is None:
             raise LeaderboardError(f"{database.name} holds no run; was its launch interrupted? {database.advice}")
         check_version(database, row.schema_version, row.orch_version)
+        if row.schema_version != schema.SCHEMA_VERSION:
+            upgrade(database)
         return cls(database, thaw(row.settings), row.settings_version)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, func, insert, select, update
+from typing import Any
 
-from orchestrator.leaderboard.moves import expire, log_event, set_state
+from sqlalchemy import Connection, Row, func, insert, select, update
+
+from orchestrator.leaderboard.moves import job_of, log_event, set_state, worker_of
 from orchestrator.leaderboard.schema import chunk, job, run, worker
-from orchestrator.records import ChainJob, ChunkState, JobState, RunState
-from orchestrator.rules import stopping
+from orchestrator.records import ChainJob, JobState, RunState, StopKind, Worker
+from orchestrator.rules import stopping, succession
 
 OPEN = (JobState.SUBMITTING, JobState.QUEUED, JobState.RUNNING)
+IS_OPEN = job.c.state.in_(OPEN)
 
 
 def add_link(tx: Connection, worker_id: int, after_job_id: int | None, token: str, now: float) -> ChainJob:
@@ -32,41 +35,45 @@ def add_link(tx: Connection, worker_id: int, after_job_id: int | None, token: st
 def close_link(
     tx: Connection, job_id: int, state: JobState, outcome: str, now: float, starts: int | None = None
 ) -> bool:
-    where = [job.c.job_id == job_id, job.c.state.in_(OPEN)]
+    """False, with nothing written, if it is closed already. starts: only if this is its latest start."""
+    where = [job.c.job_id == job_id, IS_OPEN]
     if starts is not None:
         where.append(job.c.starts == starts)
     was = tx.execute(select(job).where(*where)).one_or_none()
     if was is None:
         return False
     tx.execute(update(job).where(job.c.job_id == job_id).values(state=state, outcome=outcome, ended_at=now))
-    # In the queue no more, and never begun: it died before Python did, in its set-up lines, say.
-    died = was.state == JobState.RUNNING or (was.state == JobState.QUEUED and was.cluster_id is not None)
-    if state is JobState.LOST and died:
-        finished = select(func.count()).where(chunk.c.job_id == job_id, chunk.c.finished_at.is_not(None))
-        if not tx.execute(finished).scalar_one():
-            count_failure(tx, was.worker_id)
+    finished = select(func.count()).where(chunk.c.job_id == job_id, chunk.c.finished_at.is_not(None))
+    if succession.counts_as_failure(job_of(was), state, tx.execute(finished).scalar_one()):
+        count_failure(tx, was.worker_id)
     return True
 
 
-def expire_claims(tx: Connection, job_id: int, reason: str, now: float) -> None:
-    live = select(chunk.c.chunk_id).where(chunk.c.job_id == job_id, chunk.c.state == ChunkState.LIVE)
-    expire(tx, tx.execute(live).scalars().all(), reason, now)
+def job_with(tx: Connection, token: str, worker_id: int) -> Row[Any] | None:
+    return tx.execute(select(job).where(job.c.token == token, job.c.worker_id == worker_id)).one_or_none()
+
+
+def why_no_successor(tx: Connection, worker_id: int, now: float, max_failures: int) -> tuple[Worker, str | None]:
+    """See `succession.should_resubmit`."""
+    who = worker_of(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
+    row = tx.execute(select(run.c.state, run.c.deadline)).one()
+    return who, succession.should_resubmit(RunState(row.state), now, row.deadline, who, max_failures)
 
 
 def settle(tx: Connection, now: float) -> None:
-    """With its last job, a run that is draining, or whose lifetime is over, is finished."""
+    """Write down that the run is over, if it is."""
     row = tx.execute(select(run.c.state, run.c.deadline)).one()
-    at_work = select(func.count()).where(job.c.state == JobState.RUNNING)
-    if row.state == RunState.DRAINING and not tx.execute(at_work).scalar_one():
-        set_state(tx, RunState.FINISHED, "drained by the user", now)
-    over = row.state == RunState.ACTIVE and stopping.lifetime_over(now, row.deadline)
-    if over and not tx.execute(select(func.count()).where(job.c.state.in_(OPEN))).scalar_one():
-        set_state(tx, RunState.FINISHED, "the run's total lifetime is over", now)
+    states = tx.execute(select(job.c.state).where(IS_OPEN)).scalars().all()
+    over = stopping.settled(RunState(row.state), now, row.deadline, len(states), states.count(JobState.RUNNING))
+    if over is not None:
+        set_state(tx, over.state, over.reason, now)
 
 
 def stop_worker(tx: Connection, worker_id: int, reason: str, now: float) -> None:
-    tx.execute(update(worker).where(worker.c.worker_id == worker_id).values(stopped=reason))
-    log_event(tx, now, "worker stopped", worker_id, None, None, reason=reason)
+    """This chain has failed too often. With the last chain, the run has failed."""
+    stopped = update(worker).where(worker.c.worker_id == worker_id)
+    tx.execute(stopped.values(stopped=reason, stop_kind=StopKind.FAILURES))
+    log_event(tx, now, "worker stopped", worker_id=worker_id, reason=reason)
     left = tx.execute(select(func.count()).where(worker.c.stopped.is_(None))).scalar_one()
     if not left and tx.execute(select(run.c.state)).scalar_one() == RunState.ACTIVE:
         set_state(tx, RunState.FAILED, f"every worker has stopped; the last: {reason}", now)

@@ -1,10 +1,10 @@
-"""What happens inside a transaction: the pieces that claims, results and chains are made of."""
+"""Steps inside a transaction, which claims, results and chains are made of."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -25,31 +25,26 @@ from sqlalchemy import (
 
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, event, job, run, worker
 from orchestrator.leaderboard.statements import Statement
-from orchestrator.records import ChainJob, ChunkState, Entry, JobState, RunState, Worker
+from orchestrator.records import ChainJob, ChunkState, Entry, ExpiredBy, JobState, RunState, Worker
 from orchestrator.rules import claiming
 
 CONSUMED = (ChunkState.PROMOTED, ChunkState.DISCARDED)
-# Why a claim was taken from its worker.
-NO_WORD, JOB_GONE, LEASE_ENDED = "its job ended without a word", "its job is gone", "its lease ended"
-NOT_KNOWN = "what came of it was lost with the database"
-JOB_ENDED = "its job ended before it"
-REAPED = (NO_WORD, JOB_GONE, JOB_ENDED, LEASE_ENDED, NOT_KNOWN)
 HELD = (ChunkState.LIVE, ChunkState.SUSPENDED)
 
 
-# --- statements of every chunk: built once, so that each execution finds its SQL by one look into a cache
+# --- the statements of every chunk
 
 
 def _is_one_of(states: Sequence[ChunkState]) -> ColumnElement[bool]:
-    """Spelled out, since no partial index is used for a state that is a parameter."""
+    """Written into the SQL, since databases use a partial index only for constants."""
     return chunk.c.state.in_([literal_column(f"'{state}'") for state in states])
 
 
 IS_HELD = _is_one_of(HELD)
 ON_BOARD = entry.c.on_board == true()
 
-# What a transaction needs of the run, the worker, its job and its chunk, in one row.
-_STANDING = Statement(
+# What a transaction needs to know about the run, the worker, its job and its chunk, in one row.
+_CONTEXT = Statement(
     select(
         run.c.state,
         run.c.reason,
@@ -123,7 +118,7 @@ _LOG = Statement(insert(event))
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The chunks that are live or suspended: how many, not which."""
+    """How many chunks are live or suspended."""
 
     by_entry: Mapping[int | None, int]  # None: founders
     suspended: int
@@ -142,8 +137,27 @@ class BoardRows:
     rows: dict[int, Any]  # by entry_id: with the checkpoint's file, sha256 and epochs
 
 
-def count_held(tx: Connection) -> Held:
-    """As many rows as entries that are worked on, however many the workers are."""
+@dataclass(frozen=True, slots=True)
+class BoardView:
+    """What a claim or a result begins from."""
+
+    context: Any  # a row of _CONTEXT
+    board: BoardRows
+    held: Held
+
+
+def look(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> BoardView:
+    return look_again(tx, _CONTEXT.first(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id))
+
+
+def look_again(tx: Connection, context: Any) -> BoardView:
+    """Read the board again; the rest is known already."""
+    held = _count_held(tx)
+    return BoardView(context, read_board(tx, held), held)
+
+
+def _count_held(tx: Connection) -> Held:
+    """Reads a row for each entry that is worked on, however many workers there are."""
     by_entry: dict[int | None, int] = {}
     suspended = 0
     leases = []
@@ -157,9 +171,9 @@ def count_held(tx: Connection) -> Held:
 
 
 def read_board(tx: Connection, held: Held | None = None) -> BoardRows:
-    """held: left out where work in progress does not matter."""
+    """held: not needed where work in progress does not matter."""
     rows = _BOARD.all(tx)
-    busy = held.by_entry if held else {}
+    in_progress = held.by_entry if held else {}
     entries = [
         Entry(
             entry_id=r.entry_id,
@@ -169,53 +183,15 @@ def read_board(tx: Connection, held: Held | None = None) -> BoardRows:
             floor=r.floor,
             worked_on=r.worked_on,
             founder=r.parent_id is None,
-            in_progress=busy.get(r.entry_id, 0),
+            in_progress=in_progress.get(r.entry_id, 0),
         )
         for r in rows
     ]
     return BoardRows(entries, {r.entry_id: r for r in rows})
 
 
-@dataclass(frozen=True, slots=True)
-class BoardView:
-    """What a claim or a result begins from."""
-
-    standing: Any  # a row of _STANDING
-    board: BoardRows
-    held: Held
-
-
-def look(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> BoardView:
-    return look_again(tx, _STANDING.first(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id))
-
-
-def look_again(tx: Connection, standing: Any) -> BoardView:
-    """At the board, with what is known already of the rest."""
-    held = count_held(tx)
-    return BoardView(standing, read_board(tx, held), held)
-
-
-def progress_of(standing: Any) -> dict[str, int]:
-    """What a result changes of the run's row."""
-    return {"epochs": standing.epochs, "chunks_since_promotion": standing.chunks_since_promotion}
-
-
-def after_discard(before: BoardView, standing: Any, floor: int) -> BoardView:
-    """What `look_again` would give after a live chunk was discarded, whose entry (if it has one) has this floor now.
-    Only the end of the first lease may be too early: it may have been this chunk's."""
-    board, held, entry_id = before.board, before.held, standing.entry_id
-    by_entry = {**held.by_entry, entry_id: held.by_entry[entry_id] - 1}
-    entries = [
-        replace(e, worked_on=e.worked_on + 1, floor=floor, in_progress=by_entry[entry_id])
-        if e.entry_id == entry_id
-        else e
-        for e in board.entries
-    ]
-    return BoardView(standing, replace(board, entries=entries), replace(held, by_entry=by_entry))
-
-
 def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int], set[int]]:
-    """From the floor on: those that are consumed, and those that are leased."""
+    """The consumed and the leased positions of an entry, from its floor on."""
     consumed: set[int] = set()
     leased: set[int] = set()
     for position, state in _TAKEN.all(tx, of_entry=entry_id, from_position=floor):
@@ -223,20 +199,19 @@ def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int]
     return consumed, leased
 
 
-def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> int:
-    """Count the finished chunk, and move the floor over what is consumed without a gap. Returns the floor. A founder's
-    chunk (None) counts for nothing."""
+def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> None:
+    """Count a finished chunk of this entry, and advance the entry's floor. The chunk of a founder (None) has no
+    entry."""
     if entry_id is None:
-        return floor
+        return
     if position == floor:
         consumed, _ = taken_positions(tx, entry_id, floor)
         floor = claiming.advance_floor(floor, consumed)
     _WORKED.write(tx, of_entry=entry_id, new_floor=floor)
-    return floor
 
 
 def release(tx: Connection) -> tuple[str, ...]:
-    """Mark the checkpoints that neither an entry nor a claim refers to; their files may go."""
+    """Mark the checkpoints that neither an entry nor a claim refers to; their files may be deleted."""
     rows = _UNREFERENCED.all(tx)
     if rows:
         ids = [r.checkpoint_id for r in rows]
@@ -244,65 +219,53 @@ def release(tx: Connection) -> tuple[str, ...]:
     return tuple(r.file for r in rows)
 
 
-def take_off(
-    tx: Connection, entry_id: int, reason: str, now: float, worker_id: int | None, chunk_id: int | None
-) -> None:
-    """An entry whose file is damaged leaves the board, and its slot is free."""
+def take_off(tx: Connection, entry_id: int, reason: str, now: float, **found_by: int) -> None:
+    """An entry whose file is damaged leaves the board, and its slot is free. found_by: a worker_id and a chunk_id."""
     on_board = update(entry).where(entry.c.entry_id == entry_id, ON_BOARD)
     tx.execute(on_board.values(on_board=False, evicted_at=now))
     tx.execute(update(run).values(chunks_since_promotion=0))  # a run that had converged has a slot to fill
-    log_event(tx, now, "condemned", worker_id, chunk_id, entry_id, reason=reason)
+    log_event(tx, now, "condemned", entry_id=entry_id, reason=reason, **found_by)
     release(tx)
 
 
-def expire(tx: Connection, chunk_ids: Sequence[int], reason: str, now: float) -> None:
-    """Take live claims from their workers. One that was suspended before goes back to its suspended state."""
-    for row in tx.execute(select(chunk).where(chunk.c.chunk_id.in_(chunk_ids), chunk.c.state == ChunkState.LIVE)).all():
-        back = row.suspended_file is not None
+def expire(tx: Connection, claims: ColumnElement[bool], by: ExpiredBy, now: float) -> None:
+    """Take live claims from their workers. A chunk that was suspended before is suspended again."""
+    for row in tx.execute(select(chunk).where(claims, chunk.c.state == ChunkState.LIVE)).all():
+        resumable = row.suspended_file is not None
         tx.execute(
             update(chunk)
             .where(and_(chunk.c.chunk_id == row.chunk_id, chunk.c.generation == row.generation))
             .values(
-                state=ChunkState.SUSPENDED if back else ChunkState.EXPIRED,
-                finished_at=None if back else now,
-                error=None if back else reason,
+                state=ChunkState.SUSPENDED if resumable else ChunkState.EXPIRED,
+                finished_at=None if resumable else now,
+                expired_by=None if resumable else by,
             )
         )
-        log_event(
-            tx,
-            now,
-            "expired",
-            row.worker_id,
-            row.chunk_id,
-            row.entry_id,
-            reason=reason,
-            position=row.position,
-        )
+        whose = {"worker_id": row.worker_id, "chunk_id": row.chunk_id, "entry_id": row.entry_id}
+        log_event(tx, now, "expired", **whose, by=str(by), position=row.position)
 
 
 def set_state(tx: Connection, state: RunState, reason: str | None, now: float) -> None:
     tx.execute(update(run).values(state=state, reason=reason))
-    log_event(tx, now, "state", None, None, None, state=str(state), reason=reason)
+    log_event(tx, now, "state", state=str(state), reason=reason)
 
 
 def log_event(
     tx: Connection,
     now: float,
     kind: str,
-    worker_id: int | None,
-    chunk_id: int | None,
-    entry_id: int | None,
+    *,
+    worker_id: int | None = None,
+    chunk_id: int | None = None,
+    entry_id: int | None = None,
     **data: Any,
 ) -> None:
-    _LOG.insert(tx, at=now, kind=kind, worker_id=worker_id, chunk_id=chunk_id, entry_id=entry_id, data=_json_safe(data))
-
-
-def _json_safe(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: finite(v) if isinstance(v, float) else v for k, v in data.items()}
+    json_safe = {k: finite(v) if isinstance(v, float) else v for k, v in data.items()}
+    _LOG.insert(tx, at=now, kind=kind, worker_id=worker_id, chunk_id=chunk_id, entry_id=entry_id, data=json_safe)
 
 
 def finite(value: float) -> float | None:
-    """JSON and databases know no NaN."""
+    """JSON has neither NaN nor infinities."""
     return value if math.isfinite(value) else None
 
 

@@ -1,20 +1,41 @@
-"""What is shown: the board, the counts, the events. Reads only, but for the test scores."""
+"""What is shown: the board, the counts, the jobs. It writes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Row, func, select, update
+from sqlalchemy import func, select
 
-from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.links import OPEN
-from orchestrator.leaderboard.moves import IS_HELD, ON_BOARD, REAPED, job_of, log_event
+from orchestrator.leaderboard.moves import IS_HELD, ON_BOARD, job_of
+from orchestrator.leaderboard.run_state import best_first
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, event, job, run
 from orchestrator.records import ChainJob, ChunkState, JobState, Metric
+from orchestrator.rules import succession
 
-later_job = job.alias("later")
+_ENTRY = (
+    checkpoint.c.checkpoint_id.label("checkpoint"),
+    checkpoint.c.score,
+    checkpoint.c.epochs,
+    entry.c.worked_on,
+    select(func.count()).where(chunk.c.entry_id == entry.c.entry_id, IS_HELD).scalar_subquery().label("in_progress"),
+    checkpoint.c.founder_id.label("founder"),
+    checkpoint.c.parent_id.label("parent"),
+    checkpoint.c.profile,
+    checkpoint.c.worker_id.label("worker"),
+    entry.c.promoted_at,
+    checkpoint.c.file,
+    checkpoint.c.sha256,
+    entry.c.entry_id.label("entry"),
+    entry.c.start_position,
+    entry.c.floor.label("next_position"),
+    checkpoint.c.metrics,
+    checkpoint.c.test_metrics,
+    checkpoint.c.tested_at,
+)
+_LATER = job.alias("later")
 
 
 class Reader:
@@ -24,79 +45,40 @@ class Reader:
         self._database = database
         self._metric = metric
 
-    def run_row(self) -> dict[str, Any]:
-        with self._database.transaction() as tx:
-            return dict(tx.execute(select(run)).one()._mapping)
-
-    def origin(self) -> dict[str, Any]:
-        """What each checkpoint's record repeats of the run's row, so that it can be written again without it."""
-        with self._database.transaction() as tx:
-            row = tx.execute(select(run.c.created_at, run.c.import_paths)).one()
-            return {"launched_at": row.created_at, "import_paths": row.import_paths}
-
-    def settings(self) -> tuple[str, int]:
-        """The run's settings as JSON, and their version."""
-        with self._database.transaction() as tx:
-            row = tx.execute(select(run.c.settings, run.c.settings_version)).one()
-            return row.settings, row.settings_version
-
     def entries(self) -> list[dict[str, Any]]:
         """The board, best first; equals in the order they came."""
         with self._database.transaction() as tx:
-            order = checkpoint.c.score.desc() if self._metric.mode == "max" else checkpoint.c.score.asc()
-            held = select(func.count()).where(chunk.c.entry_id == entry.c.entry_id, IS_HELD).scalar_subquery()
             rows = tx.execute(
-                select(
-                    checkpoint,
-                    entry.c.entry_id,
-                    entry.c.worked_on,
-                    entry.c.promoted_at,
-                    entry.c.start_position,
-                    entry.c.floor,
-                    held.label("in_progress"),
-                )
-                .join(checkpoint, checkpoint.c.checkpoint_id == entry.c.checkpoint_id)
+                select(*_ENTRY)
+                .join(entry, entry.c.checkpoint_id == checkpoint.c.checkpoint_id)
                 .where(ON_BOARD)
-                .order_by(order, entry.c.entry_id)
+                .order_by(best_first(self._metric), entry.c.entry_id)
             ).all()
-            return [_entry_row(rank, row) for rank, row in enumerate(rows, start=1)]
+            return [{"rank": rank, **row._mapping} for rank, row in enumerate(rows, start=1)]
 
     def counts(self) -> dict[str, Any]:
-        """Chunks by state, epochs and seconds of training, chunks by worker."""
+        """Chunks and jobs by state, epochs, seconds of training, and how many claims have expired."""
         with self._database.transaction() as tx:
             by_state = select(chunk.c.state, func.count()).group_by(chunk.c.state)
-            states: dict[str, int] = {row[0]: row[1] for row in tx.execute(by_state)}
-            seconds = tx.execute(select(func.sum(epoch.c.seconds))).scalar_one()
-            epochs = tx.execute(select(func.count()).select_from(epoch)).scalar_one()
+            chunks: dict[str, int] = {row[0]: row[1] for row in tx.execute(by_state)}
             by_state = select(job.c.state, func.count()).group_by(job.c.state)
             jobs: dict[str, int] = {row[0]: row[1] for row in tx.execute(by_state)}
-            events = tx.execute(select(func.count()).where(event.c.kind == "expired")).scalar_one()
+            epochs, seconds = tx.execute(select(func.count(), func.sum(epoch.c.seconds)).select_from(epoch)).one()
+            expirations = tx.execute(select(func.count()).where(event.c.kind == "expired")).scalar_one()
         return {
-            "chunks": {
-                "claimed": sum(states.values()),
-                "promoted": states.get(ChunkState.PROMOTED, 0),
-                "discarded": states.get(ChunkState.DISCARDED, 0),
-                "expired": states.get(ChunkState.EXPIRED, 0),
-                "failed": states.get(ChunkState.FAILED, 0),
-                "live": states.get(ChunkState.LIVE, 0),
-                "suspended": states.get(ChunkState.SUSPENDED, 0),
-            },
+            "chunks": {"claimed": sum(chunks.values())} | {str(state): chunks.get(state, 0) for state in ChunkState},
             "epochs": epochs,
             "train_seconds": round(seconds or 0.0, 3),
             "jobs": {str(state): jobs.get(state, 0) for state in JobState},
-            "expirations": events,
+            "expirations": expirations,
         }
 
-    def last_jobs(self) -> dict[int, dict[str, Any]]:
-        """Of each worker the job that works, else the one in the queue, else the last that did."""
+    def last_jobs(self) -> dict[int, ChainJob]:
+        """The job of each worker that says most about its chain (see `succession.job_to_show`)."""
         with self._database.transaction() as tx:
-            rows = tx.execute(select(job).order_by(job.c.worker_id, job.c.link)).all()
-        chosen: dict[int, Row[Any]] = {}
-        for row in rows:
-            had = chosen.get(row.worker_id)
-            if had is None or _prominence(row) >= _prominence(had):
-                chosen[row.worker_id] = row
-        return {worker_id: dict(row._mapping) for worker_id, row in chosen.items()}
+            links = [job_of(row) for row in tx.execute(select(job).order_by(job.c.worker_id, job.c.link)).all()]
+        chains = groupby(links, key=lambda link: link.worker_id)
+        return {worker_id: succession.job_to_show(list(chain)) for worker_id, chain in chains}
 
     def tokens(self) -> list[tuple[int, str, bool]]:
         """(worker, token, open?) of every job, each chain in its order."""
@@ -105,39 +87,33 @@ class Reader:
             return [(r.worker_id, r.token, r.state in OPEN) for r in rows.all()]
 
     def never_begun(self) -> list[ChainJob]:
-        """Jobs that were given up before they began. One that is in the queue all the same is a stray: a
-        controller that crashed may remember a job that it had forgotten."""
+        """Jobs that were given up before they began. Such a job may be in the queue all the same, after a crash of the
+        controller."""
         with self._database.transaction() as tx:
             given_up = job.c.state.in_((JobState.LOST, JobState.CANCELLED))
             rows = tx.execute(select(job).where(given_up, job.c.started_at.is_(None), job.c.cluster_id.is_not(None)))
             return [job_of(row) for row in rows.all()]
 
     def awaited(self, ended_before: float) -> list[ChainJob]:
-        """Jobs that ended by their own word before this time, and whose successor has not begun."""
-        after = later_job
+        """Jobs that reported their end before this time, and whose successor has not begun."""
         with self._database.transaction() as tx:
             rows = tx.execute(
                 select(job)
-                .join(after, after.c.after_job_id == job.c.job_id)
+                .join(_LATER, _LATER.c.after_job_id == job.c.job_id)
                 .where(
                     job.c.state == JobState.ENDED,
                     job.c.ended_at < ended_before,
                     job.c.cluster_id.is_not(None),
-                    after.c.state == JobState.QUEUED,
+                    _LATER.c.state == JobState.QUEUED,
                 )
             )
             return [job_of(row) for row in rows.all()]
 
     def last_error(self) -> tuple[str, float] | None:
-        """What went wrong last in a chunk, and when. That its job died is no error of the chunk."""
+        """The last error of a chunk, and when it happened."""
         with self._database.transaction() as tx:
-            query = (
-                select(chunk.c.error, chunk.c.finished_at)
-                .where(chunk.c.error.is_not(None), chunk.c.error.not_in(REAPED))
-                .order_by(chunk.c.finished_at.desc())
-                .limit(1)
-            )
-            row = tx.execute(query).one_or_none()
+            with_error = select(chunk.c.error, chunk.c.finished_at).where(chunk.c.error.is_not(None))
+            row = tx.execute(with_error.order_by(chunk.c.finished_at.desc()).limit(1)).one_or_none()
             return None if row is None else (row.error, row.finished_at)
 
     def recent_chunk_seconds(self, count: int = 5) -> list[float]:
@@ -152,7 +128,7 @@ class Reader:
             return list(tx.execute(query).scalars())[::-1]
 
     def rows(self, table: str) -> list[dict[str, Any]]:
-        """A whole table, in the order of its keys: for checks, exports and tests."""
+        """A whole table, in the order of its keys."""
         wanted = {t.name: t for t in (run, job, checkpoint, entry, chunk, epoch, event)}[table]
         with self._database.transaction() as tx:
             return [dict(r._mapping) for r in tx.execute(select(wanted).order_by(*wanted.primary_key.columns)).all()]
@@ -169,45 +145,3 @@ class Reader:
             ).all()
         files |= {name for row in held for name in (row.suspended_file, row.file) if name}
         return files, {row.generation for row in held if row.state == ChunkState.LIVE}
-
-    def record_test(self, checkpoint_id: int, sha256: str, metrics: Mapping[str, float], now: float) -> None:
-        """The test set was read for this checkpoint: remember what came out, and that it was."""
-        with self._database.transaction() as tx:
-            done = tx.execute(
-                update(checkpoint)
-                .where(checkpoint.c.checkpoint_id == checkpoint_id, checkpoint.c.sha256 == sha256)
-                .values(test_metrics=dict(metrics), tested_at=now)
-            )
-            if done.rowcount != 1:
-                raise StaleClaimError(f"checkpoint {checkpoint_id} is no longer the one that was tested")
-            log_event(tx, now, "tested", None, None, None, checkpoint=checkpoint_id, metrics=dict(metrics))
-
-
-def _prominence(row: Row[Any]) -> int:
-    if row.state == JobState.RUNNING:
-        return 3
-    return 2 if row.state in (JobState.QUEUED, JobState.SUBMITTING) else 1 if row.started_at else 0
-
-
-def _entry_row(rank: int, row: Row[Any]) -> dict[str, Any]:
-    return {
-        "rank": rank,
-        "checkpoint": row.checkpoint_id,
-        "score": row.score,
-        "epochs": row.epochs,
-        "worked_on": row.worked_on,
-        "in_progress": row.in_progress,
-        "founder": row.founder_id,
-        "parent": row.parent_id,
-        "profile": row.profile,
-        "worker": row.worker_id,
-        "promoted_at": row.promoted_at,
-        "file": row.file,
-        "sha256": row.sha256,
-        "entry": row.entry_id,
-        "start_position": row.start_position,
-        "next_position": row.floor,
-        "metrics": row.metrics,
-        "test_metrics": row.test_metrics,
-        "tested_at": row.tested_at,
-    }

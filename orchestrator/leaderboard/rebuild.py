@@ -1,4 +1,4 @@
-"""A whole leaderboard written anew, from what the checkpoints' records tell."""
+"""Write a whole leaderboard from a plan that was made from the checkpoints' records."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, select, text, update
 
 from orchestrator import __version__
+from orchestrator.files.checkpoint_record import CheckpointRecord
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.engine import Database
-from orchestrator.leaderboard.moves import NOT_KNOWN, log_event
-from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, RebuildPlan, Record
+from orchestrator.leaderboard.moves import log_event
+from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, RebuildPlan
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job, run, worker
-from orchestrator.records import ChunkState, JobState, RunState
+from orchestrator.records import ChunkState, ExpiredBy, JobState, RunState, StopKind
 
 REPAIRED = "repaired; `orch resume` goes on"
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Of the run's row."""
+    """What the new row of the run is made of."""
 
     name: str
     settings: str  # JSON
     import_paths: Sequence[str]
     launched_at: float
     deadline: float
-    devices: Sequence[str | None]  # of the workers that the settings want
+    devices: Sequence[str | None]  # of each worker in the settings, CUDA_VISIBLE_DEVICES
 
 
 def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | None, now: float) -> None:
-    """Make the tables and fill them: all of it or nothing. kept: where the old database is, if anywhere.
+    """Make the tables and fill them, in one transaction. kept: where the old database is, if it was kept.
 
     Raises LeaderboardError.
     """
@@ -46,7 +47,7 @@ def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | N
         entries = _add_entries(tx, plan, ids)
         _add_references(tx, plan, ids, entries, now)
         entered = [c.record.file for c in plan.board]
-        log_event(tx, now, "repaired", None, None, None, kept=kept, entries=entered, notes=list(plan.notes))
+        log_event(tx, now, "repaired", kept=kept, entries=entered, notes=list(plan.notes))
         if tx.dialect.name == "postgresql":
             _move_sequences(tx, database.schema_name)
 
@@ -73,13 +74,14 @@ def _add_run(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) -> N
 
 
 def _add_workers(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) -> None:
-    """Each with a lost link: a job of before the repair that is alive after all must not find a new one under its
-    own key."""
+    """Each with a lost link, whose key is above those of all old jobs: an old job that is alive after all must not find
+    a new one under its own key."""
     wanted = len(origin.devices)
     for worker_id in range(max(wanted, plan.workers)):
-        surplus = f"the run was amended to {wanted} workers" if worker_id >= wanted else None
-        device = origin.devices[worker_id] if worker_id < wanted else None
-        tx.execute(insert(worker).values(worker_id=worker_id, device=device, failures=0, stopped=surplus))
+        values: dict[str, Any] = {"stopped": f"the run has {wanted} workers now", "stop_kind": StopKind.SURPLUS}
+        if worker_id < wanted:
+            values = {"device": origin.devices[worker_id]}
+        tx.execute(insert(worker).values(worker_id=worker_id, failures=0, **values))
         tx.execute(
             insert(job).values(
                 job_id=GENERATION_GAP + worker_id,
@@ -90,20 +92,18 @@ def _add_workers(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) 
                 starts=0,
                 submitted_at=origin.launched_at,
                 ended_at=now,
-                outcome="the jobs of before the repair were lost with the database",
+                outcome="the jobs before the repair were lost with the database",
             )
         )
 
 
 def _add_chunks(tx: Connection, plan: RebuildPlan, now: float) -> None:
-    """Finished and suspended ones; what they refer to comes later."""
+    """Finished and suspended ones, without references; `_add_references` adds those."""
     for made in plan.checkpoints:
         record = made.record
         values: dict[str, Any] = {"state": ChunkState.PROMOTED, "finished_at": record.created_at, "score": record.score}
         if made.known:
             values |= {"epochs": len(record.trained), "train_seconds": record.train_seconds}
-        else:
-            values |= {"error": NOT_KNOWN}
         tx.execute(insert(chunk).values(_chunk(record) | values))
         if made.known:
             rows = [{"chunk_id": record.chunk, **result.model_dump()} for result in record.trained]
@@ -113,7 +113,7 @@ def _add_chunks(tx: Connection, plan: RebuildPlan, now: float) -> None:
         tx.execute(insert(chunk).values(_chunk(record) | files | {"state": ChunkState.SUSPENDED}))
 
 
-def _chunk(record: Record) -> dict[str, Any]:
+def _chunk(record: CheckpointRecord) -> dict[str, Any]:
     return {
         "chunk_id": record.chunk,
         "position": record.position,
@@ -150,10 +150,10 @@ def _add_checkpoints(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) 
 
 
 def _add_entries(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) -> dict[str, int]:
-    """In the order in which they came, which decides among equals. Their keys, by file."""
-    came = sorted(plan.checkpoints, key=lambda c: (c.record.created_at, c.record.generation))
-    entries = {c.record.file: number for number, c in enumerate(came, start=1)}
-    for made in came:
+    """In the order in which they were made, which decides between equals. Returns their keys, by file."""
+    in_order = sorted(plan.checkpoints, key=lambda c: (c.record.created_at, c.record.generation))
+    entries = {c.record.file: number for number, c in enumerate(in_order, start=1)}
+    for made in in_order:
         tx.execute(
             insert(entry).values(
                 entry_id=entries[made.record.file],
@@ -171,7 +171,7 @@ def _add_entries(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) -> d
 def _add_references(
     tx: Connection, plan: RebuildPlan, ids: Mapping[str, int], entries: Mapping[str, int], now: float
 ) -> None:
-    """Whose position each chunk has consumed; and the positions of which nothing is known, given back."""
+    """Which entry's position each chunk has consumed. Positions with an unknown result get an expired chunk."""
     for record in (*(c.record for c in plan.checkpoints), *plan.suspended):
         if record.parent_file:
             whose = {"entry_id": entries[record.parent_file], "parent_id": ids[record.parent_file]}
@@ -195,13 +195,13 @@ def _add_references(
                 claimed_at=now,
                 lease_until=now,
                 finished_at=now,
-                error=NOT_KNOWN,
+                expired_by=ExpiredBy.LOST_WITH_DATABASE,
             )
         )
 
 
 def _move_sequences(tx: Connection, schema_name: str | None) -> None:
-    """A server's own numbers go on above those that were given here."""
+    """The server's sequences continue above the keys that were given here."""
     for table in schema.metadata.sorted_tables:
         (key,) = table.primary_key.columns
         name = f"{schema_name}.{table.name}" if schema_name else table.name

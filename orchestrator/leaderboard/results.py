@@ -1,4 +1,4 @@
-"""What a finished, suspended or lost claim writes, always under the guard of its generation."""
+"""What the end of a claim writes, always guarded by the claim's generation."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, insert, update
 
 from orchestrator.errors import StaleClaimError
-from orchestrator.leaderboard.moves import ON_BOARD, BoardRows, finite, log_event
+from orchestrator.leaderboard.moves import ON_BOARD, BoardView, finite, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry
 from orchestrator.leaderboard.statements import Statement
-from orchestrator.records import Candidate, ChunkState, Claim, Entry, Policy
+from orchestrator.records import Candidate, ChunkState, Claim, Entry, Metric
 from orchestrator.rules import claiming
 
 _OF_CLAIM = Statement(
@@ -25,7 +25,7 @@ _ENTER, _ADD_CHECKPOINT = Statement(insert(entry)), Statement(insert(checkpoint)
 
 
 def close(tx: Connection, claim: Claim, state: ChunkState, finished_at: float | None, **values: Any) -> None:
-    """The guarded write: only the live claim of this very generation."""
+    """The guarded write. Raises StaleClaimError unless the claim is live and of this generation."""
     guard = {"of_chunk": claim.chunk_id, "of_generation": claim.generation}
     if _OF_CLAIM.write(tx, **guard, state=state, finished_at=finished_at, **values) != 1:
         raise StaleClaimError(
@@ -38,21 +38,21 @@ def promote(
     tx: Connection,
     claim: Claim,
     candidate: Candidate,
-    evicted: Entry | None,
-    board: BoardRows,
-    origin: Any,
-    policy: Policy,
+    view: BoardView,
     now: float,
+    *,
+    evicted: Entry | None,
+    metric: Metric,
 ) -> None:
-    """Put the candidate on the board, in place of `evicted` or in a free slot. origin: its chunk's parent_id, and
-    the founder_id of that."""
+    """Put the candidate on the board, in place of `evicted` or in a free slot."""
+    origin = view.context
     checkpoint_id = _add_checkpoint(tx, claim, candidate, origin.parent_id, origin.founder_id, now)
     founder = origin.parent_id is None
     entry_id = _ENTER.insert(
         tx,
         checkpoint_id=checkpoint_id,
         start_position=0 if founder else claiming.child_start(claim.position),
-        floor=claiming.child_start(claim.position),  # a founder's own chunk consumed its position 0
+        floor=claiming.child_start(claim.position),  # a founder's chunk consumed position 0
         worked_on=0,
         promoted_at=now,
         on_board=True,
@@ -62,18 +62,18 @@ def promote(
     if evicted is not None:
         done = _EVICT.write(tx, of_entry=evicted.entry_id, on_board=False, evicted_at=now, evicted_by=entry_id)
         assert done == 1, "read and written in one transaction"
-    scores = [candidate.score, *(e.score for e in board.entries if e is not evicted)]
-    what = {
+    scores = [candidate.score, *(e.score for e in view.board.entries if e is not evicted)]
+    what: dict[str, Any] = {
         "score": candidate.score,
         "position": claim.position,
         "profile": claim.profile.name,
         "epochs": candidate.epochs,
         "evicted": evicted.entry_id if evicted else None,
         "entries": len(scores),
-        "worst": min(scores, key=policy.metric.key),
-        "best": max(scores, key=policy.metric.key),
+        "worst": min(scores, key=metric.key),
+        "best": max(scores, key=metric.key),
     }
-    log_event(tx, now, "promoted", claim.worker_id, claim.chunk_id, entry_id, **what)
+    log_event(tx, now, "promoted", worker_id=claim.worker_id, chunk_id=claim.chunk_id, entry_id=entry_id, **what)
 
 
 def _add_checkpoint(

@@ -1,4 +1,4 @@
-"""The tables. Times are Unix seconds (UTC). A change here needs a new SCHEMA_VERSION."""
+"""The tables. Times are Unix seconds (UTC). A change here needs a new SCHEMA_VERSION, and a step in upgrade.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sqlalchemy import (
     text,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 HELD = "state IN ('live', 'suspended')"
 metadata = MetaData()
@@ -34,12 +34,12 @@ run = Table(
     Column("reason", Text),
     Column("created_at", Float, nullable=False),
     Column("deadline", Float, nullable=False),
-    Column("generation", Integer, nullable=False),  # the last one given to a claim; they are never used twice
+    Column("generation", Integer, nullable=False),  # the last one given to a claim; none is used twice
     Column("chunks_since_promotion", Integer, nullable=False),
     Column("epochs", Integer, nullable=False),  # of finished chunks, kept here so that a claim need not count
     Column("settings", Text, nullable=False),  # JSON, complete; amended in place
     Column("settings_version", Integer, nullable=False),
-    Column("import_paths", JSON, nullable=False),  # where a user's own job module was found at launch
+    Column("import_paths", JSON, nullable=False),  # where the user's job module was found at launch
 )
 
 worker = Table(
@@ -48,7 +48,8 @@ worker = Table(
     Column("worker_id", Integer, primary_key=True, autoincrement=False),
     Column("device", String(200)),
     Column("failures", Integer, nullable=False, default=0),
-    Column("stopped", Text),
+    Column("stopped", Text),  # why, for people
+    Column("stop_kind", String(16)),  # a StopKind
 )
 
 job = Table(
@@ -114,7 +115,7 @@ chunk = Table(
     "chunk",
     metadata,
     Column("chunk_id", Integer, primary_key=True),
-    # Whose cycle position it consumes. A founder's own chunk gets it on promotion, since it founds the entry.
+    # The entry whose position it consumes. A founder's chunk consumes position 0 of the entry that it becomes.
     Column("entry_id", Integer, ForeignKey("entry.entry_id", use_alter=True, name="chunk_of_entry")),
     Column("parent_id", Integer, ForeignKey("checkpoint.checkpoint_id", use_alter=True, name="chunk_of_parent")),
     Column("position", Integer, nullable=False),
@@ -131,7 +132,8 @@ chunk = Table(
     Column("score", Float),
     Column("suspended_file", String(255)),
     Column("suspended_sha256", String(64)),
-    Column("error", Text),
+    Column("expired_by", String(20)),  # an ExpiredBy
+    Column("error", Text),  # what went wrong in it
     Index("chunk_by_entry", "entry_id", "position"),
     Index("chunk_held", "state", "entry_id", "lease_until", sqlite_where=text(HELD), postgresql_where=text(HELD)),
     Index("chunk_finished", "finished_at"),

@@ -1,7 +1,8 @@
-"""Statements that every chunk executes: written in SQLAlchemy Core, turned into SQL once a process.
+"""The statements of every chunk: written in SQLAlchemy Core, compiled to SQL once in each process.
 
-All that happens between taking a run's lock and giving it back is waited for by every other worker. Core's own way
-from a statement to the driver costs about as much there as the database's work, at some fifteen statements a chunk.
+While a transaction holds the run's lock, all other workers wait. With Core's own execution in place of this module, 1,
+16 and 64 processes made 187, 152 and 147 chunks/s, with it 266, 208 and 188 (by turns on one machine): 22 to 30 %
+fewer.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """For a driver."""
+    """SQL and parameters for a driver."""
 
     sql: str
-    names: tuple[str, ...]  # of its parameters; for SQLite, which wants them by place, in their order
+    names: tuple[str, ...]  # of its parameters; for SQLite in their order, since it takes them by position
     constants: Mapping[str, Any]
     processors: Mapping[str, Callable[[Any], Any]]  # such as a dict to JSON
 
-    def by_place(self, values: Values) -> list[Any]:
+    def by_position(self, values: Values) -> list[Any]:
         return [self._parameter(name, values) for name in self.names]
 
     def by_name(self, values: Values) -> dict[str, Any]:
@@ -39,10 +40,10 @@ class _Compiled:
 
 
 class Statement:
-    """One statement with named parameters, which the driver gets as it is.
+    """One statement with named parameters.
 
-    Rows have their columns as attributes. Values are as the driver gives them: of SQLite's no JSON, and 0 or 1 for a
-    Boolean, so these two are not for reading here.
+    Rows have their columns as attributes. Values are the driver's: SQLite gives JSON as text and Booleans as 0 or 1, so
+    do not read these two here.
     """
 
     def __init__(self, core: Select[Any] | Insert | Update | Delete) -> None:
@@ -59,23 +60,23 @@ class Statement:
         return None if row is None else self._make_row(row)
 
     def write(self, tx: Connection, **values: Any) -> int:
-        """How many rows it has changed."""
+        """Returns the number of changed rows."""
         count: int = self._execute(tx, values).rowcount
         return count
 
     def insert(self, tx: Connection, **values: Any) -> int:
-        """The new row's key."""
+        """Returns the new row's key."""
         done = self._execute(tx, values)
         key = done.lastrowid if isinstance(done, sqlite3.Cursor) else done.fetchone()[0]
         assert isinstance(key, int)
         return key
 
     def insert_all(self, tx: Connection, rows: Sequence[Values]) -> None:
-        """Rows of the same columns, at least one."""
+        """rows: at least one, all with the same columns."""
         compiled = self._for_driver(tx, tuple(rows[0]))
         driver = tx.connection.driver_connection
         if isinstance(driver, sqlite3.Connection):
-            driver.executemany(compiled.sql, [compiled.by_place(row) for row in rows])
+            driver.executemany(compiled.sql, [compiled.by_position(row) for row in rows])
         elif len(rows) == 1:
             driver.execute(compiled.sql, compiled.by_name(rows[0]))  # type: ignore[union-attr]
         else:
@@ -85,17 +86,16 @@ class Statement:
         compiled = self._for_driver(tx, tuple(values))
         driver = tx.connection.driver_connection
         if isinstance(driver, sqlite3.Connection):
-            return driver.execute(compiled.sql, compiled.by_place(values))
+            return driver.execute(compiled.sql, compiled.by_position(values))
         return driver.execute(compiled.sql, compiled.by_name(values))  # type: ignore[union-attr]
 
     def _for_driver(self, tx: Connection, names: tuple[str, ...]) -> _Compiled:
         dialect = tx.dialect
-        tables = tx.get_execution_options().get("schema_translate_map")  # which schema this run's tables are in
+        tables = tx.get_execution_options().get("schema_translate_map")  # the schema of this run's tables
         key = (dialect.name, tables[None] if tables else None, names)
         if key in self._compiled:
             return self._compiled[key]
-        # Of an insert or update, the names that are columns say what is written. render_schema_translate: now, not by
-        # Core at each execution.
+        # column_keys: the columns that an insert or update writes. render_schema_translate: now, not at each execution.
         core = self._core.compile(
             dialect=dialect,
             column_keys=list(names),
@@ -104,12 +104,12 @@ class Statement:
         )
         assert isinstance(core, SQLCompiler)
         binds = core.binds.items()
-        found = {name: bind.type.dialect_impl(dialect).bind_processor(dialect) for name, bind in binds}
+        processors = {name: bind.type.dialect_impl(dialect).bind_processor(dialect) for name, bind in binds}
         compiled = self._compiled[key] = _Compiled(
             core.string,
             tuple(core.positiontup or core.bind_names.values()),
             {name: bind.value for name, bind in binds},
-            {name: processor for name, processor in found.items() if processor is not None},
+            {name: processor for name, processor in processors.items() if processor is not None},
         )
         return compiled
 

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from orchestrator.records import Discard, Entry, Metric, Promote
+from orchestrator.records import Entry, Metric
+
+
+@dataclass(frozen=True, slots=True)
+class Promote:
+    """The candidate enters, in place of this entry or (None) in a free slot."""
+
+    evicted: Entry | None
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """The candidate does not enter."""
+
+    reason: str
 
 
 def worst(entries: Iterable[Entry], metric: Metric) -> Entry | None:
-    """The entry that a better candidate replaces: the lowest score; among equals the most worked on, then
-    the newest."""
+    """The entry that a better candidate replaces: the worst score; among equals the most worked on, then the newest."""
     return min(entries, key=lambda e: (metric.key(e.score), -e.worked_on, -e.entry_id), default=None)
 
 
 def ratchet(score: float | None, entries: Sequence[Entry], num_models: int, metric: Metric) -> Promote | Discard:
-    """A free slot, or strictly better than the worst. Ties lose; NaN and infinities never enter."""
+    """A candidate enters a free slot, or if it is strictly better than the worst. NaN and infinities never enter."""
     if score is None or not math.isfinite(score):
         return Discard(f"{metric.name} is not finite")
     if len(entries) < num_models:

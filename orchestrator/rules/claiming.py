@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from orchestrator.records import Entry, Evidence, FoundAnew, Metric, Profile, WorkOn
+from orchestrator.records import Entry, Evidence, Metric, Profile
 
 
-def choose_claim(
-    entries: Sequence[Entry], founders_in_progress: int, num_models: int, metric: Metric
-) -> WorkOn | FoundAnew:
-    """What to train next: a founder for a free slot that nobody is filling, else the entry that was least
-    worked on (work in progress counts), then the better score, then the older.
+def choose_claim(entries: Sequence[Entry], founders_in_progress: int, num_models: int, metric: Metric) -> Entry | None:
+    """The entry to train a child of; None: a founder, with initial weights.
 
-    With no entry at all there is nothing to work on but another founder.
+    A founder comes first while a slot is free that no other founder is about to fill, or while the board is empty.
+    Then comes the entry that was least worked on (work in progress counts), then the better score, then the older.
     """
     if not entries or len(entries) + founders_in_progress < num_models:
-        return FoundAnew()
-    chosen = min(entries, key=lambda e: (e.worked_on + e.in_progress, -metric.key(e.score), e.entry_id))
-    return WorkOn(chosen)
+        return None
+    return min(entries, key=lambda e: (e.worked_on + e.in_progress, -metric.key(e.score), e.entry_id))
 
 
 def next_profile(start: int, consumed: Collection[int], leased: Collection[int]) -> int:
     """The smallest position from `start` that is neither consumed nor leased.
 
-    Positions count on for ever; only what they mean wraps round (`profile_at`). A position whose claim
-    expired is in neither set, and so is the next one taken.
+    Positions never wrap; `profile_at` maps them to the cycle. The position of an expired claim is in neither set, so
+    the next claim takes it.
     """
     position = start
     while position in consumed or position in leased:
@@ -39,8 +36,7 @@ def advance_floor(floor: int, consumed: Collection[int]) -> int:
 
 
 def child_start(position: int) -> int:
-    """A promoted child starts after the position that made it. A founder's line starts at 0, and the chunk
-    that trains the founder itself is the first of it."""
+    """A promoted child starts after the position that made it. A founder starts at 0, which its own chunk consumes."""
     return position + 1
 
 
@@ -49,20 +45,19 @@ def profile_at(position: int, cycle: Sequence[Profile]) -> Profile:
 
 
 def repeat_number(entry: Entry, position: int, cycle: Sequence[Profile]) -> int:
-    """How many earlier positions that were tried from this entry had the same profile.
+    """How many earlier positions of this entry had the same profile.
 
-    0 goes on with the parent's random state, so that chunked training is the uninterrupted training. A
-    repeat must draw anew: from the same parent with the same profile and the same random numbers it would
-    train the same child again.
+    0 goes on with the parent's random state, so that chunked training equals uninterrupted training. A repeat needs
+    new random numbers: with the same ones it would train the same child again.
     """
     start = entry.start_position + (1 if entry.founder else 0)
     profile = profile_at(position, cycle)
-    whole, rest = divmod(position - start, len(cycle))
-    each_round = sum(p == profile for p in cycle)
-    return whole * each_round + sum(profile_at(start + i, cycle) == profile for i in range(rest))
+    rounds, remaining = divmod(position - start, len(cycle))
+    per_round = sum(p == profile for p in cycle)
+    return rounds * per_round + sum(profile_at(start + i, cycle) == profile for i in range(remaining))
 
 
 def expired(now: float, lease_until: float, evidence: Evidence) -> bool:
-    """May a claim be taken from its worker? On evidence that its job is gone, or past the end of its lease,
-    which is the hard end of its job. The generation keeps a worker that lives on from writing."""
+    """May a claim be taken from its worker? If its job is proved gone, or after its lease, which ends with the hard
+    time limit of its job. A worker that is alive after all can't write: its generation is stale."""
     return evidence is Evidence.GONE or now > lease_until

@@ -1,4 +1,4 @@
-"""Which files of a run may be deleted, and how many it needs."""
+"""Which files of a run may be deleted, and how much room it needs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from orchestrator.records import base_of
+from orchestrator.rules.checkpoint_names import generation_of
+
+KEPT_LINKS = 3  # the folders of a chain's last jobs stay, so that a user can see how they ended
+_JOB_FOLDER = re.compile(r"[0-9a-f]{16}(?:-[0-9]+)?")  # of a submission or, with the local executor, of a job
+_SERIES = re.compile(r"chunk-([0-9]{8,})|(?:offline-)?run-[0-9]{8}_[0-9]{6}-[0-9a-f]{8}-c([0-9]{8,})(?:-[0-9]+)?")
 
 
 def collectable(files: Iterable[str], referenced: Collection[str], live_generations: Collection[int]) -> list[str]:
-    """The files that nothing refers to: not an entry, not a live or suspended claim, and not written by a
-    claim that is still live (its candidate may not be recorded yet).
+    """The files of claims that no entry and no held claim refers to, and that no live claim has written (its
+    candidate may not be recorded yet).
 
-    `files` must have been listed before the other two were read: a file that appears later is not judged.
+    `files` must be listed before the other two are read, so that newer files are not judged.
     """
     return [
         name
@@ -21,33 +26,11 @@ def collectable(files: Iterable[str], referenced: Collection[str], live_generati
     ]
 
 
-_OURS = re.compile(r"(?:\.tmp-)?g([0-9]{8,})-c([0-9]{8,})\.(?:pt|json)(?:-[0-9]+)?")
-
-
-def generation_of(name: str) -> int | None:
-    """The generation in a file's name (`Claim.file_stem`), None for a file that is not ours."""
-    match = _OURS.fullmatch(name)
-    return int(match[1]) if match else None
-
-
-def chunk_of(name: str) -> int | None:
-    """The chunk in a file's name, None for a file that is not ours."""
-    match = _OURS.fullmatch(name)
-    return int(match[2]) if match else None
-
-
-# Of each chain the folders of its last jobs stay, for somebody who wants to know how they ended.
-KEPT_LINKS = 3
-
-
-_JOB_FOLDER = re.compile(r"[0-9a-f]{16}(?:-[0-9]+)?")  # a submission's, or (on the local executor) a job's
-
-
 def old_job_folders(ages_s: Mapping[str, float], jobs: Sequence[tuple[int, str, bool]], orphaned_s: float) -> list[str]:
-    """Of these folders, those that no job needs: neither an open one nor the last of a chain.
+    """The job folders that belong neither to an open job nor to the last ones of a chain.
 
-    ages_s: since something in a folder was written last, by its name. jobs: (worker, token, open?), each chain in its
-    order. A folder of which the database knows nothing is old when nothing was written to it for orphaned_s.
+    ages_s: seconds since the last write to each folder, by name. jobs: (worker, token, open?), each chain in its
+    order. A folder that the database does not know is old if nothing was written to it for orphaned_s.
     """
     chains: dict[int, list[str]] = {}
     kept: set[str] = set()
@@ -65,14 +48,11 @@ def old_job_folders(ages_s: Mapping[str, float], jobs: Sequence[tuple[int, str, 
     )
 
 
-_SERIES = re.compile(r"chunk-([0-9]{8,})|(?:offline-)?run-[0-9]{8}_[0-9]{6}-[0-9a-f]{8}-c([0-9]{8,})(?:-[0-9]+)?")
-
-
 def old_series(ages_s: Mapping[str, float], lines: Collection[int], kept_s: float) -> list[str]:
-    """Of these folders of loggers, those of chunks that led to nothing, when nothing was written to them for kept_s.
+    """The loggers' folders of chunks that are not in `lines`, if nothing was written to them for kept_s.
 
-    ages_s: since something in a folder was written last, by its name. lines: the chunks that a checkpoint which stays
-    comes from. A folder of which its name does not tell the chunk is not ours.
+    ages_s: seconds since the last write to each folder, by name. lines: every chunk in the lineage of a checkpoint
+    that stays.
     """
     return sorted(
         name
@@ -87,6 +67,6 @@ def fits(used_bytes: float, needed_bytes: float, budget_bytes: float) -> bool:
 
 
 def checkpoints_at_most(num_models: int, workers: int) -> int:
-    """Files at the same time, nearly always: those on the board, and of each worker the one that it writes and the
-    one that it started from (an entry that was evicted since, or a suspended state)."""
+    """How many files there are at the same time, with rare exceptions: those on the board, and for each worker the one
+    that it writes and the one that it started from (an evicted entry, or a suspended state)."""
     return num_models + 2 * workers

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from orchestrator.messages import counted
-from orchestrator.records import ChunkState, Metric, Progress, RunState, StopRules
+from orchestrator.messages import counted, iso
+from orchestrator.records import ChunkState, Metric, Over, Progress, RunState, StopRules
 
-# A chunk is expected to take at most so much longer than the mean of those before it.
-CHUNK_MARGIN = 1.25
+CHUNK_MARGIN = 1.25  # a chunk is expected to take at most this many times the mean of those before it
 
 
 def expected_chunk_s(durations_s: Sequence[float]) -> float | None:
-    """From measured chunks, latest last; None before the first was measured. The longest of the last few
-    counts, or the mean with a margin, whichever is more."""
+    """From measured chunks, latest last: the longest of the last five, or their mean with a margin if that is more.
+    None if none was measured."""
     recent = durations_s[-5:]
     return max(max(recent), CHUNK_MARGIN * fmean(recent)) if recent else None
 
@@ -22,8 +21,8 @@ def expected_chunk_s(durations_s: Sequence[float]) -> float | None:
 def should_start_chunk(now: float, job_end: float, durations_s: Sequence[float], chunks_in_job: int) -> bool:
     """Does another chunk fit before the job's end?
 
-    The first chunk of a job starts in any case while there is time at all: where chunks are longer than
-    jobs, it is suspended at the end and goes on in the successor, else nothing would ever be trained.
+    The first chunk of a job always starts while there is any time left: where a chunk takes longer than a job, it is
+    suspended at the job's end and goes on in the successor. Otherwise it would never be trained.
     """
     if now >= job_end:
         return False
@@ -34,40 +33,49 @@ def should_start_chunk(now: float, job_end: float, durations_s: Sequence[float],
 
 
 def stale_chunks(stale_cycles: int | None, cycle_length: int, num_models: int) -> int | None:
-    """A whole cycle of work is every profile once on every entry of a full board."""
+    """A stale cycle is every profile once on every entry of a full board."""
     return None if stale_cycles is None else stale_cycles * cycle_length * num_models
 
 
-def converged(progress: Progress, stop: StopRules, metric: Metric) -> tuple[RunState, str] | None:
-    """Is the run over before its lifetime is? Its last state and the reason, or None."""
-    if (
-        stop.score is not None
-        and progress.best_score is not None
-        and (metric.key(progress.best_score) >= metric.key(stop.score))
-    ):
-        return (
-            RunState.CONVERGED,
-            f"the best {metric.name} {progress.best_score:.6g} has reached {stop.score:.6g}",
-        )
+def converged(progress: Progress, stop: StopRules, metric: Metric) -> Over | None:
+    """Which stop rule ends the run before its lifetime is over; None: it goes on."""
+    best, stale = progress.best_score, progress.chunks_since_promotion
+    if stop.score is not None and best is not None and metric.key(best) >= metric.key(stop.score):
+        return Over(RunState.CONVERGED, f"the best {metric.name} {best:.6g} has reached {stop.score:.6g}")
     if stop.epochs is not None and progress.epochs >= stop.epochs:
         trained = counted(progress.epochs, "epoch was", "epochs were")
-        return RunState.FINISHED, f"{trained} trained, of {stop.epochs} allowed"
-    if stop.stale_chunks is not None and progress.chunks_since_promotion >= stop.stale_chunks:
-        if progress.best_score is None:
-            return RunState.FAILED, f"{counted(progress.chunks_since_promotion, 'chunk')} and no finite {metric.name}"
-        return RunState.CONVERGED, f"no promotion in the last {counted(progress.chunks_since_promotion, 'chunk')}"
+        return Over(RunState.FINISHED, f"{trained} trained, of {stop.epochs} allowed")
+    if stop.stale_chunks is not None and stale >= stop.stale_chunks:
+        if best is None:
+            return Over(RunState.FAILED, f"{counted(stale, 'chunk')} and no finite {metric.name}")
+        return Over(RunState.CONVERGED, f"no promotion in the last {counted(stale, 'chunk')}")
     return None
 
 
+def run_over(now: float, deadline: float, stopped: Over | None = None) -> Over | None:
+    """Why an active run ends: the stop rule that holds (see `converged`), or its lifetime. None: it goes on."""
+    if stopped is None and lifetime_over(now, deadline):
+        return Over(RunState.FINISHED, f"its total_lifetime ended at {iso(deadline)}")
+    return stopped
+
+
+def settled(state: RunState, now: float, deadline: float, open_jobs: int, running_jobs: int) -> Over | None:
+    """A run that drains is finished when no job works any more, one whose lifetime is over when no job is left."""
+    if state is RunState.DRAINING and not running_jobs:
+        return Over(RunState.FINISHED, "drained by the user")
+    return run_over(now, deadline) if state is RunState.ACTIVE and not open_jobs else None
+
+
 def warnings(chunks: Mapping[str, int], metric: str) -> list[str]:
-    """What the user should be told of a run; a line each. chunks: how many have ended as what; metric: its name."""
+    """What the user should be told of a run; a line each. chunks: how many have ended in each state; metric: its
+    name."""
     discarded = chunks[ChunkState.DISCARDED]
     if chunks[ChunkState.PROMOTED] or not discarded:
         return []
-    # While a slot is free, only a score that is no number is discarded.
+    # While a slot is free, only a score that is not finite is discarded.
     which = "the only chunk so far" if discarded == 1 else f"all {discarded} chunks so far"
     return [
-        f"{which} ended with a score ({metric}) that is no finite number, and nothing has entered the board; look at "
+        f"{which} ended with a score ({metric}) that is not a finite number, so the board is empty; look at "
         'the learning rate (too high?), the precision ("precision": "fp32") and the loss'
     ]
 

@@ -1,5 +1,5 @@
-"""orch gc: delete what nothing refers to any more. Safe while the run goes on, since each folder is listed before the
-database is asked: what appears meanwhile is not judged."""
+"""orch gc: delete what nothing refers to any more. Safe while the run goes on: each folder is listed before the
+database is read, so newer files are not judged."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ import psutil
 
 from orchestrator.errors import CheckpointError
 from orchestrator.files import checkpoints, disk_budget, run_folder
+from orchestrator.files.checkpoint_record import read_record
+from orchestrator.files.run_folder import CHECKPOINTS, DATABASE_NAME, JOBS, LOGS
 from orchestrator.rules import collecting
+from orchestrator.rules.checkpoint_names import generation_of
 from orchestrator.run.run import Run
 
 KINDS = ("checkpoints", "temporary files", "job folders", "curves", "dead launches")
-# What nobody has touched for so long, nobody is about to give its final name.
-ORPHANED_S = 3600.0
-# Curves of chunks that led to nothing stay for a day, for somebody who wants to know why.
-CURVES_KEPT_S = 86400.0
-SERIES_FOLDERS = ("tensorboard", "wandb")  # of run/logs: the loggers that have a folder for each chunk
+ORPHANED_S = 3600.0  # older temporary files belong to no running process
+CURVES_KEPT_S = 86400.0  # curves of chunks that led to nothing stay for a day, so that a user can see why
+SERIES_FOLDERS = ("tensorboard", "wandb")  # in the logs folder: loggers with a folder for each chunk
 _TEMPORARY = re.compile(r"\.tmp-.+-\d+|\.repair-.+")
 
 
 @dataclass
 class CollectionReport:
-    """What was deleted, or would be."""
+    """What was deleted, or would be deleted."""
 
     run: str
     dry_run: bool
@@ -38,7 +39,7 @@ class CollectionReport:
     trouble: list[str] = field(default_factory=list)
 
     def take(self, kind: str, path: Path) -> None:
-        """Delete a file or folder, and count it. What has gone by itself counts nothing."""
+        """Delete a file or folder, and count it unless it has vanished already."""
         size = disk_budget.used_bytes(path)
         if not self.dry_run:
             try:
@@ -53,19 +54,19 @@ class CollectionReport:
 
 
 def collect(run: Run, dry_run: bool, now: float) -> CollectionReport:
-    """Raises LeaderboardError: without the database nothing is known to be unneeded."""
+    """Raises LeaderboardError: only the database shows which files are needed."""
     report = CollectionReport(run.name, dry_run)
-    files = run.folder / "checkpoints"
+    files = run.folder / CHECKPOINTS
     collectable = checkpoints.collectable(files, run.leaderboard.reader.references) if files.is_dir() else []
     for name in collectable:
         report.take("checkpoints" if not name.startswith(".") else "temporary files", files / name)
     for folder in (run.folder, files):
         for path in _orphans(_listed(folder), now):
             report.take("temporary files", path)
-    folders = [path for path in _listed(run.folder / "jobs") if path.is_dir()]
+    folders = [path for path in _listed(run.folder / JOBS) if path.is_dir()]
     tokens = run.leaderboard.reader.tokens()
     for name in collecting.old_job_folders({p.name: now - _touched(p) for p in folders}, tokens, ORPHANED_S):
-        report.take("job folders", run.folder / "jobs" / name)
+        report.take("job folders", run.folder / JOBS / name)
     _collect_curves(run, report, now)
     for path in _dead_launches(run.folder, now):
         report.take("dead launches", path)
@@ -73,66 +74,64 @@ def collect(run: Run, dry_run: bool, now: float) -> CollectionReport:
 
 
 def _collect_curves(run: Run, report: CollectionReport, now: float) -> None:
-    folders = [path for part in SERIES_FOLDERS for path in _listed(run.folder / "logs" / part) if path.is_dir()]
+    folders = [path for part in SERIES_FOLDERS for path in _listed(run.folder / LOGS / part) if path.is_dir()]
     ages_s = {path.name: now - _touched(path) for path in folders}
     old = set(collecting.old_series(ages_s, (), CURVES_KEPT_S))
-    if not old:  # spares the reading of records
+    if not old:  # the records need not be read
         return
     try:
-        lines = _lines(run)
+        old = set(collecting.old_series(ages_s, _lines(run), CURVES_KEPT_S))
     except CheckpointError as error:
         report.trouble.append(f"curves are not judged: {error}")
         return
-    old = set(collecting.old_series(ages_s, lines, CURVES_KEPT_S))
     for path in sorted(path for path in folders if path.name in old):
         report.take("curves", path)
 
 
 def _lines(run: Run) -> set[int]:
-    """The chunks of every checkpoint that stays, and of all that it comes from; what is made later comes from these.
+    """The chunks in the lineages of all checkpoints that stay; later checkpoints descend from these.
 
     Raises CheckpointError for a record that can't be read."""
     files = run.leaderboard.reader.references()[0]
     while True:
         try:
-            records = [checkpoints.read_record(run.folder / "checkpoints", file) for file in files]
+            records = [read_record(run.folder / CHECKPOINTS, file) for file in files]
         except CheckpointError:
             before, files = files, run.leaderboard.reader.references()[0]
             if files == before:
                 raise
-            continue  # the board has moved on, and perhaps what is missing left it
-        ancestors = [record.get("ancestors") for record in records]
-        lines = [*records, *(one for line in ancestors if isinstance(line, list) for one in line)]
-        return {one["chunk"] for one in lines if isinstance(one, dict) and isinstance(one.get("chunk"), int)}
+            continue  # the board has changed, and the missing one may have left it
+        return {line.chunk for record in records for line in (record, *record.ancestors)}
 
 
 def _listed(folder: Path) -> list[Path]:
-    """Empty where somebody has deleted the folder."""
+    """Empty if there is no such folder."""
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _orphans(paths: Iterable[Path], now: float) -> list[Path]:
-    """Those of claims are judged by their generation instead, however old they are."""
-    found = [p for p in paths if _TEMPORARY.fullmatch(p.name) and collecting.generation_of(p.name) is None]
-    return [p for p in found if now - _touched(p) > ORPHANED_S]
+    """Old temporary files, but those of claims, which are judged by their generation."""
+    temporary = [p for p in paths if _TEMPORARY.fullmatch(p.name) and generation_of(p.name) is None]
+    return [p for p in temporary if now - _touched(p) > ORPHANED_S]
 
 
 def _dead_launches(folder: Path, now: float) -> list[Path]:
-    """Folders of launches that were killed before they could give them their name (`Run.launch`)."""
+    """Folders of launches that were killed before they gave them their final name (see `launch`)."""
     name = re.compile(rf"\.{re.escape(folder.name)}-(\d+)")
-    found = []
+    dead = []
     for path in folder.parent.iterdir():
         match = name.fullmatch(path.name)
         if match is None or not path.is_dir() or psutil.pid_exists(int(match[1])):
             continue
-        ours = all(inside.name in run_folder.PARTS or inside.name.startswith("orch.db") for inside in path.iterdir())
-        if ours and now - _touched(path) > ORPHANED_S:
-            found.append(path)
-    return sorted(found)
+        inside = [part.name for part in path.iterdir()]
+        is_launch = all(part in run_folder.PARTS or part.startswith(DATABASE_NAME) for part in inside)
+        if is_launch and now - _touched(path) > ORPHANED_S:
+            dead.append(path)
+    return sorted(dead)
 
 
 def _touched(path: Path) -> float:
-    """When something in it was written last, as a Unix time; now and later for what has just vanished."""
+    """When it, or anything in it, was written last (Unix time); inf if it has just vanished."""
     times = []
     for each in (path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)):
         try:

@@ -52,7 +52,7 @@ def launch(
                 publish(building / SETTINGS_NAME, lambda file: file.write(f"{frozen}\n".encode()))
                 place = (building, settings.database, settings.database_schema)
                 deadline = now + settings.total_lifetime
-                Leaderboard.create(*place, settings.name, frozen, import_paths, now, deadline)
+                Leaderboard.create(*place, settings=settings, import_paths=import_paths, now=now, deadline=deadline)
                 undo.callback(Leaderboard.discard, *place, own_schema)
             sync_folder(building)
             building.rename(folder)  # from here on the run exists, and is complete

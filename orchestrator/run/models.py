@@ -30,7 +30,7 @@ def test_models(
             path = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
             metrics = evaluate(path)
             try:
-                run.leaderboard.reader.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
+                run.leaderboard.board.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
             except StaleClaimError:
                 log.warning("checkpoint %s left the board while it was tested", entry["checkpoint"])
     return list(run.board()["entries"])
@@ -40,7 +40,7 @@ def evaluator(run: Run) -> Callable[[Path], dict[str, float]]:
     """A function from a checkpoint's file to its metrics on the test set."""
     from jobs.imports import look_first_in
 
-    look_first_in(run.leaderboard.reader.run_row()["import_paths"])
+    look_first_in(run.leaderboard.run_state.row()["import_paths"])
     from jobs.errors import JobError
     from jobs.training.opening import open_session
 

@@ -1,6 +1,6 @@
-"""orch repair: look whether a run's database is whole, and rebuild it from the checkpoints' records if it is not.
+"""orch repair: examine a run's database, and rebuild it from the checkpoints' records if it is damaged or lost.
 
-Gather, decide (rebuild_plan), apply. Nothing is ever deleted: what is damaged is kept under another name.
+Nothing is deleted: damaged files are kept under another name.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,51 +18,50 @@ from orchestrator.cluster.choose import open_queue
 from orchestrator.cluster.host import gpus_of
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, RunError, SettingsError
 from orchestrator.files import atomic, checkpoints, permissions
-from orchestrator.files.run_folder import DATABASE_NAME, SETTINGS_NAME
+from orchestrator.files.checkpoint_record import CheckpointRecord, read_record
+from orchestrator.files.run_folder import CHECKPOINTS, DATABASE_NAME, FOLDERS, JOBS, SETTINGS_NAME
 from orchestrator.leaderboard import rebuild_plan
 from orchestrator.leaderboard.engine import Database, journal_of
-from orchestrator.leaderboard.health import Condition, Health, RunRow, examine, open_jobs, run_row
+from orchestrator.leaderboard.health import Condition, RunRow, examine, open_jobs, run_row
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.leaderboard.rebuild import Origin, rebuild
-from orchestrator.leaderboard.rebuild_plan import RebuildPlan, Record
+from orchestrator.leaderboard.rebuild_plan import RebuildPlan
 from orchestrator.locking import choice
 from orchestrator.messages import counted, iso
-from orchestrator.records import Evidence, WantedLock
-from orchestrator.rules import collecting
+from orchestrator.records import Evidence
+from orchestrator.rules.checkpoint_names import SUFFIX, generation_of, record_name
 from orchestrator.settings import loading
 from orchestrator.settings.settings import Settings, new_schema
-
-PARTS = ("checkpoints", "jobs", "logs")
 
 
 @dataclass
 class RepairReport:
-    """What was found and done, or would be."""
+    """What was found and done, or would be done."""
 
     run: str
     dry_run: bool
-    condition: str  # of the database as it was found: healthy, damaged or lost
+    condition: str  # of the database before: healthy, damaged or lost
     problems: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)  # where what was damaged is now
+    kept: list[str] = field(default_factory=list)  # where the damaged files are now
     entries: list[dict[str, Any]] = field(default_factory=list)  # of the rebuilt board
-    unknown: list[str] = field(default_factory=list)  # what the records can't tell
+    unknown: list[str] = field(default_factory=list)  # what the records do not hold
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Checkpoints:
     """The checkpoints folder, read and verified."""
 
-    records: list[Record]  # of files that are complete
-    names: list[str]
-    unusable: dict[str, str]  # files, and why
+    records: list[CheckpointRecord]  # of complete files
+    names: list[str]  # of all files
+    unusable: dict[str, str]  # checkpoints by file, and why
 
 
 def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport:
-    """Repair the run in folder. force: although the cluster does not say whether jobs of it are alive.
+    """Repair the run in folder. force: even if it can't be known whether its jobs are alive.
 
-    Raises RunError if jobs are alive or may be, or if there is too little left to go by; LeaderboardError if the
-    database can't be looked at, or was written by another version.
+    Raises RunError if jobs are alive or may be, or if the settings are lost too; LeaderboardError if the database can't
+    be looked at, or was written by an unknown version.
     """
     folder = folder.absolute()
     permissions.check_permissions(folder)
@@ -70,8 +69,8 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport
     place = (written.database, written.database_schema) if written else (None, None)
     database = Database(place[0], folder, place[1])
     health = examine(database)
-    for part in PARTS if not dry_run else ():
-        (folder / part).mkdir(exist_ok=True)  # somebody may have deleted what was empty
+    for part in FOLDERS if not dry_run else ():
+        (folder / part).mkdir(exist_ok=True)  # a purge may have deleted an empty folder
     report = RepairReport(folder.name, dry_run, str(health.condition), list(health.problems))
     if health.condition is Condition.HEALTHY:
         try:
@@ -82,14 +81,13 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport
         if not wrong:
             _mend(folder, board, trouble, report, now)
             return report
-        health = Health(Condition.DAMAGED, tuple(wrong))
-        report.condition, report.problems = str(health.condition), wrong
+        report.condition, report.problems = str(Condition.DAMAGED), wrong
     salvaged = _salvage(database)
     written = written or (loading.thaw(salvaged.settings) if salvaged else None)
     if written is None:
         raise RunError(
-            f"{trouble}, and {'; '.join(health.problems)}. Put back the settings file that the run was launched with, "
-            f"as {folder / SETTINGS_NAME}, and say `orch repair {folder.name}` again"
+            f"{trouble}, and {'; '.join(report.problems)}. Put back the settings file that the run was launched with, "
+            f"as {folder / SETTINGS_NAME}, and run `orch repair {folder.name}` again"
         )
     _refuse_if_alive(folder, written, database, force)
     _rebuild(folder, written, database, salvaged, report, now)
@@ -97,40 +95,40 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport
 
 
 def _settings(folder: Path) -> tuple[Settings | None, str]:
-    """Of the run's folder, or why there are none."""
+    """Those in the run's folder, or why they can't be used."""
     path = folder / SETTINGS_NAME
     try:
         return loading.thaw(path.read_text(encoding="utf-8")), ""
     except (OSError, ValueError) as error:
         return None, f"{path} can't be read: {getattr(error, 'strerror', None) or error}"
     except SettingsError as error:
-        return None, f"{path} is no run's settings: {error}"
+        return None, f"{path} does not hold the settings of a run: {error}"
 
 
 # --- a database that is whole
 
 
 def _entries_that_differ(folder: Path, board: Leaderboard) -> list[str]:
-    """Entries whose file is as its record says, and the database says otherwise: a line for each."""
+    """Entries whose file and record agree while the database differs: a line for each."""
     lines = []
     entries, slots = board.reader.entries(), board.settings.num_models
     if len(entries) > slots:
         lines.append(f"{len(entries)} entries are on the board, of {counted(slots, 'slot')}")
     for entry in entries:
         try:
-            record = checkpoints.read_record(folder / "checkpoints", entry["file"])
-            if (record.get("sha256"), record.get("score")) == (entry["sha256"], entry["score"]):
+            record = read_record(folder / CHECKPOINTS, entry["file"])
+            if (record.sha256, record.score) == (entry["sha256"], entry["score"]):
                 continue
-            checkpoints.verify(folder / "checkpoints", entry["file"], str(record.get("sha256")))
+            checkpoints.verify(folder / CHECKPOINTS, entry["file"], record.sha256)
         except CheckpointError:
-            continue  # the file is what is damaged, or its record is
+            continue  # the file or its record is damaged, not the database
         lines.append(f"entry {entry['entry']}: {entry['file']} and its record agree, and the database differs")
     return lines
 
 
 def _mend(folder: Path, board: Leaderboard, trouble: str, report: RepairReport, now: float) -> None:
-    """Take damaged entries off the board, and write lost settings again."""
-    text, _ = board.reader.settings()
+    """Take damaged entries off the board, and restore lost settings."""
+    text, _ = board.run_state.settings()
     if trouble:
         report.problems.append(trouble)
         report.done.append(f"{SETTINGS_NAME} is written again from the database")
@@ -138,7 +136,7 @@ def _mend(folder: Path, board: Leaderboard, trouble: str, report: RepairReport, 
             _write_settings(folder, text)
     for entry in board.reader.entries():
         try:
-            checkpoints.verify(folder / "checkpoints", entry["file"], entry["sha256"])
+            checkpoints.verify(folder / CHECKPOINTS, entry["file"], entry["sha256"])
         except DamagedCheckpointError as error:
             report.problems.append(str(error))
             report.done.append(f"entry {entry['entry']} (score {entry['score']:.6g}) leaves the board")
@@ -154,19 +152,21 @@ def _write_settings(folder: Path, text: str) -> None:
 
 
 def _refuse_if_alive(folder: Path, settings: Settings, database: Database, force: bool) -> None:
-    """Raises RunError if jobs of the run are alive, or, without force, if that can't be known."""
+    """Raises RunError if jobs of the run are alive, or if that can't be known and force is not set."""
     from orchestrator.cluster import live_jobs
 
     owner = permissions.owner(folder)
     if owner is not None:
-        raise RunError(f"the jobs of this run are {owner}'s: only {owner} can know that none is alive, and repair it")
+        raise RunError(
+            f"the jobs of this run belong to {owner}: only {owner} can see whether one is alive, and repair it"
+        )
     alive, unknown = _known_jobs(folder, settings, database)
     pids = [pid for pid in live_jobs.processes(folder) if pid != os.getpid()]
     listed = live_jobs.slurm_jobs(settings.name, folder) if settings.executor == "slurm" else []
     if pids:
         raise RunError(
             f"jobs of {folder.name} are alive on this machine (processes {', '.join(map(str, pids))}). End them "
-            f"(`orch cancel {folder.name}` where the database still answers, else kill), then repair"
+            f"(`orch cancel {folder.name}` if the database still answers, else kill), then repair"
         )
     if alive or listed:
         ids = sorted({*alive, *(listed or [])})
@@ -178,19 +178,19 @@ def _refuse_if_alive(folder: Path, settings: Settings, database: Database, force
         who = "Slurm does not answer" if listed is None else f"the jobs {', '.join(unknown)} can't be seen from here"
         raise RunError(
             f"{who}, so jobs of {folder.name} may be alive, and would go on writing to the old database. Try again "
-            "later or where they were started; --force repairs all the same"
+            "later, or on the machine where they were started; --force repairs without knowing"
         )
 
 
 def _known_jobs(folder: Path, settings: Settings, database: Database) -> tuple[list[str], list[str]]:
-    """The cluster's ids of the open jobs that a damaged database still tells of: those that are alive, and those of
-    which nothing can be known from here."""
+    """The cluster's ids of open jobs in a damaged database: of those that are alive, and of those that can't be seen
+    from here."""
     from orchestrator.worker.job_main import job_main
 
-    named = [job for job in open_jobs(database) if job.cluster_id]
-    evidence = open_queue(settings, folder, job_main).evidence(named)
-    alive = [job for job in named if evidence[job.job_id] in (Evidence.QUEUED, Evidence.RUNNING)]
-    unknown = [job for job in named if evidence[job.job_id] is Evidence.UNKNOWN]
+    submitted = [job for job in open_jobs(database) if job.cluster_id]
+    evidence = open_queue(settings, folder, job_main).evidence(submitted)
+    alive = [job for job in submitted if evidence[job.job_id] in (Evidence.QUEUED, Evidence.RUNNING)]
+    unknown = [job for job in submitted if evidence[job.job_id] is Evidence.UNKNOWN]
     return [str(job.cluster_id) for job in alive], [f"{job.cluster_id} on {job.host}" for job in unknown]
 
 
@@ -198,7 +198,7 @@ def _known_jobs(folder: Path, settings: Settings, database: Database) -> tuple[l
 
 
 def _salvage(database: Database) -> RunRow | None:
-    """The run's row, where a damaged database still tells it, and its settings are some."""
+    """The run's row in a damaged database, if that can be read and its settings are valid."""
     row = run_row(database)
     try:
         return row if row and loading.thaw(row.settings) else None
@@ -210,18 +210,18 @@ def _rebuild(
     folder: Path, settings: Settings, database: Database, salvaged: RunRow | None, report: RepairReport, now: float
 ) -> None:
     stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
-    found = _read(folder / "checkpoints")
+    files = _read(folder / CHECKPOINTS)
     policy = settings.policy(1)
-    plan = rebuild_plan.plan(found.records, found.names, policy.num_models, policy.metric, policy.cycle)
-    report.problems += found.unusable.values()
-    report.entries = [_entry(rebuilt.record) for rebuilt in plan.board]
-    origin, more = _origin(folder, settings, salvaged, found.records, now)
+    plan = rebuild_plan.plan(files.records, files.names, policy.num_models, policy.metric, policy.cycle)
+    report.problems += files.unusable.values()
+    report.entries = [_shown(rebuilt.record) for rebuilt in plan.board]
+    origin, more = _origin(folder, settings, salvaged, files.records, now)
     report.unknown += [*plan.notes, *more]
     entries = counted(len(plan.board), "entry", "entries")
-    report.done.append(f"{entries} and {counted(len(plan.suspended), 'suspended chunk')} are written anew")
+    report.done.append(f"{entries} and {counted(len(plan.suspended), 'suspended chunk')} are written to a new database")
     if report.dry_run:
         return
-    damaged = checkpoints_set_aside(folder, found.unusable, stamp)
+    damaged = _set_aside(folder, files.unusable, stamp)
     if damaged:
         report.kept.append(str(damaged))
     if database.file is None:
@@ -233,33 +233,32 @@ def _rebuild(
     report.done.append(f"the run is paused: `orch resume {folder.name}` goes on with it")
 
 
-def _entry(record: Record) -> dict[str, Any]:
+def _shown(record: CheckpointRecord) -> dict[str, Any]:
     return {"file": record.file, "score": record.score, "epochs": record.epochs, "parent": record.parent_file}
 
 
-def _read(files: Path) -> _Found:
+def _read(folder: Path) -> _Checkpoints:
     """Every record, and whether its file is complete."""
-    names = sorted(path.name for path in files.iterdir()) if files.is_dir() else []
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     records, unusable = [], {}
-    of_ours = [n for n in names if collecting.generation_of(n) is not None and not n.startswith(".")]
-    stems = {name.rpartition(".")[0] for name in of_ours}
+    stems = {n.rpartition(".")[0] for n in names if generation_of(n) is not None and not n.startswith(".")}
     for stem in sorted(stems):
-        file = stem + checkpoints.SUFFIX
+        file = stem + SUFFIX
         try:
-            record = rebuild_plan.parse(checkpoints.read_record(files, file), file)
-            checkpoints.verify(files, file, record.sha256)
+            record = read_record(folder, file)
+            checkpoints.verify(folder, file, record.sha256)
             records.append(record)
-        except (DamagedCheckpointError, CheckpointError) as error:
-            unusable[file] = f"{file}: {error}" if file not in str(error) else str(error)
-    return _Found(records, names, unusable)
+        except CheckpointError as error:
+            unusable[file] = str(error)
+    return _Checkpoints(records, names, unusable)
 
 
-def checkpoints_set_aside(folder: Path, unusable: Mapping[str, str], stamp: str) -> Path | None:
-    """Move what can't be used away, since the next collection would delete it: somebody may want to look."""
-    aside = folder / f"checkpoints.damaged-{stamp}"
+def _set_aside(folder: Path, unusable: Iterable[str], stamp: str) -> Path | None:
+    """Move checkpoints that can't be used away, since the next collection would delete them. Returns where they are."""
+    aside = folder / f"{CHECKPOINTS}.damaged-{stamp}"
     for file in unusable:
-        for name in (file, file.removesuffix(checkpoints.SUFFIX) + checkpoints.RECORD_SUFFIX):
-            source = folder / "checkpoints" / name
+        for name in (file, record_name(file)):
+            source = folder / CHECKPOINTS / name
             if source.exists():
                 aside.mkdir(exist_ok=True)
                 source.rename(aside / name)
@@ -267,21 +266,21 @@ def checkpoints_set_aside(folder: Path, unusable: Mapping[str, str], stamp: str)
 
 
 def _origin(
-    folder: Path, settings: Settings, salvaged: RunRow | None, records: Sequence[Record], now: float
+    folder: Path, settings: Settings, salvaged: RunRow | None, records: Sequence[CheckpointRecord], now: float
 ) -> tuple[Origin, list[str]]:
-    """The run's row as far as it is known, and what of it is a guess."""
+    """The run's row as far as it is known, and notes on what was guessed."""
     notes = []
-    told = [r for r in sorted(records, key=lambda r: r.generation) if r.launched_at is not None]
+    with_origin = [r for r in sorted(records, key=lambda r: r.generation) if r.launched_at is not None]
     if salvaged:
         launched_at, import_paths = salvaged.launched_at, list(salvaged.import_paths)
-    elif told:
-        launched_at, import_paths = float(told[-1].launched_at or now), list(told[-1].import_paths)
+    elif with_origin:
+        launched_at, import_paths = with_origin[-1].launched_at or now, list(with_origin[-1].import_paths)
     else:
-        times = [r.created_at for r in records] + [path.stat().st_mtime for path in (folder / "jobs").glob("*")]
+        times = [r.created_at for r in records] + [path.stat().st_mtime for path in (folder / JOBS).glob("*")]
         launched_at, import_paths = min(times, default=now), [str(Path.cwd())]
         notes.append(
-            f"no record tells when the run was launched and where its job's module is: {iso(launched_at)} and "
-            f"{import_paths[0]} (the current folder) are taken for it"
+            f"no record holds when the run was launched and where its job's module is; {iso(launched_at)} and "
+            f"{import_paths[0]} (the current folder) are used"
         )
     local = settings.executor == "local"
     wanted = range(settings.workers)
@@ -294,13 +293,13 @@ def _origin(
 def _rebuild_file(
     database: Database, origin: Origin, plan: RebuildPlan, stamp: str, report: RepairReport, now: float
 ) -> None:
-    """Write the new file beside the old one, whole, then put it in its place."""
+    """Write the whole new file beside the old one, then replace that."""
     file = database.file
     assert file is not None, "not on a server"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not choice.record_path(file).exists():
-        several = loading.thaw(origin.settings).executor == "slurm"
-        choice.write_record(file, choice.choose(file.parent, several, _wanted(origin)))
+        settings = loading.thaw(origin.settings)
+        choice.write_record(file, choice.choose(file.parent, settings.executor == "slurm", settings.lock))
     kept = file.with_name(f"{file.name}.damaged-{stamp}")
     journal = journal_of(file)
     before = _identity(file)
@@ -310,7 +309,7 @@ def _rebuild_file(
         rebuild(Database(f"sqlite:///{new}", building), origin, plan, str(kept) if before else None, now)
         with choice.lock_of(choice.read_record(file), file):
             if _identity(file) != before:
-                raise RunError(f"{file} was changed meanwhile; look again (`orch status`)")
+                raise RunError(f"{file} was changed meanwhile; look at the run again (`orch status`)")
             if _is_hot(journal):
                 _keep(journal, journal_of(kept), report)
             if before:
@@ -327,8 +326,7 @@ def _keep(source: Path, target: Path, report: RepairReport) -> None:
 
 
 def _is_hot(journal: Path) -> bool:
-    """Is there something in it to be played back? Not if its first byte is 0 (SQLite's documentation of its file
-    format); such a one means nothing to the new file."""
+    """Does it hold a transaction to roll back? Not if its first byte is 0 (see SQLite's file format)."""
     try:
         with journal.open("rb") as file:
             return file.read(1) not in (b"", b"\0")
@@ -336,27 +334,23 @@ def _is_hot(journal: Path) -> bool:
         return False
 
 
-def _wanted(origin: Origin) -> WantedLock:
-    return loading.thaw(origin.settings).lock
-
-
 def _identity(file: Path) -> tuple[int, int, int] | None:
-    """Of a file's contents, as far as that is known without reading it."""
+    """Changes with the file's contents; None: there is no file."""
     try:
-        found = file.stat()
+        stat = file.stat()
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _rebuild_on_server(
     folder: Path, settings: Settings, origin: Origin, plan: RebuildPlan, report: RepairReport, now: float
 ) -> None:
-    """Into a new schema: what is left of the old one stays as it is."""
+    """Into a new schema; the old one stays as it is."""
     moved = settings.model_copy(update={"database_schema": new_schema(settings.name)})
     text = loading.freeze(moved)
     kept = f"the schema {settings.database_schema}"
-    renamed = Origin(origin.name, text, origin.import_paths, origin.launched_at, origin.deadline, origin.devices)
-    rebuild(Database(moved.database, folder, moved.database_schema), renamed, plan, kept, now)
+    database = Database(moved.database, folder, moved.database_schema)
+    rebuild(database, replace(origin, settings=text), plan, kept, now)
     _write_settings(folder, text)
-    report.done.append(f"the run's tables are in the schema {moved.database_schema} now; {kept} is left as it was")
+    report.done.append(f"the run's tables are in the schema {moved.database_schema} now; {kept} stays as it was")

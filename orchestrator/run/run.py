@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from orchestrator.errors import RunError
 from orchestrator.files import atomic
 from orchestrator.files.run_folder import LOGS, SETTINGS_NAME
 from orchestrator.leaderboard.engine import CONNECT_FOR_S, JOB_CONNECTS_FOR_S
+from orchestrator.leaderboard.run_state import Snapshot
 from orchestrator.messages import iso
-from orchestrator.records import Evidence, JobState, RunState, Snapshot
+from orchestrator.records import ChainJob, Evidence, JobState, RunState
 from orchestrator.rules import stopping, succession
 from orchestrator.settings import loading
 from orchestrator.worker.job_main import be_worker, job_main
@@ -31,25 +31,6 @@ STOPPED = (*OVER, RunState.PAUSED, RunState.CANCELLED, RunState.FAILED)  # no jo
 HOLDABLE = tuple(state for state in RunState if state not in OVER)
 
 log = logging.getLogger("orch")
-
-
-class WorkerState(StrEnum):
-    """The state of a worker, as `orch status` shows it."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    ENDED = "ended"
-    LOST = "lost"
-
-
-_SHOWN = {
-    JobState.SUBMITTING: WorkerState.QUEUED,
-    JobState.QUEUED: WorkerState.QUEUED,
-    JobState.RUNNING: WorkerState.RUNNING,
-    JobState.ENDED: WorkerState.ENDED,
-    JobState.CANCELLED: WorkerState.ENDED,
-    JobState.LOST: WorkerState.LOST,
-}
 
 
 class Run(OpenedRun):
@@ -83,21 +64,19 @@ class Run(OpenedRun):
         # Jobs that were on their way to the queue when the run stopped are given up now, before the state changes:
         # afterwards, another `resume` may be submitting jobs.
         closed = [] if snapshot.state is RunState.ACTIVE else self.reconcile(now)
-        chains = self.leaderboard.chains
-        chains.revive(self.settings.workers)
-        chains.change_state(RunState.ACTIVE, list(RunState), None, now)
+        self.leaderboard.run_state.revive(self.settings.workers)
+        self.leaderboard.run_state.change_state(RunState.ACTIVE, list(RunState), None, now)
         return closed + self.grow(now) + self.reconcile(now)
 
     def refuse_if_over(self, now: float) -> Snapshot:
         """Raises RunError if the run's lifetime is over, or a stop rule still holds."""
-        snapshot = self.leaderboard.chains.snapshot()
+        snapshot = self.leaderboard.run_state.snapshot()
         policy = self.settings.policy(self.version)
-        over = stopping.converged(snapshot.progress, policy.stop, policy.metric)
-        if stopping.lifetime_over(now, snapshot.deadline):
-            over = (RunState.FINISHED, f"its total_lifetime ended at {iso(snapshot.deadline)}")
+        stopped = stopping.converged(snapshot.progress, policy.stop, policy.metric)
+        over = stopping.run_over(now, snapshot.deadline, stopped)
         if over is not None:
             raise RunError(
-                f"{self.name} is over: {over[1]}. `orch amend {self.name} --set ...` changes what ends it "
+                f"{self.name} is over: {over.reason}. `orch amend {self.name} --set ...` changes what ends it "
                 "(total_lifetime, stop_after_stale_cycles, stop_at_score, stop_after_epochs)"
             )
         return snapshot
@@ -118,14 +97,14 @@ class Run(OpenedRun):
         """End the run: no chunk and no job starts any more. Running jobs suspend their chunk and end, or are killed if
         at_once. Returns a line for each failure."""
         trouble = self._hold(RunState.CANCELLED, "cancelled by the user", now)
-        running = self.leaderboard.chains.snapshot().open_jobs
+        running = self.leaderboard.run_state.snapshot().open_jobs
         return trouble + self.queue.cancel([j for j in running if j.state is JobState.RUNNING], at_once)
 
     def _hold(self, state: RunState, reason: str, now: float) -> list[str]:
         """Change the state and take the waiting jobs out of the queue. Returns a line for each failure."""
-        if self.leaderboard.chains.change_state(state, HOLDABLE, reason, now) not in HOLDABLE:
+        if self.leaderboard.run_state.change_state(state, HOLDABLE, reason, now) not in HOLDABLE:
             return []
-        jobs = self.leaderboard.chains.snapshot().open_jobs
+        jobs = self.leaderboard.run_state.snapshot().open_jobs
         evidence = self.queue.evidence(jobs)  # Slurm may have put a running job back into the queue
         queued = [j for j in jobs if j.state is not JobState.RUNNING or evidence[j.job_id] is Evidence.QUEUED]
         trouble = self.queue.cancel(queued, now=True)
@@ -142,13 +121,16 @@ class Run(OpenedRun):
         if not changes:
             return []
         frozen = loading.freeze(amended)
-        chains = self.leaderboard.chains
-        deadline = chains.snapshot().created_at + amended.total_lifetime
-        surplus = chains.amend(frozen, deadline, amended.workers, "; ".join(changes), now)
+        run_state = self.leaderboard.run_state
+        deadline = run_state.snapshot().created_at + amended.total_lifetime
+        other_profiles = amended.training_profiles != self.settings.training_profiles
+        surplus = run_state.amend(
+            frozen, deadline, amended.workers, "; ".join(changes), now, profiles_changed=other_profiles
+        )
         atomic.publish(self.folder / SETTINGS_NAME, lambda target: target.write(f"{frozen}\n".encode()))
         self.use(amended, self.version + 1)
         trouble = self.queue.cancel(surplus, now=True)
-        if chains.snapshot().state is RunState.ACTIVE:
+        if run_state.snapshot().state is RunState.ACTIVE:
             changes += self.grow(now) + self.reconcile(now)
         return changes + trouble
 
@@ -157,7 +139,7 @@ class Run(OpenedRun):
         while True:
             for line in self.reconcile(clock()):
                 log.info("%s", line)
-            snapshot = self.leaderboard.chains.snapshot()
+            snapshot = self.leaderboard.run_state.snapshot()
             over = snapshot.state is not RunState.ACTIVE or stopping.lifetime_over(clock(), snapshot.deadline)
             if over and not snapshot.open_jobs:
                 return
@@ -170,7 +152,7 @@ class Run(OpenedRun):
         chains, stop = run.leaderboard.chains, StopFlag()
         while True:
             links = chains.relink([0], time.time(), run.settings.max_failures)
-            job = (links or [j for j in chains.snapshot().open_jobs if j.worker_id == 0])[0]
+            job = (links or [j for j in run.leaderboard.run_state.snapshot().open_jobs if j.worker_id == 0])[0]
             with apart_from_stdout():
                 ending = be_worker(run, InlineJob(run.settings, job.token), 0, stop)
             if stop.reason or not chains.wants_successor(0, time.time(), run.settings.max_failures):
@@ -195,7 +177,7 @@ class Run(OpenedRun):
 
     def summary(self) -> dict[str, Any]:
         """A line of `orch runs`; only the database is read."""
-        return self._summary(self.leaderboard.chains.snapshot())
+        return self._summary(self.leaderboard.run_state.snapshot())
 
     def _summary(self, snapshot: Snapshot) -> dict[str, Any]:
         return {
@@ -211,14 +193,14 @@ class Run(OpenedRun):
 
     def status(self) -> dict[str, Any]:
         """The run and its workers, as `orch status --json` prints them."""
-        snapshot = self.leaderboard.chains.snapshot()
+        snapshot = self.leaderboard.run_state.snapshot()
         evidence = self.queue.evidence(snapshot.open_jobs)
         counts = self.leaderboard.reader.counts()
         error, failed_at = self.leaderboard.reader.last_error() or (None, None)
         return self._summary(snapshot) | {
             "executor": self.queue.name,
             "lock": str(self.leaderboard.database.lock_choice or "the database server's"),
-            "workers": [_worker_status(i, row, evidence) for i, row in self.leaderboard.reader.last_jobs().items()],
+            "workers": [_worker_status(job, evidence) for job in self.leaderboard.reader.last_jobs().values()],
             "last_error": error,
             "last_error_at": iso(failed_at),
             "logs": str(self.folder / LOGS),
@@ -227,13 +209,12 @@ class Run(OpenedRun):
         }
 
 
-def _worker_status(worker_id: int, row: dict[str, Any], evidence: dict[int, Evidence]) -> dict[str, Any]:
-    gone = evidence.get(row["job_id"]) is Evidence.GONE and row["state"] != JobState.SUBMITTING
+def _worker_status(job: ChainJob, evidence: dict[int, Evidence]) -> dict[str, Any]:
     return {
-        "worker": worker_id,
-        "state": WorkerState.LOST if gone else _SHOWN[JobState(row["state"])],
-        "job": row["cluster_id"],
-        "node": row["host"].split("/")[0] if row["host"] else None,
-        "link": row["link"],
-        "outcome": row["outcome"],
+        "worker": job.worker_id,
+        "state": succession.shown_state(job, evidence.get(job.job_id, Evidence.UNKNOWN)),
+        "job": job.cluster_id,
+        "node": job.host.split("/")[0] if job.host else None,
+        "link": job.link,
+        "outcome": job.outcome,
     }

@@ -151,7 +151,6 @@ class Settings(Strict):
                 score=self.stop_at_score,
                 epochs=self.stop_after_epochs,
             ),
-            max_failures=self.max_failures,
             max_chunk_attempts=self.max_chunk_attempts,
         )
 

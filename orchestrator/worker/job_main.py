@@ -20,6 +20,7 @@ from orchestrator.cluster.place import Place, this_place
 from orchestrator.cluster.protocol import ThisJob
 from orchestrator.files import permissions
 from orchestrator.files.run_folder import LOGS
+from orchestrator.leaderboard.chains import JobStart
 from orchestrator.leaderboard.engine import JOB_CONNECTS_FOR_S
 from orchestrator.worker.loop import JobLoop
 from orchestrator.worker.opened_run import OpenedRun
@@ -129,7 +130,7 @@ def be_worker(run: OpenedRun, this_job: ThisJob, worker_id: int, stop: StopFlag,
     job, predecessor = chains.find(token, worker_id)
     if job is None:
         return Ending(f"no job {token} of worker {worker_id} is known; another one took its place")
-    run.leaderboard.database.rest()
+    run.leaderboard.database.release_connection()
     this_job.wait_turn(predecessor, lambda: stop.reason is not None)
     if stop.reason:
         return Ending(f"stopped by {stop.reason} before it began")
@@ -141,8 +142,8 @@ def be_worker(run: OpenedRun, this_job: ThisJob, worker_id: int, stop: StopFlag,
     max_failures, local = run.settings.max_failures, run.queue.name == "local"
     has_work = chains.wants_successor(worker_id, time.time(), max_failures)
     importing = import_ahead(run.settings.job) if has_work else None
-    where = (*this_job.identity(), *this_process())
-    started = chains.start(token, worker_id, *where, time.time(), max_failures, successor=run.queue.chains)
+    start = JobStart(token, worker_id, *this_job.identity(), *this_process())
+    started = chains.start(start, time.time(), max_failures, run.queue.chains)
     if isinstance(started, str):
         log.warning("this job does nothing: %s", started)
         return Ending(started)

@@ -6,15 +6,18 @@ import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from orchestrator.cluster.protocol import ThisJob
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, OrchError, StaleClaimError
 from orchestrator.files import checkpoints, disk_budget
+from orchestrator.files.checkpoint_record import CheckpointRecord, lineage
 from orchestrator.files.checkpoints import Written
 from orchestrator.files.run_folder import CHECKPOINTS
 from orchestrator.messages import counted
 from orchestrator.records import Candidate, ChainJob, Claim, EpochResult, Finished, Interrupted, Over, Started, Work
 from orchestrator.rules import stopping
+from orchestrator.rules.checkpoint_names import SUFFIX, checkpoint_stem
 from orchestrator.worker.mending import reconcile
 from orchestrator.worker.opened_run import OpenedRun
 from orchestrator.worker.successor import Successor
@@ -39,7 +42,7 @@ class JobLoop:
         self._trainer: Trainer | None = None
         self._next: Claim | Over | None = None  # claimed with the last result
         self._durations_s: list[float] = []  # of chunks, latest last
-        self._origin: dict[str, object] | None = None
+        self._origin: dict[str, Any] | None = None
         self._stepped = False  # has the present chunk made a step?
         self._began = 0.0  # when the model and the data were loaded
         self._job_end = 0.0
@@ -79,7 +82,7 @@ class JobLoop:
     def _may_work(self) -> bool:
         """Opening the trainer imports torch and loads data, which takes a while. So it is not done for a run that is
         over, and it is done before a claim, which would be held meanwhile."""
-        now, run = self.clock(), self.leaderboard.chains.snapshot()
+        now, run = self.clock(), self.leaderboard.run_state.snapshot()
         return not self.stop.reason and now < self._job_end and stopping.may_claim(run.state, now, run.deadline)
 
     def _finish(self, job: ChainJob, successor: Successor, ending: Ending) -> None:
@@ -141,7 +144,7 @@ class JobLoop:
             return False
         assert self._trainer is not None, "opened before anything was claimed"
         started = self.clock()
-        self.leaderboard.database.rest()
+        self.leaderboard.database.release_connection()
         self._stepped = False
         try:
             result = self._trainer.train(work, self._should_stop, self._on_epoch)
@@ -159,7 +162,7 @@ class JobLoop:
             self._offer(claim, result, job, started)
         except StaleClaimError as error:
             log.warning("%s", error)
-            checkpoints.remove(self.files, [claim.file_stem + checkpoints.SUFFIX])
+            checkpoints.remove(self.files, [checkpoint_stem(claim.generation, claim.chunk_id) + SUFFIX])
             return False
         except CheckpointError as error:
             self.leaderboard.board.give_back(claim, str(error), self.clock())
@@ -210,7 +213,7 @@ class JobLoop:
     # --- results
 
     def _suspend(self, claim: Claim, result: Interrupted) -> None:
-        written = self._write(claim, {"kind": "suspended", "step": result.steps})
+        written = self._write(claim, kind="suspended", step=result.steps)
         garbage = self.leaderboard.board.suspend(claim, written.file, written.sha256, self.clock())
         self._remove(claim, *garbage)
         log.info("chunk %d is suspended after %d steps of an epoch", claim.chunk_id, result.steps)
@@ -226,14 +229,12 @@ class JobLoop:
         if metric.better(result.score, than=bar):
             written = self._write(
                 claim,
-                {
-                    "kind": "candidate",
-                    "score": result.score,
-                    "epochs": result.epochs,
-                    "metrics": dict(result.results[-1].metrics),
-                    "results": [asdict(epoch) for epoch in result.results],
-                    "train_seconds": result.train_seconds,
-                },
+                kind="candidate",
+                score=result.score,
+                epochs=result.epochs,
+                metrics=dict(result.results[-1].metrics),
+                results=[asdict(epoch) for epoch in result.results],
+                train_seconds=result.train_seconds,
             )
         file = (written.file, written.sha256, written.size_bytes) if written else ()
         candidate = Candidate(result.score, result.epochs, result.results, result.train_seconds, *file)
@@ -251,30 +252,30 @@ class JobLoop:
         assert self._trainer is not None
         self._trainer.judged(outcome.promoted)
 
-    def _write(self, claim: Claim, record: dict[str, object]) -> Written:
+    def _write(self, claim: Claim, **result: Any) -> Written:
+        """result: the fields of the checkpoint's record that tell what came of the chunk."""
         assert self._trainer is not None
         if self._origin is None:
-            self._origin = self.leaderboard.reader.origin()
+            self._origin = self.leaderboard.run_state.origin()
         if self.run.settings.max_disk_gb is not None:
             references = self.leaderboard.reader.references
             disk_budget.make_room(self.run.folder, self.run.settings.max_disk_gb, references, self._trainer.save)
-        return checkpoints.write(
-            self.files,
-            claim.file_stem,
-            self._trainer.save,
-            {
-                **record,
-                "chunk": claim.chunk_id,
-                "generation": claim.generation,
-                "worker": claim.worker_id,
-                "position": claim.position,
-                "profile": claim.profile.name,
-                "parent_file": claim.parent_file,
-                "ancestors": checkpoints.ancestors(self.files, claim.parent_file),
-                "created_at": self.clock(),
-                **self._origin,
-            },
-        )
+        about_claim: dict[str, Any] = {
+            "chunk": claim.chunk_id,
+            "generation": claim.generation,
+            "worker": claim.worker_id,
+            "position": claim.position,
+            "profile": claim.profile.name,
+            "parent_file": claim.parent_file,
+            "ancestors": lineage(self.files, claim.parent_file),
+            "created_at": self.clock(),
+        }
+
+        def record(written: Written) -> CheckpointRecord:
+            return CheckpointRecord(**result, **about_claim, **asdict(written), **(self._origin or {}))
+
+        stem = checkpoint_stem(claim.generation, claim.chunk_id)
+        return checkpoints.write(self.files, stem, self._trainer.save, record)
 
     def _remove(self, claim: Claim, *garbage: str) -> None:
         """Delete files, and the one that the claim was suspended in."""

@@ -26,7 +26,7 @@ def reconcile(
     grace_s: how long a job may be on its way to the queue. Returns a line for each thing that was done. The queue is
     never asked inside a transaction.
     """
-    snapshot = leaderboard.chains.snapshot()
+    snapshot = leaderboard.run_state.snapshot()
     if snapshot.state is not RunState.ACTIVE:
         grace_s = 0.0  # a job that is on its way is not wanted any more; it is cancelled when it appears
     evidence = queue.evidence(snapshot.open_jobs)
@@ -55,7 +55,7 @@ def reconcile(
     if unwanted:  # rarely: saves a transaction at each start of a job
         leaderboard.chains.close(unwanted, JobState.CANCELLED, f"the run is {snapshot.state}", now)
     queue.cancel(unneeded + unwanted, now=True)  # first asks which of them exist
-    leaderboard.chains.settle(now)
+    leaderboard.run_state.settle(now)
     return done
 
 

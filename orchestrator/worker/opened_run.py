@@ -45,11 +45,11 @@ class OpenedRun:
     @cached_property
     def import_paths(self) -> list[str]:
         """The folders where the job's module is looked for first."""
-        return list(self.leaderboard.reader.run_row()["import_paths"])
+        return list(self.leaderboard.run_state.row()["import_paths"])
 
     def refresh(self) -> None:
         """Read the settings again, since the run may have been amended."""
-        text, version = self.leaderboard.reader.settings()
+        text, version = self.leaderboard.run_state.settings()
         self.use(loading.thaw(text), version)
 
     def use(self, settings: Settings, version: int) -> None:

@@ -1,4 +1,4 @@
-"""Safeguards of orch, taken away one at a time: the crash tests must notice each."""
+"""Safeguards of orch that are removed one at a time: the crash tests must notice each."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def _pragma(wanted: str) -> Callable[[], None]:
 def _evict_before_the_commit() -> None:
     record = board.Board._record
 
-    def too_soon(self: board.Board, tx: Any, situation: Any, claim: Claim, candidate: Any, *others: Any) -> Any:
-        on_board = situation.board
+    def too_soon(self: board.Board, tx: Any, view: Any, claim: Claim, candidate: Any, *others: Any) -> Any:
+        on_board = view.board
         policy = self._policy
         assert policy is not None
         decision = admission.ratchet(candidate.score, on_board.entries, policy.num_models, policy.metric)
@@ -73,13 +73,13 @@ def _evict_before_the_commit() -> None:
         if evicted is not None:
             folder = Path(str(self._database.file)).parent / "checkpoints"
             checkpoints.remove(folder, [on_board.rows[evicted.entry_id].file])
-        return record(self, tx, situation, claim, candidate, *others)
+        return record(self, tx, view, claim, candidate, *others)
 
     board.Board._record = too_soon
 
 
 def _record_before_the_file() -> None:
-    """The board is told of a checkpoint that is still being written."""
+    """The board records a checkpoint before it is written."""
     publish = atomic.publish
     waiting: list[Callable[[], None]] = []
 
@@ -129,7 +129,7 @@ def _no_checksum() -> None:
     checkpoints.verify = lambda folder, file, sha256: folder / file
 
 
-# What is taken away: the kind of fault that must bring it to light, and how it is done.
+# The removed safeguard: the kind of fault that must reveal it, and how it is removed.
 MUTATIONS: dict[str, tuple[str, Callable[[], None]]] = {
     "no fsync of a checkpoint": ("power cut", _no_sync_of_the_file),
     "no fsync of the checkpoints' folder": ("power cut", _no_sync_of_the_folder),
@@ -141,7 +141,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[], None]]] = {
     "no journal": ("kill", _pragma("journal_mode=OFF")),
     "a journal in memory": ("kill", _pragma("journal_mode=MEMORY")),
     "the evicted file is deleted before the commit": ("kill", _evict_before_the_commit),
-    "the board is told before the file is there": ("kill", _record_before_the_file),
+    "the board records a checkpoint before its file is written": ("kill", _record_before_the_file),
     "no generation check": ("zombie", _no_generation_check),
     "files on the board are collected": ("kill", _collect_what_is_on_the_board),
     "no checksum": ("truncated", _no_checksum),

@@ -13,6 +13,8 @@ from typing import IO, Any
 from orchestrator.cluster.protocol import JobQueue, ThisJob
 from orchestrator.files.run_folder import FOLDERS, SETTINGS_NAME
 from orchestrator.leaderboard import chains
+from orchestrator.leaderboard.board import Outcome
+from orchestrator.leaderboard.chains import JobStart
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import (
     Candidate,
@@ -22,7 +24,6 @@ from orchestrator.records import (
     Evidence,
     Finished,
     Interrupted,
-    Outcome,
     Over,
     Started,
     Submitted,
@@ -169,7 +170,8 @@ class World:
             (self.run_folder / part).mkdir(mode=0o700)
         text = freeze(SETTINGS)
         (self.run_folder / SETTINGS_NAME).write_text(text)
-        Leaderboard.create(self.run_folder, None, None, SETTINGS.name, text, [], self.now(), self.now() + 1e9)
+        now = self.now()
+        Leaderboard.create(self.run_folder, None, None, settings=SETTINGS, import_paths=[], now=now, deadline=now + 1e9)
         self.open().resume(self.now())
 
     def work(self) -> Ending | str:
@@ -182,7 +184,8 @@ class World:
         queue.mark(token, "running")
         run = self.open()
         clock = self.clock()
-        started = run.leaderboard.chains.start(token, 0, f"c-{token}", "node", 1, 0.0, clock(), SETTINGS.max_failures)
+        start = JobStart(token, 0, f"c-{token}", "node", 1, 0.0)
+        started = run.leaderboard.chains.start(start, clock(), SETTINGS.max_failures)
         if not isinstance(started, Started):
             queue.mark(token, "gone")
             return started
@@ -238,7 +241,7 @@ class World:
         """Job after job until the run is over."""
         for _ in range(30):
             run = self.mend()
-            if run.leaderboard.chains.snapshot().state != "active":
+            if run.leaderboard.run_state.snapshot().state != "active":
                 return run
             self.work()
         raise AssertionError("the run does not end")

@@ -28,12 +28,12 @@ from tests.support.storage import Storage
 def test_an_amendment_that_the_job_can_t_train_with_is_refused_and_changes_nothing(
     folder: Path, orch_call: OrchCall, change: str, message: str
 ) -> None:
-    before = Run.open(folder / "runs/quick").leaderboard.reader.settings()
+    before = Run.open(folder / "runs/quick").leaderboard.run_state.settings()
     code, _, said = orch_call(folder, "amend", "quick", "--set", change)
     assert code != 0
     assert message in said
     assert "Traceback" not in said
-    assert Run.open(folder / "runs/quick").leaderboard.reader.settings() == before
+    assert Run.open(folder / "runs/quick").leaderboard.run_state.settings() == before
 
 
 def test_an_amendment_of_a_finished_run_tells_how_to_continue_it(folder: Path, orch_call: OrchCall) -> None:

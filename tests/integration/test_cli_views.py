@@ -139,7 +139,7 @@ def test_commands_warn_if_no_score_is_a_finite_number(tmp_path: Path, orch_call:
         assert code == expected
         said = " ".join(out.split())
         assert "finished (2 epochs were trained, of 2 allowed) best - epochs 2" in said
-        assert "warning: all 2 chunks so far ended with a score (accuracy) that is no finite number" in said
+        assert "warning: all 2 chunks so far ended with a score (accuracy) that is not a finite number" in said
         assert "learning rate" in said
     (warning,) = json.loads(orch_call(tmp_path, "status", "--json")[1])["warnings"]
     assert warning.startswith("all 2 chunks so far")

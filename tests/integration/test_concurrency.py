@@ -1,4 +1,5 @@
-"""Many processes at one leaderboard: nothing lost, nothing twice, nobody starved; and one that was asleep too long."""
+"""Many processes at one leaderboard: no result is lost or counted twice, and no process starves. A process that wakes up
+after its lease is refused."""
 
 from __future__ import annotations
 
@@ -20,23 +21,24 @@ from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Claim, Started
 from orchestrator.settings.settings import Settings
 from tests.support import invariants
+from tests.support.boards import begin, file_of
 from tests.support.storage import TABLES, Storage
 
 # A bound against starvation, far above what a busy machine needs for one round of all processes.
 PATIENCE_S = 10.0
-SECONDS = 1.0  # of hammering
+SECONDS = 1.0  # how long the processes claim and record
 ZOMBIES_LEASE_S = 0.5
 NUM_MODELS = 5
 
-# Forks so many workers, each with a job of its own. Each claims and ends chunks until the time is up, and writes down
-# what it did, the errors it saw and its longest wait for one call. Nothing that is tested here needs the disk to be
-# waited for, so it is not.
-HAMMER = """
+# Forks a process for each job. Each claims and ends chunks until the time is up, and writes down what it did, the
+# errors it saw and its longest wait for one call. The tests hold without waiting for the disk, so it is not waited for.
+MANY_WORKERS = """
 import collections, json, multiprocessing, random, sys, time
 from pathlib import Path
 import sqlalchemy
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Candidate, EpochResult
+from tests.support.boards import file_of
 from tests.support.storage import _do_not_wait_for_the_disk
 
 folder, url, schema, jobs, seconds = json.loads(sys.argv[1])
@@ -68,7 +70,7 @@ def work(worker_id, job_id, starts, barrier):
 def finish(board, claim, draw, now):
     kind = draw.choices(["record", "suspend", "give back", "fail"], [85, 5, 5, 5])[0]
     if kind == "suspend":
-        board.suspend(claim, claim.file_stem + ".pt", "0" * 64, now)
+        board.suspend(claim, file_of(claim), "0" * 64, now)
     elif kind == "give back":
         board.give_back(claim, "no reason", now)
     elif kind == "fail":
@@ -78,7 +80,7 @@ def finish(board, claim, draw, now):
         if draw.random() < 0.1 or claim.bar is None:
             score += claim.bar or 0.0
         board.record(claim, Candidate(score, epochs, (EpochResult(epochs, 1.0, {"accuracy": score}),), 1.0,
-                                      claim.file_stem + ".pt", "0" * 64, 1), now)
+                                      file_of(claim), "0" * 64, 1), now)
     return kind
 
 context = multiprocessing.get_context("fork")
@@ -90,22 +92,23 @@ for worker in workers:
     worker.join()
 """
 
-# Claims, says so, and sleeps in the test's hands; awake again, it writes all that a worker may write.
+# Claims, prints its claim, and waits for the test; then it writes all that a worker may write.
 ZOMBIE = """
 import json, sys, time
 from pathlib import Path
 from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import Candidate, EpochResult
+from tests.support.boards import file_of
 
 folder, url, schema, (worker_id, job_id, starts), lease_s = json.loads(sys.argv[1])
 board = Leaderboard.open(Path(folder), url, schema).board
 now = time.time()
 claim = board.claim(worker_id, job_id, starts, now, now + lease_s)
-file = claim.file_stem + ".pt"
+file = file_of(claim)
 print(json.dumps([claim.generation, claim.position, file]), flush=True)
 sys.stdin.readline()
-(Path(folder) / "checkpoints" / file).write_bytes(b"what it had in its hands")
+(Path(folder) / "checkpoints" / file).write_bytes(b"written too late")
 candidate = Candidate(9.0, 2, (EpochResult(2, 1.0, {"accuracy": 9.0}),), 1.0, file, "0" * 64, 1)
 writes = {
     "record": lambda: board.record(claim, candidate, time.time()),
@@ -146,10 +149,7 @@ def board(storage: Storage, tmp_path: Path) -> Iterator[Leaderboard]:
 def start_workers(board: Leaderboard, number: int) -> list[tuple[int, int, int]]:
     """(worker, job, start) of each."""
     now = time.time()
-    started = [
-        board.chains.start(job.token, job.worker_id, f"c{job.job_id}", "node", 1, 0.0, now, max_failures=1_000_000)
-        for job in board.chains.add_workers([None] * number, now)
-    ]
+    started = [begin(board, job, now) for job in board.chains.add_workers([None] * number, now)]
     assert all(isinstance(s, Started) for s in started)
     return [(s.job.worker_id, s.job.job_id, s.job.starts) for s in started]
 
@@ -170,19 +170,19 @@ def run_script(script: str, storage: Storage, board: Leaderboard, folder: Path, 
     [("sqlite", 2), ("sqlite", 16), ("sqlite", 64), ("postgresql", 16)],
     indirect=["storage"],
 )
-def test_processes_that_hammer_the_board_lose_nothing_and_none_of_them_starves(
+def test_processes_that_claim_and_record_all_the_time_lose_nothing_and_none_of_them_starves(
     storage: Storage, board: Leaderboard, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers = start_workers(board, processes)
-    with run_script(HAMMER, storage, board, tmp_path, workers, SECONDS) as hammer:
-        hammer.communicate()
-    assert hammer.returncode == 0
-    said = [json.loads((tmp_path / f"did-{worker_id}.json").read_text()) for worker_id, _, _ in workers]
-    assert [error for _, errors, _ in said for error in errors] == [], "such as: database is locked"
-    assert max(longest for _, _, longest in said) < PATIENCE_S
-    assert all(did["claim"] > 0 for did, _, _ in said)
+    with run_script(MANY_WORKERS, storage, board, tmp_path, workers, SECONDS) as processes_:
+        processes_.communicate()
+    assert processes_.returncode == 0
+    reports = [json.loads((tmp_path / f"did-{worker_id}.json").read_text()) for worker_id, _, _ in workers]
+    assert [error for _, errors, _ in reports for error in errors] == [], "such as: database is locked"
+    assert max(longest for _, _, longest in reports) < PATIENCE_S
+    assert all(did["claim"] > 0 for did, _, _ in reports)
 
-    did: Counter[str] = sum((Counter(counts) for counts, _, _ in said), Counter())
+    did: Counter[str] = sum((Counter(counts) for counts, _, _ in reports), Counter())
     tables = dict(zip(TABLES, storage.rows(board, *TABLES), strict=True))
     run, chunks = tables["run"][0], tables["chunk"]
     recorded = [c for c in chunks if c["epochs"] is not None]
@@ -198,13 +198,13 @@ def test_processes_that_hammer_the_board_lose_nothing_and_none_of_them_starves(
             for name in ("data", "metrics"):
                 if isinstance(row.get(name), str):
                     row[name] = json.loads(row[name])
-    # A worker reads the clock before it waits, here for longer than at a board with some rest.
+    # A worker reads the clock before it waits for the lock, which takes longer here than in a run.
     monkeypatch.setattr(invariants, "CLOCK_S", PATIENCE_S)
     checks = (invariants._worst_never_falls, invariants._positions, invariants._generations, invariants._epochs)
     assert [line for check in checks for line in check(tables)] == []
 
 
-def test_a_worker_that_was_stopped_past_its_lease_is_refused_every_write_and_its_files_go(
+def test_a_worker_that_was_stopped_past_its_lease_is_refused_every_write_and_its_files_are_deleted(
     storage: Storage, board: Leaderboard, tmp_path: Path
 ) -> None:
     sleeper, heir = start_workers(board, 2)
@@ -225,6 +225,6 @@ def test_a_worker_that_was_stopped_past_its_lease_is_refused_every_write_and_its
     assert set(refused) == {"record", "suspend", "give back", "condemn", "fail"}
     assert all(f"generation {generation} of worker {sleeper[0]} is stale" in why for why in refused.values())
     assert storage.rows(board, *TABLES) == before
-    (tmp_path / "checkpoints" / f"{claim.file_stem}.pt").write_bytes(b"of a live claim")
+    (tmp_path / "checkpoints" / file_of(claim)).write_bytes(b"of a live claim")
     assert checkpoints.collect(tmp_path / "checkpoints", board.reader.references) == [file]
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"{claim.file_stem}.pt"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [file_of(claim)]

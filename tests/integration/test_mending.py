@@ -15,6 +15,7 @@ from orchestrator.cluster.host import host_name
 from orchestrator.cluster.inline import InlineJob, InlineQueue
 from orchestrator.cluster.local import LocalQueue
 from orchestrator.errors import LeaderboardError
+from orchestrator.leaderboard.chains import JobStart
 from orchestrator.records import JobState, Profile, RunState, Started, Submitted
 from orchestrator.rules.succession import EXIT_GRACE_S, ORPHANED_GRACE_S
 from orchestrator.run.run import Run
@@ -49,8 +50,8 @@ def test_a_job_that_hangs_after_it_reported_its_end_is_killed_since_its_successo
     leaderboard = Storage(None).make(tmp_path, SETTINGS)
     chains, now = leaderboard.chains, time.time()
     (job,) = chains.add_workers([None], now - since_s)
-    place = (str(hangs.pid), host_name(), hangs.pid, hangs.create_time())
-    started = chains.start(job.token, 0, *place, now - since_s, 5)
+    start = JobStart(job.token, 0, str(hangs.pid), host_name(), hangs.pid, hangs.create_time())
+    started = chains.start(start, now - since_s, 5)
     assert isinstance(started, Started)
     assert started.successor is not None
     me = psutil.Process()  # in place of the successor, which waits
@@ -65,8 +66,8 @@ def test_a_job_that_hangs_after_it_reported_its_end_is_killed_since_its_successo
 def orphan_a_successor(run: Run, now: float) -> None:
     """A job is killed after it has written its successor to the database and before it has submitted it."""
     (job,) = run.leaderboard.chains.relink([0], now, 5)
-    dead = (999_999_999, now)  # no process has such a pid
-    started = run.leaderboard.chains.start(job.token, 0, "1", host_name(), *dead, now, 5)
+    start = JobStart(job.token, 0, "1", host_name(), 999_999_999, now)  # no process has such a pid
+    started = run.leaderboard.chains.start(start, now, 5)
     assert isinstance(started, Started)
     assert started.successor is not None
 
@@ -95,10 +96,10 @@ def test_launch_wait_ends_although_a_killed_job_left_a_successor_that_was_never_
     orphan_a_successor(run, time.time())
     reconcile(run.leaderboard, run.queue, run.settings, time.time())
     assert states(run) == [JobState.LOST, JobState.SUBMITTING]
-    run.leaderboard.chains.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
+    run.leaderboard.run_state.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
     monkeypatch.setattr(launch, "MEND_EVERY_S", 0.0)
     launch._wait(run, quiet=True)
-    assert not run.leaderboard.chains.snapshot().open_jobs
+    assert not run.leaderboard.run_state.snapshot().open_jobs
 
 
 def test_a_resume_does_not_give_up_jobs_that_another_resume_is_submitting(
@@ -106,14 +107,14 @@ def test_a_resume_does_not_give_up_jobs_that_another_resume_is_submitting(
 ) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
     run.pause(time.time())
-    revive = run.leaderboard.chains.revive
+    revive = run.leaderboard.run_state.revive
 
     def another_is_faster(workers: int) -> None:
-        run.leaderboard.chains.change_state(RunState.ACTIVE, list(RunState), None, time.time())
+        run.leaderboard.run_state.change_state(RunState.ACTIVE, list(RunState), None, time.time())
         assert run.leaderboard.chains.relink([0], time.time(), 5), "and has not called sbatch yet"
         revive(workers)
 
-    monkeypatch.setattr(run.leaderboard.chains, "revive", another_is_faster)
+    monkeypatch.setattr(run.leaderboard.run_state, "revive", another_is_faster)
     assert run.resume(time.time()) == []
     assert states(run)[-1] == JobState.SUBMITTING
 
@@ -121,7 +122,7 @@ def test_a_resume_does_not_give_up_jobs_that_another_resume_is_submitting(
 def test_a_job_that_was_being_submitted_at_a_pause_does_not_delay_the_resume(tmp_path: Path) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
     run.leaderboard.chains.relink([0], time.time(), 5)  # whose submitter has died
-    run.leaderboard.chains.change_state(RunState.PAUSED, list(RunState), None, time.time())
+    run.leaderboard.run_state.change_state(RunState.PAUSED, list(RunState), None, time.time())
     run._queue = InlineQueue()
     run.resume(time.time())
     assert states(run)[-2:] != [JobState.SUBMITTING], "it was given up"
@@ -132,7 +133,7 @@ def test_launch_wait_survives_a_short_outage_of_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
-    run.leaderboard.chains.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
+    run.leaderboard.run_state.change_state(RunState.FINISHED, list(RunState), "all is trained", time.time())
     status, answers = run.status, iter([False, False, True])
 
     def sometimes() -> dict[str, object]:

@@ -87,7 +87,7 @@ def test_a_run_outlives_kill_9_and_a_restart_of_the_server(tmp_path: Path, serve
 
     until("a worker to kill", lambda: run.leaderboard.reader.counts()["chunks"]["live"] and kill_one())
     until("more epochs", lambda: run.leaderboard.reader.counts()["epochs"] >= 10)
-    run.leaderboard.database.rest()
+    run.leaderboard.database.release_connection()
     server.stop("immediate")  # no farewell to anybody, as in a crash
     time.sleep(2)
     server.start()
@@ -216,7 +216,7 @@ def test_a_job_whose_turn_comes_while_the_server_is_away_waits_for_it(
 
     def its_turn(*_: Any) -> None:
         run.cancel(at_once=False, now=time.time())  # so that the job has nothing to do
-        run.leaderboard.database.rest()
+        run.leaderboard.database.release_connection()
         server.stop("immediate")
         back.start()
 
@@ -245,7 +245,7 @@ def test_who_asks_again_waits_behind_those_who_wait_already(tmp_path: Path, serv
                     for waiting in range(1, 4):
                         others[waiting - 1].start()
                         until("the next to wait", lambda waiting=waiting: waiters(server) == waiting)  # type: ignore[misc]
-        database.rest()
+        database.release_connection()
 
     others = [threading.Thread(target=take_turns, args=(number, 1)) for number in range(1, 4)]
     take_turns(0, 2)

@@ -66,7 +66,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 def drop(run: Run) -> None:
     if run.leaderboard.database.file is None:
         run.leaderboard.database.drop(schema_too=True)
-        run.leaderboard.database.rest()
+        run.leaderboard.database.release_connection()
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def rebuilt_is_the_same(storage: Storage, script: list[list[float | str]], num_m
         keys = ("chunk_id", "position", "suspended_file", "suspended_sha256", "profile", "worker_id")
         assert [[c[key] for key in keys] for c in after] == [[c[key] for key in keys] for c in suspended]
         assert violations(run, over=False) == []
-        run.leaderboard.chains.change_state("active", ["paused"], None, time.time())
+        run.leaderboard.run_state.change_state("active", ["paused"], None, time.time())
         work(run, [0.5, 0.25, 0.75])
         assert violations(run, over=False) == []
     finally:
@@ -281,7 +281,7 @@ def test_what_a_server_has_lost_is_rebuilt_in_a_new_schema(postgres_server: Any,
 
 
 def resumed(run: Run) -> Run:
-    run.leaderboard.chains.change_state("active", ["paused"], None, time.time())
+    run.leaderboard.run_state.change_state("active", ["paused"], None, time.time())
     return run
 
 

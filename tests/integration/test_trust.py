@@ -251,7 +251,7 @@ def test_a_colleague_does_not_open_a_folder_whose_rights_are_not_those_of_its_gr
 def test_another_user_has_no_evidence_of_jobs_and_only_the_owner_queues_them(tmp_path):
     run = launched(tmp_path)
     seen = ForeignQueue("inline", "alice")
-    jobs = run.leaderboard.chains.snapshot().open_jobs
+    jobs = run.leaderboard.run_state.snapshot().open_jobs
     assert len(jobs) == 1
     assert seen.evidence(jobs) == {jobs[0].job_id: Evidence.UNKNOWN}
     with pytest.raises(SubmissionError, match="only alice can queue"):

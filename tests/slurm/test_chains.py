@@ -44,7 +44,7 @@ def test_six_workers_run_at_once_each_on_a_gpu_of_its_own_and_end_by_themselves(
 
     until("the end", lambda: over(run), 120)
 
-    assert run.leaderboard.chains.snapshot().state == "finished"
+    assert run.leaderboard.run_state.snapshot().state == "finished"
     assert violations(run) == []
     assert max(len([j for j in worked(run) if j["worker_id"] == w]) for w in range(6)) >= 3
     until("an empty queue", lambda: not cluster.squeue())
@@ -64,7 +64,7 @@ def test_a_paused_run_has_no_jobs_and_continues_with_its_board_after_a_resume(
     assert run.pause(time.time()) == [], "said twice"
     until("no job", lambda: not cluster.squeue())
     board = run.board()["entries"]
-    assert epochs(run) == run.leaderboard.reader.run_row()["epochs"]
+    assert epochs(run) == run.leaderboard.run_state.row()["epochs"]
 
     run.resume(time.time())
     assert {e["sha256"] for e in run.board()["entries"]} == {e["sha256"] for e in board}
@@ -87,7 +87,7 @@ def test_amended_lifetimes_and_profiles_are_in_force_at_the_next_claim(cluster: 
 
     run.amend(["total_lifetime=1"], time.time())
     until("the end, in one chunk", lambda: over(run), 40)
-    assert run.leaderboard.chains.snapshot().state == "finished"
+    assert run.leaderboard.run_state.snapshot().state == "finished"
     assert violations(run) == []
 
 
@@ -100,7 +100,7 @@ def test_a_live_run_grows_and_shrinks(cluster: DevCluster, tmp_path: Path) -> No
     until("two at work", lambda: {j["worker_id"] for j in jobs(run, "running", "queued")} == {0, 1})
     run.drain(time.time())
     until("the end", lambda: over(run))
-    assert run.leaderboard.chains.snapshot().state == "finished"
+    assert run.leaderboard.run_state.snapshot().state == "finished"
     assert violations(run) == []
 
 

@@ -56,7 +56,7 @@ def test_each_process_sees_a_gpu_of_its_own_and_the_run_ends_by_itself(cluster: 
     assert (first["SLURM_LOCALID"], second["SLURM_LOCALID"]) == ("0", "1")
     assert first["SLURM_JOB_ID"] == second["SLURM_JOB_ID"]
     assert first["cores"] == second["cores"] == 1
-    assert run.leaderboard.chains.snapshot().state == "finished"
+    assert run.leaderboard.run_state.snapshot().state == "finished"
     assert len(run.board()["entries"]) == 4
     assert violations(run) == []
     links = jobs(run)
@@ -104,6 +104,6 @@ def test_a_killed_process_ends_the_others_and_the_chain_continues(
 
     until("the end", lambda: over(run), 120)
     assert [job["link"] for job in worked(run)] == [0, 1]
-    assert run.leaderboard.chains.snapshot().state == "finished"
+    assert run.leaderboard.run_state.snapshot().state == "finished"
     assert violations(run) == []
     until("an empty queue", lambda: not cluster.squeue())

@@ -1,4 +1,4 @@
-"""The invariants of a run, read from its database and its folder: what must hold whatever died."""
+"""The invariants of a run, checked in its database and its folder: they hold whatever process died."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from orchestrator.errors import CheckpointError
 from orchestrator.files import checkpoints
-from orchestrator.rules import collecting
+from orchestrator.files.checkpoint_record import read_record
+from orchestrator.rules.checkpoint_names import generation_of, record_name
 from orchestrator.run.run import Run
 
 CONSUMED = ("promoted", "discarded")
 HELD = ("live", "suspended")
-CLOCK_S = 1.0  # a time is taken before the lock is: two events this close may have happened either way round
+CLOCK_S = 1.0  # the clock is read before the lock is taken, so two events this close may be in either order
 
 
 def violations(run: Run, over: bool = True) -> list[str]:
@@ -31,36 +32,36 @@ def violations(run: Run, over: bool = True) -> list[str]:
 
 
 def _files(run: Run, tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """1 and 6: what the board and the claims refer to is there, complete; nothing else is after a collection."""
+    """1 and 6: the files that the board and the claims refer to are complete, and a collection leaves no others."""
     folder = run.folder / "checkpoints"
-    found = []
+    problems = []
     by_id = {c["checkpoint_id"]: c for c in tables["checkpoint"]}
     for entry in tables["entry"]:
         if entry["on_board"]:
             checkpoint = by_id[entry["checkpoint_id"]]
             try:
                 checkpoints.verify(folder, checkpoint["file"], checkpoint["sha256"])
-                record = checkpoints.read_record(folder, checkpoint["file"])
+                record = read_record(folder, checkpoint["file"])
             except CheckpointError as error:
-                found.append(f"1: entry {entry['entry_id']}: {error}")
+                problems.append(f"1: entry {entry['entry_id']}: {error}")
                 continue
-            if record["sha256"] != checkpoint["sha256"] or record["score"] != checkpoint["score"]:
-                found.append(f"1: the record of {checkpoint['file']} differs from the database")
+            if (record.sha256, record.score) != (checkpoint["sha256"], checkpoint["score"]):
+                problems.append(f"1: the record of {checkpoint['file']} differs from the database")
     if sum(e["on_board"] for e in tables["entry"]) > run.settings.num_models:
-        found.append("1: more entries than slots")
+        problems.append("1: more entries than slots")
     referenced, live = run.leaderboard.reader.references()
-    found += [f"6: {name} is referred to and missing" for name in referenced if not (folder / name).exists()]
+    problems += [f"6: {name} is referred to and missing" for name in referenced if not (folder / name).exists()]
     checkpoints.collect(folder, run.leaderboard.reader.references)
-    keep = {n for f in referenced for n in (f, f.removesuffix(".pt") + ".json")}
-    # A claim whose job was killed is live until somebody looks: what it was writing stays until then.
-    left = [p.name for p in folder.iterdir() if p.name not in keep and collecting.generation_of(p.name) not in live]
-    found += [f"6: {name} was not collected" for name in left]
-    return found
+    keep = {name for file in referenced for name in (file, record_name(file))}
+    # A claim whose job was killed stays live until a peer looks, and so do the files that it was writing.
+    left = [p.name for p in folder.iterdir() if p.name not in keep and generation_of(p.name) not in live]
+    problems += [f"6: {name} was not collected" for name in left]
+    return problems
 
 
 def _worst_never_falls(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """2, over the whole event log (for a metric of which more is better)."""
-    found = []
+    """2, over the whole event log (for a metric where higher is better)."""
+    problems = []
     last = None
     for event in tables["event"]:
         if event["kind"] == "condemned":
@@ -68,14 +69,14 @@ def _worst_never_falls(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
         if event["kind"] == "promoted" and event["data"]["evicted"] is not None:
             worst = event["data"]["worst"]
             if last is not None and worst < last:
-                found.append(f"2: event {event['event_id']}: the worst fell from {last} to {worst}")
+                problems.append(f"2: event {event['event_id']}: the worst fell from {last} to {worst}")
             last = worst
-    return found
+    return problems
 
 
 def _positions(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     """3, for every entry that ever was on the board."""
-    found = []
+    problems = []
     by_checkpoint = {e["checkpoint_id"]: e for e in tables["entry"]}
     chunk_of = {c["chunk_id"]: c for c in tables["chunk"]}
     work: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -87,79 +88,79 @@ def _positions(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
         made_by = chunk_of[checkpoint["chunk_id"]]
         wanted = 0 if checkpoint["parent_id"] is None else made_by["position"] + 1
         if entry["start_position"] != wanted:
-            found.append(f"3: entry {entry['entry_id']} starts at {entry['start_position']}, not at {wanted}")
+            problems.append(f"3: entry {entry['entry_id']} starts at {entry['start_position']}, not at {wanted}")
         if checkpoint["parent_id"] is None and (made_by["position"], made_by["entry_id"]) != (0, entry["entry_id"]):
-            found.append(f"3: the chunk that made founder {entry['entry_id']} is not position 0 of it")
+            problems.append(f"3: the chunk that made founder {entry['entry_id']} is not position 0 of it")
     for entry in tables["entry"]:
-        found += _positions_of(entry, work[entry["entry_id"]])
-    return found
+        problems += _positions_of(entry, work[entry["entry_id"]])
+    return problems
 
 
 def _positions_of(entry: dict[str, Any], work: list[dict[str, Any]]) -> list[str]:
-    found = []
+    problems = []
     start, name = entry["start_position"], f"3: entry {entry['entry_id']}"
     taken = [c["position"] for c in work if c["state"] in CONSUMED + HELD]
     if len(taken) != len(set(taken)):
-        found.append(f"{name} consumed a position twice: {sorted(taken)}")
+        problems.append(f"{name} consumed a position twice: {sorted(taken)}")
     if any(c["position"] < start for c in work):
-        found.append(f"{name} has work before its start {start}")
+        problems.append(f"{name} has work before its start {start}")
     given_back = {c["position"] for c in work if c["state"] in ("expired", "failed")}
     for position in range(start, max(taken, default=start)):
         if position not in taken and position not in given_back:
-            found.append(f"{name} skipped position {position}")
+            problems.append(f"{name} skipped position {position}")
     for lost in work:  # the next claim takes what was given back
         if lost["state"] in ("expired", "failed"):
             later = [c for c in work if c["claimed_at"] > lost["finished_at"] + CLOCK_S]
             if later and min(later, key=lambda c: c["chunk_id"])["position"] > lost["position"]:
                 between = [c for c in work if c["chunk_id"] > lost["chunk_id"] and c["position"] == lost["position"]]
                 if not between:
-                    found.append(f"{name}: position {lost['position']} was given back and not taken next")
-    return found
+                    problems.append(f"{name}: position {lost['position']} was given back and not taken next")
+    return problems
 
 
 def _generations(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     """4."""
     generations = [c["generation"] for c in tables["chunk"]]
-    found = [] if len(generations) == len(set(generations)) else ["4: two claims have the same generation"]
+    problems = [] if len(generations) == len(set(generations)) else ["4: two claims have the same generation"]
     if generations and max(generations) > tables["run"][0]["generation"]:
-        found.append("4: a claim has a generation that was never given")
-    return found
+        problems.append("4: a claim has a generation that was never given")
+    return problems
 
 
 def _chains(tables: dict[str, list[dict[str, Any]]], over: bool) -> list[str]:
-    """5: links without a gap, never two at work, none left at the end."""
-    found = []
+    """5: links without a gap, never two at work, none open at the end."""
+    problems = []
     for worker_id, jobs in itertools.groupby(
         sorted(tables["job"], key=lambda j: (j["worker_id"], j["link"])), key=lambda j: j["worker_id"]
     ):
         links = list(jobs)
         if [j["link"] for j in links] != list(range(len(links))):
-            found.append(f"5: worker {worker_id} has links {[j['link'] for j in links]}")
+            problems.append(f"5: worker {worker_id} has links {[j['link'] for j in links]}")
         worked = [j for j in links if j["started_at"] is not None]
         for before, after in itertools.pairwise(worked):
             if before["ended_at"] is None or before["ended_at"] > after["started_at"] + CLOCK_S:
-                found.append(f"5: worker {worker_id}: links {before['link']} and {after['link']} overlap")
+                problems.append(f"5: worker {worker_id}: links {before['link']} and {after['link']} overlap")
         if over and any(j["state"] in ("submitting", "queued", "running") for j in links):
-            found.append(f"5: worker {worker_id} has an open job after the end")
-    return found
+            problems.append(f"5: worker {worker_id} has an open job after the end")
+    return problems
 
 
 def _epochs(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """7: every epoch of a finished chunk is there once, and lineages add up."""
-    found = []
+    """7: every epoch of a finished chunk is recorded once, and lineages add up."""
+    problems = []
     counted: dict[int, int] = defaultdict(int)
     for epoch in tables["epoch"]:
         counted[epoch["chunk_id"]] += 1
     for chunk in tables["chunk"]:
         if counted[chunk["chunk_id"]] != (chunk["epochs"] or 0):
-            found.append(
+            problems.append(
                 f"7: chunk {chunk['chunk_id']} has {counted[chunk['chunk_id']]} epochs, says {chunk['epochs']}"
             )
     if len(tables["epoch"]) != tables["run"][0]["epochs"]:
-        found.append(f"7: {len(tables['epoch'])} epochs, the run says {tables['run'][0]['epochs']}")
+        problems.append(f"7: {len(tables['epoch'])} epochs, the run says {tables['run'][0]['epochs']}")
     by_id = {c["checkpoint_id"]: c for c in tables["checkpoint"]}
     for checkpoint in tables["checkpoint"]:
         before = by_id[checkpoint["parent_id"]]["epochs"] if checkpoint["parent_id"] else 0
         if checkpoint["epochs"] != before + counted[checkpoint["chunk_id"]]:
-            found.append(f"7: checkpoint {checkpoint['checkpoint_id']} counts {checkpoint['epochs']} epochs")
-    return found
+            problems.append(f"7: checkpoint {checkpoint['checkpoint_id']} counts {checkpoint['epochs']} epochs")
+    return problems

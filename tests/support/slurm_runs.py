@@ -46,7 +46,7 @@ def until(what: str, condition: Callable[[], Any], timeout_s: float = 60, every_
 def over(run: Run) -> bool:
     """Has the run ended, with no job left? Mends broken chains first, as `orch status` does."""
     run.reconcile(time.time())
-    snapshot = run.leaderboard.chains.snapshot()
+    snapshot = run.leaderboard.run_state.snapshot()
     return snapshot.state not in ("active", "draining") and not snapshot.open_jobs
 
 

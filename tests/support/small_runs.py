@@ -15,6 +15,7 @@ import sqlalchemy
 from orchestrator.cluster.host import host_name, this_process
 from orchestrator.cluster.inline import InlineJob, InlineQueue
 from orchestrator.files.run_folder import FOLDERS, SETTINGS_NAME
+from orchestrator.leaderboard.chains import JobStart
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.records import EpochResult, Finished, Interrupted, Started, Work
 from orchestrator.run.run import Run
@@ -72,7 +73,8 @@ def make_run(storage: Storage, folder: Path, **changes: Any) -> Run:
     (folder / SETTINGS_NAME).write_text(frozen + "\n")
     now = time.time()
     where = (folder, settings.database, settings.database_schema)
-    Leaderboard.create(*where, settings.name, frozen, [str(ROOT)], now, now + settings.total_lifetime)
+    deadline = now + settings.total_lifetime
+    Leaderboard.create(*where, settings=settings, import_paths=[str(ROOT)], now=now, deadline=deadline)
     run = opened(folder)
     devices = [None] * settings.workers
     run.leaderboard.chains.close(run.leaderboard.chains.add_workers(devices, now), "lost", "never submitted", now)
@@ -92,8 +94,8 @@ def work(run: Run, script: Sequence[float | str], size_bytes: int = 0, worker_id
         return None
     chains, now = run.leaderboard.chains, time.time()
     (job,) = chains.relink([worker_id], now, 10**6)
-    place = (str(job.job_id), host_name(), *this_process())
-    started = chains.start(job.token, worker_id, *place, now, 10**6, successor=False)
+    start = JobStart(job.token, worker_id, str(job.job_id), host_name(), *this_process())
+    started = chains.start(start, now, 10**6, successor=False)
     assert isinstance(started, Started), started
     stop = StopFlag()
     trainer = Scripted(script, stop, size_bytes)
@@ -110,7 +112,7 @@ def lose(run: Run) -> None:
         database.file.unlink()
     else:
         database.drop(schema_too=True)
-        database.rest()
+        database.release_connection()
 
 
 def board_of(run: Run) -> list[dict[str, Any]]:

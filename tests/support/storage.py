@@ -12,7 +12,6 @@ from typing import Any
 import sqlalchemy
 
 from orchestrator.leaderboard.leaderboard import Leaderboard
-from orchestrator.settings.loading import freeze
 from orchestrator.settings.settings import Settings
 
 TABLES = ("run", "worker", "job", "checkpoint", "entry", "chunk", "epoch", "event")
@@ -26,7 +25,7 @@ class Storage:
         """A new run's leaderboard. durable False: what is tested holds without a power cut too, and waiting for
         the disk at each commit would take minutes."""
         schema = f"test_{secrets.token_hex(6)}" if self.url else None
-        Leaderboard.create(folder, self.url, schema, settings.name, freeze(settings), [], now=0.0, deadline=1e12)
+        Leaderboard.create(folder, self.url, schema, settings=settings, import_paths=[], now=0.0, deadline=1e12)
         board = Leaderboard.open(folder, self.url, schema)
         if self.url is None and not durable:
             sqlalchemy.event.listen(board.database._engine, "connect", _do_not_wait_for_the_disk)
@@ -34,7 +33,7 @@ class Storage:
 
     def remove(self, board: Leaderboard) -> None:
         board.database.drop(schema_too=True)
-        board.database.rest()
+        board.database.release_connection()
 
     def rows(self, board: Leaderboard, *names: str) -> list[list[dict[str, Any]]]:
         """The rows of these tables, by their keys (SQLite's from outside, which is faster and as true)."""
