@@ -68,7 +68,7 @@ def job_to_show(links: Sequence[ChainJob]) -> ChainJob:
 
 
 class WorkerState(StrEnum):
-    """What is shown of a worker."""
+    """The state of a worker, as `orch status` shows it."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -77,7 +77,7 @@ class WorkerState(StrEnum):
 
 
 def shown_state(job: ChainJob, evidence: Evidence) -> WorkerState:
-    """What the database holds of a worker's job, corrected by what the queue proved."""
+    """The state of a link in the database, corrected by what the queue proved."""
     if job.state is JobState.LOST or (evidence is Evidence.GONE and job.state is not JobState.SUBMITTING):
         return WorkerState.LOST
     if job.state in (JobState.SUBMITTING, JobState.QUEUED):

@@ -184,10 +184,10 @@ def _known_jobs(folder: Path, settings: Settings, database: Database) -> tuple[l
     from here."""
     from orchestrator.worker.job_main import job_main
 
-    named = [job for job in open_jobs(database) if job.cluster_id]
-    evidence = open_queue(settings, folder, job_main).evidence(named)
-    alive = [job for job in named if evidence[job.job_id] in (Evidence.QUEUED, Evidence.RUNNING)]
-    unknown = [job for job in named if evidence[job.job_id] is Evidence.UNKNOWN]
+    submitted = [job for job in open_jobs(database) if job.cluster_id]
+    evidence = open_queue(settings, folder, job_main).evidence(submitted)
+    alive = [job for job in submitted if evidence[job.job_id] in (Evidence.QUEUED, Evidence.RUNNING)]
+    unknown = [job for job in submitted if evidence[job.job_id] is Evidence.UNKNOWN]
     return [str(job.cluster_id) for job in alive], [f"{job.cluster_id} on {job.host}" for job in unknown]
 
 

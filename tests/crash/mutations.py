@@ -129,7 +129,7 @@ def _no_checksum() -> None:
     checkpoints.verify = lambda folder, file, sha256: folder / file
 
 
-# What is taken away: the kind of fault that must bring it to light, and how it is done.
+# The removed safeguard: the kind of fault that must reveal it, and how it is removed.
 MUTATIONS: dict[str, tuple[str, Callable[[], None]]] = {
     "no fsync of a checkpoint": ("power cut", _no_sync_of_the_file),
     "no fsync of the checkpoints' folder": ("power cut", _no_sync_of_the_folder),
