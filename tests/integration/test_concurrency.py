@@ -1,5 +1,5 @@
-"""Many processes at one leaderboard: no result is lost or counted twice, and no process starves. A process that wakes up
-after its lease is refused."""
+"""Many processes at one leaderboard: no result is lost or counted twice, and no process starves. A process that wakes
+up after its lease is refused."""
 
 from __future__ import annotations
 
