@@ -223,13 +223,19 @@ class EpochResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """What a finished chunk offers to the board."""
+class Finished:
+    """A chunk was trained and validated."""
 
     score: float
     epochs: int  # of the whole lineage
     results: tuple[EpochResult, ...]
     train_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate(Finished):
+    """What a finished chunk offers to the board."""
+
     file: str | None = None  # None: not written, since it would not be admitted
     sha256: str | None = None
     size_bytes: int = 0
@@ -355,16 +361,6 @@ class Work:
     position: int = 0
     parent_file: str | None = None  # None: a founder
     parent_epochs: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A chunk was trained and validated."""
-
-    score: float
-    epochs: int  # of the whole lineage
-    results: tuple[EpochResult, ...]
-    train_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

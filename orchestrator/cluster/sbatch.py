@@ -45,10 +45,7 @@ def read_script(text: str) -> tuple[dict[str, Any], list[str]]:
     """
     options: dict[str, Any] = {}
     setup: list[str] = []
-    lines = text.splitlines()
-    if lines and lines[0].startswith("#!"):
-        del lines[0]
-    for line in lines:
+    for line in text.splitlines():
         if line.startswith("#SBATCH"):
             options.update(_read_options(line))
         elif line.strip() and not line.lstrip().startswith("#"):
@@ -81,18 +78,14 @@ def _read_options(line: str) -> dict[str, Any]:
 def minutes(time: str) -> int:
     """Minutes, rounded up, of a time in one of Slurm's formats: minutes, minutes:seconds, hours:minutes:seconds,
     days-hours[:minutes[:seconds]]. Raises ValueError."""
-    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", time.strip())
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9}(?::\d{1,9}){0,2})", time.strip())
     if not match:
         raise ValueError(f"time {shown(time, 100)!r}: allowed are MIN, MIN:SEC, H:MIN:SEC and DAYS-H:MIN:SEC")
-    days, first, second, third = (int(g) if g else None for g in match.groups())
-    assert first is not None
-    if days is not None:
-        seconds = ((days * 24 + first) * 60 + (second or 0)) * 60 + (third or 0)
-    elif third is not None:
-        seconds = (first * 60 + (second or 0)) * 60 + third
-    else:
-        seconds = first * 60 + (second or 0)
-    return max(1, math.ceil(seconds / 60))
+    parts = [int(part) for part in match[2].split(":")]
+    if match[1] is None and len(parts) < 3:
+        parts.insert(0, 0)  # it begins with the minutes
+    hours, of_hour, seconds = (*parts, 0, 0)[:3]
+    return max(1, (int(match[1] or 0) * 24 + hours) * 60 + of_hour + math.ceil(seconds / 60))
 
 
 LOADING_S, LEAST_WORK_S = 10.0, 10.0  # minimum seconds to load the model and the data, and to train in one job

@@ -185,18 +185,12 @@ class SlurmQueue(JobQueue):
     def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
         trouble = []
         evidence = self.evidence(jobs)
-        for running in (False, True):
-            ids = [
-                job.cluster_id
-                for job in jobs
-                if job.cluster_id
-                and evidence[job.job_id] is not Evidence.GONE
-                and (evidence[job.job_id] is Evidence.RUNNING) == running
-            ]
-            if ids:
-                signal = ["--signal=USR2"] if running and not now else []
-                if run_slurm(["scancel", *signal, *ids]) is None:
-                    trouble.append(f"Slurm did not take the cancellation of {', '.join(ids)}; try again")
+        known = [(job.cluster_id, evidence[job.job_id]) for job in jobs if job.cluster_id]
+        running = [cluster_id for cluster_id, state in known if state is Evidence.RUNNING]
+        others = [cluster_id for cluster_id, state in known if state in (Evidence.QUEUED, Evidence.UNKNOWN)]
+        for ids, signal in ((others, []), (running, [] if now else ["--signal=USR2"])):
+            if ids and run_slurm(["scancel", *signal, *ids]) is None:
+                trouble.append(f"Slurm did not take the cancellation of {', '.join(ids)}; try again")
         return trouble
 
     def back_to_queue(self, job: ChainJob) -> bool:

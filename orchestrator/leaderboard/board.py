@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from orchestrator.errors import StaleClaimError
+from orchestrator.leaderboard import moves
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.links import count_failure
-from orchestrator.leaderboard.moves import (
-    IS_HELD,
-    BoardView,
-    consume,
-    expire,
-    finite,
-    log_event,
-    look,
-    look_again,
-    read_board,
-    release,
-    set_state,
-    take_off,
-    taken_positions,
-)
+from orchestrator.leaderboard.moves import BoardView
 from orchestrator.leaderboard.results import close, promote
-from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, run, worker
+from orchestrator.leaderboard.schema import checkpoint, chunk, epoch, run, worker
 from orchestrator.leaderboard.statements import Statement
 from orchestrator.records import Candidate, ChunkState, Claim, ExpiredBy, JobState, Over, Policy, Progress, RunState
 from orchestrator.rules import admission, claiming, stopping
@@ -38,7 +26,7 @@ _SETTINGS_VERSION = Statement(select(run.c.settings_version))
 # A worker's own first, then the oldest.
 _SUSPENDED = Statement(
     select(chunk)
-    .where(IS_HELD, chunk.c.state == ChunkState.SUSPENDED)
+    .where(moves.IS_HELD, chunk.c.state == ChunkState.SUSPENDED)
     .order_by(chunk.c.worker_id != bindparam("by_worker"), chunk.c.chunk_id)
     .limit(1)
 )
@@ -80,24 +68,24 @@ class Board:
         """Lease the next chunk to a job: a suspended one, else what the rules choose."""
         claimant = _Claimant(worker_id, job_id, starts, now, lease_until)
         with self._database.transaction() as tx:
-            return self._claim(tx, claimant, look(tx, worker_id, job_id, None))
+            return self._claim(tx, claimant, moves.context_of(tx, worker_id, job_id, None))
 
-    def _claim(self, tx: Connection, claimant: _Claimant, view: BoardView) -> Claim | Over:
-        context, now = view.context, claimant.now
+    def _claim(self, tx: Connection, claimant: _Claimant, context: Any) -> Claim | Over:
+        now = claimant.now
         policy = self._policy_of(tx, context.settings_version)
         _refuse_stale(context, claimant)
         if context.stopped is not None:
             return Over(RunState(context.state), context.stopped)
-        first_end = view.held.first_lease_end
-        if first_end is not None and claiming.expired(now, first_end):
+        view = moves.look(tx, context)
+        if view.first_lease_end is not None and claiming.expired(now, view.first_lease_end):
             _expire_late(tx, now)
-            view = look_again(tx, context)
+            view = moves.look(tx, context)
         over = self._end_if_over(tx, view, policy, now)
         if over is not None:
             return over
         generation: int = context.generation + 1
         _RUN.write(tx, generation=generation, **_progress(context))
-        if view.held.suspended:
+        if view.suspended:
             work, source = self._resume(tx, claimant, generation)
         else:
             work, source = self._begin(tx, view, policy, claimant, generation)
@@ -109,7 +97,7 @@ class Board:
             parent_file=source.file if source else None,
             parent_sha256=source.sha256 if source else None,
             parent_epochs=source.epochs if source else 0,
-            bar=admission.bar(view.board.entries, policy.num_models, policy.metric),
+            bar=admission.bar(view.entries, policy.num_models, policy.metric),
             settings_version=policy.version,
         )
 
@@ -117,13 +105,13 @@ class Board:
         self, tx: Connection, view: BoardView, policy: Policy, claimant: _Claimant, generation: int
     ) -> tuple[dict[str, Any], Any]:
         """A new chunk, of a founder or on an entry: what its claim holds about it, and the row of its parent."""
-        parent = claiming.choose_claim(view.board.entries, view.held.founders, policy.num_models, policy.metric)
+        parent = claiming.choose_claim(view.entries, view.founders, policy.num_models, policy.metric)
         source, position, repeat = None, 0, 0
         if parent is not None:
-            consumed, leased = taken_positions(tx, parent.entry_id, parent.floor)
+            consumed, leased = moves.taken_positions(tx, parent.entry_id, parent.floor)
             position = claiming.next_profile(parent.floor, consumed, leased)
             repeat = claiming.repeat_number(parent, position, policy.cycle)
-            source = view.board.rows[parent.entry_id]
+            source = view.rows[parent.entry_id]
         chunk_id = _LEASE.insert(
             tx,
             entry_id=parent.entry_id if parent else None,
@@ -161,14 +149,14 @@ class Board:
         """The score that a candidate has to beat now; None while a slot is free."""
         with self._database.transaction() as tx:
             policy = self._policy_now(tx)
-            return admission.bar(read_board(tx).entries, policy.num_models, policy.metric)
+            return admission.bar(moves.read_entries(tx), policy.num_models, policy.metric)
 
     # --- what became of them
 
     def record(self, claim: Claim, candidate: Candidate, now: float) -> Outcome:
         """The ratchet decides. Raises StaleClaimError, having written nothing, if the claim was lost."""
         with self._database.transaction() as tx:
-            view = look(tx, claim.worker_id, None, claim.chunk_id)
+            view = moves.look(tx, moves.context_of(tx, claim.worker_id, None, claim.chunk_id))
             outcome, context = self._record(tx, view, claim, candidate, now)
             _RUN.write(tx, **_progress(context))
             return outcome
@@ -179,9 +167,9 @@ class Board:
         """`record`, then `claim` for the same job, in one transaction, which waits for the lock and the disk once."""
         claimant = _Claimant(claim.worker_id, job_id, starts, now, lease_until)
         with self._database.transaction() as tx:
-            view = look(tx, claim.worker_id, job_id, claim.chunk_id)
+            view = moves.look(tx, moves.context_of(tx, claim.worker_id, job_id, claim.chunk_id))
             outcome, context = self._record(tx, view, claim, candidate, now)
-            following = self._claim(tx, claimant, look_again(tx, context))
+            following = self._claim(tx, claimant, context)
             if isinstance(following, Over):
                 _RUN.write(tx, **_progress(context))
             return outcome, following
@@ -190,9 +178,9 @@ class Board:
         self, tx: Connection, view: BoardView, claim: Claim, candidate: Candidate, now: float
     ) -> tuple[Outcome, Any]:
         """The outcome, and the context after it. The caller writes the run's progress, which that holds."""
-        context, board = view.context, view.board
+        context = view.context
         policy = self._policy_of(tx, context.settings_version)
-        decision = admission.ratchet(candidate.score, board.entries, policy.num_models, policy.metric)
+        decision = admission.ratchet(candidate.score, view.entries, policy.num_models, policy.metric)
         if isinstance(decision, Promote) and candidate.file is None:
             decision = Discard("its checkpoint was not written")
         promoted = isinstance(decision, Promote)
@@ -203,26 +191,27 @@ class Board:
             now,
             train_seconds=candidate.train_seconds,
             epochs=len(candidate.results),
-            score=finite(candidate.score),
+            score=candidate.score if math.isfinite(candidate.score) else None,
             **_NOT_SUSPENDED,
         )
         if candidate.results:
-            _EPOCHS.insert_all(tx, _epoch_rows(claim, candidate))
+            epochs = [asdict(result) | {"metrics": moves.json_safe(result.metrics)} for result in candidate.results]
+            _EPOCHS.insert_all(tx, [{"chunk_id": claim.chunk_id, **values} for values in epochs])
         if context.failures:
             _NO_FAILURES.write(tx, by_worker=claim.worker_id)
-        consume(tx, context.entry_id, claim.position, context.floor)
+        moves.consume(tx, context.entry_id, claim.position, context.floor)
         if isinstance(decision, Promote):
             promote(tx, claim, candidate, view, now, evicted=decision.evicted, metric=policy.metric)
             reason = f"evicted entry {decision.evicted.entry_id}" if decision.evicted else "a slot was free"
         else:
             reason = decision.reason
         # A discarded chunk frees a file only if its parent has left the board.
-        freed = promoted or (context.entry_id is not None and context.entry_id not in board.rows)
+        freed = promoted or (context.entry_id is not None and context.entry_id not in view.rows)
         after = context._replace(
             epochs=context.epochs + len(candidate.results),
             chunks_since_promotion=0 if promoted else context.chunks_since_promotion + 1,
         )
-        return Outcome(promoted, reason, release(tx) if freed else ()), after
+        return Outcome(promoted, reason, moves.release(tx) if freed else ()), after
 
     def suspend(self, claim: Claim, file: str, sha256: str, now: float) -> tuple[str, ...]:
         """Interrupted between two steps; `file` holds all that is needed to go on. Returns the files that nothing
@@ -234,18 +223,18 @@ class Board:
         with self._database.transaction() as tx:
             if claiming.profile_at(claim.position, self._policy_now(tx).cycle) != claim.profile:
                 close(tx, claim, ChunkState.EXPIRED, now, expired_by=ExpiredBy.AMENDED, **_NOT_SUSPENDED)
-                log_event(tx, now, "expired", **whose, by=str(ExpiredBy.AMENDED))
-                return (file, *release(tx))
+                moves.log_event(tx, now, "expired", **whose, by=str(ExpiredBy.AMENDED))
+                return (file, *moves.release(tx))
             close(tx, claim, ChunkState.SUSPENDED, None, suspended_file=file, suspended_sha256=sha256)
-            log_event(tx, now, "suspended", **whose, generation=claim.generation)
-            return release(tx)
+            moves.log_event(tx, now, "suspended", **whose, generation=claim.generation)
+            return moves.release(tx)
 
     def give_back(self, claim: Claim, reason: str, now: float) -> None:
         """The worker can't go on, for a reason outside the chunk: its position is free again."""
         with self._database.transaction() as tx:
             close(tx, claim, ChunkState.EXPIRED, now, error=reason, expired_by=ExpiredBy.GIVEN_BACK, **_NOT_SUSPENDED)
             whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id}
-            log_event(tx, now, "expired", **whose, by=str(ExpiredBy.GIVEN_BACK), reason=reason)
+            moves.log_event(tx, now, "expired", **whose, by=str(ExpiredBy.GIVEN_BACK), reason=reason)
 
     def condemn(self, claim: Claim, reason: str, now: float) -> None:
         """The claim's parent is damaged: its entry leaves the board, and its slot is free."""
@@ -253,12 +242,12 @@ class Board:
         with self._database.transaction() as tx:
             close(tx, claim, ChunkState.EXPIRED, now, error=reason, expired_by=damaged, **_NOT_SUSPENDED)
             entry_id = tx.execute(select(chunk.c.entry_id).where(chunk.c.chunk_id == claim.chunk_id)).scalar_one()
-            take_off(tx, entry_id, reason, now, worker_id=claim.worker_id, chunk_id=claim.chunk_id)
+            moves.take_off(tx, entry_id, reason, now, worker_id=claim.worker_id, chunk_id=claim.chunk_id)
 
     def condemn_entry(self, entry_id: int, reason: str, now: float) -> None:
         """As `condemn`, without a claim."""
         with self._database.transaction() as tx:
-            take_off(tx, entry_id, reason, now)
+            moves.take_off(tx, entry_id, reason, now)
 
     def fail(self, claim: Claim, error: str, now: float) -> int:
         """Training raised an exception. Its position is free again until it has failed too often; then it is
@@ -268,8 +257,8 @@ class Board:
         """
         error = error.replace("\0", "\N{REPLACEMENT CHARACTER}")  # PostgreSQL refuses NUL in text
         with self._database.transaction() as tx:
-            where = select(chunk.c.entry_id).where(chunk.c.chunk_id == claim.chunk_id)
-            entry_id = tx.execute(where).scalar_one()
+            context = moves.context_of(tx, claim.worker_id, None, claim.chunk_id)
+            entry_id = context.entry_id
             earlier = tx.execute(
                 select(func.count()).where(
                     chunk.c.entry_id == entry_id, chunk.c.position == claim.position, chunk.c.state == ChunkState.FAILED
@@ -279,13 +268,13 @@ class Board:
             state = ChunkState.DISCARDED if given_up else ChunkState.FAILED
             close(tx, claim, state, now, error=error, **_NOT_SUSPENDED)
             if given_up:
-                floor = tx.execute(select(entry.c.floor).where(entry.c.entry_id == entry_id)).scalar_one()
-                consume(tx, entry_id, claim.position, floor)
+                moves.consume(tx, entry_id, claim.position, context.floor)
                 tx.execute(update(run).values(chunks_since_promotion=run.c.chunks_since_promotion + 1))
             whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id, "entry_id": entry_id}
-            log_event(tx, now, "failed", **whose, error=error[:2000])
+            moves.log_event(tx, now, "failed", **whose, error=error[:2000])
             count_failure(tx, claim.worker_id)
-            return int(tx.execute(select(worker.c.failures).where(worker.c.worker_id == claim.worker_id)).scalar_one())
+            failures: int = context.failures + 1
+            return failures
 
     def record_test(self, checkpoint_id: int, sha256: str, metrics: Mapping[str, float], now: float) -> None:
         """This checkpoint was scored on the test set. Raises StaleClaimError if it was replaced meanwhile."""
@@ -293,7 +282,7 @@ class Board:
         with self._database.transaction() as tx:
             if tx.execute(tested.values(test_metrics=dict(metrics), tested_at=now)).rowcount != 1:
                 raise StaleClaimError(f"checkpoint {checkpoint_id} is no longer the one that was tested")
-            log_event(tx, now, "tested", checkpoint=checkpoint_id, metrics=dict(metrics))
+            moves.log_event(tx, now, "tested", checkpoint=checkpoint_id, metrics=dict(metrics))
 
     # --- inside a transaction
 
@@ -309,36 +298,24 @@ class Board:
         context, state = view.context, RunState(view.context.state)
         if state is not RunState.ACTIVE:
             return Over(state, context.reason or f"the run is {state}")
-        best = max((e.score for e in view.board.entries), key=policy.metric.key, default=None)
+        best = max((e.score for e in view.entries), key=policy.metric.key, default=None)
         progress = Progress(context.chunks_since_promotion, best, context.epochs)
         over = stopping.run_over(now, context.deadline, stopping.converged(progress, policy.stop, policy.metric))
         if over is not None:
-            set_state(tx, over.state, over.reason, now)
+            moves.set_state(tx, over.state, over.reason, now)
         return over
 
 
 def _expire_late(tx: Connection, now: float) -> None:
     """Take back the claims whose lease is over."""
-    live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(IS_HELD)).all()
+    live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(moves.IS_HELD)).all()
     late = [row.chunk_id for row in live if claiming.expired(now, row.lease_until)]
-    expire(tx, chunk.c.chunk_id.in_(late), ExpiredBy.LEASE_ENDED, now)
+    moves.expire(tx, chunk.c.chunk_id.in_(late), ExpiredBy.LEASE_ENDED, now)
 
 
 def _progress(context: Any) -> dict[str, int]:
     """What a result changes in the run's row."""
     return {"epochs": context.epochs, "chunks_since_promotion": context.chunks_since_promotion}
-
-
-def _epoch_rows(claim: Claim, candidate: Candidate) -> list[dict[str, Any]]:
-    return [
-        {
-            "chunk_id": claim.chunk_id,
-            "number": r.number,
-            "seconds": r.seconds,
-            "metrics": {name: finite(value) for name, value in r.metrics.items()},
-        }
-        for r in candidate.results
-    ]
 
 
 def _refuse_stale(context: Any, claimant: _Claimant) -> None:

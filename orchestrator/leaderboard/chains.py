@@ -8,17 +8,8 @@ from dataclasses import asdict, dataclass, replace
 
 from sqlalchemy import ColumnElement, Connection, func, insert, select, update
 
+from orchestrator.leaderboard import links
 from orchestrator.leaderboard.engine import Database
-from orchestrator.leaderboard.links import (
-    IS_OPEN,
-    add_link,
-    close_link,
-    count_failure,
-    job_with,
-    settle,
-    stop_worker,
-    why_no_successor,
-)
 from orchestrator.leaderboard.moves import expire, job_of, log_event, worker_of
 from orchestrator.leaderboard.schema import chunk, job, worker
 from orchestrator.records import ChainJob, ExpiredBy, JobState, Started, Submitted, Worker
@@ -51,7 +42,7 @@ class Chains:
             jobs = []
             for index, device in enumerate(devices):
                 tx.execute(insert(worker).values(worker_id=first + index, device=device, failures=0))
-                jobs.append(add_link(tx, first + index, None, f"{base}-{index}", now))
+                jobs.append(links.add_link(tx, first + index, None, f"{base}-{index}", now))
             return jobs
 
     def start(self, start: JobStart, now: float, max_failures: int, successor: bool = True) -> Started | str:
@@ -63,7 +54,7 @@ class Chains:
         """
         token, worker_id = start.token, start.worker_id
         with self._database.transaction() as tx:
-            row = job_with(tx, token, worker_id)
+            row = links.job_with(tx, token, worker_id)
             if row is None:
                 return f"no job {token} of worker {worker_id} is known; another one took its place"
             mine = job_of(row)
@@ -75,24 +66,21 @@ class Chains:
             begins = {"state": JobState.RUNNING, "starts": mine.starts + 1, "started_at": now}
             this_job = update(job).where(job.c.job_id == mine.job_id)
             tx.execute(this_job.values(**place, **begins, ended_at=None, outcome=None))
-            self._close_earlier(tx, mine, now)
-            who, why_not = why_no_successor(tx, worker_id, now, max_failures)
+            earlier = select(job.c.job_id).where(job.c.worker_id == worker_id, job.c.link < mine.link, links.IS_OPEN)
+            for job_id in tx.execute(earlier).scalars().all():
+                links.close_link(tx, job_id, JobState.LOST, "it never reported its end", now)
+            expire(tx, chunk.c.worker_id == worker_id, ExpiredBy.JOB_SILENT, now)
+            who, why_not = links.why_no_successor(tx, worker_id, now, max_failures)
             link = None
             # An earlier start of this job may have added its successor.
-            if successor and why_not is None and not _count_later(tx, mine, IS_OPEN):
-                link = add_link(tx, worker_id, mine.job_id, f"{new_base()}-0", now)
+            if successor and why_not is None and not _count_later(tx, mine, links.IS_OPEN):
+                link = links.add_link(tx, worker_id, mine.job_id, f"{new_base()}-0", now)
             return Started(job_of(tx.execute(select(job).where(job.c.job_id == mine.job_id)).one()), who, link)
-
-    def _close_earlier(self, tx: Connection, mine: ChainJob, now: float) -> None:
-        earlier = select(job.c.job_id).where(job.c.worker_id == mine.worker_id, job.c.link < mine.link, IS_OPEN)
-        for job_id in tx.execute(earlier).scalars().all():
-            close_link(tx, job_id, JobState.LOST, "it never reported its end", now)
-        expire(tx, chunk.c.worker_id == mine.worker_id, ExpiredBy.JOB_SILENT, now)
 
     def find(self, token: str, worker_id: int) -> tuple[ChainJob | None, ChainJob | None]:
         """The job with this token, and the one that it follows."""
         with self._database.transaction() as tx:
-            mine = job_with(tx, token, worker_id)
+            mine = links.job_with(tx, token, worker_id)
             if mine is None:
                 return None, None
             before = tx.execute(select(job).where(job.c.job_id == mine.after_job_id)).one_or_none()
@@ -124,7 +112,7 @@ class Chains:
         with self._database.transaction() as tx:
             for it in jobs:
                 if tx.execute(select(job.c.state).where(job.c.job_id == it.job_id)).scalar_one() != JobState.RUNNING:
-                    close_link(tx, it.job_id, state, reason, now)
+                    links.close_link(tx, it.job_id, state, reason, now)
 
     def end(
         self, mine: ChainJob, outcome: str, error: bool, now: float, max_failures: int
@@ -134,22 +122,22 @@ class Chains:
         An unwanted successor is marked cancelled here; the caller cancels it on the cluster.
         """
         with self._database.transaction() as tx:
-            if not close_link(tx, mine.job_id, JobState.ENDED, outcome, now, mine.starts):
+            if not links.close_link(tx, mine.job_id, JobState.ENDED, outcome, now, mine.starts):
                 return None, None
             expire(tx, chunk.c.job_id == mine.job_id, ExpiredBy.JOB_ENDED, now)  # an error kept it from giving it back
             if error:
-                count_failure(tx, mine.worker_id)
-            later = select(job).where(job.c.worker_id == mine.worker_id, job.c.link > mine.link, IS_OPEN)
+                links.count_failure(tx, mine.worker_id)
+            later = select(job).where(job.c.worker_id == mine.worker_id, job.c.link > mine.link, links.IS_OPEN)
             row = tx.execute(later.order_by(job.c.link)).first()
-            _, why_not = why_no_successor(tx, mine.worker_id, now, max_failures)
+            _, why_not = links.why_no_successor(tx, mine.worker_id, now, max_failures)
             if row is not None and why_not is not None:
-                close_link(tx, row.job_id, JobState.CANCELLED, why_not, now)
-            settle(tx, now)
+                links.close_link(tx, row.job_id, JobState.CANCELLED, why_not, now)
+            links.settle(tx, now)
             return (None, None) if row is None else (job_of(row), why_not)
 
     def wants_successor(self, worker_id: int, now: float, max_failures: int) -> bool:
         with self._database.transaction() as tx:
-            return why_no_successor(tx, worker_id, now, max_failures)[1] is None
+            return links.why_no_successor(tx, worker_id, now, max_failures)[1] is None
 
     def back_to_queue(self, mine: ChainJob, successor: ChainJob, now: float) -> bool:
         """This job is queued again itself, since the queue has no room for its successor."""
@@ -161,7 +149,7 @@ class Chains:
             )
             if done.rowcount != 1:
                 return False
-            close_link(tx, successor.job_id, JobState.CANCELLED, "no room in the queue", now)
+            links.close_link(tx, successor.job_id, JobState.CANCELLED, "no room in the queue", now)
             log_event(tx, now, "requeued", worker_id=mine.worker_id, why="no room", cluster_id=mine.cluster_id)
             return True
 
@@ -174,7 +162,7 @@ class Chains:
         ones ended, by job_id."""
         with self._database.transaction() as tx:
             for gone in lost:
-                if close_link(tx, gone.job_id, JobState.LOST, reasons[gone.job_id], now, gone.starts):
+                if links.close_link(tx, gone.job_id, JobState.LOST, reasons[gone.job_id], now, gone.starts):
                     expire(tx, chunk.c.job_id == gone.job_id, ExpiredBy.JOB_GONE, now)
                     log_event(tx, now, "lost", worker_id=gone.worker_id, job=gone.job_id, cluster_id=gone.cluster_id)
             for known, cluster_id in adopt:
@@ -183,29 +171,29 @@ class Chains:
                     .where(job.c.job_id == known.job_id, job.c.state == JobState.SUBMITTING)
                     .values(state=JobState.QUEUED, cluster_id=cluster_id)
                 )
-            settle(tx, now)
+            links.settle(tx, now)
 
     def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[ChainJob]:
         """New links for chains without an open one, if the rules still want them."""
         base = new_base()
-        links: list[ChainJob] = []
+        made: list[ChainJob] = []
         with self._database.transaction() as tx:
             for worker_id in worker_ids:
-                who, why_not = why_no_successor(tx, worker_id, now, max_failures)
-                if tx.execute(select(func.count()).where(job.c.worker_id == worker_id, IS_OPEN)).scalar_one():
+                who, why_not = links.why_no_successor(tx, worker_id, now, max_failures)
+                if tx.execute(select(func.count()).where(job.c.worker_id == worker_id, links.IS_OPEN)).scalar_one():
                     continue
                 if why_not is None:
-                    links.append(add_link(tx, worker_id, None, f"{base}-{len(links)}", now))
+                    made.append(links.add_link(tx, worker_id, None, f"{base}-{len(made)}", now))
                 elif who.failures >= max_failures and who.stopped is None:
                     last = select(job.c.outcome).where(job.c.worker_id == worker_id, job.c.outcome.is_not(None))
                     outcome = tx.execute(last.order_by(job.c.link.desc()).limit(1)).scalar_one_or_none()
-                    stop_worker(tx, worker_id, f"{why_not}; the last: {outcome}" if outcome else why_not, now)
-        return links
+                    links.stop_worker(tx, worker_id, f"{why_not}; the last: {outcome}" if outcome else why_not, now)
+        return made
 
     def stop_worker(self, worker_id: int, reason: str, now: float) -> None:
         """This chain has failed too often. With the last chain, the run has failed."""
         with self._database.transaction() as tx:
-            stop_worker(tx, worker_id, reason, now)
+            links.stop_worker(tx, worker_id, reason, now)
 
 
 def _count_later(tx: Connection, mine: ChainJob, which: ColumnElement[bool]) -> int:

@@ -24,7 +24,7 @@ from orchestrator.errors import LeaderboardError
 from orchestrator.files.run_folder import DATABASE_NAME
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.statements import Statement
-from orchestrator.locking.choice import lock_of, read_record
+from orchestrator.locking.choice import Choice, lock_of, read_record
 from orchestrator.locking.mounts import is_local, mount_here
 from orchestrator.locking.soft_lock import HeldError
 
@@ -56,7 +56,8 @@ class Database:
         """
         try:
             self.url: URL = make_url(url or f"sqlite:///{run_folder / DATABASE_NAME}")
-            self.file = Path(self.url.database) if self.url.database and self._sqlite else None
+            is_file = self.url.get_backend_name() == "sqlite"
+            self.file = Path(self.url.database) if self.url.database and is_file else None
             self.lock_choice = read_record(self.file) if self.file else None  # a server has its own locks
             self._engine = self._make_engine(schema_name)
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
@@ -74,8 +75,7 @@ class Database:
 
     def _make_engine(self, schema_name: str | None) -> Engine:
         if self.file:
-            # No reset on return: the connection's transaction has ended by then.
-            engine = create_engine(self.url, pool_reset_on_return=None, **self._pool(), **self._without_fcntl())
+            engine = create_engine(self.url, **_sqlite_options(self.file, self.lock_choice))
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_immediate)
             return engine
@@ -90,31 +90,10 @@ class Database:
         )
         return engine.execution_options(schema_translate_map={None: schema_name})
 
-    def _pool(self) -> dict[str, Any]:
-        """On a local file system the connection is kept: SQLite then reads the schema and compiles the statements only
-        once, half of its work in a short transaction. A network file system shows other nodes' writes when a file is
-        opened, so there each transaction opens the file, after it has taken the lock.
-        """
-        mount = mount_here(self.file.parent.resolve()) if self.file else None
-        if mount and is_local(mount.fstype):
-            return {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
-        return {"poolclass": NullPool}
-
-    def _without_fcntl(self) -> dict[str, Any]:
-        """On a mount that refuses SQLite's own locks, the lock around the file is enough."""
-        if self.file is None or self.lock_choice is None or self.lock_choice.sqlite_locks:
-            return {}
-        uri = f"{self.file.absolute().as_uri()}?vfs=unix-none"
-        return {"creator": lambda: sqlite3.connect(uri, uri=True)}
-
     def release_connection(self) -> None:
         """For a time without transactions, such as the training of a chunk."""
         if not self.file:
             self._engine.dispose()
-
-    @property
-    def _sqlite(self) -> bool:
-        return self.url.get_backend_name() == "sqlite"
 
     @property
     def name(self) -> str:
@@ -126,7 +105,7 @@ class Database:
         """What to do about a lost database."""
         return f"`orch repair {self._run_name}` rebuilds it from the checkpoints' records"
 
-    def _hint(self, error: BaseException | None) -> str:
+    def _hint(self, error: BaseException) -> str:
         if is_damage(error):
             return f". {self.advice}"
         unreached = not self.file and isinstance(error, self._engine.dialect.loaded_dbapi.OperationalError)
@@ -148,11 +127,6 @@ class Database:
 
         Raises LeaderboardError if the database does not answer or is damaged.
         """
-        with self._open(own_lock) as connection:
-            yield connection
-
-    @contextmanager
-    def _open(self, own_lock: bool = False) -> Iterator[Connection]:
         if not self.exists():
             raise LeaderboardError(f"{self.file} is missing. {self.advice}")
         try:
@@ -166,12 +140,12 @@ class Database:
                 else f"{error.lock_file} was held by another process for {held_for_s:.0f} s; "
                 "is a process of this run stopped (SIGSTOP)?"
             ) from error
-        except DatabaseError as error:
-            raise LeaderboardError(f"{self.name}: {_in_a_line(error.orig or error)}{self._hint(error.orig)}") from error
         except OSError as error:  # from the lock's files
             raise LeaderboardError(f"{self.name}: its lock: {error.filename}: {error.strerror or error}") from error
-        except self._engine.dialect.loaded_dbapi.DatabaseError as error:  # a Statement uses the driver directly
-            raise LeaderboardError(f"{self.name}: {_in_a_line(error)}{self._hint(error)}") from error
+        except (DatabaseError, self._engine.dialect.loaded_dbapi.DatabaseError) as error:
+            cause = getattr(error, "orig", None) or error  # a Statement uses the driver directly
+            text = " ".join(str(cause).split())  # a server's message may have several lines
+            raise LeaderboardError(f"{self.name}: {text}{self._hint(cause)}") from error
 
     @contextmanager
     def _begin(self, own_lock: bool) -> Iterator[Connection]:
@@ -241,7 +215,7 @@ class Database:
                 raise LeaderboardError(f"{self.file} exists already")
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.touch()
-        with self._open() as connection:
+        with self.transaction(own_lock=False) as connection:
             if self.schema_name:
                 inspector = inspect(connection)
                 if inspector.has_table(schema.run.name, schema=self.schema_name):
@@ -260,7 +234,7 @@ class Database:
             self.file.unlink(missing_ok=True)
             journal_of(self.file).unlink(missing_ok=True)
             return
-        with self._open() as connection:
+        with self.transaction(own_lock=False) as connection:
             schema.metadata.drop_all(connection)
             if self.schema_name and schema_too:
                 connection.execute(DropSchema(self.schema_name))
@@ -281,14 +255,26 @@ def is_damage(error: BaseException | None) -> bool:
     return code & 0xFF in DAMAGE or code == SHORT_READ
 
 
-def _in_a_line(error: BaseException) -> str:
-    """A server's message may have several lines."""
-    return " ".join(str(error).split())
-
-
 def _without_password(url: str | None) -> str:
     """For messages, also for a URL that SQLAlchemy does not understand."""
     return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", url or "")
+
+
+def _sqlite_options(file: Path, lock: Choice | None) -> dict[str, Any]:
+    """How connections to a SQLite file are opened and kept.
+
+    On a local file system the connection is kept: SQLite then reads the schema and compiles the statements only once,
+    half of its work in a short transaction. A network file system shows other nodes' writes when a file is opened, so
+    there each transaction opens the file, after it has taken the lock.
+    """
+    options: dict[str, Any] = {"pool_reset_on_return": None}  # a connection's transaction has ended by then
+    mount = mount_here(file.parent.resolve())
+    kept = mount is not None and is_local(mount.fstype)
+    options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0} if kept else {"poolclass": NullPool}
+    if lock and not lock.sqlite_locks:  # the mount refuses SQLite's own locks; the lock around the file is enough
+        uri = f"{file.absolute().as_uri()}?vfs=unix-none"
+        options["creator"] = lambda: sqlite3.connect(uri, uri=True)
+    return options
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:

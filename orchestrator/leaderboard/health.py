@@ -10,13 +10,15 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, inspect, select, text
 from sqlalchemy.exc import DatabaseError
 
-from orchestrator.errors import LeaderboardError
+from orchestrator.errors import LeaderboardError, SettingsError
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.engine import Database, is_damage
 from orchestrator.leaderboard.links import IS_OPEN
 from orchestrator.leaderboard.moves import job_of
 from orchestrator.leaderboard.upgrade import check_version, columns_in
 from orchestrator.records import ChainJob, ChunkState, ExpiredBy, JobState, RunState, StopKind
+from orchestrator.settings.loading import thaw
+from orchestrator.settings.settings import Settings
 
 ALLOWED: Mapping[tuple[str, str], frozenset[str | None]] = {  # by table and column
     ("run", "state"): frozenset(map(str, RunState)),
@@ -112,8 +114,8 @@ def _checked_version(tx: Connection, database: Database) -> int:
 class RunRow:
     """What a new database needs of the run's row in a damaged one."""
 
-    settings: str  # JSON
-    import_paths: tuple[str, ...]
+    settings: Settings
+    import_paths: list[str]
     launched_at: float
 
 
@@ -123,8 +125,12 @@ def run_row(database: Database) -> RunRow | None:
     if len(rows) != 1 or not isinstance(rows[0].settings, str) or not isinstance(rows[0].created_at, float):
         return None
     paths = rows[0].import_paths
-    valid = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
-    return RunRow(rows[0].settings, tuple(paths), rows[0].created_at) if valid else None
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        return None
+    try:
+        return RunRow(thaw(rows[0].settings), paths, rows[0].created_at)
+    except SettingsError:
+        return None
 
 
 def open_jobs(database: Database) -> list[ChainJob]:

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Integer,
-    Row,
-    and_,
-    bindparam,
-    false,
-    func,
-    insert,
-    literal_column,
-    select,
-    true,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, Integer, Row, bindparam, func, insert, literal_column, select, update
 
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, event, job, run, worker
 from orchestrator.leaderboard.statements import Statement
@@ -41,9 +28,8 @@ def _is_one_of(states: Sequence[ChunkState]) -> ColumnElement[bool]:
 
 
 IS_HELD = _is_one_of(HELD)
-ON_BOARD = entry.c.on_board == true()
+ON_BOARD: ColumnElement[bool] = entry.c.on_board
 
-# What a transaction needs to know about the run, the worker, its job and its chunk, in one row.
 _CONTEXT = Statement(
     select(
         *run.c["state", "reason", "deadline", "generation", "epochs", "chunks_since_promotion", "settings_version"],
@@ -85,7 +71,7 @@ _WORKED = Statement(
 )
 _UNREFERENCED = Statement(
     select(checkpoint.c.checkpoint_id, checkpoint.c.file).where(
-        checkpoint.c.released == false(),
+        ~checkpoint.c.released,
         checkpoint.c.checkpoint_id.not_in(
             select(entry.c.checkpoint_id)
             .where(ON_BOARD)
@@ -97,77 +83,53 @@ _LOG = Statement(insert(event))
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """How many chunks are live or suspended."""
-
-    by_entry: Mapping[int | None, int]  # None: founders
-    suspended: int
-    first_lease_end: float | None  # of the live ones
-
-    @property
-    def founders(self) -> int:
-        return self.by_entry.get(None, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class BoardRows:
-    """The entries on the board, and the rows they were read from."""
-
-    entries: list[Entry]
-    rows: dict[int, Any]  # by entry_id: with the checkpoint's file, sha256 and epochs
-
-
-@dataclass(frozen=True, slots=True)
 class BoardView:
     """What a claim or a result begins from."""
 
-    context: Any  # a row of _CONTEXT
-    board: BoardRows
-    held: Held
+    context: Any  # see `context_of`
+    entries: list[Entry]  # on the board
+    rows: Mapping[int, Any]  # of the entries, by entry_id: with the checkpoint's file, sha256 and epochs
+    founders: int  # live or suspended chunks that train one
+    suspended: int  # chunks
+    first_lease_end: float | None  # of the live chunks
 
 
-def look(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> BoardView:
-    return look_again(tx, _CONTEXT.first(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id))
+def context_of(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> Any:
+    """The run, the worker, its job and its chunk, in one row."""
+    return _CONTEXT.first(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id)
 
 
-def look_again(tx: Connection, context: Any) -> BoardView:
-    """Read the board again; the rest is known already."""
-    held = _count_held(tx)
-    return BoardView(context, read_board(tx, held), held)
-
-
-def _count_held(tx: Connection) -> Held:
-    """Reads a row for each entry that is worked on; the number of workers does not matter."""
-    by_entry: dict[int | None, int] = {}
-    suspended = 0
-    leases = []
+def look(tx: Connection, context: Any) -> BoardView:
+    """Read the board. This reads a row for each entry that is worked on; the number of workers does not matter."""
+    in_progress: Counter[int | None] = Counter()  # by entry_id; None: founders
+    suspended, leases = 0, []
     for entry_id, state, chunks, lease_until in _HELD_COUNTS.all(tx):
-        by_entry[entry_id] = by_entry.get(entry_id, 0) + chunks
+        in_progress[entry_id] += chunks
         if state == ChunkState.SUSPENDED:
             suspended += chunks
         else:
             leases.append(lease_until)
-    return Held(by_entry, suspended, min(leases, default=None))
+    rows = {row.entry_id: row for row in _BOARD.all(tx)}
+    entries = [_entry(row, in_progress[row.entry_id]) for row in rows.values()]
+    return BoardView(context, entries, rows, in_progress[None], suspended, min(leases, default=None))
 
 
-def read_board(tx: Connection, held: Held | None = None) -> BoardRows:
-    """held: not needed where work in progress does not matter."""
-    rows = _BOARD.all(tx)
-    in_progress = held.by_entry if held else {}
-    entries = [
-        Entry(
-            entry_id=r.entry_id,
-            checkpoint_id=r.checkpoint_id,
-            score=r.score,
-            start_position=r.start_position,
-            floor=r.floor,
-            worked_on=r.worked_on,
-            founder=r.parent_id is None,
-            in_progress=in_progress.get(r.entry_id, 0),
-        )
-        for r in rows
-    ]
-    return BoardRows(entries, {r.entry_id: r for r in rows})
+def read_entries(tx: Connection) -> list[Entry]:
+    """The entries on the board, without their work in progress."""
+    return [_entry(row) for row in _BOARD.all(tx)]
+
+
+def _entry(row: Any, in_progress: int = 0) -> Entry:
+    return Entry(
+        entry_id=row.entry_id,
+        checkpoint_id=row.checkpoint_id,
+        score=row.score,
+        start_position=row.start_position,
+        floor=row.floor,
+        worked_on=row.worked_on,
+        founder=row.parent_id is None,
+        in_progress=in_progress,
+    )
 
 
 def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int], set[int]]:
@@ -180,8 +142,7 @@ def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int]
 
 
 def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> None:
-    """Count a finished chunk of this entry, and advance the entry's floor. The chunk of a founder (None) has no
-    entry."""
+    """Count a finished chunk of this entry (None: of a founder, which has no entry), and advance the entry's floor."""
     if entry_id is None:
         return
     if position == floor:
@@ -214,7 +175,7 @@ def expire(tx: Connection, claims: ColumnElement[bool], by: ExpiredBy, now: floa
         resumable = row.suspended_file is not None
         tx.execute(
             update(chunk)
-            .where(and_(chunk.c.chunk_id == row.chunk_id, chunk.c.generation == row.generation))
+            .where(chunk.c.chunk_id == row.chunk_id, chunk.c.generation == row.generation)
             .values(
                 state=ChunkState.SUSPENDED if resumable else ChunkState.EXPIRED,
                 finished_at=None if resumable else now,
@@ -240,13 +201,13 @@ def log_event(
     entry_id: int | None = None,
     **data: Any,
 ) -> None:
-    json_safe = {k: finite(v) if isinstance(v, float) else v for k, v in data.items()}
-    _LOG.insert(tx, at=now, kind=kind, worker_id=worker_id, chunk_id=chunk_id, entry_id=entry_id, data=json_safe)
+    whose = {"worker_id": worker_id, "chunk_id": chunk_id, "entry_id": entry_id}
+    _LOG.insert(tx, at=now, kind=kind, **whose, data=json_safe(data))
 
 
-def finite(value: float) -> float | None:
-    """JSON has neither NaN nor infinities."""
-    return value if math.isfinite(value) else None
+def json_safe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has neither NaN nor infinities; None stands for them."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def job_of(row: Row[Any]) -> ChainJob:

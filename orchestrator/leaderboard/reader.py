@@ -116,14 +116,14 @@ class Reader:
             row = tx.execute(with_error.order_by(chunk.c.finished_at.desc()).limit(1)).one_or_none()
             return None if row is None else (row.error, row.finished_at)
 
-    def recent_chunk_seconds(self, count: int = 5) -> list[float]:
-        """How long the last finished chunks of this run took, latest last."""
+    def recent_chunk_seconds(self) -> list[float]:
+        """How long the last five finished chunks of this run took, latest last."""
         with self._database.transaction() as tx:
             query = (
                 select(chunk.c.train_seconds)
                 .where(chunk.c.finished_at.is_not(None), chunk.c.train_seconds.is_not(None))
                 .order_by(chunk.c.finished_at.desc())
-                .limit(count)
+                .limit(5)
             )
             return list(tx.execute(query).scalars())[::-1]
 

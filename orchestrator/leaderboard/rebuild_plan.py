@@ -183,14 +183,12 @@ def _forgotten(file: str, child: CheckpointRecord) -> CheckpointRecord:
 
 def _board(family: _Family, num_models: int, metric: Metric) -> set[str]:
     """The ratchet again, in the order in which the files were written."""
-    board: dict[int, tuple[Entry, str]] = {}
-    candidates = [family.records[file] for file in family.complete]
-    for number, record in enumerate(sorted(candidates, key=lambda r: (r.created_at, r.generation))):
+    board: list[Entry] = []
+    candidates = sorted((family.records[f] for f in family.complete), key=lambda r: (r.created_at, r.generation))
+    for number, record in enumerate(candidates):
         assert record.score is not None, "checked by CheckpointRecord"
-        decision = admission.ratchet(record.score, [entry for entry, _ in board.values()], num_models, metric)
+        decision = admission.ratchet(record.score, board, num_models, metric)
         if isinstance(decision, Promote):
-            if decision.evicted is not None:
-                del board[decision.evicted.entry_id]
             entry = Entry(
                 entry_id=number,
                 checkpoint_id=number,
@@ -200,8 +198,8 @@ def _board(family: _Family, num_models: int, metric: Metric) -> set[str]:
                 worked_on=len(family.children[record.file]),
                 founder=record.parent_file is None,
             )
-            board[number] = (entry, record.file)
-    return {file for _, file in board.values()}
+            board = [*(other for other in board if other is not decision.evicted), entry]
+    return {candidates[entry.entry_id].file for entry in board}
 
 
 def _suspended(

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, insert, update
 
 from orchestrator.errors import StaleClaimError
-from orchestrator.leaderboard.moves import ON_BOARD, BoardView, finite, log_event
+from orchestrator.leaderboard.moves import ON_BOARD, BoardView, json_safe, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry
 from orchestrator.leaderboard.statements import Statement
 from orchestrator.records import Candidate, ChunkState, Claim, Entry, Metric
@@ -57,7 +57,7 @@ def promote(
         epochs=candidate.epochs,
         score=candidate.score,
         profile=claim.profile.name,
-        metrics={name: finite(value) for name, value in last.items()},
+        metrics=json_safe(last),
         file=candidate.file,
         sha256=candidate.sha256,
         size_bytes=candidate.size_bytes,
@@ -80,7 +80,7 @@ def promote(
     if evicted is not None:
         done = _EVICT.write(tx, of_entry=evicted.entry_id, on_board=False, evicted_at=now, evicted_by=entry_id)
         assert done == 1, "read and written in one transaction"
-    scores = [candidate.score, *(e.score for e in view.board.entries if e is not evicted)]
+    scores = [candidate.score, *(e.score for e in view.entries if e is not evicted)]
     what: dict[str, Any] = {
         "score": candidate.score,
         "position": claim.position,

@@ -112,9 +112,7 @@ class RunStateStore:
                 suspended = update(chunk).where(chunk.c.state == ChunkState.SUSPENDED)
                 given_up = {"state": ChunkState.EXPIRED, "expired_by": ExpiredBy.AMENDED, "finished_at": now}
                 tx.execute(suspended.values(given_up))
-                live = update(chunk).where(
-                    chunk.c.state == ChunkState.LIVE
-                )  # must not be suspended again if it is lost
+                live = update(chunk).where(chunk.c.state == ChunkState.LIVE)  # not suspended again if its job is lost
                 tx.execute(live.values(suspended_file=None, suspended_sha256=None))
             reason = f"the run was amended to {workers} workers"
             wanted, surplus = worker.c.worker_id < workers, worker.c.worker_id >= workers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Column, Connection, Table, select, text, update
+from sqlalchemy import Column, Table, select, text, update
 
 from orchestrator import __version__
 from orchestrator.errors import LeaderboardError
@@ -45,7 +45,8 @@ def upgrade(database: Database) -> None:
         if tx.execute(select(run.c.schema_version)).scalar_one() != 1:
             return  # another process has upgraded it
         for column in ADDED_IN_2:
-            _add_column(tx, database.schema_name, column)
+            table = f"{database.schema_name}.{column.table.name}" if database.schema_name else column.table.name
+            tx.execute(text(f"ALTER TABLE {table} ADD COLUMN {column.name} {column.type.compile(tx.dialect)}"))
         stopped = update(worker).where(worker.c.stopped.is_not(None))
         tx.execute(stopped.values(stop_kind=StopKind.FAILURES))
         tx.execute(stopped.where(worker.c.stopped.like(SURPLUS_IN_1)).values(stop_kind=StopKind.SURPLUS))
@@ -54,8 +55,3 @@ def upgrade(database: Database) -> None:
             tx.execute(of_reason.where(chunk.c.state == ChunkState.EXPIRED).values(expired_by=expired_by))
             tx.execute(of_reason.values(error=None))
         tx.execute(update(run).values(schema_version=SCHEMA_VERSION, orch_version=__version__))
-
-
-def _add_column(tx: Connection, schema_name: str | None, column: Column[Any]) -> None:
-    table = f"{schema_name}.{column.table.name}" if schema_name else column.table.name
-    tx.execute(text(f"ALTER TABLE {table} ADD COLUMN {column.name} {column.type.compile(tx.dialect)}"))

@@ -33,14 +33,11 @@ def old_job_folders(ages_s: Mapping[str, float], jobs: Sequence[tuple[int, str, 
     order. A folder that the database does not know is old if nothing was written to it for orphaned_s.
     """
     chains: dict[int, list[str]] = {}
-    kept: set[str] = set()
-    for worker_id, token, is_open in jobs:
+    for worker_id, token, _ in jobs:
         chains.setdefault(worker_id, []).append(token)
-        if is_open:
-            kept.add(token)
-    kept |= {token for chain in chains.values() for token in chain[-KEPT_LINKS:]}
-    known = {token for chain in chains.values() for token in chain}
-    kept, known = ({name for token in tokens for name in (token, base_of(token))} for tokens in (kept, known))
+    last = {token for chain in chains.values() for token in chain[-KEPT_LINKS:]}
+    kept = {name for _, token, is_open in jobs if is_open or token in last for name in (token, base_of(token))}
+    known = {name for _, token, _ in jobs for name in (token, base_of(token))}
     return sorted(
         name
         for name, age_s in ages_s.items()

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,8 +59,9 @@ def collect(run: Run, dry_run: bool, now: float) -> CollectionReport:
     collectable = checkpoints.collectable(files, run.leaderboard.reader.references) if files.is_dir() else []
     for name in collectable:
         report.take("checkpoints" if not name.startswith(".") else "temporary files", files / name)
-    for folder in (run.folder, files):
-        for path in _orphans(_listed(folder), now):
+    for path in (*_listed(run.folder), *_listed(files)):
+        temporary = _TEMPORARY.fullmatch(path.name) and generation_of(path.name) is None  # claims' are judged above
+        if temporary and now - _touched(path) > ORPHANED_S:
             report.take("temporary files", path)
     folders = [path for path in _listed(run.folder / JOBS) if path.is_dir()]
     tokens = run.leaderboard.reader.tokens()
@@ -107,12 +107,6 @@ def _lines(run: Run) -> set[int]:
 def _listed(folder: Path) -> list[Path]:
     """Empty if there is no such folder."""
     return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _orphans(paths: Iterable[Path], now: float) -> list[Path]:
-    """Old temporary files, but those of claims, which are judged by their generation."""
-    temporary = [p for p in paths if _TEMPORARY.fullmatch(p.name) and generation_of(p.name) is None]
-    return [p for p in temporary if now - _touched(p) > ORPHANED_S]
 
 
 def _dead_launches(folder: Path, now: float) -> list[Path]:

@@ -48,15 +48,6 @@ class RepairReport:
     unknown: list[str] = field(default_factory=list)  # what the records do not hold
 
 
-@dataclass(frozen=True)
-class _Checkpoints:
-    """The checkpoints folder, read and verified."""
-
-    records: list[CheckpointRecord]  # of complete files
-    names: list[str]  # of all files
-    unusable: dict[str, str]  # checkpoints by file, and why
-
-
 def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport:
     """Repair the run in folder. force: even if it can't be known whether its jobs are alive.
 
@@ -82,8 +73,8 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport
             _mend(folder, board, trouble, report, now)
             return report
         report.condition, report.problems = str(Condition.DAMAGED), wrong
-    salvaged = _salvage(database)
-    written = written or (loading.thaw(salvaged.settings) if salvaged else None)
+    salvaged = run_row(database)
+    written = written or (salvaged.settings if salvaged else None)
     if written is None:
         raise RunError(
             f"{trouble}, and {'; '.join(report.problems)}. Put back the settings file that the run was launched with, "
@@ -194,46 +185,34 @@ def _known_jobs(folder: Path, settings: Settings, database: Database) -> tuple[l
 # --- a database that is lost
 
 
-def _salvage(database: Database) -> RunRow | None:
-    """The run's row in a damaged database, if that can be read and its settings are valid."""
-    row = run_row(database)
-    try:
-        return row if row and loading.thaw(row.settings) else None
-    except SettingsError:
-        return None
-
-
 def _rebuild(
     folder: Path, settings: Settings, database: Database, salvaged: RunRow | None, report: RepairReport, now: float
 ) -> None:
     stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
-    files = _read(folder / CHECKPOINTS)
+    records, names, unusable = _read(folder / CHECKPOINTS)
     policy = settings.policy(1)
-    plan = rebuild_plan.plan(files.records, files.names, policy.num_models, policy.metric, policy.cycle)
-    report.problems += files.unusable.values()
-    report.entries = [_shown(rebuilt.record) for rebuilt in plan.board]
-    origin, more = _origin(folder, settings, salvaged, files.records, now)
+    plan = rebuild_plan.plan(records, names, policy.num_models, policy.metric, policy.cycle)
+    report.problems += unusable.values()
+    board = [rebuilt.record for rebuilt in plan.board]
+    report.entries = [{"file": r.file, "score": r.score, "epochs": r.epochs, "parent": r.parent_file} for r in board]
+    origin, more = _origin(folder, settings, salvaged, records, now)
     report.unknown += [*plan.notes, *more]
     entries = counted(len(plan.board), "entry", "entries")
     report.done.append(f"{entries} and {counted(len(plan.suspended), 'suspended chunk')} are written to a new database")
     if report.dry_run:
         return
-    report.kept += _set_aside(folder, files.unusable, stamp)
+    report.kept += _set_aside(folder, unusable, stamp)
     if database.file is None:
         _rebuild_on_server(folder, settings, origin, plan, report, now)
     else:
         _rebuild_file(database, origin, plan, stamp, report, now)
-    if database.file is not None and not (folder / SETTINGS_NAME).exists():
-        _write_settings(folder, origin.settings)
+        if not (folder / SETTINGS_NAME).exists():
+            _write_settings(folder, origin.settings)
     report.done.append(f"the run is paused: `orch resume {folder.name}` continues it")
 
 
-def _shown(record: CheckpointRecord) -> dict[str, Any]:
-    return {"file": record.file, "score": record.score, "epochs": record.epochs, "parent": record.parent_file}
-
-
-def _read(folder: Path) -> _Checkpoints:
-    """Every record, and whether its file is complete."""
+def _read(folder: Path) -> tuple[list[CheckpointRecord], list[str], dict[str, str]]:
+    """The records of the complete checkpoints, the names of all files, and why other checkpoints can't be used."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     records, unusable = [], {}
     stems = {n.rpartition(".")[0] for n in names if generation_of(n) is not None and not n.startswith(".")}
@@ -245,7 +224,7 @@ def _read(folder: Path) -> _Checkpoints:
             records.append(record)
         except CheckpointError as error:
             unusable[file] = str(error)
-    return _Checkpoints(records, names, unusable)
+    return records, names, unusable
 
 
 def _set_aside(folder: Path, unusable: Iterable[str], stamp: str) -> list[str]:
@@ -267,7 +246,7 @@ def _origin(
     notes = []
     with_origin = [r for r in sorted(records, key=lambda r: r.generation) if r.launched_at is not None]
     if salvaged:
-        launched_at, import_paths = salvaged.launched_at, list(salvaged.import_paths)
+        launched_at, import_paths = salvaged.launched_at, salvaged.import_paths
     elif with_origin:
         launched_at, import_paths = with_origin[-1].launched_at or now, list(with_origin[-1].import_paths)
     else:

@@ -175,11 +175,9 @@ class Run(OpenedRun):
             "entries": entries,
         }
 
-    def summary(self) -> dict[str, Any]:
-        """A line of `orch runs`; only the database is read."""
-        return self._summary(self.leaderboard.run_state.snapshot())
-
-    def _summary(self, snapshot: Snapshot) -> dict[str, Any]:
+    def summary(self, snapshot: Snapshot | None = None) -> dict[str, Any]:
+        """A line of `orch runs`; only the database is read. snapshot: if the caller has read it already."""
+        snapshot = snapshot or self.leaderboard.run_state.snapshot()
         return {
             "run": self.name,
             "folder": str(self.folder),
@@ -197,7 +195,7 @@ class Run(OpenedRun):
         evidence = self.queue.evidence(snapshot.open_jobs)
         counts = self.leaderboard.reader.counts()
         error, failed_at = self.leaderboard.reader.last_error() or (None, None)
-        return self._summary(snapshot) | {
+        return self.summary(snapshot) | {
             "executor": self.queue.name,
             "lock": str(self.leaderboard.database.lock_choice or "the database server's"),
             "workers": [_worker_status(job, evidence) for job in self.leaderboard.reader.last_jobs().values()],

@@ -22,14 +22,12 @@ from orchestrator.settings.settings import Settings
 class OpenedRun:
     """Its settings, its leaderboard and the queue of its jobs."""
 
-    def __init__(
-        self, folder: Path, settings: Settings, leaderboard: Leaderboard, version: int, job_main: JobMain
-    ) -> None:
+    def __init__(self, folder: Path, leaderboard: Leaderboard, job_main: JobMain) -> None:
         self.folder = folder
-        self.settings = settings
-        self.version = version  # of the settings: each amendment makes a new one
         self.leaderboard = leaderboard
-        self.name = settings.name
+        self.settings = leaderboard.settings
+        self.version = leaderboard.version  # of the settings: each amendment makes a new one
+        self.name = self.settings.name
         self._job_main = job_main
         self._queue: JobQueue | None = None
 
@@ -80,17 +78,16 @@ class OpenedRun:
         leaderboard = Leaderboard.open(folder, *place, connect_for_s)
         if leaderboard.database.file:
             permissions.check_permissions(folder, leaderboard.database.file)
-        _refuse_two_locks(leaderboard.settings, leaderboard)
-        return cls(folder.absolute(), leaderboard.settings, leaderboard, leaderboard.version, job_main)
+        _refuse_two_locks(leaderboard)
+        return cls(folder.absolute(), leaderboard, job_main)
 
 
-def _refuse_two_locks(settings: Settings, leaderboard: Leaderboard) -> None:
+def _refuse_two_locks(leaderboard: Leaderboard) -> None:
     """Raises RunError if this process uses another kind of lock than the run was launched with."""
-    database = leaderboard.database
-    if database.file and database.lock_choice and settings.lock not in ("auto", database.lock_choice.kind):
+    database, lock = leaderboard.database, leaderboard.settings.lock
+    if database.file and database.lock_choice and lock not in ("auto", database.lock_choice.kind):
         record = choice.record_path(database.file)
         raise RunError(
-            f"{record} says {database.lock_choice.kind!r}, and the run was launched with the lock {settings.lock!r}: "
-            "mixing lock kinds gives no protection. End all processes of the run, then put "
-            f'"kind": "{settings.lock}" into {record}'
+            f"{record} says {database.lock_choice.kind!r}, and the run was launched with the lock {lock!r}: mixing "
+            f'lock kinds gives no protection. End all processes of the run, then put "kind": "{lock}" into {record}'
         )

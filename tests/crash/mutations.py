@@ -65,14 +65,13 @@ def _evict_before_the_commit() -> None:
     record = board.Board._record
 
     def too_soon(self: board.Board, tx: Any, view: Any, claim: Claim, candidate: Any, *others: Any) -> Any:
-        on_board = view.board
         policy = self._policy
         assert policy is not None
-        decision = admission.ratchet(candidate.score, on_board.entries, policy.num_models, policy.metric)
+        decision = admission.ratchet(candidate.score, view.entries, policy.num_models, policy.metric)
         evicted = getattr(decision, "evicted", None)
         if evicted is not None:
             folder = Path(str(self._database.file)).parent / "checkpoints"
-            checkpoints.remove(folder, [on_board.rows[evicted.entry_id].file])
+            checkpoints.remove(folder, [view.rows[evicted.entry_id].file])
         return record(self, tx, view, claim, candidate, *others)
 
     board.Board._record = too_soon
