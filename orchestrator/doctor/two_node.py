@@ -60,13 +60,10 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The result of the test."""
+    """The result of the test; by default, that it was not tried."""
 
-    findings: list[Finding]
-    locks_hold: bool | None  # between nodes; None: not known
-
-
-NOT_TRIED = Proof([], None)
+    findings: Sequence[Finding] = ()
+    locks_hold: bool | None = None  # between nodes; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,7 @@ def prove(needs: Needs, scratch: Path, wait_s: float, say: Say) -> Proof:
             outcome = _run(needs, scratch, 1, wait_s, say)
     except OrchError as error:
         findings.append(Finding("error", TOPIC, f"the job can't be queued: {error}", "correct that, and try again"))
-        return Proof(findings, None)
+        return Proof(findings)
     return Proof(findings + judge(outcome, needs), locks_hold(outcome))
 
 
@@ -144,7 +141,7 @@ def _prepare(needs: Needs, scratch: Path) -> None:
         database=needs.server,
         lock=needs.lock,
     )
-    node.write_task(scratch, task)
+    node.write(scratch / node.TASK, task.model_dump_json().encode())
 
 
 @contextmanager
