@@ -1,17 +1,4 @@
-"""Errors that a user can act on. Their text is the whole message; the CLI prints it without a traceback.
-
-OrchError                       what every caller may catch; `orch` prints it and exits with 2
-├── SettingsError               the settings are not valid
-├── RunError                    the run is missing, damaged, or in a state that does not allow the request
-├── LeaderboardError            the database can't be used
-│   └── LockError               no lock around the database can be taken, or none gives protection
-├── StaleClaimError             another worker has the claim now
-├── CheckpointError             a checkpoint can't be used or written
-│   ├── DamagedCheckpointError  the file is missing or its bytes have changed
-│   └── NoSpaceError            the run's disk budget has no room for it
-├── SubmissionError             the cluster did not take the jobs; its `refusal` gives the reason
-└── JobSpecError                the user's job class can't be imported or lacks something
-"""
+"""Errors that a user can act on. `orch` prints their text without a traceback and exits with 2."""
 
 from __future__ import annotations
 

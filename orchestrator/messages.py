@@ -8,8 +8,6 @@ from datetime import UTC, datetime
 
 _PASSWORD = re.compile(r"(://[^\s/:@\"']*):[^\s\"']*|(password=)[^\s&\"']*", re.IGNORECASE)
 _NOT_PRINTED = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
-
-
 GB = 1e9
 
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import time
 from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunArgument, RunsDir, open_run, print_json
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunArgument, RunsDir, open_run, print_json, say
 from orchestrator.errors import LeaderboardError
-
-
-def register(app: typer.Typer) -> None:
-    for command in (leaderboard, status, runs):
-        app.command()(command)
 
 
 def leaderboard(
@@ -35,13 +30,10 @@ def leaderboard(
     if not watch:
         tables.show(tables.board(opened.board()))
         return
-    with Live(auto_refresh=False) as live:
+    with contextlib.suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
         while True:
-            try:
-                live.update(tables.board(opened.board()), refresh=True)
-                time.sleep(2)
-            except KeyboardInterrupt:
-                return
+            live.update(tables.board(opened.board()), refresh=True)
+            time.sleep(2)
 
 
 def status(run: RunArgument = None, runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
@@ -52,7 +44,7 @@ def status(run: RunArgument = None, runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: 
     try:
         done = opened.reconcile(time.time())
     except LeaderboardError as error:  # such as a full disk: the state can still be shown
-        print(f"orch: nothing could be mended: {error}", file=sys.stderr)
+        say(f"orch: nothing could be mended: {error}")
         done = []
     state = opened.status()
     if json:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, RunName, RunsDir, has_jobs, open_run
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, RunName, RunsDir, has_jobs, open_run, say
 from orchestrator.errors import RunError
 
 if TYPE_CHECKING:
     from orchestrator.run.run import Run
-
-
-def register(app: typer.Typer) -> None:
-    for command in (pause, resume, drain, cancel, amend, keep):
-        app.command()(command)
 
 
 def pause(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
@@ -114,6 +108,6 @@ def _report(run: Run, trouble: Sequence[str], remark: str) -> None:
     state = run.summary()
     print(f"{run.name} is {state['state']}; {state['reason'] if state['state'] in OVER else remark}")
     for line in trouble:
-        print(line, file=sys.stderr)
+        say(line)
     if trouble:
         raise typer.Exit(1)

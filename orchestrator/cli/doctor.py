@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, print_json
-
-if TYPE_CHECKING:
-    from orchestrator.doctor.findings import Finding
-
-STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(doctor)
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, print_json, say
 
 
 def doctor(
@@ -34,11 +23,9 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Is this cluster, file system and environment fit to run, with these settings? Exit code 1 if not."""
+    from orchestrator.cli import tables
     from orchestrator.doctor.examine import examine
     from orchestrator.doctor.findings import exit_code
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     try:
         findings = examine(settings, runs_dir, two_node, 60 * wait, say)
@@ -50,23 +37,6 @@ def doctor(
     if json:
         print_json({"errors": errors, "warnings": warnings, "findings": [asdict(finding) for finding in findings]})
     else:
-        _print_table(findings)
+        tables.show(tables.findings(findings))
         print(f"errors: {errors}, warnings: {warnings}")
     raise typer.Exit(exit_code(findings))
-
-
-def _print_table(findings: Sequence[Finding]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for heading in ("level", "topic", "found -> what to do"):
-        table.add_column(heading, no_wrap=heading == "level")
-    for finding in findings:
-        text = Text(finding.what)
-        if finding.do:
-            text.append(f"\n-> {finding.do}", style="bold")
-        table.add_row(Text(finding.level, style=STYLES[finding.level]), finding.topic, text)
-    Console().print(table)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, Set, SettingsFile, has_jobs, print_json
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunsDir, Set, SettingsFile, has_jobs, print_json, say
 from orchestrator.errors import LeaderboardError
 from orchestrator.messages import counted
 
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
 
 MEND_EVERY_S = 10.0
 PATIENCE_S = 300.0  # how long to wait for a database that can't be used; a job waits as long
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(launch)
 
 
 def launch(
@@ -60,7 +55,7 @@ def launch(
         _refuse_changes(existing, loaded)
     import_paths = [str(Path.cwd())]
     for line in notes + check_job(loaded, import_paths):
-        print(line, file=sys.stderr)
+        say(line)
     needed_gb = _disk(loaded, folder) if existing is None or dry_run else None
     if dry_run:
         if existing:
@@ -70,11 +65,11 @@ def launch(
     run = existing or launch_run(loaded, runs_dir, import_paths)
     permissions.use_umask(run.folder)
     for line in run.resume(time.time()) if existing else []:
-        print(line, file=sys.stderr)
+        say(line)
     workers_ = counted(run.settings.workers, "worker")
-    print(f"{run.name}: {workers_}, {run.queue.name} executor, in {run.folder}", file=sys.stderr)
+    say(f"{run.name}: {workers_}, {run.queue.name} executor, in {run.folder}")
     if loaded.executor == "inline":
-        print(f"worker 0 ended: {run.work_inline().outcome}", file=sys.stderr)
+        say(f"worker 0 ended: {run.work_inline().outcome}")
     elif wait:
         _wait(run, quiet=json)
     _show(run, json, tables=wait or loaded.executor == "inline")
@@ -104,7 +99,7 @@ def _disk(settings: Settings, folder: Path) -> float | None:
         settings.num_models, settings.workers, settings.max_disk_gb, checkpoint_bytes(settings), folder
     )
     for line in lines:
-        print(line, file=sys.stderr)
+        say(line)
     return needed_gb
 
 

@@ -9,9 +9,19 @@ import sys
 
 import typer
 
-from orchestrator.cli import board, control, doctor, launch, models, recovery, verify
+from orchestrator.cli.board import leaderboard, runs, status
+from orchestrator.cli.control import amend, cancel, drain, keep, pause, resume
+from orchestrator.cli.doctor import doctor
+from orchestrator.cli.launch import launch
+from orchestrator.cli.models import evaluate, export, prepare
+from orchestrator.cli.recovery import gc, repair
+from orchestrator.cli.verify import verify_resume
 from orchestrator.errors import OrchError
 
+COMMANDS = (  # in the order of `orch --help`
+    launch, leaderboard, status, runs, pause, resume, drain, cancel, amend, keep, prepare, evaluate, export, repair, gc,
+    verify_resume, doctor,
+)  # fmt: skip
 app = typer.Typer(
     help="Train a population of models on Slurm: worker chains, a leaderboard that only rises, no coordinator.",
     no_args_is_help=True,
@@ -20,8 +30,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (launch, board, control, models, recovery, verify, doctor):
-    group.register(app)
+for command in COMMANDS:
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)

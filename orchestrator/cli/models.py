@@ -21,11 +21,6 @@ from orchestrator.cli.options import (
 from orchestrator.messages import counted
 
 
-def register(app: typer.Typer) -> None:
-    for command in (prepare, evaluate, export):
-        app.command()(command)
-
-
 def prepare(settings: SettingsFile, set_: Set = None) -> None:
     """Fetch what a job needs from the internet (weights, data), for nodes without internet access."""
     from orchestrator.settings.loading import load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,11 @@ def open_run(run: str | None, runs_dir: Path) -> Run:
     opened = Run.open(find_run(run, runs_dir))
     permissions.use_umask(opened.folder)
     return opened
+
+
+def say(line: str) -> None:
+    """Print on standard error, at once: standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunName, RunsDir, open_run, print_json
+from orchestrator.cli.options import DEFAULT_RUNS_DIR, Json, RunName, RunsDir, open_run, print_json, say
 from orchestrator.messages import counted
 
 if TYPE_CHECKING:
     from orchestrator.run.repair import RepairReport
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(repair)
-    app.command()(gc)
 
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
@@ -83,6 +77,6 @@ def gc(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = Fal
         total = gb(sum(report.freed_bytes.values()))
         print(f"{total} GB {'would be freed' if dry_run else 'freed'}")
     for line in report.trouble:
-        print(line, file=sys.stderr)
+        say(line)
     if report.trouble:
         raise typer.Exit(1)

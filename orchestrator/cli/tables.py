@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -12,15 +12,22 @@ from rich.text import Text
 
 from orchestrator.messages import counted
 
+if TYPE_CHECKING:
+    from orchestrator.doctor.findings import Finding
+
+STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red"}
+
 
 def show(*views: RenderableType) -> None:
     """Print on standard output."""
     Console().print(*views)
 
 
-def _table(title: str | None = None) -> Table:
+def _table(*headings: str, title: str | None = None) -> Table:
     """A narrow table, for 80 characters."""
-    return Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
+    return Table(
+        *headings, title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left"
+    )
 
 
 def _add_whole(table: Table, heading: str, cells: Sequence[str]) -> None:
@@ -30,8 +37,12 @@ def _add_whole(table: Table, heading: str, cells: Sequence[str]) -> None:
     table.add_column(folded, justify="right", no_wrap=True, min_width=width, max_width=width)
 
 
-def _score(score: float | None) -> str:
-    return "-" if score is None else f"{score:.4f}"
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _cells(row: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    return ["-" if row.get(key) is None else str(row[key]) for key in keys]
 
 
 def board(board: dict[str, Any]) -> Table:
@@ -48,9 +59,8 @@ def board(board: dict[str, Any]) -> Table:
     for heading in ("profile", "founder", "parent", "promoted"):
         table.add_column(heading)
     for entry, *cells in zip(entries, *whole.values(), strict=True):
-        more = [entry[key] for key in ("epochs", "worked_on", "profile", "founder", "parent")]
-        more.append(entry["promoted_at"][11:16])
-        table.add_row(*cells, *("-" if cell is None else str(cell) for cell in more))
+        more = _cells(entry, ("epochs", "worked_on", "profile", "founder", "parent"))
+        table.add_row(*cells, *more, entry["promoted_at"][11:16])
     return table
 
 
@@ -68,25 +78,31 @@ def status(state: dict[str, Any]) -> Group:
         error = f"last error ({state['last_error_at']}): {state['last_error']} (more in {state['logs']})"
         lines.append(Text(error, style="red"))
     lines += [Text(f"warning: {line}", style="yellow") for line in state["warnings"]]
-    table = _table()
-    for heading in ("worker", "state", "job", "node", "link", "outcome"):
-        table.add_column(heading)
-    for w in state["workers"]:
-        table.add_row(
-            *(str(w[k] if w[k] is not None else "-") for k in ("worker", "state", "job", "node", "link", "outcome"))
-        )
+    columns = ("worker", "state", "job", "node", "link", "outcome")
+    table = _table(*columns)
+    for worker in state["workers"]:
+        table.add_row(*_cells(worker, columns))
     return Group(*lines, table)
 
 
 def runs(rows: list[dict[str, Any]]) -> Table:
-    table = _table()
+    table = _table("run", "state")
     best = [_score(row.get("best")) for row in rows]
-    for heading in ("run", "state"):
-        table.add_column(heading)
     _add_whole(table, "best", best)
     for heading in ("epochs", "launched", "reason"):
         table.add_column(heading)
-    for row, score in zip(rows, best, strict=True):
-        epochs, launched = str(row.get("epochs", "-")), row.get("created_at") or "-"
-        table.add_row(row["run"], row["state"], score, epochs, launched, row.get("reason") or "")
+    for row, best_score in zip(rows, best, strict=True):
+        reason = row.get("reason") or ""
+        table.add_row(row["run"], row["state"], best_score, *_cells(row, ("epochs", "created_at")), reason)
+    return table
+
+
+def findings(of_doctor: Sequence[Finding]) -> Table:
+    table = _table("level", "topic", "found -> what to do")
+    table.columns[0].no_wrap = True
+    for finding in of_doctor:
+        text = Text(finding.what)
+        if finding.do:
+            text.append(f"\n-> {finding.do}", style="bold")
+        table.add_row(Text(finding.level, style=STYLES[finding.level]), finding.topic, text)
     return table

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.options import Json, Set, SettingsFile, print_json
+from orchestrator.cli.options import Json, Set, SettingsFile, print_json, say
 from orchestrator.messages import counted
 
 
@@ -17,10 +16,6 @@ class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(verify_resume)
 
 
 def verify_resume(
@@ -57,9 +52,6 @@ def verify_resume(
     loaded, notes = load(settings, set_ or [])
     if loaded.gpus_per_worker > 1:
         notes.append(f"gpus_per_worker is {loaded.gpus_per_worker}; the check uses one process on one device")
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     for note in notes:
         say(note)

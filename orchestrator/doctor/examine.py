@@ -6,7 +6,6 @@ Facts are gathered first; pure functions judge them and return findings, each wi
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from orchestrator.doctor import machine, node, partition, two_node
 from orchestrator.doctor.findings import Finding, Level
 from orchestrator.doctor.slurm_facts import SlurmFacts, ask_slurm, has_slurm
 from orchestrator.doctor.slurm_rules import judge_slurm
-from orchestrator.doctor.two_node import NOT_TRIED, Needs
+from orchestrator.doctor.two_node import Needs, Proof
 from orchestrator.errors import SettingsError
 from orchestrator.files.run_folder import nearest_folder
 from orchestrator.messages import counted
@@ -49,9 +48,7 @@ def examine(
         lock = folder.lock.kind if folder.lock else "flock"
         slurm, needs = _examine_slurm(settings, settings_file is not None, scratch, two_nodes, lock)
         findings += slurm
-        proof = NOT_TRIED
-        if needs and isinstance(scratch, Path):
-            proof = two_node.prove(needs, scratch, wait_s, say)
+        proof = two_node.prove(needs, scratch, wait_s, say) if needs and isinstance(scratch, Path) else Proof()
         findings += proof.findings
         findings += machine.judge_folder(folder)
         findings += machine.judge_locks(folder, several_nodes, settings.uses_server, proof.locks_hold)
@@ -85,14 +82,13 @@ def _read_settings(file: Path | None) -> tuple[Settings, list[Finding]]:
 def _scratch_folder(runs_dir: Path) -> Iterator[Path | OSError]:
     """A folder on the file system of the runs, removed at the end; or why it can't be made."""
     try:
-        folder = Path(tempfile.mkdtemp(prefix=".orch-doctor-", dir=nearest_folder(runs_dir.expanduser())))
+        above = nearest_folder(runs_dir.expanduser())
+        folder = tempfile.TemporaryDirectory(prefix=".orch-doctor-", dir=above, ignore_cleanup_errors=True)
     except OSError as error:
         yield error
         return
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with folder:
+        yield Path(folder.name)
 
 
 def _examine_slurm(

@@ -9,12 +9,10 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from orchestrator.cluster.probe import Answer, ask_sbatch, job_names
 from orchestrator.doctor import locks, machine
@@ -33,8 +31,7 @@ MEETING_S = 120.0  # how long a task waits for the others; attribute caches of N
 LOCK_TIMEOUT_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class NodeTask:
+class NodeTask(BaseModel):
     """What the job's tasks do, written before the job is queued."""
 
     increments: int  # 0: do not count
@@ -45,8 +42,7 @@ class NodeTask:
     lock: LockKind = "flock"
 
 
-@dataclass
-class NodeReport:
+class NodeReport(BaseModel):
     """The results of one task; None: not reached."""
 
     task: int
@@ -57,7 +53,7 @@ class NodeReport:
     can_submit: Answer | None = None
     squeue: bool | None = None
     met: bool | None = None  # did it see the other tasks' files?
-    tallies: list[proof.Tally] = field(default_factory=list)
+    tallies: list[proof.Tally] = []
     missing: list[str] | None = None  # the paths that can't be read
     database_answers: bool | None = None
     database_problem: str | None = None
@@ -65,17 +61,9 @@ class NodeReport:
     done: bool = False
 
 
-_TASK, _REPORT = TypeAdapter(NodeTask), TypeAdapter(NodeReport)
-
-
 def own_path(folder: Path, task: int) -> Path:
     """The file that a task writes for the other tasks and for the login node."""
     return folder / f"from-task-{task}"
-
-
-def write_task(folder: Path, task: NodeTask) -> None:
-    """Raises OSError."""
-    _write(folder / TASK, _TASK.dump_json(task))
 
 
 def _report_path(folder: Path, task: int) -> Path:
@@ -84,13 +72,13 @@ def _report_path(folder: Path, task: int) -> Path:
 
 def write_report(folder: Path, report: NodeReport) -> None:
     """Raises OSError."""
-    _write(_report_path(folder, report.task), _REPORT.dump_json(report))
+    write(_report_path(folder, report.task), report.model_dump_json().encode())
 
 
 def read_report(folder: Path, task: int) -> NodeReport | None:
     """None if there is none (yet), or if it can't be read."""
     try:
-        return _REPORT.validate_json(_report_path(folder, task).read_bytes())
+        return NodeReport.model_validate_json(_report_path(folder, task).read_bytes())
     except (OSError, ValidationError):
         return None
 
@@ -98,21 +86,21 @@ def read_report(folder: Path, task: int) -> NodeReport | None:
 def main(folder: str, _worker: int) -> None:
     """What each task of the job runs. folder: the doctor's scratch folder, beside the runs."""
     scratch, task = Path(folder), int(os.environ.get("SLURM_PROCID", "0"))
-    asked = _TASK.validate_json((scratch / TASK).read_bytes())
-    report = NodeReport(task, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
-
-    def save() -> None:
-        with contextlib.suppress(OSError):  # the next one may succeed
-            write_report(scratch, report)
-
+    asked = NodeTask.model_validate_json((scratch / TASK).read_bytes())
+    report = NodeReport(task=task, host=os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     for step in (_look_at_folder, _try_to_submit, _count, _look_at_needs):
-        save()
-        step(report, scratch, asked, save)
+        _save(report, scratch)
+        step(report, scratch, asked)
     report.done = True
-    save()
+    _save(report, scratch)
 
 
-def _look_at_folder(report: NodeReport, scratch: Path, asked: NodeTask, save: Callable[[], None]) -> None:
+def _save(report: NodeReport, scratch: Path) -> None:
+    with contextlib.suppress(OSError):  # the next one may succeed
+        write_report(scratch, report)
+
+
+def _look_at_folder(report: NodeReport, scratch: Path, asked: NodeTask) -> None:
     report.mount = mount_here(scratch)
     try:
         same = sha256_of(scratch / FROM_LOGIN) == asked.sha256
@@ -122,19 +110,19 @@ def _look_at_folder(report: NodeReport, scratch: Path, asked: NodeTask, save: Ca
     report.written_sha256 = write_random(own_path(scratch, report.task))
 
 
-def _try_to_submit(report: NodeReport, scratch: Path, asked: NodeTask, save: Callable[[], None]) -> None:
+def _try_to_submit(report: NodeReport, scratch: Path, asked: NodeTask) -> None:
     report.squeue = job_names() is not None
     report.can_submit = ask_sbatch((scratch / SCRIPT).read_text(encoding="utf-8"))
 
 
-def _count(report: NodeReport, scratch: Path, asked: NodeTask, save: Callable[[], None]) -> None:
+def _count(report: NodeReport, scratch: Path, asked: NodeTask) -> None:
     report.met = _meet(report.task, scratch, "count")
     if not asked.increments:
         return
     lock = proof.LOCKS[asked.lock](scratch / f"{COUNTER}.lock", timeout=LOCK_TIMEOUT_S)
-    save()
+    _save(report, scratch)
     report.tallies.append(proof.count_in_file(scratch / COUNTER, lock, asked.increments, asked.counting_s))
-    save()
+    _save(report, scratch)
     _meet(report.task, scratch, "database")
     report.tallies.append(locks.count_in_database(scratch / DATABASE, asked.increments, asked.counting_s))
 
@@ -152,12 +140,12 @@ def _meet(task: int, scratch: Path, name: str) -> bool:
     return False
 
 
-def _look_at_needs(report: NodeReport, scratch: Path, asked: NodeTask, save: Callable[[], None]) -> None:
+def _look_at_needs(report: NodeReport, scratch: Path, asked: NodeTask) -> None:
     report.missing = [path for path in asked.paths if not os.access(path, os.R_OK)]
     if asked.database is not None:
         report.database_problem = database_error(asked.database, scratch)
         report.database_answers = report.database_problem is None
-    save()
+    _save(report, scratch)
     if report.task == 0:
         report.python = machine.look_at_python()
 
@@ -177,7 +165,7 @@ def database_error(url: str, folder: Path) -> str | None:
 def write_random(path: Path) -> str:
     """Write random bytes; returns their SHA-256."""
     data = secrets.token_bytes(BYTES)
-    _write(path, data)
+    write(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -185,5 +173,6 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
+    """Raises OSError."""
     publish(path, lambda target: target.write(data))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,13 +59,10 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The result of the test."""
+    """The result of the test; by default, that it was not tried."""
 
-    findings: list[Finding]
-    locks_hold: bool | None  # between nodes; None: not known
-
-
-NOT_TRIED = Proof([], None)
+    findings: Sequence[Finding] = ()
+    locks_hold: bool | None = None  # between nodes; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +97,7 @@ def prove(needs: Needs, scratch: Path, wait_s: float, say: Say) -> Proof:
         what = f"no two nodes are up where the workers run ({needs.nodes_up}): one node shows nothing about two"
         findings.append(Finding("warning", TOPIC, what, "try again when two are up, or use another slurm.partition"))
     try:
+        _prepare(needs, scratch)
         try:
             outcome = _run(needs, scratch, nodes, wait_s, say)
         except SubmissionError as error:
@@ -112,12 +109,11 @@ def prove(needs: Needs, scratch: Path, wait_s: float, say: Say) -> Proof:
             outcome = _run(needs, scratch, 1, wait_s, say)
     except OrchError as error:
         findings.append(Finding("error", TOPIC, f"the job can't be queued: {error}", "correct that, and try again"))
-        return Proof(findings, None)
+        return Proof(findings)
     return Proof(findings + judge(outcome, needs), locks_hold(outcome))
 
 
 def _run(needs: Needs, scratch: Path, nodes: int, wait_s: float, say: Say) -> TestOutcome:
-    _prepare(needs, scratch)
     probe = probe_job(
         needs.settings, scratch, node.main, nodes=nodes, tasks=node.TASKS, time_min=needs.limit_min, wait_s=wait_s
     )
@@ -132,10 +128,9 @@ def _prepare(needs: Needs, scratch: Path) -> None:
     (scratch / node.SCRIPT).write_text(needs.script, encoding="utf-8")
     if needs.server is None:
         proof.prepare_file(scratch / node.COUNTER)
-        if not (scratch / node.DATABASE).exists():
-            (scratch / node.DATABASE).mkdir()
-            write_record(scratch / node.DATABASE / DATABASE_NAME, Choice(needs.lock, "of the two-node test"))
-            locks.prepare_database(scratch / node.DATABASE)
+        (scratch / node.DATABASE).mkdir()
+        write_record(scratch / node.DATABASE / DATABASE_NAME, Choice(needs.lock, "of the two-node test"))
+        locks.prepare_database(scratch / node.DATABASE)
     task = node.NodeTask(
         increments=locks.INCREMENTS if needs.server is None else 0,  # a server keeps its own locks
         counting_s=12.0 * needs.limit_min,  # a fifth of the job's time for each count leaves enough for the rest
@@ -144,15 +139,12 @@ def _prepare(needs: Needs, scratch: Path) -> None:
         database=needs.server,
         lock=needs.lock,
     )
-    node.write_task(scratch, task)
+    node.write(scratch / node.TASK, task.model_dump_json().encode())
 
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends the block in the same way as Ctrl-C, so that the job is cancelled."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def leave(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)

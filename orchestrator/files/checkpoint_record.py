@@ -129,11 +129,11 @@ def lineage(folder: Path, file: str | None) -> tuple[CheckpointRecord, ...]:
 
     Each record holds those of its ancestors, whose own files are deleted when they have left the board.
     """
+    if file is None:
+        return ()
     try:
-        last = read_record(folder, file) if file is not None else None
+        last = read_record(folder, file)
     except CheckpointError:
-        last = None
-    if last is None:
         return ()
     fields: Mapping[str, Any] = last.model_dump(exclude=OF_THE_LAST, exclude_unset=True)
     return (*last.ancestors, CheckpointRecord.model_validate(fields))

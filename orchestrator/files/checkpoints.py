@@ -27,7 +27,7 @@ class Written:
     size_bytes: int
 
 
-class _HashingWriter:
+class HashingWriter:
     """A binary file for writing from front to back, which computes the checksum of what is written."""
 
     def __init__(self, target: IO[bytes]) -> None:
@@ -64,10 +64,10 @@ def write(
     the disk is full or the folder can't be written to; then nothing is left of the checkpoint.
     """
     file = stem + SUFFIX
-    writers: list[_HashingWriter] = []
+    writers: list[HashingWriter] = []
 
     def fill(target: IO[bytes]) -> None:
-        writers.append(_HashingWriter(target))
+        writers.append(HashingWriter(target))
         save(writers[0])  # type: ignore[arg-type]  # serialisers call only write and flush
 
     try:

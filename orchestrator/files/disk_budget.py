@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from orchestrator.errors import NoSpaceError, SettingsError
 from orchestrator.files import checkpoints
+from orchestrator.files.checkpoints import HashingWriter, References
 from orchestrator.files.run_folder import CHECKPOINTS, nearest_folder
 from orchestrator.messages import GB, counted, gb
 from orchestrator.rules import collecting
 from orchestrator.rules.checkpoint_names import SUFFIX
-
-References = Callable[[], tuple[Collection[str], Collection[int]]]
-
-
-class _Counter:
-    """A file that only counts the bytes written to it."""
-
-    def __init__(self) -> None:
-        self.size_bytes = 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        size = memoryview(data).nbytes
-        self.size_bytes += size
-        return size
-
-    def flush(self) -> None:
-        return
 
 
 def used_bytes(path: Path) -> int:
@@ -52,9 +36,10 @@ def needed_bytes(files: Path, save: Callable[[IO[bytes]], None]) -> int:
     largest = max((_size(path) for path in files.glob("*" + SUFFIX)), default=0)
     if largest:
         return largest
-    counter = _Counter()
-    save(counter)  # type: ignore[arg-type]  # serialisers only call write and flush
-    return counter.size_bytes
+    with open(os.devnull, "wb") as nothing:
+        writer = HashingWriter(nothing)
+        save(writer)  # type: ignore[arg-type]  # serialisers only call write and flush
+    return writer.size_bytes
 
 
 def make_room(folder: Path, budget_gb: float, references: References, save: Callable[[IO[bytes]], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from orchestrator.errors import RunError
@@ -32,14 +33,7 @@ def all_runs(runs_dir: Path) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    return _exists(folder / SETTINGS_NAME) or _exists(folder / DATABASE_NAME)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # not a possible name, or no right to look
-        return False
+    return os.path.exists(folder / SETTINGS_NAME) or os.path.exists(folder / DATABASE_NAME)
 
 
 def find_run(run: str | None, runs_dir: Path) -> Path:
@@ -52,7 +46,7 @@ def find_run(run: str | None, runs_dir: Path) -> Path:
     for folder in (runs_dir / run, Path(run)):
         if is_run(folder):
             return folder
-    if _exists(runs_dir / run / CHECKPOINTS):
+    if os.path.exists(runs_dir / run / CHECKPOINTS):
         raise RunError(without_its_files(runs_dir / run))
     names = ", ".join(p.name for p in known[:10]) or "none"
     raise RunError(f"there is no run {run[:100]!r} in {runs_dir}; there are: {names}")

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Self
 
@@ -123,42 +124,31 @@ def _flock_within(fd: int, timeout: float, lock_file: str) -> None:
     except OSError:
         os.close(fd)
         raise
-    outcome: list[OSError | None] = []
-    over = threading.Lock()  # held until there is an outcome, which is sooner than the thread's end
-    over.acquire()
-    guard = threading.Lock()  # protects `left`: fd belongs to the waiter, or to the thread once the waiter has left
-    left = False
+    outcome: Future[OSError | None] = Future()  # once it is cancelled, fd belongs to the thread
 
-    def wait() -> None:
+    def wait_for_lock() -> None:
         error: OSError | None = None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError as caught:
             error = caught
-        with guard:
-            if left:
-                os.close(fd)
-            else:
-                outcome.append(error)
-        over.release()
+        if outcome.set_running_or_notify_cancel():
+            outcome.set_result(error)
+        else:
+            os.close(fd)
 
-    thread = threading.Thread(target=wait, name="flock", daemon=True)
     try:
-        thread.start()
-        over.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+        threading.Thread(target=wait_for_lock, name="flock", daemon=True).start()
+        wait([outcome], timeout=min(timeout, threading.TIMEOUT_MAX))
     except BaseException:  # Ctrl-C: the thread must not keep a lock that is no longer waited for
-        with guard:
-            left = not outcome
-        if not left:
+        if not outcome.cancel():
             os.close(fd)
         raise
-    with guard:
-        left = not outcome
-    if left:
+    if outcome.cancel():
         raise Timeout(lock_file)
-    if outcome[0] is not None:
+    if (error := outcome.result()) is not None:
         os.close(fd)
-        raise outcome[0]
+        raise error
 
 
 def lock_path(database: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 # How far a lock reaches. nodes: between all nodes that mount it. machine: between the processes of one node. unsure: it
@@ -72,7 +72,7 @@ def mount_of(mountinfo: str, path: str) -> Mount | None:
     """The mount that an absolute path without symbolic links is on: the one with the longest mount point above it, and
     the last one if several are at that point, since it hides the others. None if no line fits."""
     mounts = map(_mount, mountinfo.split("\n"))  # not splitlines: the kernel escapes no other separator
-    above = [mount for mount in mounts if mount and _is_under(path, mount.point)]
+    above = [mount for mount in mounts if mount and PurePosixPath(path).is_relative_to(mount.point)]
     return max(reversed(above), key=lambda mount: len(mount.point), default=None)
 
 
@@ -91,10 +91,6 @@ def _unescaped(text: str) -> str:
     raw = text.encode("utf-8", "surrogateescape")
     raw = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 255]), raw)
     return raw.decode("utf-8", "surrogateescape")
-
-
-def _is_under(path: str, point: str) -> bool:
-    return point == "/" or path == point or path.startswith(point + "/")
 
 
 def is_local(fstype: str) -> bool:

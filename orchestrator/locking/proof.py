@@ -12,7 +12,6 @@ import fcntl
 import math
 import os
 import select
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -130,10 +129,9 @@ def prove(folder: Path, kind: LockKind) -> str | None:
     One process holds the lock while another must be refused; then both count under it. Takes about 0.3 s and removes
     what it writes. Raises OSError where no process can be started or nothing can be written.
     """
-    scratch = Path(tempfile.mkdtemp(prefix=".lock-proof-", dir=folder))
-    counter, lock_file = scratch / "counter", scratch / "lock"
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+    scratch = tempfile.TemporaryDirectory(prefix=".lock-proof-", dir=folder, ignore_cleanup_errors=True)
+    counter, lock_file = Path(scratch.name, "counter"), Path(scratch.name, "lock")
+    with scratch, contextlib.ExitStack() as stack:
         prepare_file(counter)
         children = [stack.enter_context(_child(kind, counter, lock_file)) for _ in range(2)]
         try:

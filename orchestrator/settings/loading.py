@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
             except (RuntimeError, ValueError) as error:  # ~ of an unknown user, or not a possible path
                 raise SettingsError(f"{source}: {key}: {shown(raw[key])}: {shown(str(error), 200)}") from error
     weights = raw.get("pretrained_weights")  # the name of torchvision's weights, or a file
-    if isinstance(weights, str) and _is_file(weights):
+    if isinstance(weights, str) and os.path.isfile(weights):
         raw["pretrained_weights"] = str(Path(weights).absolute())
     settings = _validated(raw, source)
     if settings.group is not None:
@@ -109,13 +110,6 @@ def _validated(raw: dict[str, Any], source: str) -> Settings:
     return settings
 
 
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except (OSError, ValueError):  # not a possible name
-        return False
-
-
 def difference(old: Settings, new: Settings) -> list[str]:
     """A line for each value that differs, such as "slurm.partition: old -> new"."""
     return changes(old.model_dump(mode="json"), new.model_dump(mode="json"))
@@ -129,21 +123,18 @@ def _read_json(path: Path) -> Any:
         raise SettingsError(f"{source}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise SettingsError(f"{source}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
-    except _DuplicateKeyError as error:
-        raise SettingsError(f"{source}: the key {shown(str(error))} is given twice") from error
+    except SettingsError as error:  # a duplicate key
+        raise SettingsError(f"{source}: {error}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, numbers of thousands of digits, nested too deep
         raise SettingsError(f"{source}: not JSON: {shown(str(error), 120)}") from error
 
 
-class _DuplicateKeyError(Exception):
-    """Python would silently take the last value."""
-
-
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises SettingsError for a duplicate key: Python would silently take the last value."""
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise _DuplicateKeyError(repr(key))
+            raise SettingsError(f"the key {shown(repr(key))} is given twice")
         values[key] = value
     return values
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from typing import Any
 
 from orchestrator.messages import one_line, shown
@@ -47,15 +47,8 @@ def check_option(name: str, value: Any) -> None:
             one_line(value)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    elif not isinstance(value, bool | int | float) or not math.isfinite(_as_float(value)):
+    elif not (isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max):  # false for NaN, too
         raise ValueError(f"{name}: {type(value).__name__} is not allowed; an option is a text, a number or true")
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return math.inf
 
 
 def checked_setup(lines: list[str]) -> list[str]:
