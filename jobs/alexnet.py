@@ -1,8 +1,5 @@
-"""The report's job: torchvision's AlexNet (Krizhevsky 2014, "One weird trick") on folders of images.
-
-The report's three parts differ in which of the 13 feature layers and 7 classifier layers start from pretrained
-weights and which are trained.
-"""
+"""The report's job: torchvision's AlexNet (Krizhevsky 2014, "One weird trick") on folders of images. Its three parts
+differ in which of the 13 feature layers and 7 classifier layers start from pretrained weights and which are trained."""
 
 from __future__ import annotations
 
@@ -64,10 +61,8 @@ class AlexNet(PictureJob):
             raise JobError(f"{folder}: {error}") from error
 
     def _folder(self, train: bool) -> Path:
-        settings = self.context.settings
-        if train:
-            return local_path(settings.training_source_dir, "training_source_dir")
-        return local_path(settings.testing_source_dir, "testing_source_dir")
+        setting = "training_source_dir" if train else "testing_source_dir"
+        return local_path(getattr(self.context.settings, setting), setting)
 
     # --- model
 

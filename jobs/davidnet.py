@@ -293,11 +293,8 @@ class GhostBatchNorm(nn.BatchNorm2d):
         return output
 
     def _in_groups(self, input: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The normalised images, and each group's new running mean and variance, (groups, channels).
-
-        Image i is in group i % groups, because groups act as channels: a contiguous (n, c, h, w) is viewed as
-        (n / groups, groups * c, h, w).
-        """
+        """The normalised images, and each group's new running mean and variance, (groups, channels). Image i is in
+        group i % groups: a contiguous (n, c, h, w) is viewed as (n / groups, groups * c, h, w)."""
         count, channels, height, width = input.shape
         layout = torch.contiguous_format if input.is_contiguous() else torch.channels_last
         mean = self.running_mean.repeat(groups)  # type: ignore[union-attr]  # as above

@@ -17,9 +17,7 @@ def look_first_in(folders: Iterable[str]) -> None:
 
 def find_class(spec: str, what: str) -> type[Any]:
     """The class that "module:Class" names. what: the start of an error's message, such as "job mine:Mine".
-
-    Raises JobError if the module can't be imported, whatever it raises, or has no such class.
-    """
+    Raises JobError if the module can't be imported, whatever it raises, or has no such class."""
     module_name, _, class_name = spec.partition(":")
     try:
         named = getattr(importlib.import_module(module_name), class_name, None)

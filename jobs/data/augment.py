@@ -1,9 +1,8 @@
 """Augmentation of whole batches of images on the device that they are on.
 
-Each step does to a batch what torchvision.transforms.v2 does to one image at a time: the same distribution, and the
-same values for the same draw. All random numbers of an epoch are drawn at once, on the CPU and from a separate
-generator, so that they are the same on any device, and an epoch can go on at any batch from its seed alone. No step
-waits for a GPU.
+Each step does to a batch what torchvision.transforms.v2 does to one image, with the same values for the same draw. All
+random numbers of an epoch are drawn at once, on the CPU and from a separate generator: they are the same on any device,
+and an epoch can go on at any batch from its seed alone. No step waits for a GPU.
 """
 
 from __future__ import annotations
@@ -26,10 +25,8 @@ Range = float | tuple[float, float] | None
 
 
 class Step:
-    """One change to each image of a batch.
-
-    Images are (n, channels, height, width) in torch.channels_last: uint8, or float32 after `Normalize`.
-    """
+    """One change to each image of a batch: (n, channels, height, width) in torch.channels_last, uint8, or float32 after
+    `Normalize`."""
 
     once = False  # True: it draws nothing and keeps uint8, so a leading step is done once, to the whole data set
 
@@ -158,10 +155,8 @@ class Flip(Step):
 
 
 class AlternatingFlip(Flip):
-    """Mirror each example in every second epoch: in the odd or in the even ones, which is decided at random.
-
-    Any two successive epochs show each example both ways (Jordan 2024, arXiv:2404.00498).
-    """
+    """Mirror each example in every second epoch, in the odd or in the even ones at random: two successive epochs show
+    it both ways (Jordan 2024, arXiv:2404.00498)."""
 
     def __init__(self, seed: int = 0) -> None:
         """seed: of the choice for the whole lineage."""

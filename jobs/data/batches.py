@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -34,16 +34,20 @@ def map_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
     return change(batch)
 
 
-def tensors(batch: Any) -> Iterator[Tensor]:
-    """Every tensor of a batch, in order."""
-    listed: list[Tensor] = []
+def leaves(batch: Any) -> list[Any]:
+    """Every value of a batch that is not a container, in order."""
+    listed: list[Any] = []
 
-    def note(tensor: Tensor) -> Tensor:
-        listed.append(tensor)
-        return tensor
+    def note(leaf: Any) -> Any:
+        listed.append(leaf)
+        return leaf
 
-    map_tensors(batch, note)
-    return iter(listed)
+    map_leaves(batch, note)
+    return listed
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def part(batch: Any, whole: int, first: int, end: int) -> Any:

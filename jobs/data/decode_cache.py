@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from jobs.data.images import Statistics, statistics_of
 from jobs.errors import JobError
@@ -88,9 +89,7 @@ class Decoded:
 
 def decode(path: Path, size: int) -> NDArray[np.uint8]:
     """A picture resized to a shorter side of `size` pixels, (height, width, 3), equal to torchvision's Resize.
-
-    Raises JobError, naming the file, if it can't be read.
-    """
+    Raises JobError, naming the file, if it can't be read."""
     from PIL import Image
     from torchvision.transforms.v2 import functional
 
@@ -103,10 +102,8 @@ def decode(path: Path, size: int) -> NDArray[np.uint8]:
 
 def decoded(paths: Sequence[Path], size: int, cores: int = 1) -> Decoded:
     """These pictures, resized to a shorter side of `size` pixels: from this node's cache, or decoded now by `cores`
-    processes and cached. If the disk has no room: a warning, and they are decoded each time they are read.
-
-    Raises JobError if a picture can't be read, or if others can write to the cache folder.
-    """
+    processes and cached. If the disk has no room: a warning, and they are decoded each time they are read. Raises
+    JobError if a picture can't be read, or if others can write to the cache folder."""
     paths = [Path(path) for path in paths]
     try:
         folder = _folder()
@@ -216,7 +213,13 @@ def _decode_all(
     """Decode all pictures, in order, into the file. Returns their shapes and the counts of their values."""
     groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
     processes = min(cores, len(groups)) if cores > 1 else 0
-    loader = DataLoader(_Groups(groups, size), batch_size=None, num_workers=processes, generator=torch.Generator())
+    loader: DataLoader[Any] = DataLoader(
+        groups,  # type: ignore[arg-type]  # a list is a data set, too
+        batch_size=None,
+        collate_fn=partial(_decode_group, size=size),
+        num_workers=processes,
+        generator=torch.Generator(),
+    )
     shapes, counts = [np.empty((0, 2), np.int64)], np.zeros((3, 256), np.int64)
     for group in loader:
         if isinstance(group, str):
@@ -229,21 +232,13 @@ def _decode_all(
     return np.concatenate(shapes), counts
 
 
-class _Groups(Dataset[Any]):
-    """A group's pictures, flat and in order; their shapes; counts of their values. Or a message, if one is damaged."""
-
-    def __init__(self, groups: Sequence[Sequence[Path]], size: int) -> None:
-        self._groups, self._size = groups, size
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Integers, Integers] | str:
-        try:
-            pictures = [decode(path, self._size) for path in self._groups[index]]
-        except JobError as error:
-            return str(error)  # if raised here, torch would put this process's traceback into the message
-        shapes = np.array([picture.shape[:2] for picture in pictures], np.int64)
-        flat = np.concatenate([picture.ravel() for picture in pictures])
-        counts = [np.bincount(flat[channel::3], minlength=256) for channel in range(3)]
-        return flat, shapes, np.array(counts, np.int64)
+def _decode_group(paths: Sequence[Path], size: int) -> list[Tensor] | str:
+    """The pictures, flat and in order; their shapes; counts of their values. Or a message, if one is damaged."""
+    try:
+        pictures = [decode(path, size) for path in paths]
+    except JobError as error:
+        return str(error)  # if raised here, torch would put this process's traceback into the message
+    shapes = np.array([picture.shape[:2] for picture in pictures], np.int64)
+    flat = np.concatenate([picture.ravel() for picture in pictures])
+    counts = np.array([np.bincount(flat[channel::3], minlength=256) for channel in range(3)], np.int64)
+    return [torch.from_numpy(array) for array in (flat, shapes, counts)]

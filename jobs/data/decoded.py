@@ -21,9 +21,8 @@ from jobs.errors import JobError
 class DecodedImages(OwnFeed):
     """Decoded pictures, a target for each, and the steps that make them the model's input.
 
-    Pictures of one size that fit into memory_bytes on the device become ImageTensors there. All others are fetched and
-    cropped by processes, and the steps after the crop are applied to whole batches on the device. Both ways give the
-    same batches.
+    Pictures of one size that fit into memory_bytes on the device become ImageTensors there. Processes fetch and crop
+    all others, and the later steps change whole batches on the device. Both ways give the same batches.
     """
 
     def __init__(
@@ -73,22 +72,20 @@ class DecodedFeed(Feed):
     ) -> None:
         super().__init__(batch_size, len(indices))
         self._device = device
-        self._steps = data.steps
-        self.augmented = draws(data.steps)
+        height, width = data.pictures.shapes[0].tolist()
+        self._crop = data.crop or CenterCrop((height, width))
+        self._steps = data.steps if data.crop else [self._crop, *data.steps]
+        self.augmented = draws(self._steps)
         chosen = np.asarray(indices, dtype=np.int64)
         self._shapes = torch.from_numpy(data.pictures.shapes[chosen])
         self._targets = torch.tensor(data.targets)[torch.from_numpy(chosen)].to(device)
-        self._crop = data.crop
         self._plan: list[Any] = []
-        height, width = self._crop.size if self._crop is not None else data.pictures.shapes[0].tolist()
-        self._window = (height, width)
-        self._loader = plan_loader(_Windows(data.pictures, chosen, self._window), self._plan, device, processes)
+        self._loader = plan_loader(_Windows(data.pictures, chosen, self._crop.size), self._plan, device, processes)
 
     def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
         drawn = draw_epoch(self._steps, self.count, epoch)
-        tops, lefts = self._places(drawn[0] if drawn else {})
-        later = 0 if self._crop is None else 1  # the first step for the device
-        steps, rows = self._steps[later:], moved(drawn[later:], self._device)
+        tops, lefts = self._places(drawn[0])
+        steps, rows = self._steps[1:], moved(drawn[1:], self._device)
         chunks = self._chunks(order, first_batch, every)
         self._plan[:] = [(chosen.numpy(), tops[chosen].numpy(), lefts[chosen].numpy()) for chosen in chunks]
         for pixels, places in zip(self._loader, chunks, strict=False):  # the loader first: it has to see its end
@@ -98,10 +95,10 @@ class DecodedFeed(Feed):
 
     def _places(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
         """The first row and the first column of each window, (n,) int64."""
-        room = self._shapes - torch.tensor(self._window)
+        height, width = self._crop.size
+        room = self._shapes - torch.tensor(self._crop.size)
         if self.count and int(room.min()) < 0:
             smallest = self._shapes[int(room.amin(dim=1).argmin())].tolist()
-            height, width = self._window
             raise JobError(f"a crop of {height}x{width} pixels is larger than a picture, {smallest[0]}x{smallest[1]}")
         if isinstance(self._crop, RandomCrop):
             return place(drawn["y"], room[:, 0] + 1), place(drawn["x"], room[:, 1] + 1)

@@ -85,14 +85,12 @@ class LoaderFeed(Feed):
         chunks = self._chunks(order, first_batch, every)
         self._plan[:] = [(hash_seed(epoch.seed, i), c.tolist()) for i, c in zip(numbers, chunks, strict=True)]
         for batch in self._loader:
-            yield to_device(batch, self._device)
+            yield map_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
 
 
 def plan_loader(batches: Dataset[Any], plan: list[Any], device: torch.device, processes: int) -> DataLoader[Any]:
-    """Reads whole batches in the plan's order, some of them ahead; its processes stay.
-
-    plan: indices that the data set understands, one for each batch. Change it between epochs: each epoch reads it anew.
-    """
+    """Reads whole batches in the plan's order, some of them ahead; its processes stay. plan: indices that the data set
+    understands, one for each batch; each epoch reads it anew."""
     return DataLoader(
         batches,
         batch_size=None,  # the plan names whole batches
@@ -141,8 +139,3 @@ def resident_bytes(device: torch.device) -> float:
 def loader_processes(device: torch.device, cores: int) -> int:
     """How many of a worker's cores fetch data; on a CPU the training itself needs the other half of them."""
     return cores // 2 if device.type == "cpu" else cores - 1
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a nested batch."""
-    return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))

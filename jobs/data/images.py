@@ -53,11 +53,8 @@ class ImageTensors(OwnFeed):
 
 
 class ImageFeed(Feed):
-    """A batch is gathered on the device and goes through the steps there: float32, channels_last.
-
-    Leading steps that draw nothing (resizing, padding) are done once, to all images. All random numbers of an epoch
-    are drawn at its start, on the CPU.
-    """
+    """A batch is gathered on the device and goes through the steps there: float32, channels_last. Leading steps that
+    draw nothing (resizing, padding) are done once, to all images."""
 
     def __init__(self, data: ImageTensors, indices: Sequence[int], batch_size: int, device: torch.device) -> None:
         super().__init__(batch_size, len(indices))
@@ -141,10 +138,8 @@ def _prepared(images: Tensor, chosen: Tensor, steps: Sequence[Step], device: tor
 
 
 def channel_statistics(images: Tensor) -> Statistics:
-    """Mean and standard deviation of each channel, of values in [0, 1], from exact sums.
-
-    images: uint8 (n, channels, height, width), of the training set only: the test set must not influence the model.
-    """
+    """Mean and standard deviation of each channel, of values in [0, 1], from exact sums. images: uint8 (n,
+    channels, height, width), of the training set only: the test set must not influence the model."""
     if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
         given = f"{images.dtype} of shape {tuple(images.shape)}"
         raise JobError(f"channel statistics of {given}: it must be torch.uint8 (n, channels, height, width), n above 0")

@@ -15,11 +15,8 @@ Split = Literal["train", "validation", "test"]
 
 
 def split(data: Dataset[Any], validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices for training and for validation: a share of each class, fixed by the seed.
-
-    A data set without readable labels is split without regard to classes. Raises JobError if a class has too few
-    examples for both sides.
-    """
+    """Indices for training and for validation: a share of each class, fixed by the seed. A data set without
+    readable labels counts as one class. Raises JobError if a class has too few examples for both sides."""
     count = len(data)  # type: ignore[arg-type]  # a Dataset that we can index has a length
     return split_labels(labels_of(data), count, validation_fraction, seed)
 
@@ -44,8 +41,8 @@ def stratified(groups: NDArray[np.int64], fraction: float, seed: int) -> NDArray
     """Which examples are in the sample: this fraction of each group, rounded, but at least one example, and at least
     one left over. A group of one example gives none.
 
-    groups: (n,), in any order; returns (n,) bool. Equal arguments always give equal results. It uses NumPy, because
-    importing scikit-learn (0.8 s) takes longer than everything else that orch does between two jobs of a chain.
+    groups: (n,), in any order; returns (n,) bool. Equal arguments always give equal results. (Importing scikit-learn,
+    0.8 s, takes longer than everything else that orch does between two jobs of a chain.)
     """
     chosen = np.zeros(len(groups), dtype=np.bool_)
     generator = np.random.Generator(np.random.PCG64(seed))  # default_rng may change with NumPy
@@ -58,15 +55,8 @@ def stratified(groups: NDArray[np.int64], fraction: float, seed: int) -> NDArray
 
 def labels_of(data: Dataset[Any]) -> Sequence[int] | None:
     """The classes of a data set, if it lists them: they are read without loading examples."""
-    for name in ("targets", "labels", "_labels"):
-        labels = getattr(data, name, None)
-        if labels is not None:
-            return _integers(labels)
+    listed = [getattr(data, name, None) for name in ("targets", "labels", "_labels")]
     if isinstance(data, TensorDataset) and len(data.tensors) > 1:
-        return _integers(data.tensors[-1])
-    return None
-
-
-def _integers(labels: Any) -> Sequence[int] | None:
-    values = np.asarray(labels)
+        listed.append(data.tensors[-1])
+    values = np.asarray(next((labels for labels in listed if labels is not None), None))
     return values.tolist() if values.ndim == 1 and np.issubdtype(values.dtype, np.integer) else None

@@ -51,11 +51,11 @@ def find_logger(name: str) -> type[Logger]:
 def makers(settings: Settings, run_folder: Path) -> Makers:
     lock: LockKind = "flock" if settings.lock == "flock" else "soft"  # "auto": flock was not proven to hold
     place = Place(settings.name, run_folder / "logs", lock)
+    return {name: partial(_make, name, place) for name in settings.loggers}
 
-    def make(name: str) -> Logger:
-        return find_logger(name)(place)
 
-    return {name: partial(make, name) for name in settings.loggers}
+def _make(name: str, place: Place) -> Logger:
+    return find_logger(name)(place)
 
 
 def log_tests(settings: Settings, run_folder: Path, tests: Mapping[str, tuple[int, Mapping[str, float]]]) -> None:

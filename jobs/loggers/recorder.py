@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jobs.loggers.logger import LEARNING_RATE, TRAIN_LOSS, Logger, Points, Series
 from jobs.loggers.observer import Observer
-from orchestrator.files.checkpoint_record import lineage
+from orchestrator.files.checkpoint_record import CheckpointRecord, lineage
 from orchestrator.records import EpochResult, Work
 
 EVERY_S = 10.0  # between two hand-overs of points; they are also handed over at the end of each epoch
@@ -199,18 +199,15 @@ class Recorder(Observer):
 
 def series_of(run: str, checkpoints_folder: Path, work: Work, first_step: int) -> Series:
     """The series of a chunk that begins or continues. Tags that the records do not tell are left out."""
-    line = lineage(checkpoints_folder, work.parent_file)
-    founder = work.chunk_id if not work.parent_file else line[0].chunk if line else None
-    tags = _known(
-        run=run,
+    tags = _tags(
+        run,
+        lineage(checkpoints_folder, work.parent_file),
         chunk=work.chunk_id,
-        founder=founder,
-        parent_chunk=line[-1].chunk if line else None,
-        parent_checkpoint=work.parent_file,
-        profile=work.profile.name,
-        position=work.position,
-        worker=work.worker_id,
+        parent_file=work.parent_file,
         generation=work.generation,
+        worker=work.worker_id,
+        position=work.position,
+        profile=work.profile.name,
     )
     resumed = work.suspended is not None
     return Series(series_name(work.chunk_id), work.chunk_id, tags, first_step, new=not resumed, rewrites=resumed)
@@ -221,23 +218,21 @@ def series_of_tested(run: str, checkpoints_folder: Path, file: str, step: int) -
     line = lineage(checkpoints_folder, file)
     if not line:
         return None
-    own = line[-1]
-    tags = _known(
-        run=run,
-        chunk=own.chunk,
-        founder=line[0].chunk,
-        parent_chunk=line[-2].chunk if len(line) > 1 else None,
-        parent_checkpoint=own.parent_file,
-        profile=own.profile,
-        position=own.position,
-        worker=own.worker,
-        generation=own.generation,
-    )
+    *parents, own = line
+    fields = own.model_dump(include={"chunk", "parent_file", "generation", "worker", "position", "profile"})
+    tags = _tags(run, parents, **fields)
     return Series(series_name(own.chunk), own.chunk, tags, step, new=False)
 
 
-def _known(**tags: str | int | None) -> dict[str, str | int]:
-    return {name: value for name, value in tags.items() if value is not None}
+def _tags(
+    run: str, parents: Sequence[CheckpointRecord], *, chunk: int, parent_file: str | None, **others: str | int
+) -> dict[str, str | int]:
+    """parents: the known ones, the founder first."""
+    founder = chunk if parent_file is None else parents[0].chunk if parents else None
+    parent = parents[-1].chunk if parents else None
+    line = {"founder": founder, "parent_chunk": parent, "parent_checkpoint": parent_file}
+    known = {name: value for name, value in line.items() if value is not None}
+    return {"run": run, "chunk": chunk, **known, **others}
 
 
 def series_name(chunk: int) -> str:

@@ -84,11 +84,8 @@ def class_name(optimizer: Optimizer) -> str:
 
 def take_over(optimizer: Optimizer, state: Mapping[str, Any], of_class: str) -> bool:
     """Give a new optimizer the per-parameter state (momentum and the like) of another profile's, but keep its numbers.
-
-    state: the other's state_dict(). Nothing is taken over from another class or from other parameter groups, nor if
-    the new profile switches on what needs state that the other did not keep (momentum, amsgrad, centered). Returns
-    whether the state was taken over.
-    """
+    Returns False, and changes nothing, for another class or other parameter groups, or if the new profile switches on
+    what needs state that the other did not keep (momentum, amsgrad, centered). state: the other's state_dict()."""
     new_groups, old_groups = optimizer.state_dict()["param_groups"], state["param_groups"]
     if of_class != class_name(optimizer) or [g["params"] for g in new_groups] != [g["params"] for g in old_groups]:
         return False
@@ -101,11 +98,9 @@ def take_over(optimizer: Optimizer, state: Mapping[str, Any], of_class: str) -> 
 
 
 def find(spec: str, what: str, home: Any, base: type, unfit: Mapping[str, str], also: Mapping[str, type]) -> type[Any]:
-    """The class that "Name" (in torch's module `home`, or among also) or "package.module:Class" means.
-
-    what: the start of an error's message; unfit: classes of home that are refused, each with the reason. Raises
-    JobError for a class that is refused, missing, or not derived from base.
-    """
+    """The class that "Name" (in torch's module `home`, or among also) or "package.module:Class" means. what:
+    the start of an error's message; unfit: classes of home that are refused, each with the reason. Raises JobError for
+    a class that is refused, missing, or not derived from base."""
     module, colon, name = spec.rpartition(":")
     named = find_class(spec, what) if colon else also.get(name, getattr(home, name, None))
     for refused, why in unfit.items():

@@ -1,8 +1,5 @@
-"""The learning-rate schedule of one profile, and how far a lineage has come in it.
-
-A schedule counts the steps of successive chunks of a lineage under equal profiles. When the profile changes, the new
-schedule begins at its first step.
-"""
+"""The learning-rate schedule of one profile, and how far a lineage has come in it: successive chunks under
+equal profiles count on; under another profile a new schedule begins at its first step."""
 
 from __future__ import annotations
 

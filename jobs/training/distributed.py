@@ -76,11 +76,8 @@ def lead(
 
 
 def follow(ranks: Ranks) -> str:
-    """Any other rank: do what rank 0 says until it says stop or is gone. Returns how it ended.
-
-    It does not raise errors that it can report: when a process ends with an error, Slurm kills the others, and rank 0
-    still has to record the failure.
-    """
+    """Any other rank: do what rank 0 says until it says stop or is gone. Returns how it ended. It raises no error that
+    it can report: Slurm would kill the other processes, and rank 0 still has to record the failure."""
     session: Session | OwnLoop | None = None
     failed = True
     try:
@@ -137,11 +134,8 @@ def _open(ranks: Ranks, opening: Opening, run_folder: Path | None = None) -> Ses
 
 
 def own_gpu(gpus: Sequence[str], rank: int, count: int) -> str:
-    """The GPU that this rank uses of those that it sees; "", which means the CPU, if it sees none.
-
-    If there are fewer GPUs than ranks, either the cluster shows each rank its own GPU alone, or there are too few;
-    Ranks.use tells which.
-    """
+    """The GPU that this rank uses of those that it sees; "", which means the CPU, if it sees none. If
+    there are fewer GPUs than ranks, each rank sees its own GPU alone, or there are too few, which Ranks.use tells."""
     return gpus[rank] if len(gpus) >= count else "".join(gpus[:1])
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from jobs.data.batches import tensors
 from jobs.errors import JobError
 from jobs.job import Job
 from jobs.training.checked import checked_model
@@ -22,11 +20,8 @@ TENSOR_BYTES = 250  # of the archive, for each tensor in it
 
 
 def checkpoint_bytes(settings: Settings) -> int:
-    """About the bytes of one checkpoint.
-
-    The model is made without memory for its tensors (on torch's meta device) or, if the job's code needs their values,
-    on the CPU. Raises JobError, and whatever the job's own code raises.
-    """
+    """About the bytes of one checkpoint. The model is made without memory for its tensors (on torch's meta device) or,
+    if the job's code needs their values, on the CPU. Raises JobError, and whatever the job's own code raises."""
     # An optimizer without momentum may keep no state, so take the profile that needs the most.
     profile = max(settings.training_profiles, key=lambda profile: profile.momentum)
     try:
@@ -44,14 +39,6 @@ def _bytes_of(job: Job, profile: Profile) -> int:
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    tensors = _tensors(model.state_dict()) + _tensors(optimizer.state_dict()["state"])
-    sizes = [value.numel() * value.element_size() for value in tensors]
+    state = [model.state_dict(), optimizer.state_dict()["state"]]
+    sizes = [value.numel() * value.element_size() for value in tensors(state)]
     return STATE_BYTES + sum(sizes) + TENSOR_BYTES * len(sizes)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Every tensor in nested containers."""
-    if isinstance(value, Tensor):
-        return [value]
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in inner for tensor in _tensors(item)]

@@ -44,15 +44,16 @@ def check_job(settings: Settings, download: bool = False) -> list[str]:
     """Check everything of the job that can be checked before a launch. Returns lines for the user. Raises JobError."""
     choice.check_loggers(settings.loggers)
     job = load_job(settings)
+    own, metric = type(job), settings.metric
     mistakes = []
     if not has_own_loop(job):
-        for method in ("model", "data"):
-            if getattr(type(job), method) is getattr(Job, method):
-                mistakes.append(f"{type(job).__name__} has no {method}; see docs/your-own-job.md for what it returns")
-    metric = settings.metric
-    if metric.name not in Job.METRICS and not _has_own_metrics(job):
-        known = ", ".join(Job.METRICS)
-        mistakes.append(f"metric.name: {metric.name!r} is not among the metrics of {type(job).__name__}: {known}")
+        missing = [name for name in ("model", "data") if getattr(own, name) is getattr(Job, name)]
+        mistakes = [f"{own.__name__} has no {name}; see docs/your-own-job.md for what it returns" for name in missing]
+        # The names of a job's own metrics are known only once they are measured.
+        known = (own.metrics, own.evaluation_metrics) == (Job.metrics, Job.evaluation_metrics)
+        if known and metric.name not in Job.METRICS:
+            allowed = ", ".join(Job.METRICS)
+            mistakes.append(f"metric.name: {metric.name!r} is not among the metrics of {own.__name__}: {allowed}")
     for profile in {profile.name: profile for profile in settings.training_profiles}.values():
         try:
             schedules.check_schedule(profile, metric, job.default_optimizer)
@@ -61,12 +62,6 @@ def check_job(settings: Settings, download: bool = False) -> list[str]:
     if mistakes:
         raise JobError("\n".join(mistakes))
     return job.prepare(download)
-
-
-def _has_own_metrics(job: Job) -> bool:
-    """The names of a job's own metrics are known only once they are measured."""
-    own = type(job)
-    return has_own_loop(job) or (own.metrics, own.evaluation_metrics) != (Job.metrics, Job.evaluation_metrics)
 
 
 def set_up(settings: Settings, cores: int) -> torch.device:

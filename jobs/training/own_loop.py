@@ -74,10 +74,25 @@ class OwnLoop(JobTrainer):
             told_to_stop = told_to_stop or should_stop()
             return told_to_stop
 
-        outcome = self.job.train_chunk(self._context(work, state, work.epochs - len(results), stops, report))
+        context = ChunkContext(
+            profile=work.profile,
+            epochs=work.epochs - len(results),
+            seed=work.seed,
+            repeat=work.repeat,
+            device=self.device,
+            settings=self.settings,
+            state=state,
+            resumed=work.suspended is not None,
+            should_stop=lambda: self.group.agree(stops),
+            report=report,
+            feed=self.feed,
+            rank=self.group.rank,
+            ranks=self.group.count,
+        )
+        outcome = self.job.train_chunk(context)
         if not isinstance(outcome, ChunkResult | ChunkInterrupted):
-            allowed = "allowed are ChunkResult and ChunkInterrupted"
-            raise JobError(f"train_chunk returned {type(outcome).__name__}; {allowed}")
+            kind = type(outcome).__name__
+            raise JobError(f"train_chunk returned {kind}; allowed are ChunkResult and ChunkInterrupted")
         self._own = checked_state(outcome.state)
         if isinstance(outcome, ChunkInterrupted):
             if not told_to_stop and self.group.rank == 0:
@@ -99,30 +114,6 @@ class OwnLoop(JobTrainer):
         if "own" not in state:
             raise JobError(f"{work.suspended or work.parent}: it was not made by the job's own loop")
         return state["own"], resume_random_state(state, work)
-
-    def _context(
-        self,
-        work: Work,
-        state: Mapping[str, Any] | None,
-        epochs: int,
-        should_stop: Callable[[], bool],
-        report: Callable[[Mapping[str, float]], None],
-    ) -> ChunkContext:
-        return ChunkContext(
-            profile=work.profile,
-            epochs=epochs,
-            seed=work.seed,
-            repeat=work.repeat,
-            device=self.device,
-            settings=self.settings,
-            state=state,
-            resumed=work.suspended is not None,
-            should_stop=lambda: self.group.agree(should_stop),
-            report=report,
-            feed=self.feed,
-            rank=self.group.rank,
-            ranks=self.group.count,
-        )
 
     def _checked(self, metrics: Mapping[str, float]) -> dict[str, float]:
         if self.metric.name not in metrics:

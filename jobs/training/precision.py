@@ -25,11 +25,7 @@ class Speed:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.device = device
         self.dtype = choose_precision(settings.precision, device)
-        self._channels_last = settings.channels_last
-        self._compile = settings.compile
-        # Otherwise torch compiles a kernel for any size when it sees a second size: the kernel of a batch would then
-        # depend on the batches before it, perhaps in another process.
-        self._dynamic = False if settings.deterministic else None
+        self._settings = settings
 
     def autocast(self) -> torch.autocast:
         """The context for everything from a batch to its loss or its metrics."""
@@ -42,7 +38,7 @@ class Speed:
     def lay_out(self, model: nn.Module) -> bool:
         """Put the model's weights into channels_last if the settings say so or (auto) it has 2D convolutions. Returns
         whether it did; then its batches need `arrange`."""
-        wanted = self._channels_last
+        wanted = self._settings.channels_last
         if wanted == "auto":
             wanted = any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in model.modules())
         if wanted:
@@ -52,9 +48,12 @@ class Speed:
     def compiled(self, model: nn.Module) -> nn.Module:
         """The model to call: torch.compile's if the settings say so. Models of the same class and shapes share
         kernels."""
-        if not self._compile:
+        if not self._settings.compile:
             return model
-        compiled: nn.Module = torch.compile(model, dynamic=self._dynamic)  # type: ignore[assignment]  # typed as Callable
+        # Otherwise torch compiles a kernel for any size when it sees a second size: the kernel of a batch would then
+        # depend on the batches before it, perhaps in another process.
+        dynamic = False if self._settings.deterministic else None
+        compiled: nn.Module = torch.compile(model, dynamic=dynamic)  # type: ignore[assignment]  # typed as Callable
         return compiled
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import urllib.error
 import warnings
 from pathlib import Path
 
@@ -19,11 +18,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def weights_file(wanted: str, known: type[WeightsEnum], setting: str, download: bool = False) -> Path:
-    """The file that the value of a setting names. wanted: the value, a path or one of the known names.
-
-    The file of a name is in torch's hub folder ($TORCH_HOME); download: fetch it if it is missing. Raises JobError,
-    naming the setting, if the file is missing or can't be fetched.
-    """
+    """The file that the value of a setting names. wanted: the value, a path or one of the known names, whose files are
+    in torch's hub folder ($TORCH_HOME). download: fetch a missing one. Raises JobError, naming the setting, if the file
+    is missing or can't be fetched."""
     if Path(wanted).expanduser().is_file():
         return Path(wanted).expanduser()
     if wanted not in known.__members__:
@@ -34,7 +31,7 @@ def weights_file(wanted: str, known: type[WeightsEnum], setting: str, download: 
     if not cached.is_file() and download:
         try:
             torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
-        except (OSError, urllib.error.URLError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise JobError(
                 f"{setting}: {wanted} can't be downloaded: {error}. On a machine with internet, run "
                 f"`orch prepare` and copy {cached.name} to {cached.parent}, or name a file in {setting}"

@@ -17,12 +17,9 @@ FORMAT = 2
 
 
 def read(path: Path | IO[bytes]) -> dict[str, Any]:
-    """A checkpoint's state. No code in the file is executed.
-
-    All tensors are on the CPU: some belong there (random states, the step counts of optimizers), and the others are
-    copied to their device when they are restored. Raises JobError if it is not a checkpoint of this format, OSError if
-    it can't be opened.
-    """
+    """A checkpoint's state. No code in the file is executed. All tensors are on the CPU: some belong there, and the
+    others are copied to their device when they are restored. Raises JobError if it is not a checkpoint of this format,
+    OSError if it can't be opened."""
     name = path if isinstance(path, Path | str) else "the checkpoint that rank 0 sent"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

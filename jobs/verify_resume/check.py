@@ -4,6 +4,7 @@ several times and resumed in fresh processes. All states in between must be the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -83,7 +84,8 @@ def in_fresh_process(trial: Trial, root: Path, name: str, start: int, stop: int 
     try:
         result: dict[str, Any] = json.loads((root / RESULT).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError) as error:
-        how = f"was killed by {_signal(-done.returncode)}" if done.returncode < 0 else f"ended with {done.returncode}"
+        code = done.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         raise JobError(
             f"job {trial.settings.job}: its process {how} while it trained from step {start} on. Is there enough "
             f"memory, and enough room in {root.parent} (TMPDIR names another folder)?"
@@ -94,10 +96,8 @@ def in_fresh_process(trial: Trial, root: Path, name: str, start: int, stop: int 
 
 
 def verify(trial: Trial, say: Callable[[str], None], run_link: RunLink = in_fresh_process) -> Verdict:
-    """Train, interrupt, resume and compare, in a temporary folder that is removed. say: gets a line for each stage.
-
-    Stops at the first state that differs. Raises JobError if the job can't be trained.
-    """
+    """Train, interrupt, resume and compare, up to the first state that differs, in a temporary folder that is removed.
+    say: gets a line for each stage. Raises JobError if the job can't be trained."""
     started = time.monotonic()
     with _scratch() as root:
         write_plan(trial, root)
@@ -116,7 +116,7 @@ def verify(trial: Trial, say: Callable[[str], None], run_link: RunLink = in_fres
         say(f"{verdict.steps} steps without an interruption, on {verdict.device}")
         start = 0
         for stop in [*verdict.interrupted_after, verdict.steps]:
-            link = run_link(trial, root, RESUMED, start, None if stop == verdict.steps else stop)
+            link = run_link(trial, root, RESUMED, start, stop)
             if link["steps_per_epoch"] != verdict.steps_per_epoch:
                 raise JobError(
                     f"job {verdict.job}: data('train') does not have the same length in each process: an epoch had "
@@ -135,10 +135,8 @@ def verify(trial: Trial, say: Callable[[str], None], run_link: RunLink = in_fres
 def _compare(
     verdict: Verdict, root: Path, reference: dict[str, Any], link: dict[str, Any], start: int, stop: int
 ) -> Inexact | None:
-    """Compare the link from start to stop with the same steps of the reference, and remove the files compared.
-
-    Metrics follow from the state, so they are compared only if the states are the same.
-    """
+    """Compare the link from start to stop with the same steps of the reference, and remove the files compared. Metrics
+    follow from the state, so they are compared only if the states are the same."""
     batches = zip(reference["batches"][start:stop], link["batches"], strict=True)
     first_batch = next((step for step, (one, other) in enumerate(batches, start + 1) if one != other), None)
     verdict.batches_compared += stop - start
@@ -224,21 +222,9 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
     """For `--json`. An infinite difference is null there."""
     report = {"exact": verdict.exact, "steps": verdict.steps, **asdict(verdict)}
     if verdict.inexact is not None:
-        first = report["inexact"]["first"]
-        first["max_abs_difference"] = _finite(first["max_abs_difference"])
-        report["inexact"]["largest"] = _finite(report["inexact"]["largest"])
+        for part, name in ((report["inexact"]["first"], "max_abs_difference"), (report["inexact"], "largest")):
+            part[name] = None if part[name] == math.inf else part[name]
     return report
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or value == float("inf") else value
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 @contextmanager

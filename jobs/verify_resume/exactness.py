@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from jobs.data.batches import leaves
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,16 @@ def differences(expected: Any, found: Any, path: str = "") -> Iterator[Differenc
     elif isinstance(expected, Tensor | np.ndarray | np.generic):
         yield from _of_tensors(expected, found, path)
     elif isinstance(expected, float | complex):
-        if _bits(expected) != _bits(found):
-            yield Difference(path, "value", repr(expected), repr(found), _finite_or_inf(abs(expected - found)))
+        yield from _of_tensors(np.array(expected), np.array(found), path)
     elif expected != found:
         numbers = isinstance(expected, int) and not isinstance(expected, bool)
-        distance = _finite_or_inf(float(abs(expected - found))) if numbers else None
+        distance = float(abs(expected - found)) if numbers else None
         yield Difference(path, "value", _short(expected), _short(found), distance)
 
 
 def count_tensors(state: Any) -> int:
     """How many tensors and arrays a state holds."""
-    if isinstance(state, Mapping):
-        return sum(map(count_tensors, state.values()))
-    if isinstance(state, list | tuple):
-        return sum(map(count_tensors, state))
-    return int(isinstance(state, Tensor | np.ndarray))
+    return sum(isinstance(leaf, Tensor | np.ndarray) for leaf in leaves(state))
 
 
 def digest(value: Any) -> str:
@@ -152,15 +148,6 @@ def _dense(tensor: Tensor) -> Tensor:
 def _alike(one: Any, other: Any) -> bool:
     """Are both tensors (also a Parameter) or both mappings (also an OrderedDict)?"""
     return any(isinstance(one, kind) and isinstance(other, kind) for kind in (Tensor, Mapping))
-
-
-def _bits(value: float | complex) -> bytes:
-    parts = (value.real, value.imag) if isinstance(value, complex) else (value,)
-    return struct.pack(f"<{len(parts)}d", *parts)
-
-
-def _finite_or_inf(distance: float) -> float:
-    return math.inf if math.isnan(distance) else distance
 
 
 def _join(path: str, key: Any) -> str:

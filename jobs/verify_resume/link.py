@@ -1,8 +1,5 @@
 """One link of a check that resume is exact: some steps of a short training, from a file or from the start, to a file.
-
-It runs as a process of its own (`python -m jobs.verify_resume.link`), which shares only that file with the link before
-it.
-"""
+It runs as a process of its own, which shares only that file with the link before it."""
 
 from __future__ import annotations
 
@@ -114,11 +111,9 @@ def open_short(trial: Trial) -> ShortSession:
 
 
 def break_points(steps_per_epoch: int, epochs_per_chunk: int, chunks: int, wanted: int) -> list[int]:
-    """After how many steps to interrupt, ascending.
-
-    The first interruptions are where they matter most: in the middle of the first epoch, between two chunks, before
-    the very last step, and between two epochs. More of them are spread between those.
-    """
+    """After how many steps to interrupt, ascending. The first interruptions are where they matter most: in the middle
+    of the first epoch, between two chunks, before the very last step, and between two epochs. More of them are spread
+    between those."""
     per_chunk = steps_per_epoch * epochs_per_chunk
     total = per_chunk * chunks
     chosen: list[int] = []
