@@ -261,15 +261,15 @@ def test_a_profile_s_optimizer_and_schedule_reach_the_board_s_policy(written):
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ({"optimizer": "A dam"}, 'optimizer: \'A dam\' names no class; allowed are "SGD", "Adam"'),
-        ({"optimizer": "a:b:c"}, "optimizer: 'a:b:c' names no class"),
+        ({"optimizer": "A dam"}, 'optimizer: \'A dam\' is not the name of a class; allowed are "SGD", "Adam"'),
+        ({"optimizer": "a:b:c"}, "optimizer: 'a:b:c' is not the name of a class"),
         (
             {"optimizer_options": {"lr": 1}},
             "optimizer_options: 'lr' is the profile's own 'learning_rate'; give it there",
         ),
         ({"optimizer_options": {"momentum": 1}}, "optimizer_options: 'momentum' is the profile's own 'momentum'"),
         ({"schedule": {"step_size": 3}}, 'schedule: "name" is missing; it says which schedule'),
-        ({"schedule": {"name": 3}}, 'schedule: 3 names no class; allowed are "StepLR"'),
+        ({"schedule": {"name": 3}}, 'schedule: 3 is not the name of a class; allowed are "StepLR"'),
         ({"schedule": {"name": "StepLR", "every": "batch"}}, "schedule: every: 'batch'; allowed are"),
         ({"schedule": SCHEDULE | {"epochs": 0}}, "schedule: epochs: 0; allowed is a number above 0"),
         (
