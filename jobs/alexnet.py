@@ -46,8 +46,6 @@ class AlexNet(PictureJob):
             raise JobError(f"{key}: {len(flags)} flags; AlexNet's {part} have {LAYERS[part]} layers, a flag each")
         return flags
 
-    # --- data
-
     def files(self, train: bool) -> Files:
         folder = self._listed(train)
         return [Path(path) for path, _ in folder.samples], folder.targets
@@ -63,8 +61,6 @@ class AlexNet(PictureJob):
     def _folder(self, train: bool) -> Path:
         setting = "training_source_dir" if train else "testing_source_dir"
         return local_path(getattr(self.context.settings, setting), setting)
-
-    # --- model
 
     def model(self) -> nn.Module:
         classes = sum(1 for path in self._folder(train=True).iterdir() if path.is_dir())
@@ -101,8 +97,6 @@ class AlexNet(PictureJob):
         if self.params.augment != "none" or any(p.requires_grad for p in features.parameters()):
             return None
         return features
-
-    # --- before a launch
 
     def prepare(self, download: bool) -> list[str]:
         train, test = self._listed(train=True), self._listed(train=False)

@@ -74,8 +74,6 @@ class DavidNet(ImageSetJob):
     def open(self, root: str | Path, train: bool, download: bool = False) -> Examples:
         return images.cifar10(root, train, download)
 
-    # --- data
-
     def data(self, split: Split) -> Dataset[Any]:
         """`ImageTensors` on the device; or, for a loader, single images that torchvision transforms."""
         pixels, targets = self.test_set if split == "test" else self.training_set
@@ -106,8 +104,6 @@ class DavidNet(ImageSetJob):
         transforms: Callable[[Any], Tensor] = v2.Compose([*crop, *flip, *plain, *cutout] if augmented else plain)
         return transforms
 
-    # --- model
-
     def model(self) -> nn.Module:
         params = self.params
         net = network(
@@ -129,19 +125,18 @@ class DavidNet(ImageSetJob):
         first = self.training_set[0][:WHITENING_IMAGES]
         return whitening_filters(images.as_floats(augment.Normalize(*self.statistics).apply(first, {})))
 
-    # --- training
-
     def optimizer(self, model: nn.Module, profile: Profile) -> torch.optim.Optimizer:
         """SGD with Nesterov's momentum, unless the profile names an optimizer; biases have their own group."""
         if profile.optimizer is None:
             nesterov = {"nesterov": profile.momentum > 0}
             profile = replace(profile, optimizer="SGD", optimizer_options=nesterov | dict(profile.optimizer_options))
-        factors = (self.params.bias_lr_factor, self.params.bias_weight_decay_factor)
-        weights, biases = (
-            [value for name, value in model.named_parameters() if name.endswith("bias") is wanted]
-            for wanted in (False, True)
-        )
-        bias_group = {"params": biases, optimizers.LR_FACTOR: factors[0], optimizers.DECAY_FACTOR: factors[1]}
+        weights = [value for name, value in model.named_parameters() if not name.endswith("bias")]
+        biases = [value for name, value in model.named_parameters() if name.endswith("bias")]
+        bias_group = {
+            "params": biases,
+            optimizers.LR_FACTOR: self.params.bias_lr_factor,
+            optimizers.DECAY_FACTOR: self.params.bias_weight_decay_factor,
+        }
         return optimizers.make(profile, [{"params": weights}, bias_group])
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -317,7 +312,7 @@ class PatchWhitening(nn.Conv2d):
     """A frozen 3x3 convolution whose outputs are uncorrelated and of about equal scale over the training images.
 
     Its filters are the eigenvectors of the covariance of 3x3 patches, each divided by the root of its eigenvalue (post
-    8, "Input patch whitening"). They are zero until `set_filters`, and part of the state.
+    8, "Input patch whitening"; `whitening_filters`). They are zero until they are set, and part of the state.
     """
 
     def __init__(self, channels: int) -> None:
@@ -326,7 +321,6 @@ class PatchWhitening(nn.Conv2d):
         self.weight.requires_grad_(False)
 
     def set_filters(self, filters: Tensor) -> None:
-        """filters: from `whitening_filters`."""
         with torch.no_grad():
             self.weight.copy_(filters)
 

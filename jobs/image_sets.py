@@ -71,12 +71,9 @@ def limited(targets: Tensor, limits: Limits, train: bool) -> Tensor:
 
 
 def first_of_each_class(targets: Tensor, count: int | None, setting: str) -> Tensor:
-    """Indices (int64, rising) of at most `count` examples, the first ones of each class and about equally many of each.
-    None: all.
-
-    targets: int64 (n,). Raises JobError, naming the setting, if count is more than the examples or less than the
-    classes.
-    """
+    """Indices (int64, rising) of `count` examples (None: all), the first ones of each class and about equally many of
+    each. targets: int64 (n,). Raises JobError, naming the setting, if count is more than the examples or less than the
+    classes."""
     if count is not None and count > len(targets):
         raise JobError(
             f"{setting}: {count} is more than the {len(targets)} examples that there are; allowed is at most "

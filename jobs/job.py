@@ -40,7 +40,6 @@ class Averaging:
     every_steps: int = 1
 
     def __post_init__(self) -> None:
-        """Raises JobError if a value is out of range."""
         if not 0 <= self.decay < 1 or self.every_steps < 1:
             raise JobError(f"{self}: decay must be from 0 to below 1, every_steps 1 or more")
 

@@ -42,8 +42,6 @@ class ResNet18(PictureJob):
                 'name some in pretrained, or train "all"'
             )
 
-    # --- data
-
     def files(self, train: bool, download: bool = False) -> Files:
         """Those that train_images or test_images allow."""
         root: Any = self.context.settings.training_source_dir
@@ -52,8 +50,6 @@ class ResNet18(PictureJob):
         pets = open_set(_pets, "Oxford-IIIT Pet", root, train, download)
         chosen = limited(torch.tensor(pets._labels), self.params, train).tolist()
         return [Path(pets._images[i]) for i in chosen], [pets._labels[i] for i in chosen]
-
-    # --- model
 
     def model(self) -> nn.Module:
         kind = _FrozenBody if self.params.train == "head" else ResNet
@@ -90,8 +86,6 @@ class ResNet18(PictureJob):
         if self.params.train != "head" or self.params.augment != "none":
             return None
         return nn.Sequential(*(child for name, child in model.named_children() if name != "fc"))
-
-    # --- before a launch
 
     def prepare(self, download: bool) -> list[str]:
         (_, train), (_, test) = self.files(True, download), self.files(False, download)

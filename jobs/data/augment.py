@@ -169,10 +169,7 @@ class AlternatingFlip(Flip):
 
 class Cutout(Step):
     """A square of zeros inside the image; all places are equally likely (DeVries and Taylor 2017, as in Page 2018).
-
-    It is torchvision's RandomErasing(p=1, ratio=(1, 1), value=0) with the scale of that square. Zero is black before
-    `Normalize`, the data set's mean after it.
-    """
+    Zero is black before `Normalize`, the data set's mean after it."""
 
     def __init__(self, size: int) -> None:
         if size < 1:
@@ -253,8 +250,7 @@ class ColorJitter(Step):
     """Brightness, contrast, saturation and hue, as torchvision's ColorJitter changes a single uint8 image.
 
     A number b means factors from max(0, 1 - b) to 1 + b (hue: shifts from -b to b of the circle), a pair gives the
-    lowest and the highest factor, None means no change. Images: uint8 of 1 or 3 channels; grey ones have no saturation
-    and no hue.
+    lowest and the highest, None means no change. Images: uint8 of 1 or 3 channels (1: no saturation and no hue).
     """
 
     def __init__(

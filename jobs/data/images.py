@@ -27,10 +27,8 @@ class ImageTensors(OwnFeed):
 
     def __init__(self, images: Tensor, targets: Tensor, steps: Sequence[Step] = ()) -> None:
         """images: uint8 (n, channels, height, width), any strides; targets: (n, ...), for classes int64 (n,).
-
-        steps: from jobs.data.augment, in order. Images still uint8 after the last one become float32 in [0, 1]. Raises
-        JobError for other images, or for another number of targets.
-        """
+        steps: from jobs.data.augment, in order; images that are uint8 after the last one become float32 in [0, 1].
+        Raises JobError for other images, or for another number of targets."""
         if images.dtype != torch.uint8 or images.ndim != 4:
             given = f"{images.dtype} of shape {tuple(images.shape)}"
             raise JobError(f"ImageTensors: images are {given}; they must be torch.uint8 (n, channels, height, width)")
@@ -121,16 +119,16 @@ def _prepared(images: Tensor, chosen: Tensor, steps: Sequence[Step], device: tor
     """The chosen images after these steps, on the device: uint8 (n, height, width, channels), contiguous."""
     if not steps and torch.equal(chosen, torch.arange(len(images))):
         return images.to(device).permute(0, 2, 3, 1).contiguous()  # does not copy images that lie like this already
-    whole: Tensor | None = None
-    for start in range(0, max(1, len(chosen)), AT_ONCE):
-        some = images[chosen[start : start + AT_ONCE].to(images.device)].to(device)
+
+    def prepared(rows: Tensor) -> Tensor:
+        some = images[rows.to(images.device)].to(device)
         for step in steps:
             some = step.apply(some, {})
-        some = some.permute(0, 2, 3, 1)
-        if whole is None:
-            whole = torch.empty(len(chosen), *some.shape[1:], dtype=torch.uint8, device=device)
-        whole[start : start + AT_ONCE] = some
-    assert whole is not None
+        return some.permute(0, 2, 3, 1)
+
+    whole = torch.empty(len(chosen), *prepared(chosen[:1]).shape[1:], dtype=torch.uint8, device=device)
+    for target, rows in zip(torch.split(whole, AT_ONCE), torch.split(chosen, AT_ONCE), strict=True):
+        target.copy_(prepared(rows))
     return whole
 
 

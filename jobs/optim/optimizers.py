@@ -31,15 +31,13 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 def make(profile: Profile, parameters: Parameters, default: str = "SGD") -> Optimizer:
-    """The profile's optimizer; default: its class, if the profile names none.
+    """The profile's optimizer; default: its class, if the profile names none. Raises JobError, naming the mistake, for
+    an unknown class, option or value.
 
     parameters: tensors, or parameter groups as torch.optim takes them. Those that need no gradient are left out. The
     profile's learning rate and weight decay are multiplied by a group's "lr_factor" and "weight_decay_factor". Its
     momentum becomes the optimizer's `momentum`, or the first of its `betas` unless optimizer_options has them. Torch's
-    fused kernels are used if it has them; an option "fused" or "foreach" overrides that, and sparse gradients need
-    "fused": false.
-
-    Raises JobError, naming the mistake, for an unknown class, option or value.
+    fused kernels are the default; sparse gradients need the option "fused": false.
     """
     spec = profile.optimizer or default
     kind = find(spec, f"profile {profile.name!r}: optimizer {spec}", torch.optim, Optimizer, UNFIT, {})

@@ -32,12 +32,10 @@ RATES = {"OneCycleLR": ("max_lr",), "CyclicLR": ("base_lr", "max_lr")}
 
 class PiecewiseLinear(LRScheduler):
     """A factor of the learning rate that is linear between corners, such as the slanted triangle of Page ("How to
-    Train Your ResNet", 2018): epochs [0, 5, 24], factors [0, 1, 0]. It is constant before the first corner and after
-    the last.
+    Train Your ResNet", 2018): epochs [0, 5, 24], factors [0, 1, 0]. It is constant outside the corners.
 
-    epochs: of the corners, rising, from 0; factors: one for each corner, 0 or more; steps_per_epoch: calls of `step`
-    in an epoch. Step i (from 0) has the learning rate at i / steps_per_epoch epochs. Raises ValueError for other
-    values.
+    epochs: of the corners, rising; factors: one for each corner, 0 or more; steps_per_epoch: calls of `step` in an
+    epoch. Step i (from 0) has the learning rate at i / steps_per_epoch epochs. Raises ValueError for other values.
     """
 
     def __init__(

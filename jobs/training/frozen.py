@@ -34,11 +34,8 @@ class FrozenParts:
     def feed(self, model: nn.Module, split: Split, feed: Feed, arranged: Callable[[Any], Any]) -> Feed:
         """The batches to call this model with until the next call of this method: those of the feed, or (outputs of
         the frozen part, targets); the frozen part then returns its input. arranged: puts a batch into the model's
-        layout.
-
-        Raises JobError if the part is not frozen: if it is trained, draws at random, collects statistics, is not what
-        the model does first, or if the training examples are augmented.
-        """
+        layout. Raises JobError if the part is trained, draws at random, collects statistics or is not what the model
+        does first, or if the training examples are augmented."""
         part = self._job.frozen_part(model)
         if part is None:
             return feed

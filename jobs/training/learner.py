@@ -87,8 +87,6 @@ class Learner(Predictor):
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
         self._schedule.after_epoch(metrics)
 
-    # --- state
-
     def state(self) -> dict[str, Any]:
         """The tensors are those of the training, not copies."""
         return {

@@ -234,12 +234,9 @@ class Ranks(Alone):
 
 
 def meet(rank: int, count: int, place: Path, meeting_s: float = MEETING_S, step_s: float = STEP_S) -> Ranks:
-    """Find the other ranks of this job on this node. Raises RankLostError if they don't come.
-
-    place: a file of this start of this job alone, in which rank 0 writes the port that it listens on. The system
-    chooses the port, so two workers never choose the same. meeting_s, step_s: how long to wait for the other ranks,
-    at the meeting and in a step (seconds).
-    """
+    """Find the other ranks of this job on this node. Raises RankLostError if they don't come. place: a file of this
+    start of this job alone, in which rank 0 writes the port that it listens on, which the system chooses. meeting_s,
+    step_s: how long to wait for the other ranks, at the meeting and in a step (seconds)."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     meeting = timedelta(seconds=meeting_s)
     with _in_contact():

@@ -68,11 +68,9 @@ class JobTrainer:
         torch.save(self.state(), target)
 
     def judged(self, promoted: bool) -> None:
-        """The chunk that was finished last was admitted to the board or not."""
         self._observer.judged(promoted)
 
     def close(self) -> None:
-        """The process ends."""
         self._observer.close()
 
 
@@ -85,8 +83,6 @@ class Session(JobTrainer):
         self._frozen = FrozenParts(job, self._speed)
         self._learner: Learner | None = None
         self._feeds: dict[str, Feed] = {}
-
-    # --- one chunk
 
     def train(
         self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
@@ -151,8 +147,6 @@ class Session(JobTrainer):
         learner.after_epoch(metrics)
         self.epochs += 1
         return EpochResult(self.epochs, cut["seconds"] + time.monotonic() - started, metrics)
-
-    # --- evaluation
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the model in training."""
