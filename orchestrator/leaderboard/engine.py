@@ -25,7 +25,7 @@ from orchestrator.files.run_folder import DATABASE_NAME
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.statements import Statement
 from orchestrator.locking.choice import lock_of, read_record
-from orchestrator.locking.mounts import is_local, mount_here
+from orchestrator.locking.mounts import LOCAL, mount_here
 from orchestrator.locking.soft_lock import HeldError
 
 # The server releases it at the end of the transaction, whatever ends that. Waiters for it form a queue. Waiters for a
@@ -96,7 +96,7 @@ class Database:
         opened, so there each transaction opens the file, after it has taken the lock.
         """
         mount = mount_here(self.file.parent.resolve()) if self.file else None
-        if mount and is_local(mount.fstype):
+        if mount and mount.fstype in LOCAL:
             return {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
         return {"poolclass": NullPool}
 
