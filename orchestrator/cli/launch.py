@@ -41,6 +41,7 @@ def launch(
 
     First a lock is proven on the file system of the runs; if none works there, nothing is started.
     """
+    from orchestrator.cli import tables
     from orchestrator.files import permissions
     from orchestrator.files.run_folder import is_run
     from orchestrator.records import RunState
@@ -72,7 +73,10 @@ def launch(
         say(f"worker 0 ended: {run.work_inline().outcome}")
     elif wait:
         _wait(run, quiet=json)
-    _show(run, json, tables=wait or loaded.executor == "inline")
+    if json:
+        print_json({**run.status(), "board": run.board()})
+    elif wait or loaded.executor == "inline":
+        tables.show(tables.status(run.status()), tables.board(run.board()))
     state = run.summary()["state"]
     if state is RunState.FAILED or (state in STOPPED and not run.board()["entries"]):
         raise typer.Exit(1)
@@ -101,15 +105,6 @@ def _disk(settings: Settings, folder: Path) -> float | None:
     for line in lines:
         say(line)
     return needed_gb
-
-
-def _show(run: Run, json: bool, tables: bool) -> None:
-    if json:
-        print_json({**run.status(), "board": run.board()})
-    elif tables:
-        from orchestrator.cli import tables as shown
-
-        shown.show(shown.status(run.status()), shown.board(run.board()))
 
 
 def _refuse_changes(existing: Run, wanted: Settings) -> None:

@@ -127,8 +127,7 @@ def _judge_one(limit: Limit, workers: int, others: int) -> Finding | None:
 def judge_cluster(config: Mapping[str, str], workers: int) -> list[Finding]:
     """The cluster's limits on all users: MaxArraySize, max_array_tasks and MaxJobCount."""
     findings = []
-    parameters = (pair.partition("=") for pair in config.get("SchedulerParameters", "").split(","))
-    tasks = next((value for key, _, value in parameters if key == "max_array_tasks"), None)
+    tasks = _pairs(config.get("SchedulerParameters", "")).get("max_array_tasks")
     for text, name in ((config.get("MaxArraySize"), "MaxArraySize"), (tasks, "SchedulerParameters' max_array_tasks")):
         size = number(text)
         if size is not None and workers > max(1, size):
@@ -150,7 +149,7 @@ def judge_running(given: Accounting, workers: int, gpus: int, enforced: bool) ->
         return []
     limits = run_limits(given)
     for row in given.qos() if gpus else ():
-        allowed = _gpus(row.get("MaxTRESPU", ""))
+        allowed = number(_pairs(row.get("MaxTRESPU", "")).get("gres/gpu"))
         if allowed is not None:
             limits.append(Limit(allowed // gpus, f"MaxTRESPerUser ({allowed} GPUs), in jobs", f"QOS {row['Name']}"))
     findings = []
@@ -163,7 +162,6 @@ def judge_running(given: Accounting, workers: int, gpus: int, enforced: bool) ->
     return findings
 
 
-def _gpus(tres: str) -> int | None:
-    """The number of GPUs in a list such as "cpu=64,gres/gpu=4"."""
-    pairs = (pair.partition("=") for pair in tres.split(","))
-    return next((number(value) for key, _, value in pairs if key == "gres/gpu"), None)
+def _pairs(text: str) -> dict[str, str]:
+    """The values in a list such as "cpu=64,gres/gpu=4", by key."""
+    return {key: value for key, _, value in (pair.partition("=") for pair in text.split(","))}

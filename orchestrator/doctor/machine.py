@@ -19,7 +19,7 @@ from orchestrator.doctor.locks import lock_advice, quota_command
 from orchestrator.errors import LockError
 from orchestrator.files.run_folder import nearest_folder
 from orchestrator.locking.choice import Choice, choose
-from orchestrator.locking.mounts import ELSEWHERE, Mount, is_local, mount_here
+from orchestrator.locking.mounts import ELSEWHERE, LOCAL, Mount, mount_here
 from orchestrator.records import WantedLock
 
 GIB = 2**30
@@ -132,8 +132,7 @@ def look_at_home() -> str | None:
 
 def judge_python(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, host: str | None = None) -> list[Finding]:
     """gpus_listed: by nvidia-smi. gpu_expected: is it an error if torch sees none? host: None for this machine."""
-    where = "here" if host is None else f"on {host}"
-    topic = "python" if host is None else f"python {where}"
+    where, topic = ("here", "python") if host is None else (f"on {host}", f"python on {host}")
     if facts.error:
         do = (
             "install a torch and a torchvision that belong together (`make install`, or `pip install "
@@ -149,8 +148,7 @@ def judge_python(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, host:
 
 
 def _judge_cuda(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, host: str | None) -> Finding:
-    where = "here" if host is None else f"on {host}"
-    topic = "cuda" if host is None else f"cuda {where}"
+    where, topic = ("here", "cuda") if host is None else (f"on {host}", f"cuda on {host}")
     level: Level = "error" if gpu_expected else "warning"
     if facts.gpus:
         what = f"{len(facts.gpus)} visible to torch (CUDA {facts.built_for_cuda}): {facts.gpus[0]}"
@@ -233,7 +231,7 @@ def _mount_advice(facts: FolderFacts, slurm: bool) -> Finding:
     if mount is None:
         what = f"the file system of {facts.looked_at} is not known (no /proc/self/mountinfo)"
         return Finding("warning", "locks", what, "`orch doctor --two-node` tests its locks")
-    if slurm and is_local(mount.fstype):
+    if slurm and mount.fstype in LOCAL:
         what = f"{mount}: a local file system, which the nodes of a cluster usually do not share"
         do = "put the runs on a file system that all nodes see (--runs-dir); `orch doctor --two-node` tests it"
         return Finding("warning", "locks", what, do)

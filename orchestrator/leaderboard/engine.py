@@ -25,7 +25,7 @@ from orchestrator.files.run_folder import DATABASE_NAME
 from orchestrator.leaderboard import schema
 from orchestrator.leaderboard.statements import Statement
 from orchestrator.locking.choice import Choice, lock_of, read_record
-from orchestrator.locking.mounts import is_local, mount_here
+from orchestrator.locking.mounts import LOCAL, mount_here
 from orchestrator.locking.soft_lock import HeldError
 
 # The server releases it at the end of the transaction, whatever ends that. Waiters for it form a queue. Waiters for a
@@ -269,7 +269,7 @@ def _sqlite_options(file: Path, lock: Choice | None) -> dict[str, Any]:
     """
     options: dict[str, Any] = {"pool_reset_on_return": None}  # a connection's transaction has ended by then
     mount = mount_here(file.parent.resolve())
-    kept = mount is not None and is_local(mount.fstype)
+    kept = mount is not None and mount.fstype in LOCAL
     options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0} if kept else {"poolclass": NullPool}
     if lock and not lock.sqlite_locks:  # the mount refuses SQLite's own locks; the lock around the file is enough
         uri = f"{file.absolute().as_uri()}?vfs=unix-none"

@@ -93,17 +93,13 @@ def _unescaped(text: str) -> str:
     return raw.decode("utf-8", "surrogateescape")
 
 
-def is_local(fstype: str) -> bool:
-    return fstype in LOCAL
-
-
 def lock_facts(fstype: str, options: Sequence[str]) -> LockFacts:
     """How far locks reach on a file system. fstype and options: as in /proc/self/mountinfo.
 
     What the options promise is not a proof: `locking.proof` tries the locks on this machine, the doctor's two-node test
     between two.
     """
-    if is_local(fstype):
+    if fstype in LOCAL:
         what = f"{fstype} is a local file system: its locks hold between processes of one machine"
         do = "fine for one machine; the nodes of a cluster need a folder that they share"
         return LockFacts("machine", True, what, do, local=True)
