@@ -41,7 +41,7 @@ def examine(
     Changes nothing: it deletes what it writes, and waits for the jobs that it queues or cancels them.
     """
     settings, findings = _read_settings(settings_file)
-    several_nodes = has_slurm() and settings.executor in (None, "slurm")
+    several_nodes = has_slurm() and settings.several_nodes
     with _scratch_folder(runs_dir) as scratch:
         wanted_lock = None if settings.uses_server else settings.lock
         folder = machine.look_at_folder(runs_dir, scratch, several_nodes, wanted_lock)

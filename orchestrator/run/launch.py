@@ -77,7 +77,7 @@ def _with_lock(settings: Settings, building: Path, undo: ExitStack) -> Settings:
     if file is None or file.exists():  # a server has its own locks; an existing file is refused later
         return settings
     file.parent.mkdir(parents=True, exist_ok=True)
-    chosen = choice.choose(file.parent, settings.executor == "slurm", settings.lock)
+    chosen = choice.choose(file.parent, settings.several_nodes, settings.lock)
     choice.write_record(file, chosen)
     undo.callback(choice.record_path(file).unlink, missing_ok=True)
     return settings.model_copy(update={"lock": chosen.kind})

@@ -273,7 +273,7 @@ def _rebuild_file(
     file.parent.mkdir(parents=True, exist_ok=True)
     if not choice.record_path(file).exists():
         settings = loading.thaw(origin.settings)
-        choice.write_record(file, choice.choose(file.parent, settings.executor == "slurm", settings.lock))
+        choice.write_record(file, choice.choose(file.parent, settings.several_nodes, settings.lock))
     kept = file.with_name(f"{file.name}.damaged-{stamp}")
     journal = journal_of(file)
     before = _identity(file)

@@ -177,6 +177,11 @@ class Settings(Strict):
         return self.database is not None and not self.database.startswith("sqlite")
 
     @property
+    def several_nodes(self) -> bool:
+        """May the jobs of the run be on more than one machine? Then a lock must hold between them."""
+        return self.executor not in ("local", "inline")
+
+    @property
     def data_folders(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(path for path in (self.training_source_dir, self.testing_source_dir) if path))
 

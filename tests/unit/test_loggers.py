@@ -22,6 +22,7 @@ from jobs.loggers.logger import run_id
 from jobs.loggers.recorder import Recorder
 from orchestrator.files.checkpoint_record import lineage
 from orchestrator.records import EpochResult, Profile, Work
+from orchestrator.settings.settings import LOGGERS
 from tests.support.checkpoints import write
 from tests.support.settings import settings
 
@@ -411,3 +412,7 @@ def test_threads_that_ask_at_once_get_the_same_run_id(tmp_path: Path) -> None:
 def test_a_logger_is_given_the_run_its_folder_and_the_lock_that_holds(tmp_path: Path, lock: str, expected: str) -> None:
     made = choice.makers(settings(loggers=["tensorboard"], lock=lock), tmp_path)["tensorboard"]()
     assert (made.run, made.folder, made.lock) == ("test", tmp_path / "logs", expected)
+
+
+def test_the_settings_allow_exactly_the_built_in_loggers() -> None:
+    assert set(LOGGERS) == set(choice.BUILT_IN)
