@@ -281,9 +281,9 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     """Configure a new connection.
 
     PERSIST commits by overwriting the header of the rollback journal, which is never deleted. DELETE would create and
-    delete a journal in each transaction. This is a quarter slower on a local disk, takes two more requests to the
-    metadata server of a network file system (where other nodes may not see the journal at once), and survives a power
-    cut only with synchronous=EXTRA. WAL needs shared memory between the nodes.
+    delete a journal in each transaction: a quarter slower on a local disk, and two more requests to the metadata server
+    of a network file system, where other nodes may not see the journal at once. Also, the deletion survives a power cut
+    only with synchronous=EXTRA. WAL needs shared memory between the nodes.
     """
     connection.isolation_level = None  # _begin_immediate begins transactions, not the driver
     connection.execute("PRAGMA journal_mode=PERSIST")

@@ -65,8 +65,8 @@ def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | N
 
 
 def _add_workers(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) -> None:
-    """Add each worker with a lost link whose job_id is above all old ones, so that an old job that is still alive does
-    not find a new job under its own job_id."""
+    """Add the workers, each with a lost link. The links' job_ids are above all earlier ones, so that an old job that is
+    still alive does not find a new job under its own job_id."""
     wanted = len(origin.devices)
     for worker_id in range(max(wanted, plan.workers)):
         values: dict[str, Any] = {"stopped": f"the run now has {wanted} workers", "stop_kind": StopKind.SURPLUS}
