@@ -1,6 +1,6 @@
-"""Frozen values that travel between the rules, the database, the cluster and the jobs.
+"""Frozen values exchanged by the rules, the database, the cluster and the jobs.
 
-Times are Unix seconds (UTC); a time that never comes is None.
+Times are Unix seconds (UTC); None stands for a time that never comes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.messages import one_line, shown
 
-# The name of a class of torch's, or of one to import.
+# A torch class such as "SGD", or a class to import such as "package.module:Class".
 CLASS = re.compile(r"[A-Za-z_]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 OWN_KEYS = {"lr": "learning_rate", "momentum": "momentum", "weight_decay": "weight_decay"}
 
@@ -40,7 +40,7 @@ class RunState(StrEnum):
 
 
 class ChunkState(StrEnum):
-    """The state of one claim. LIVE and SUSPENDED hold their position of the cycle."""
+    """The state of one claim. LIVE and SUSPENDED claims occupy their position in the cycle."""
 
     LIVE = "live"
     SUSPENDED = "suspended"
@@ -51,27 +51,27 @@ class ChunkState(StrEnum):
 
 
 class ExpiredBy(StrEnum):
-    """Why a claim was taken from its worker, or given back, so that its position is free again."""
+    """Why a claim was revoked or given back, which frees its position."""
 
-    JOB_SILENT = "job_silent"  # the next link of its chain has begun, and its job never reported its end
-    JOB_GONE = "job_gone"  # the cluster proved it
-    JOB_ENDED = "job_ended"  # its job ended without a result for it
+    JOB_SILENT = "job_silent"  # the next link of its chain has started, but its job never reported its end
+    JOB_GONE = "job_gone"  # according to the cluster
+    JOB_ENDED = "job_ended"  # its job ended without recording a result
     LEASE_ENDED = "lease_ended"
-    AMENDED = "amended"  # its position means another profile now
-    GIVEN_BACK = "given_back"  # by its worker, which could not go on; the chunk's error says why
+    AMENDED = "amended"  # its position now has another profile
+    GIVEN_BACK = "given_back"  # by its worker, which could not continue; the chunk's error says why
     PARENT_DAMAGED = "parent_damaged"
     LOST_WITH_DATABASE = "lost_with_database"
 
 
 class StopKind(StrEnum):
-    """Why a chain ends although its run goes on."""
+    """Why a chain was stopped although its run continues."""
 
     SURPLUS = "surplus"  # the run was amended to fewer workers
-    FAILURES = "failures"  # too many in a row
+    FAILURES = "failures"  # too many consecutive failures
 
 
 class JobState(StrEnum):
-    """The state of one link of a chain, as the database has it."""
+    """The state of one link of a chain, as stored in the database."""
 
     SUBMITTING = "submitting"
     QUEUED = "queued"
@@ -91,7 +91,7 @@ class Evidence(StrEnum):
 
 
 def _not_a_bool(value: Any) -> Any:
-    """Python and pydantic treat true as 1."""
+    """Reject Booleans, which Python and pydantic treat as 0 and 1."""
     if isinstance(value, bool):
         raise PydanticCustomError("bool_for_number", "input should be a number")
     return value
@@ -103,7 +103,7 @@ Line = Annotated[str, AfterValidator(one_line), Field(min_length=1, max_length=1
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One entry of the cycle: what a chunk trains with. The job checks at launch what only torch can check."""
+    """One entry of the cycle: the hyperparameters of a chunk. At launch, the job makes the checks that need torch."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -143,7 +143,7 @@ class Profile:
 
 
 def checked_class(name: Any, examples: str) -> str:
-    """Raises ValueError unless it can be the name of a class of torch's, or of one to import."""
+    """Raise ValueError unless `name` can name a torch class or a class to import. Returns the name."""
     if not isinstance(name, str) or len(name) > 300 or not CLASS.fullmatch(name):
         raise ValueError(
             f'{shown(repr(name))} is not the name of a class; allowed are {examples}, ... and "package.module:Class"'
@@ -152,17 +152,17 @@ def checked_class(name: Any, examples: str) -> str:
 
 
 def _check_epochs(epochs: Any) -> None:
-    """Raises ValueError unless it is a positive number, or (PiecewiseLinear) a rising list of numbers from 0 on."""
+    """Raise ValueError unless `epochs` is None, a positive number or (PiecewiseLinear) an increasing list from 0 on."""
     numbers = epochs if isinstance(epochs, list) else [] if epochs is None else [0, epochs]
     plain = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
     if not plain or any(a >= b for a, b in pairwise(numbers)):
-        allowed = "a number above 0, or a rising list of numbers (PiecewiseLinear)"
+        allowed = "a number above 0, or an increasing list of numbers (PiecewiseLinear)"
         raise ValueError(f"epochs: {shown(repr(epochs))}; allowed is {allowed}")
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """The measure that orders the board."""
+    """The metric that ranks the entries of the board."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -170,28 +170,28 @@ class Metric:
     mode: Literal["max", "min"] = "max"
 
     def key(self, score: float | None) -> float:
-        """The score as a number where higher is better; -inf for a score that is not finite."""
+        """Convert a score so that higher is better; -inf for a score that is None or not finite."""
         if score is None or not math.isfinite(score):
             return -math.inf
         return score if self.mode == "max" else -score
 
     def better(self, score: float | None, than: float | None) -> bool:
-        """Strictly better: a tie is not an improvement."""
+        """Is the score strictly better? A tie is not an improvement."""
         return self.key(score) > self.key(than)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A checkpoint that holds (or held) a slot of the leaderboard."""
+    """A checkpoint that occupies (or occupied) a slot of the leaderboard."""
 
     entry_id: int
     checkpoint_id: int
     score: float
     start_position: int  # the first position of the cycle that this entry consumes
-    floor: int  # every position below it is consumed, so older chunks need not be read
-    worked_on: int  # chunks that were finished on it, promoted or not
-    founder: bool = False  # trained from initial weights: the chunk that made it consumed start_position
-    in_progress: int = 0  # its chunks that are live or suspended now
+    floor: int  # all lower positions are consumed, so their chunks need not be read
+    worked_on: int  # number of chunks finished on this entry, promoted or not
+    founder: bool = False  # trained from initial weights, by a chunk that consumed start_position
+    in_progress: int = 0  # number of live or suspended chunks on this entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +203,13 @@ class Claim:
     worker_id: int
     position: int
     profile: Profile
-    repeat: int  # how many earlier positions of this entry had the same profile; 0: go on with the parent's RNG state
+    repeat: int  # number of earlier positions of the entry with this profile; 0: continue the parent's RNG state
     parent_file: str | None  # None: a founder, trained from initial weights
     parent_sha256: str | None
     parent_epochs: int
     bar: float | None  # the score to beat on a full board; None while a slot is free
     settings_version: int = 1
-    suspended_file: str | None = None  # from which an interrupted chunk goes on
+    suspended_file: str | None = None  # the state from which an interrupted chunk continues
     suspended_sha256: str | None = None
 
 
@@ -217,42 +217,42 @@ class Claim:
 class EpochResult:
     """The measurements of one epoch."""
 
-    number: int  # epochs of the whole lineage, counted from 1
+    number: int  # counted from 1 over the whole lineage
     seconds: float
     metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A chunk was trained and validated."""
+    """The result of a trained and validated chunk."""
 
     score: float
-    epochs: int  # of the whole lineage
+    epochs: int  # total over the whole lineage
     results: tuple[EpochResult, ...]
     train_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate(Finished):
-    """What a finished chunk offers to the board."""
+    """A finished chunk with its checkpoint, for the ratchet to judge."""
 
-    file: str | None = None  # None: not written, since it would not be admitted
+    file: str | None = None  # None: no checkpoint was written, since it would not be admitted
     sha256: str | None = None
     size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StopRules:
-    """When a run ends before its lifetime is over."""
+    """Conditions that end a run before its lifetime is over."""
 
-    stale_chunks: int | None  # this many chunks in a row without a promotion
-    score: float | None  # the best entry has reached it
-    epochs: int | None  # this many epochs were trained
+    stale_chunks: int | None  # end after this number of consecutive chunks without a promotion
+    score: float | None  # end once the best entry has reached this score
+    epochs: int | None  # end after this number of trained epochs
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What the stop rules look at."""
+    """The values that the stop rules check."""
 
     chunks_since_promotion: int
     best_score: float | None
@@ -266,14 +266,14 @@ class ChainJob:
     job_id: int
     worker_id: int
     link: int
-    token: str  # unlike the cluster's id it is never used twice
+    token: str  # unlike cluster_id, never reused
     state: JobState
     cluster_id: str | None = None
     after_job_id: int | None = None
     host: str | None = None
     pid: int | None = None
     pid_created_at: float | None = None
-    starts: int = 0  # more than 1: the cluster put it back in the queue
+    starts: int = 0  # more than 1: the cluster requeued the job
     submitted_at: float | None = None
     started_at: float | None = None
     ended_at: float | None = None
@@ -285,34 +285,34 @@ class ChainJob:
 
     @property
     def base(self) -> str:
-        """The submission that it came with: the name of its folder on Slurm, the beginning of that on this machine."""
+        """The name of the job's submission. It is also the name of the job's folder, plus an index on this machine."""
         return base_of(self.token)
 
 
 def base_of(token: str) -> str:
-    """The part of a token that all jobs of one submission share; the rest is the index in the array."""
+    """Return the part of a token shared by all jobs of a submission. (An array index follows it.)"""
     return token.rpartition("-")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A job that a cluster has taken."""
+    """A job that the cluster has accepted."""
 
     job_id: int
     cluster_id: str
-    pid: int | None = None  # of the local executor's process, with its start time and host
+    pid: int | None = None  # the local executor's process; its start time and host follow
     pid_created_at: float | None = None
     host: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One chain."""
+    """One worker: a chain of jobs."""
 
     worker_id: int
-    device: str | None  # CUDA_VISIBLE_DEVICES on the local executor; None: leave it as it is
-    failures: int  # jobs and chunks that failed since its last finished chunk
-    stopped: str | None  # why this chain ends although the run goes on; None: it does not
+    device: str | None  # CUDA_VISIBLE_DEVICES on the local executor; None: leave the variable unchanged
+    failures: int  # failed jobs and chunks since the worker's last finished chunk
+    stopped: str | None  # why this chain ends although the run continues; None: the chain is not stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,12 +324,12 @@ class Policy:
     num_models: int
     cycle: tuple[Profile, ...]
     stop: StopRules
-    max_chunk_attempts: int  # failures of one position before it counts as consumed
+    max_chunk_attempts: int  # failures at one position until the position counts as consumed
 
 
 @dataclass(frozen=True, slots=True)
 class Over:
-    """Why nothing is left to claim: the state of the run, and the reason for it."""
+    """No chunk is left to claim: the state of the run, and the reason for it."""
 
     state: RunState
     reason: str
@@ -337,7 +337,7 @@ class Over:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A job has begun."""
+    """A job that has started, with its worker."""
 
     job: ChainJob
     worker: Worker
@@ -350,11 +350,11 @@ class Work:
 
     profile: Profile
     epochs: int
-    seed: int  # of a founder's initial weights
+    seed: int  # for a founder's initial weights
     repeat: int
     parent: Path | None
     suspended: Path | None
-    # For logs and loggers; the training does not depend on these.
+    # Only for logs and loggers; training must not depend on the fields below.
     chunk_id: int = 0
     generation: int = 0
     worker_id: int = 0
@@ -365,6 +365,6 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """A chunk was stopped between two steps. If it is saved now, it can go on from there."""
+    """A chunk was interrupted between two steps. If its state is saved now, it can continue from there."""
 
-    steps: int  # trained in the interrupted epoch
+    steps: int  # completed in the interrupted epoch

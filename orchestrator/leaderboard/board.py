@@ -1,4 +1,4 @@
-"""Claims and the ratchet: who trains what, and what becomes of it. One short transaction a method."""
+"""Claims and the ratchet: which worker trains what, and what happens to the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from orchestrator.rules.admission import Discard, Promote
 from orchestrator.settings.loading import thaw
 
 _SETTINGS_VERSION = Statement(select(run.c.settings_version))
-# A worker's own first, then the oldest.
+# The worker's own suspended chunks first, then the oldest.
 _SUSPENDED = Statement(
     select(chunk)
     .where(moves.IS_HELD, chunk.c.state == ChunkState.SUSPENDED)
@@ -37,16 +37,16 @@ _NOT_SUSPENDED: Mapping[str, None] = {"suspended_file": None, "suspended_sha256"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The ratchet's decision on a candidate, and the files that nothing refers to any more."""
+    """The ratchet's decision on a candidate."""
 
     promoted: bool
     reason: str
-    collectable: tuple[str, ...] = ()
+    collectable: tuple[str, ...] = ()  # files that nothing refers to any more
 
 
 @dataclass(frozen=True, slots=True)
 class _Claimant:
-    """The job that asks for a chunk, in its start number `starts`."""
+    """The job that asks for a chunk. starts: how many times the job has been started."""
 
     worker_id: int
     job_id: int
@@ -56,7 +56,7 @@ class _Claimant:
 
 
 class Board:
-    """The write side of the leaderboard, as a worker uses it."""
+    """The writes that workers make. Every method is one short transaction."""
 
     def __init__(self, database: Database, policy: Policy) -> None:
         self._database = database
@@ -65,7 +65,7 @@ class Board:
     # --- claims
 
     def claim(self, worker_id: int, job_id: int, starts: int, now: float, lease_until: float) -> Claim | Over:
-        """Lease the next chunk to a job: a suspended one, else what the rules choose."""
+        """Lease the next chunk to a job: a suspended chunk if there is one, else a new chunk chosen by the rules."""
         claimant = _Claimant(worker_id, job_id, starts, now, lease_until)
         with self._database.transaction() as tx:
             return self._claim(tx, claimant, moves.context_of(tx, worker_id, job_id, None))
@@ -104,7 +104,7 @@ class Board:
     def _begin(
         self, tx: Connection, view: BoardView, policy: Policy, claimant: _Claimant, generation: int
     ) -> tuple[dict[str, Any], Any]:
-        """A new chunk, of a founder or on an entry: what its claim holds about it, and the row of its parent."""
+        """Insert a new chunk. Returns fields of its claim, and its parent's row (None: a founder)."""
         parent = claiming.choose_claim(view.entries, view.founders, policy.num_models, policy.metric)
         source, position, repeat = None, 0, 0
         if parent is not None:
@@ -128,7 +128,7 @@ class Board:
         return {"chunk_id": chunk_id, "position": position, "repeat": repeat}, source
 
     def _resume(self, tx: Connection, claimant: _Claimant, generation: int) -> tuple[dict[str, Any], Any]:
-        """A chunk that was suspended: what its claim holds about it, and the row of its parent."""
+        """Resume a suspended chunk. Returns fields of its claim, and its parent's row (None: a founder)."""
         suspended = _SUSPENDED.first(tx, by_worker=claimant.worker_id)
         tx.execute(
             update(chunk)
@@ -146,15 +146,15 @@ class Board:
         return {name: getattr(suspended, name) for name in names} | {"repeat": 0}, source
 
     def bar(self) -> float | None:
-        """The score that a candidate has to beat now; None while a slot is free."""
+        """Return the score that a candidate has to beat now; None while a slot is free."""
         with self._database.transaction() as tx:
             policy = self._policy_now(tx)
             return admission.bar(moves.read_entries(tx), policy.num_models, policy.metric)
 
-    # --- what became of them
+    # --- results
 
     def record(self, claim: Claim, candidate: Candidate, now: float) -> Outcome:
-        """The ratchet decides. Raises StaleClaimError, having written nothing, if the claim was lost."""
+        """Record a result and apply the ratchet. Raises StaleClaimError, without writing, if the claim was lost."""
         with self._database.transaction() as tx:
             view = moves.look(tx, moves.context_of(tx, claim.worker_id, None, claim.chunk_id))
             outcome, context = self._record(tx, view, claim, candidate, now)
@@ -164,7 +164,7 @@ class Board:
     def record_and_claim(
         self, claim: Claim, candidate: Candidate, job_id: int, starts: int, now: float, lease_until: float
     ) -> tuple[Outcome, Claim | Over]:
-        """`record`, then `claim` for the same job, in one transaction, which waits for the lock and the disk once."""
+        """`record`, then `claim` for the same job, in a single transaction: only one wait for the lock and the disk."""
         claimant = _Claimant(claim.worker_id, job_id, starts, now, lease_until)
         with self._database.transaction() as tx:
             view = moves.look(tx, moves.context_of(tx, claim.worker_id, job_id, claim.chunk_id))
@@ -177,7 +177,7 @@ class Board:
     def _record(
         self, tx: Connection, view: BoardView, claim: Claim, candidate: Candidate, now: float
     ) -> tuple[Outcome, Any]:
-        """The outcome, and the context after it. The caller writes the run's progress, which that holds."""
+        """Record a result. Returns the outcome and the updated context, whose progress the caller must write."""
         context = view.context
         policy = self._policy_of(tx, context.settings_version)
         decision = admission.ratchet(candidate.score, view.entries, policy.num_models, policy.metric)
@@ -214,10 +214,10 @@ class Board:
         return Outcome(promoted, reason, moves.release(tx) if freed else ()), after
 
     def suspend(self, claim: Claim, file: str, sha256: str, now: float) -> tuple[str, ...]:
-        """Interrupted between two steps; `file` holds all that is needed to go on. Returns the files that nothing
-        refers to any more.
+        """Suspend a chunk that was interrupted between two steps. file: contains the state to continue from. Returns
+        the files that nothing refers to any more.
 
-        If the profile of its position was amended meanwhile, the chunk expires instead.
+        If the profile at its position has been amended meanwhile, the chunk expires instead.
         """
         whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id}
         with self._database.transaction() as tx:
@@ -230,14 +230,14 @@ class Board:
             return moves.release(tx)
 
     def give_back(self, claim: Claim, reason: str, now: float) -> None:
-        """The worker can't go on, for a reason outside the chunk: its position is free again."""
+        """Free the chunk's position, because the worker can't continue for a reason unrelated to the chunk."""
         with self._database.transaction() as tx:
             close(tx, claim, ChunkState.EXPIRED, now, error=reason, expired_by=ExpiredBy.GIVEN_BACK, **_NOT_SUSPENDED)
             whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id}
             moves.log_event(tx, now, "expired", **whose, by=str(ExpiredBy.GIVEN_BACK), reason=reason)
 
     def condemn(self, claim: Claim, reason: str, now: float) -> None:
-        """The claim's parent is damaged: its entry leaves the board, and its slot is free."""
+        """Take the entry that the claim trains on off the board, because its checkpoint is damaged."""
         damaged = ExpiredBy.PARENT_DAMAGED
         with self._database.transaction() as tx:
             close(tx, claim, ChunkState.EXPIRED, now, error=reason, expired_by=damaged, **_NOT_SUSPENDED)
@@ -245,15 +245,15 @@ class Board:
             moves.take_off(tx, entry_id, reason, now, worker_id=claim.worker_id, chunk_id=claim.chunk_id)
 
     def condemn_entry(self, entry_id: int, reason: str, now: float) -> None:
-        """As `condemn`, without a claim."""
+        """Like `condemn`, but for an entry without a claim."""
         with self._database.transaction() as tx:
             moves.take_off(tx, entry_id, reason, now)
 
     def fail(self, claim: Claim, error: str, now: float) -> int:
-        """Training raised an exception. Its position is free again until it has failed too often; then it is
-        consumed, so that it can't hold up its entry for ever.
+        """Record that training raised an exception. Returns the worker's number of consecutive failures.
 
-        Returns how many failures in a row the worker has now.
+        Frees the chunk's position; after max_chunk_attempts failures, consumes the position instead, so that it can't
+        block its entry forever.
         """
         error = error.replace("\0", "\N{REPLACEMENT CHARACTER}")  # PostgreSQL refuses NUL in text
         with self._database.transaction() as tx:
@@ -277,11 +277,11 @@ class Board:
             return failures
 
     def record_test(self, checkpoint_id: int, sha256: str, metrics: Mapping[str, float], now: float) -> None:
-        """This checkpoint was scored on the test set. Raises StaleClaimError if it was replaced meanwhile."""
+        """Store a checkpoint's test metrics. Raises StaleClaimError if the checkpoint was replaced meanwhile."""
         tested = update(checkpoint).where(checkpoint.c.checkpoint_id == checkpoint_id, checkpoint.c.sha256 == sha256)
         with self._database.transaction() as tx:
             if tx.execute(tested.values(test_metrics=dict(metrics), tested_at=now)).rowcount != 1:
-                raise StaleClaimError(f"checkpoint {checkpoint_id} is no longer the one that was tested")
+                raise StaleClaimError(f"checkpoint {checkpoint_id} was replaced after it was tested")
             moves.log_event(tx, now, "tested", checkpoint=checkpoint_id, metrics=dict(metrics))
 
     # --- inside a transaction
@@ -307,21 +307,21 @@ class Board:
 
 
 def _expire_late(tx: Connection, now: float) -> None:
-    """Take back the claims whose lease is over."""
+    """Expire the claims whose lease has ended."""
     live = tx.execute(select(chunk.c.chunk_id, chunk.c.lease_until).where(moves.IS_HELD)).all()
     late = [row.chunk_id for row in live if claiming.expired(now, row.lease_until)]
     moves.expire(tx, chunk.c.chunk_id.in_(late), ExpiredBy.LEASE_ENDED, now)
 
 
 def _progress(context: Any) -> dict[str, int]:
-    """What a result changes in the run's row."""
+    """Return the columns of the run's row that a result changes."""
     return {"epochs": context.epochs, "chunks_since_promotion": context.chunks_since_promotion}
 
 
 def _refuse_stale(context: Any, claimant: _Claimant) -> None:
-    """Raises StaleClaimError if the chain has another job now, or this job another start."""
+    """Raise StaleClaimError unless the claimant's job is running and has not been started again."""
     if context.job_state != JobState.RUNNING or context.starts != claimant.starts:
         raise StaleClaimError(
-            f"job {claimant.job_id} (start {claimant.starts}) is no longer the one that works: "
+            f"job {claimant.job_id} (start {claimant.starts}) is no longer the running job of its chain: "
             + ("it is unknown" if context.job_state is None else f"it is {context.job_state}, start {context.starts}")
         )

@@ -1,4 +1,4 @@
-"""The workers' chains of jobs: new links, and what happens to them."""
+"""The workers' chains of jobs: adding, starting, ending and repairing links."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.rules import succession
 
 @dataclass(frozen=True, slots=True)
 class JobStart:
-    """A job that begins: which link it is, and where it runs."""
+    """A job that is starting: its link, and where it runs."""
 
     token: str
     worker_id: int
@@ -29,13 +29,13 @@ class JobStart:
 
 
 class Chains:
-    """Every method is one transaction."""
+    """Changes the chains. Every method is one transaction."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def add_workers(self, devices: Sequence[str | None], now: float) -> list[ChainJob]:
-        """Add a worker for each of these values of CUDA_VISIBLE_DEVICES. Returns their first links, to be submitted."""
+        """Add a worker for each device (CUDA_VISIBLE_DEVICES). Returns their first links, to be submitted."""
         base = new_base()
         with self._database.transaction() as tx:
             first = tx.execute(select(func.coalesce(func.max(worker.c.worker_id) + 1, 0))).scalar_one()
@@ -46,11 +46,10 @@ class Chains:
             return jobs
 
     def start(self, start: JobStart, now: float, max_failures: int, successor: bool = True) -> Started | str:
-        """A job begins: it becomes the one link of its chain that works, and gets a successor to submit, unless
-        successor is False.
+        """Start a job: it becomes the only running link of its chain. If the job must not run, returns the reason.
 
-        Any earlier link has ended (or is a zombie, whose generation is stale), so the chain's claims expire. Returns
-        the reason instead if this job must not work.
+        Any earlier link has ended (or is a zombie whose generation is stale), so the chain's claims expire.
+        successor: whether to add a successor for the job to submit.
         """
         token, worker_id = start.token, start.worker_id
         with self._database.transaction() as tx:
@@ -68,7 +67,7 @@ class Chains:
             tx.execute(this_job.values(**place, **begins, ended_at=None, outcome=None))
             earlier = select(job.c.job_id).where(job.c.worker_id == worker_id, job.c.link < mine.link, links.IS_OPEN)
             for job_id in tx.execute(earlier).scalars().all():
-                links.close_link(tx, job_id, JobState.LOST, "it never reported its end", now)
+                links.close_link(tx, job_id, JobState.LOST, "the job never reported its end", now)
             expire(tx, chunk.c.worker_id == worker_id, ExpiredBy.JOB_SILENT, now)
             who, why_not = links.why_no_successor(tx, worker_id, now, max_failures)
             link = None
@@ -78,7 +77,7 @@ class Chains:
             return Started(job_of(tx.execute(select(job).where(job.c.job_id == mine.job_id)).one()), who, link)
 
     def find(self, token: str, worker_id: int) -> tuple[ChainJob | None, ChainJob | None]:
-        """The job with this token, and the one that it follows."""
+        """Return the job with this token and its predecessor (None for each that does not exist)."""
         with self._database.transaction() as tx:
             mine = links.job_with(tx, token, worker_id)
             if mine is None:
@@ -91,9 +90,9 @@ class Chains:
             return [worker_of(w) for w in tx.execute(select(worker).order_by(worker.c.worker_id)).all()]
 
     def submitted(self, taken: Iterable[Submitted]) -> list[ChainJob]:
-        """The cluster has taken these jobs. What a job that has begun wrote about itself stays.
+        """Record that the cluster has accepted these jobs. Jobs that have already started are left as they are.
 
-        Returns those that were cancelled meanwhile: the caller takes them out of the queue again.
+        Returns the jobs that were cancelled meanwhile; the caller must remove them from the queue.
         """
         unwanted = []
         with self._database.transaction() as tx:
@@ -107,8 +106,8 @@ class Chains:
         return unwanted
 
     def close(self, jobs: Sequence[ChainJob], state: JobState, reason: str, now: float) -> None:
-        """Close links that have not begun. LOST: the cluster did not take them, so their chains are broken until they
-        are mended. CANCELLED: they are not wanted any more; if one begins all the same, it does nothing."""
+        """Close links that have not started. LOST: the cluster did not accept them, so their chains are broken until
+        mended. CANCELLED: they are no longer wanted; a cancelled job that starts anyway does nothing."""
         with self._database.transaction() as tx:
             for it in jobs:
                 if tx.execute(select(job.c.state).where(job.c.job_id == it.job_id)).scalar_one() != JobState.RUNNING:
@@ -117,14 +116,14 @@ class Chains:
     def end(
         self, mine: ChainJob, outcome: str, error: bool, now: float, max_failures: int
     ) -> tuple[ChainJob | None, str | None]:
-        """A job reports its end. Returns its open successor, and why that one is not wanted, if so.
+        """Record the end of a job. Returns its open successor, if any, and why the successor is not wanted, if so.
 
         An unwanted successor is marked cancelled here; the caller cancels it on the cluster.
         """
         with self._database.transaction() as tx:
             if not links.close_link(tx, mine.job_id, JobState.ENDED, outcome, now, mine.starts):
                 return None, None
-            expire(tx, chunk.c.job_id == mine.job_id, ExpiredBy.JOB_ENDED, now)  # an error kept it from giving it back
+            expire(tx, chunk.c.job_id == mine.job_id, ExpiredBy.JOB_ENDED, now)  # claims that the job still holds
             if error:
                 links.count_failure(tx, mine.worker_id)
             later = select(job).where(job.c.worker_id == mine.worker_id, job.c.link > mine.link, links.IS_OPEN)
@@ -140,7 +139,7 @@ class Chains:
             return links.why_no_successor(tx, worker_id, now, max_failures)[1] is None
 
     def back_to_queue(self, mine: ChainJob, successor: ChainJob, now: float) -> bool:
-        """This job is queued again itself, since the queue has no room for its successor."""
+        """Mark a job as requeued: the queue has no room for its successor. Returns False if the job is not running."""
         with self._database.transaction() as tx:
             done = tx.execute(
                 update(job)
@@ -158,8 +157,8 @@ class Chains:
     def apply_mend(
         self, lost: Sequence[ChainJob], adopt: Sequence[tuple[ChainJob, str]], now: float, reasons: Mapping[int, str]
     ) -> None:
-        """Write down what the cluster proved: these jobs are gone, those have an id after all. reasons: how the lost
-        ones ended, by job_id."""
+        """Record what the cluster reported. lost: jobs that are gone; reasons: how they ended, by job_id. adopt: jobs
+        whose submission succeeded, with their cluster_id."""
         with self._database.transaction() as tx:
             for gone in lost:
                 if links.close_link(tx, gone.job_id, JobState.LOST, reasons[gone.job_id], now, gone.starts):
@@ -174,7 +173,7 @@ class Chains:
             links.settle(tx, now)
 
     def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[ChainJob]:
-        """New links for chains without an open one, if the rules still want them."""
+        """Add a link to each chain without an open link, if the rules still want one. Returns the new links."""
         base = new_base()
         made: list[ChainJob] = []
         with self._database.transaction() as tx:
@@ -191,18 +190,18 @@ class Chains:
         return made
 
     def stop_worker(self, worker_id: int, reason: str, now: float) -> None:
-        """This chain has failed too often. With the last chain, the run has failed."""
+        """Stop a chain that has failed too often. If it was the last chain, the run has failed."""
         with self._database.transaction() as tx:
             links.stop_worker(tx, worker_id, reason, now)
 
 
 def _count_later(tx: Connection, mine: ChainJob, which: ColumnElement[bool]) -> int:
-    """How many later links of its chain are like this."""
+    """Count the later links of the job's chain that satisfy `which`."""
     later = select(func.count()).where(job.c.worker_id == mine.worker_id, job.c.link > mine.link, which)
     count: int = tx.execute(later).scalar_one()
     return count
 
 
 def new_base() -> str:
-    """A name that no other submission has. With the index of a job in the submission, it is that job's token."""
+    """Return a unique name for a submission. A job's token is this name and the job's index in the submission."""
     return secrets.token_hex(8)

@@ -1,5 +1,5 @@
-"""Short transactions on SQLite (a file with a fair lock around it) or on a PostgreSQL server (a schema for each run,
-with an advisory lock)."""
+"""Short transactions on SQLite (a file protected by a fair lock) or on a PostgreSQL server (a schema and an
+advisory lock for each run)."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ from orchestrator.locking.choice import Choice, lock_of, read_record
 from orchestrator.locking.mounts import LOCAL, mount_here
 from orchestrator.locking.soft_lock import HeldError
 
-# The server releases it at the end of the transaction, whatever ends that. Waiters for it form a queue. Waiters for a
-# lock on a row do not: with 64 processes some waited for 3 s, and a third fewer chunks were finished.
+# The server releases the lock when the transaction ends, for whatever reason. Waiters for an advisory lock queue up;
+# waiters for a row lock do not: with 64 processes, some waited 3 s, and a third fewer chunks were finished.
 _RUN_LOCK = Statement(select(func.pg_advisory_xact_lock(bindparam("key", type_=BigInteger))))
 _ANYTHING = Statement(select(literal_column("1").label("one")))
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-SHORT_READ = sqlite3.SQLITE_IOERR | (2 << 8)  # a file that ends too early
-# How long connecting to a server that restarts, or has no free connection, is tried: by a command, and by a job, which
-# has work to lose.
+SHORT_READ = sqlite3.SQLITE_IOERR | (2 << 8)  # SQLITE_IOERR_SHORT_READ: the file is truncated
+# How long to keep retrying while the server restarts or has no free connection: commands, then jobs (longer, since a
+# job has work to lose).
 CONNECT_FOR_S, JOB_CONNECTS_FOR_S = 3.0, 300.0
-# The server ends a transaction whose client was stopped or lost, so that the other clients can go on. They wait this
-# long for the run's lock. (psycopg's pipelines are not used: they end with a Flush after their Sync, which stops the
-# server's clock for idle transactions.)
+# The server ends a transaction whose client was stopped or lost, so that other clients, which wait up to lock_timeout
+# for the run's lock, can continue. (Don't use psycopg's pipelines: they send a Flush after their Sync, which stops the
+# server's timer for idle transactions.)
 SERVER_LIMITS = "-c idle_in_transaction_session_timeout=60s -c lock_timeout=300s -c tcp_keepalives_idle=60"
 
 
 class Database:
-    """The place of the tables, and one transaction at a time on them."""
+    """A database with the tables of one run, which allows one transaction at a time."""
 
     def __init__(
         self, url: str | None, run_folder: Path, schema_name: str | None = None, connect_for_s: float = CONNECT_FOR_S
     ) -> None:
-        """Opens nothing yet. url: of PostgreSQL or of a SQLite file; None: SQLite in the run folder. schema_name: holds
-        this run's tables on a server. connect_for_s: how long to try to connect to a server.
+        """Prepare the database without connecting. url: a PostgreSQL server or a SQLite file; None: SQLite in the run
+        folder. schema_name: the server's schema for this run. connect_for_s: how long to try to connect to a server.
 
-        Raises LeaderboardError for a URL that can't be used.
+        Raises LeaderboardError if the URL can't be used.
         """
         try:
             self.url: URL = make_url(url or f"sqlite:///{run_folder / DATABASE_NAME}")
@@ -69,7 +69,7 @@ class Database:
         self._lock_key = int.from_bytes(sha256(f"orch {schema_name}".encode()).digest()[:8], signed=True)
         self._run_name = run_folder.absolute().name
         self.connect_for_s = connect_for_s
-        self._opened: tuple[int, int] | None = None  # device and inode of the file of the kept connection
+        self._opened: tuple[int, int] | None = None  # device and inode of the SQLite file when it was last opened
         self._lock = lock_of(self.lock_choice, self.file) if self.lock_choice and self.file else None
         weakref.finalize(self, self._engine.dispose)
 
@@ -79,7 +79,7 @@ class Database:
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_immediate)
             return engine
-        # One connection, kept until `release_connection`: a server has fewer connections than a large run has workers.
+        # Keep one connection until `release_connection`: a server has fewer connections than a large run has workers.
         engine = create_engine(
             self.url,
             poolclass=QueuePool,
@@ -91,41 +91,41 @@ class Database:
         return engine.execution_options(schema_translate_map={None: schema_name})
 
     def release_connection(self) -> None:
-        """For a time without transactions, such as the training of a chunk."""
+        """Close the server connection before a time without transactions, such as the training of a chunk."""
         if not self.file:
             self._engine.dispose()
 
     @property
     def name(self) -> str:
-        """For messages: without a password."""
+        """The database's file or URL for messages, without the password."""
         return str(self.file) if self.file else self.url.render_as_string(hide_password=True)
 
     @property
     def advice(self) -> str:
-        """What to do about a lost database."""
+        """For messages: how to restore a lost database."""
         return f"`orch repair {self._run_name}` rebuilds it from the checkpoints' records"
 
     def _hint(self, error: BaseException) -> str:
         if is_damage(error):
             return f". {self.advice}"
         unreached = not self.file and isinstance(error, self._engine.dialect.loaded_dbapi.OperationalError)
-        return ". docs/postgresql.md says what a server needs" if unreached else ""
+        return ". See docs/postgresql.md for what the server needs" if unreached else ""
 
     def exists(self) -> bool:
         return self.file is None or self.file.exists()
 
     def refuse_empty(self) -> None:
-        """Raises LeaderboardError for an empty file, which SQLite would take for a new database."""
+        """Raise LeaderboardError if the file is empty, since SQLite would treat it as a new database."""
         if self.file and self.file.exists() and not self.file.stat().st_size:
             raise LeaderboardError(f"{self.file} is empty. {self.advice}")
 
     @contextmanager
     def transaction(self, own_lock: bool = True) -> Iterator[Connection]:
-        """One transaction, serialised with all others of this run: by the outer lock and BEGIN IMMEDIATE on SQLite, by
-        an advisory lock on a server. Commits at the end, rolls back on an exception. own_lock: False to look only,
-        without the server's lock.
+        """Run one transaction, serialised with all others of this run: by the file lock and BEGIN IMMEDIATE on SQLite,
+        by an advisory lock on a server. Commits at the end, rolls back on an exception. own_lock: take the server's
+        lock; reading does not need it.
 
-        Raises LeaderboardError if the database does not answer or is damaged.
+        Raises LeaderboardError if the database does not respond or is damaged.
         """
         if not self.exists():
             raise LeaderboardError(f"{self.file} is missing. {self.advice}")
@@ -140,8 +140,8 @@ class Database:
                 else f"{error.lock_file} was held by another process for {held_for_s:.0f} s; "
                 "is a process of this run stopped (SIGSTOP)?"
             ) from error
-        except OSError as error:  # from the lock's files
-            raise LeaderboardError(f"{self.name}: its lock: {error.filename}: {error.strerror or error}") from error
+        except OSError as error:  # raised by the lock's files
+            raise LeaderboardError(f"{self.name}: lock file {error.filename}: {error.strerror or error}") from error
         except (DatabaseError, self._engine.dialect.loaded_dbapi.DatabaseError) as error:
             cause = getattr(error, "orig", None) or error  # a Statement uses the driver directly
             text = " ".join(str(cause).split())  # a server's message may have several lines
@@ -149,13 +149,13 @@ class Database:
 
     @contextmanager
     def _begin(self, own_lock: bool) -> Iterator[Connection]:
-        """Only connecting to a server and waiting for its lock are tried again, not what follows in a transaction."""
+        """Begin a transaction. Retries connecting to a server and waiting for its lock, but no later statement."""
         if self.file:
             self._forget_if_replaced(self.file)
             try:
                 with self._engine.begin() as connection:
                     yield connection
-            except BaseException:  # a kept connection may have a wrong view of the file now
+            except BaseException:  # a kept connection may have a wrong view of the file after an error
                 self._engine.dispose()
                 raise
             return
@@ -172,7 +172,7 @@ class Database:
             connection.commit()
 
     def _on_server(self, own_lock: bool) -> Connection:
-        """A connection in a transaction. The first statement fails if a kept connection was lost."""
+        """Begin a transaction on the server. Its first statement fails if the kept connection was lost."""
         connection = self._engine.connect()
         try:
             connection.begin()
@@ -187,7 +187,7 @@ class Database:
         return connection
 
     def _forget_if_replaced(self, file: Path) -> None:
-        """`orch repair` replaces a damaged file."""
+        """Close the kept connection if the file was replaced, as `orch repair` does."""
         stat = file.stat()
         opened = (stat.st_dev, stat.st_ino)
         if opened != self._opened:
@@ -195,9 +195,9 @@ class Database:
             self._opened = opened
 
     def _is_worth_another_try(self, error: BaseException) -> bool:
-        """Is the server starting, ending, out of connections or out of reach? SQLSTATE classes 53 (insufficient
-        resources), 57 (operator intervention) and 08 (connection), or none. A refused login has none either; only
-        libpq's text tells it from the others."""
+        """Is the server starting, stopping, out of connections or unreachable? The SQLSTATE is then of class 53
+        (insufficient resources), 57 (operator intervention) or 08 (connection), or is missing. It is also missing
+        after a refused login, which only libpq's message identifies."""
         cause = error.orig if isinstance(error, OperationalError) else error
         if not isinstance(cause, self._engine.dialect.loaded_dbapi.OperationalError):
             return False
@@ -207,12 +207,12 @@ class Database:
 
     @contextmanager
     def creation(self) -> Iterator[Connection]:
-        """Create the tables, with SQLite's file or the server's schema if that does not exist. The caller writes in the
-        same transaction. Raises LeaderboardError if the tables exist already.
+        """Create the tables, and the SQLite file or the server's schema if missing. The caller writes the first rows in
+        the same transaction. Raises LeaderboardError if the tables already exist.
         """
         if self.file:
             if self.file.exists():
-                raise LeaderboardError(f"{self.file} exists already")
+                raise LeaderboardError(f"{self.file} already exists")
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.touch()
         with self.transaction(own_lock=False) as connection:
@@ -221,7 +221,7 @@ class Database:
                 if inspector.has_table(schema.run.name, schema=self.schema_name):
                     raise LeaderboardError(
                         f"{self.name}: the schema {self.schema_name} holds a run already; choose another "
-                        '"database_schema", or leave it out, and each run gets its own schema'
+                        '"database_schema", or leave it out to give each run its own schema'
                     )
                 if not inspector.has_schema(self.schema_name):
                     connection.execute(CreateSchema(self.schema_name))
@@ -229,7 +229,7 @@ class Database:
             yield connection
 
     def drop(self, schema_too: bool) -> None:
-        """Undo `creation`. schema_too: the schema was made for this run. Raises LeaderboardError."""
+        """Undo `creation`. schema_too: also drop the schema, which was made for this run. Raises LeaderboardError."""
         if self.file:
             self.file.unlink(missing_ok=True)
             journal_of(self.file).unlink(missing_ok=True)
@@ -241,33 +241,33 @@ class Database:
 
 
 def journal_of(file: Path) -> Path:
-    """SQLite's rollback journal, beside its file."""
+    """Return the path of SQLite's rollback journal, beside its file."""
     return file.with_name(f"{file.name}-journal")
 
 
 def is_damage(error: BaseException | None) -> bool:
-    """Does SQLite report that the file is not what it wrote? Others (a lock, permissions, a full disk) may pass."""
+    """Does SQLite report a damaged file? Other errors (a lock, permissions, a full disk) may be temporary."""
     if not isinstance(error, sqlite3.DatabaseError):
         return False
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:
-        return "decode" in str(error)  # sqlite3 has only its text to tell that a text is not UTF-8
+        return "decode" in str(error)  # for a text that is not UTF-8, sqlite3 sets no code, only this message
     return code & 0xFF in DAMAGE or code == SHORT_READ
 
 
 def _without_password(url: str | None) -> str:
-    """For messages, also for a URL that SQLAlchemy does not understand."""
+    """Mask the password in a URL for messages, even if SQLAlchemy can't parse the URL."""
     return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", url or "")
 
 
 def _sqlite_options(file: Path, lock: Choice | None) -> dict[str, Any]:
-    """How connections to a SQLite file are opened and kept.
+    """Return create_engine's options for opening and keeping connections to a SQLite file.
 
     On a local file system the connection is kept: SQLite then reads the schema and compiles the statements only once,
-    half of its work in a short transaction. A network file system shows other nodes' writes when a file is opened, so
-    there each transaction opens the file, after it has taken the lock.
+    half of the work in a short transaction. A network file system only shows other nodes' writes when a file is opened,
+    so there each transaction opens the file after taking the lock.
     """
-    options: dict[str, Any] = {"pool_reset_on_return": None}  # a connection's transaction has ended by then
+    options: dict[str, Any] = {"pool_reset_on_return": None}  # a returned connection has no open transaction
     mount = mount_here(file.parent.resolve())
     kept = mount is not None and mount.fstype in LOCAL
     options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0} if kept else {"poolclass": NullPool}
@@ -278,11 +278,11 @@ def _sqlite_options(file: Path, lock: Choice | None) -> dict[str, Any]:
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    """The settings of each new connection.
+    """Configure a new connection.
 
-    PERSIST: to commit, the header of the rollback journal is overwritten; it is never deleted. DELETE makes and deletes
-    a journal in each transaction: a quarter slower on a local disk, two more requests to the metadata server
-    of a network file system, whose other nodes may not see the journal at once, and the deletion outlasts a power cut
+    PERSIST commits by overwriting the header of the rollback journal, which is never deleted. DELETE would create and
+    delete a journal in each transaction: a quarter slower on a local disk, and two more requests to the metadata server
+    of a network file system, where other nodes may not see the journal at once. Also, the deletion survives a power cut
     only with synchronous=EXTRA. WAL needs shared memory between the nodes.
     """
     connection.isolation_level = None  # _begin_immediate begins transactions, not the driver

@@ -1,4 +1,4 @@
-"""Does a run's database exist, is it whole, and is it consistent with itself? Changes nothing."""
+"""Check, without changing it, whether a run's database exists, is intact and is consistent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.records import ChainJob, ChunkState, ExpiredBy, JobState, RunS
 from orchestrator.settings.loading import thaw
 from orchestrator.settings.settings import Settings
 
-ALLOWED: Mapping[tuple[str, str], frozenset[str | None]] = {  # by table and column
+ALLOWED: Mapping[tuple[str, str], frozenset[str | None]] = {  # allowed values, by table and column
     ("run", "state"): frozenset(map(str, RunState)),
     ("job", "state"): frozenset(map(str, JobState)),
     ("chunk", "state"): frozenset(map(str, ChunkState)),
@@ -39,15 +39,15 @@ class Condition(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """The condition of a database, and what is wrong with it."""
+    """The condition of a database, and its problems."""
 
     condition: Condition
     problems: tuple[str, ...] = ()
 
 
 def examine(database: Database) -> Health:
-    """Raises LeaderboardError if the database can't be looked at now (the server does not answer, the file is locked or
-    not readable), or if an unknown version of orch wrote it."""
+    """Examine the database. Raises LeaderboardError if that is not possible now (the server does not respond, the file
+    is locked or not readable), or if an unknown version of orch wrote it."""
     if not database.exists():
         return Health(Condition.LOST, (f"{database.name} is missing",))
     if database.file and not database.file.stat().st_size:
@@ -94,8 +94,8 @@ def _examine(tx: Connection, database: Database) -> Health:
 
 
 def _checked_version(tx: Connection, database: Database) -> int:
-    """The version of the tables, or this one where it can't be read: then the damage is reported later. Raises
-    LeaderboardError if it is not known."""
+    """Return the version of the tables, or the current version if it can't be read (the damage is reported later).
+    Raises LeaderboardError for an unknown version."""
     if database.file is None:  # an error would end the server's transaction
         names = {column["name"] for column in inspect(tx).get_columns(schema.run.name, schema=database.schema_name)}
         if not {"schema_version", "orch_version"} <= names:
@@ -112,7 +112,7 @@ def _checked_version(tx: Connection, database: Database) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """What a new database needs of the run's row in a damaged one."""
+    """The values of a damaged database's run row that a new database needs."""
 
     settings: Settings
     import_paths: list[str]
@@ -120,7 +120,7 @@ class RunRow:
 
 
 def run_row(database: Database) -> RunRow | None:
-    """None if the run's row can't be read, or holds something that orch does not write."""
+    """Return the run's row, or None if it can't be read or holds values that orch never writes."""
     rows = _salvaged(database, select(*schema.run.c["settings", "import_paths", "created_at"]))
     if len(rows) != 1 or not isinstance(rows[0].settings, str) or not isinstance(rows[0].created_at, float):
         return None
@@ -134,7 +134,7 @@ def run_row(database: Database) -> RunRow | None:
 
 
 def open_jobs(database: Database) -> list[ChainJob]:
-    """The open jobs in a damaged database; none if they can't be read."""
+    """Return the open jobs in a damaged database; an empty list if they can't be read."""
     try:
         return [job_of(row) for row in _salvaged(database, select(schema.job).where(IS_OPEN))]
     except ValueError:
@@ -142,7 +142,7 @@ def open_jobs(database: Database) -> list[ChainJob]:
 
 
 def _salvaged(database: Database, query: Select[Any]) -> Sequence[Row[Any]]:
-    """Rows of a damaged database; none if they can't be read."""
+    """Return rows of a damaged database; an empty list if they can't be read."""
     try:
         database.refuse_empty()
         with database.transaction(own_lock=False) as tx:
@@ -152,11 +152,11 @@ def _salvaged(database: Database, query: Select[Any]) -> Sequence[Row[Any]]:
 
 
 def inconsistencies(tables: Tables) -> list[str]:
-    """What orch never writes, in the rows of all its tables: a line for each, at most ten."""
+    """Describe states of the tables that orch never writes, one line each, at most ten."""
     if len(tables["run"]) != 1:
         return [f"run: {len(tables['run'])} rows, not 1"]
     problems = [
-        f"{table}: the {column} {row[column]!r} of a row is not one that orch knows"
+        f"{table}: a row has the unknown {column} {row[column]!r}"
         for (table, column), allowed in ALLOWED.items()
         for row in tables[table]
         if row.get(column) not in allowed
@@ -170,13 +170,13 @@ def inconsistencies(tables: Tables) -> list[str]:
         if row["founder_id"] not in by_id
     ]
     problems += [
-        f"entry {e['entry_id']} is on the board, and its checkpoint's file is released"
+        f"entry {e['entry_id']} is on the board, but its checkpoint is marked as released"
         for e in tables["entry"]
         if e["on_board"] and by_id[e["checkpoint_id"]]["released"]
     ]
     highest = max((c["generation"] for c in tables["chunk"]), default=0)
     if highest > tables["run"][0]["generation"]:
         problems.append(
-            f"chunk: generation {highest} was never given; the run's last is {tables['run'][0]['generation']}"
+            f"chunk: generation {highest} was never issued; the run's latest is {tables['run'][0]['generation']}"
         )
     return problems[:10]

@@ -1,4 +1,4 @@
-"""One run's leaderboard: its database, and what can be done with it."""
+"""The leaderboard of one run: its database and the operations on it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from orchestrator.settings.settings import Settings
 
 
 class Leaderboard:
-    """One run's database: made by `create` at launch, and opened by `open` after that."""
+    """One run's database: `create` makes it at launch, and later `open` opens it."""
 
     def __init__(self, database: Database, settings: Settings, version: int) -> None:
-        """settings, version: the run's, as they are now."""
+        """settings, version: the run's current settings and their version."""
         self.database = database
         self.settings, self.version = settings, version
         policy = settings.policy(version)
@@ -46,7 +46,7 @@ class Leaderboard:
         now: float,
         deadline: float,
     ) -> None:
-        """Create the tables and the run's row. Raises LeaderboardError if there is a run already."""
+        """Create the tables and the run's row. Raises LeaderboardError if the tables already exist."""
         with Database(url, run_folder, schema_name).creation() as tx:
             insert_run(
                 tx,
@@ -60,7 +60,7 @@ class Leaderboard:
 
     @staticmethod
     def discard(run_folder: Path, url: str | None, schema_name: str | None, schema_too: bool) -> None:
-        """Undo `create`, if the database answers. schema_too: the schema was made for this run."""
+        """Undo `create`, if the database responds. schema_too: also drop the schema, which was made for this run."""
         with suppress(LeaderboardError):
             Database(url, run_folder, schema_name).drop(schema_too)
 
@@ -68,7 +68,7 @@ class Leaderboard:
     def open(
         cls, run_folder: Path, url: str | None, schema_name: str | None, connect_for_s: float = CONNECT_FOR_S
     ) -> Leaderboard:
-        """Upgrades a database of version 1. Raises LeaderboardError if there is none, or one of an unknown version."""
+        """Open a database, upgrading version 1. Raises LeaderboardError if it is missing or of an unknown version."""
         database = Database(url, run_folder, schema_name, connect_for_s)
         database.refuse_empty()
         with database.transaction(own_lock=False) as tx:
@@ -76,7 +76,7 @@ class Leaderboard:
                 row = tx.execute(select(schema.run)).one_or_none()
             except DatabaseError as error:
                 raise LeaderboardError(
-                    f"{database.name} is not a leaderboard of orch: {error.orig}. {database.advice}"
+                    f"{database.name} is not an orch leaderboard: {error.orig}. {database.advice}"
                 ) from error
         if row is None:
             raise LeaderboardError(f"{database.name} holds no run; was its launch interrupted? {database.advice}")

@@ -1,4 +1,4 @@
-"""Steps inside a transaction, which claims, results and chains are made of."""
+"""Steps inside a transaction, shared by claims, results and chains."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ CONSUMED = (ChunkState.PROMOTED, ChunkState.DISCARDED)
 HELD = (ChunkState.LIVE, ChunkState.SUSPENDED)
 
 
-# --- the statements of every chunk
+# --- statements executed for every chunk
 
 
 def _is_one_of(states: Sequence[ChunkState]) -> ColumnElement[bool]:
-    """Written into the SQL, since databases use a partial index only for constants."""
+    """Write the states into the SQL as constants: databases do not use a partial index for bound parameters."""
     return chunk.c.state.in_([literal_column(f"'{state}'") for state in states])
 
 
@@ -84,23 +84,23 @@ _LOG = Statement(insert(event))
 
 @dataclass(frozen=True, slots=True)
 class BoardView:
-    """What a claim or a result begins from."""
+    """The state of the board at the start of a claim or of a result."""
 
     context: Any  # see `context_of`
     entries: list[Entry]  # on the board
-    rows: Mapping[int, Any]  # of the entries, by entry_id: with the checkpoint's file, sha256 and epochs
-    founders: int  # live or suspended chunks that train one
-    suspended: int  # chunks
-    first_lease_end: float | None  # of the live chunks
+    rows: Mapping[int, Any]  # by entry_id: each entry joined with its checkpoint's file, sha256 and epochs
+    founders: int  # number of live or suspended chunks that train a founder
+    suspended: int  # number of suspended chunks
+    first_lease_end: float | None  # the earliest end of a live chunk's lease
 
 
 def context_of(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> Any:
-    """The run, the worker, its job and its chunk, in one row."""
+    """Return the run, the worker, its job and its chunk, joined in one row."""
     return _CONTEXT.first(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id)
 
 
 def look(tx: Connection, context: Any) -> BoardView:
-    """Read the board. This reads a row for each entry that is worked on; the number of workers does not matter."""
+    """Read the board. The number of rows read depends on the number of entries, not of workers."""
     in_progress: Counter[int | None] = Counter()  # by entry_id; None: founders
     suspended, leases = 0, []
     for entry_id, state, chunks, lease_until in _HELD_COUNTS.all(tx):
@@ -115,7 +115,7 @@ def look(tx: Connection, context: Any) -> BoardView:
 
 
 def read_entries(tx: Connection) -> list[Entry]:
-    """The entries on the board, without their work in progress."""
+    """Return the entries on the board, with in_progress left at 0."""
     return [_entry(row) for row in _BOARD.all(tx)]
 
 
@@ -133,7 +133,7 @@ def _entry(row: Any, in_progress: int = 0) -> Entry:
 
 
 def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int], set[int]]:
-    """The consumed and the leased positions of an entry, from its floor on."""
+    """Return the consumed and the leased positions of an entry, starting at its floor."""
     consumed: set[int] = set()
     leased: set[int] = set()
     for position, state in _TAKEN.all(tx, of_entry=entry_id, from_position=floor):
@@ -142,7 +142,7 @@ def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int]
 
 
 def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> None:
-    """Count a finished chunk of this entry (None: of a founder, which has no entry), and advance the entry's floor."""
+    """Count a finished chunk on this entry and advance its floor; entry_id is None for a founder's chunk (no-op)."""
     if entry_id is None:
         return
     if position == floor:
@@ -152,7 +152,7 @@ def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> 
 
 
 def release(tx: Connection) -> tuple[str, ...]:
-    """Mark the checkpoints that neither an entry nor a claim refers to; their files may be deleted."""
+    """Release the checkpoints that no entry on the board and no claim refers to. Returns their files, now deletable."""
     rows = _UNREFERENCED.all(tx)
     if rows:
         ids = [r.checkpoint_id for r in rows]
@@ -161,16 +161,16 @@ def release(tx: Connection) -> tuple[str, ...]:
 
 
 def take_off(tx: Connection, entry_id: int, reason: str, now: float, **found_by: int) -> None:
-    """An entry whose file is damaged leaves the board, and its slot is free. found_by: a worker_id and a chunk_id."""
+    """Take an entry with a damaged file off the board. found_by: the worker_id and chunk_id that found the damage."""
     on_board = update(entry).where(entry.c.entry_id == entry_id, ON_BOARD)
     tx.execute(on_board.values(on_board=False, evicted_at=now))
-    tx.execute(update(run).values(chunks_since_promotion=0))  # a run that had converged has a slot to fill
+    tx.execute(update(run).values(chunks_since_promotion=0))  # a converged run has a free slot again
     log_event(tx, now, "condemned", entry_id=entry_id, reason=reason, **found_by)
     release(tx)
 
 
 def expire(tx: Connection, claims: ColumnElement[bool], by: ExpiredBy, now: float) -> None:
-    """Take live claims from their workers. A chunk that was suspended before is suspended again."""
+    """Revoke live claims. A chunk that was resumed from a suspended state is suspended again; others expire."""
     for row in tx.execute(select(chunk).where(claims, chunk.c.state == ChunkState.LIVE)).all():
         resumable = row.suspended_file is not None
         tx.execute(
@@ -206,7 +206,7 @@ def log_event(
 
 
 def json_safe(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has neither NaN nor infinities; None stands for them."""
+    """Replace NaN and infinities by None, since JSON has neither."""
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 

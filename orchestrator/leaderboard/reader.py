@@ -1,4 +1,4 @@
-"""What is shown: the board, the counts, the jobs. It writes nothing."""
+"""Read-only queries for what the commands display."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Reader:
         self._metric = metric
 
     def entries(self) -> list[dict[str, Any]]:
-        """The board, best first; equals in the order they came."""
+        """Return the board, best first; the older of two equal entries comes first."""
         with self._database.transaction() as tx:
             rows = tx.execute(
                 select(*_ENTRY)
@@ -57,7 +57,7 @@ class Reader:
             return [{"rank": rank, **row._mapping} for rank, row in enumerate(rows, start=1)]
 
     def counts(self) -> dict[str, Any]:
-        """Chunks and jobs by state, epochs, seconds of training, and how many claims have expired."""
+        """Count chunks and jobs by state, epochs, seconds of training and expired claims."""
         with self._database.transaction() as tx:
             by_state = select(chunk.c.state, func.count()).group_by(chunk.c.state)
             chunks: dict[str, int] = {row[0]: row[1] for row in tx.execute(by_state)}
@@ -74,28 +74,28 @@ class Reader:
         }
 
     def last_jobs(self) -> dict[int, ChainJob]:
-        """The job of each worker that says most about its chain (see `succession.job_to_show`)."""
+        """Return the job that represents each worker's chain (see `succession.job_to_show`)."""
         with self._database.transaction() as tx:
             links = [job_of(row) for row in tx.execute(select(job).order_by(job.c.worker_id, job.c.link)).all()]
         chains = groupby(links, key=lambda link: link.worker_id)
         return {worker_id: succession.job_to_show(list(chain)) for worker_id, chain in chains}
 
     def tokens(self) -> list[tuple[int, str, bool]]:
-        """(worker, token, open?) of every job, each chain in its order."""
+        """Return (worker, token, is it open?) for every job, ordered by worker and link."""
         with self._database.transaction() as tx:
             rows = tx.execute(select(job.c.worker_id, job.c.token, job.c.state).order_by(job.c.worker_id, job.c.link))
             return [(r.worker_id, r.token, r.state in OPEN) for r in rows.all()]
 
     def never_begun(self) -> list[ChainJob]:
-        """Jobs that were given up before they began. Such a job may be in the queue all the same, after a crash of the
-        controller."""
+        """Return the jobs that were given up before they started. After a crash of Slurm's controller, such a job may
+        still be in the queue."""
         with self._database.transaction() as tx:
             given_up = job.c.state.in_((JobState.LOST, JobState.CANCELLED))
             rows = tx.execute(select(job).where(given_up, job.c.started_at.is_(None), job.c.cluster_id.is_not(None)))
             return [job_of(row) for row in rows.all()]
 
     def awaited(self, ended_before: float) -> list[ChainJob]:
-        """Jobs that reported their end before this time, and whose successor has not begun."""
+        """Return the jobs that reported their end before this time, and whose successor has not started."""
         with self._database.transaction() as tx:
             rows = tx.execute(
                 select(job)
@@ -110,14 +110,14 @@ class Reader:
             return [job_of(row) for row in rows.all()]
 
     def last_error(self) -> tuple[str, float] | None:
-        """The last error of a chunk, and when it happened."""
+        """Return the latest error of a chunk and its time, or None."""
         with self._database.transaction() as tx:
             with_error = select(chunk.c.error, chunk.c.finished_at).where(chunk.c.error.is_not(None))
             row = tx.execute(with_error.order_by(chunk.c.finished_at.desc()).limit(1)).one_or_none()
             return None if row is None else (row.error, row.finished_at)
 
     def recent_chunk_seconds(self) -> list[float]:
-        """How long the last five finished chunks of this run took, latest last."""
+        """Return how long the last five finished chunks of this run took, latest last."""
         with self._database.transaction() as tx:
             query = (
                 select(chunk.c.train_seconds)
@@ -128,13 +128,13 @@ class Reader:
             return list(tx.execute(query).scalars())[::-1]
 
     def rows(self, table: str) -> list[dict[str, Any]]:
-        """A whole table, in the order of its keys."""
+        """Return a whole table, ordered by its primary key."""
         wanted = {t.name: t for t in (run, job, checkpoint, entry, chunk, epoch, event)}[table]
         with self._database.transaction() as tx:
             return [dict(r._mapping) for r in tx.execute(select(wanted).order_by(*wanted.primary_key.columns)).all()]
 
     def references(self) -> tuple[set[str], set[int]]:
-        """The files that must stay, and the generations of claims that may be writing one now."""
+        """Return the files that must be kept, and the generations of live claims, which may be writing files."""
         with self._database.transaction() as tx:
             on_board = select(checkpoint.c.file).join(entry, entry.c.checkpoint_id == checkpoint.c.checkpoint_id)
             files = set(tx.execute(on_board.where(ON_BOARD)).scalars())

@@ -1,4 +1,4 @@
-"""Write a whole leaderboard from a plan that was made from the checkpoints' records."""
+"""Write a whole leaderboard, as planned from the checkpoints' records."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job
 from orchestrator.records import ChunkState, ExpiredBy, JobState, RunState, StopKind
 
 REPAIRED = "repaired; `orch resume` continues it"
-COPIED = {"epochs", "score", "profile", "metrics", "file", "sha256", "size_bytes", "created_at"}  # from a record
+COPIED = {"epochs", "score", "profile", "metrics", "file", "sha256", "size_bytes", "created_at"}  # record fields
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the new row of the run is made of."""
+    """The values for the new row of the run."""
 
     name: str
     settings: str  # JSON
     import_paths: Sequence[str]
     launched_at: float
     deadline: float
-    devices: Sequence[str | None]  # of each worker in the settings, CUDA_VISIBLE_DEVICES
+    devices: Sequence[str | None]  # CUDA_VISIBLE_DEVICES of each worker in the settings
 
 
 def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | None, now: float) -> None:
-    """Make the tables and fill them, in one transaction. kept: where the old database is, if it was kept.
+    """Create and fill the tables in one transaction. kept: where the old database was moved, or None.
 
     Raises LeaderboardError.
     """
@@ -65,11 +65,11 @@ def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | N
 
 
 def _add_workers(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) -> None:
-    """Each with a lost link, whose key is above those of all old jobs: an old job that is alive after all must not find
-    a new one under its own key."""
+    """Add the workers, each with a lost link. The links' job_ids are above all earlier ones, so that an old job that is
+    still alive does not find a new job under its own job_id."""
     wanted = len(origin.devices)
     for worker_id in range(max(wanted, plan.workers)):
-        values: dict[str, Any] = {"stopped": f"the run has {wanted} workers now", "stop_kind": StopKind.SURPLUS}
+        values: dict[str, Any] = {"stopped": f"the run now has {wanted} workers", "stop_kind": StopKind.SURPLUS}
         if worker_id < wanted:
             values = {"device": origin.devices[worker_id]}
         tx.execute(insert(worker).values(worker_id=worker_id, failures=0, **values))
@@ -89,7 +89,7 @@ def _add_workers(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) 
 
 
 def _add_chunks(tx: Connection, plan: RebuildPlan, now: float) -> None:
-    """Finished and suspended ones, without references; `_add_references` adds those."""
+    """Add finished and suspended chunks without their references; `_add_references` adds the references."""
     for made in plan.checkpoints:
         record = made.record
         values: dict[str, Any] = {"state": ChunkState.PROMOTED, "finished_at": record.created_at, "score": record.score}
@@ -135,7 +135,7 @@ def _add_checkpoints(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) 
 
 
 def _add_entries(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) -> dict[str, int]:
-    """In the order in which they were made, which decides between equals. Returns their keys, by file."""
+    """Add the entries in order of creation, since the older of two equal entries wins. Returns their keys, by file."""
     in_order = sorted(plan.checkpoints, key=lambda c: (c.record.created_at, c.record.generation))
     entries = {c.record.file: number for number, c in enumerate(in_order, start=1)}
     for made in in_order:
@@ -156,12 +156,12 @@ def _add_entries(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) -> d
 def _add_references(
     tx: Connection, plan: RebuildPlan, ids: Mapping[str, int], entries: Mapping[str, int], now: float
 ) -> None:
-    """Which entry's position each chunk has consumed. Positions with an unknown result get an expired chunk."""
+    """Set the entry whose position each chunk consumed. Add an expired chunk for each position with unknown result."""
     for record in (*(c.record for c in plan.checkpoints), *plan.suspended):
         if record.parent_file:
             whose = {"entry_id": entries[record.parent_file], "parent_id": ids[record.parent_file]}
         elif record.file in entries:
-            whose = {"entry_id": entries[record.file]}  # a founder's own
+            whose = {"entry_id": entries[record.file]}  # a founder's chunk belongs to the founder's entry
         else:
             continue
         tx.execute(update(chunk).where(chunk.c.chunk_id == record.chunk).values(whose))
@@ -186,7 +186,7 @@ def _add_references(
 
 
 def _move_sequences(tx: Connection, schema_name: str | None) -> None:
-    """The server's sequences continue above the keys that were given here."""
+    """Advance the server's sequences beyond the keys assigned above."""
     for table in schema.metadata.sorted_tables:
         (key,) = table.primary_key.columns
         name = f"{schema_name}.{table.name}" if schema_name else table.name

@@ -1,7 +1,7 @@
-"""Which leaderboard follows from the records beside the checkpoints: pure, for `orch repair`.
+"""Derive a leaderboard from the records beside the checkpoints, for `orch repair`. Pure functions.
 
-A record holds its checkpoint's whole line of ancestors, so every checkpoint that led to the board is known. Discarded
-chunks and lines that have died out left no record, so nothing is known about them.
+A record holds its checkpoint's whole lineage, so every checkpoint that led to the board is known. Discarded chunks and
+lineages that died out left no record, so nothing is known about them.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from orchestrator.rules import admission, claiming
 from orchestrator.rules.admission import Promote
 from orchestrator.rules.checkpoint_names import chunk_of, generation_of
 
-# More than a run claims between two checkpoints. Claims after the repair get generations that no earlier claim can
-# have had, even one that left no file: a worker that was taken for dead finds its writes refused.
+# Generations issued after a repair must be higher than any issued before it, including by claims that left no file, so
+# that writes from a worker wrongly presumed dead are refused. No run issues this many between two checkpoints.
 GENERATION_GAP = 1_000_000
-MOST_GAPS = 1_000_000  # more than any run has; damaged records must not fill the database
+MOST_GAPS = 1_000_000  # more than any run has: keeps damaged records from filling the database
 
 
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
-    """A checkpoint, and the entry that it is or was."""
+    """A checkpoint with its current or former entry."""
 
     record: CheckpointRecord
-    founder: str  # file
+    founder: str  # the founder's file
     start: int
     floor: int
     worked_on: int
     on_board: bool
-    known: bool  # False: nothing is known but that another one descends from it
+    known: bool  # False: no record describes it; it is only named as a parent
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A position of the entry with this file that was taken before, with an unknown result. The next claim takes it
-    again."""
+    """A position of the entry with this file that was claimed before the repair, with an unknown result. The next claim
+    takes it again."""
 
     file: str
     position: int
@@ -50,12 +50,12 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class RebuildPlan:
-    """What is written into the new database."""
+    """The contents of the new database."""
 
     checkpoints: tuple[Rebuilt, ...] = ()  # parents before their children
     suspended: tuple[CheckpointRecord, ...] = ()
     gaps: tuple[Gap, ...] = ()
-    generation: int = 0  # the last one that a claim may have
+    generation: int = 0  # the highest that an earlier claim may have
     notes: tuple[str, ...] = ()
 
     @property
@@ -64,18 +64,18 @@ class RebuildPlan:
 
     @property
     def workers(self) -> int:
-        """How many workers there were at least."""
+        """Return the smallest number of workers that the records allow."""
         named = [c.record.worker for c in self.checkpoints] + [r.worker for r in self.suspended]
         return max(named, default=-1) + 1
 
 
 @dataclass
 class _Family:
-    """All checkpoints that the records mention, by file, and their children."""
+    """All checkpoints mentioned in the records, by file, and their children."""
 
     records: dict[str, CheckpointRecord]
-    complete: set[str]  # files that exist and are whole
-    known: set[str]
+    complete: set[str]  # files that exist and are intact
+    known: set[str]  # files that a record describes
     children: dict[str, list[CheckpointRecord]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
@@ -101,14 +101,14 @@ class _Family:
 def plan(
     records: Sequence[CheckpointRecord], names: Iterable[str], num_models: int, metric: Metric, cycle: Sequence[Profile]
 ) -> RebuildPlan:
-    """The board that follows from the records of complete files. Raises CheckpointError if they contradict each other.
+    """Derive the board from the records of complete files. Raises CheckpointError if the records contradict each other.
 
-    names: of all files in the folder, whole or not, for the generations in them.
+    names: the names of all files in the folder, intact or not; they contain generations.
     """
     family = _family([r for r in records if r.kind == "candidate"])
     on_board = _board(family, num_models, metric)
     suspended = _suspended([r for r in records if r.kind == "suspended"], family, cycle)
-    ordered = sorted(family.records.values(), key=lambda r: r.generation)  # a claim comes after its parent's
+    ordered = sorted(family.records.values(), key=lambda r: r.generation)  # parents first: a child's claim is later
     generations = [generation_of(name) or 0 for name in names] + [r.generation for r in (*ordered, *suspended)]
     _refuse_twins([*ordered, *suspended])
     rebuilt = tuple(
@@ -133,7 +133,7 @@ def plan(
 
 
 def _refuse_twins(records: Iterable[CheckpointRecord]) -> None:
-    """Raises CheckpointError if two records have the same chunk or generation: a claim writes one checkpoint."""
+    """Raise CheckpointError if two records share a chunk or a generation: each claim writes only one checkpoint."""
     chunks: dict[int, CheckpointRecord] = {}
     generations: dict[int, CheckpointRecord] = {}
     for record in records:
@@ -141,18 +141,18 @@ def _refuse_twins(records: Iterable[CheckpointRecord]) -> None:
             if other is not record:
                 raise CheckpointError(
                     f"the records of {other.file} and {record.file} contradict each other: both have the same chunk or "
-                    "the same claim. Move the one of another run out of the checkpoints folder, and try again"
+                    "claim. Move the file that belongs to another run out of the checkpoints folder, and try again"
                 )
 
 
 def _family(candidates: Sequence[CheckpointRecord]) -> _Family:
-    """The candidates that may have been admitted, with their ancestors. If two consumed the same position, one was
-    refused: its claim had expired, and a later claim took the position."""
+    """Collect the candidates that may have been admitted, and their ancestors. If two consumed the same position, the
+    claim of one had expired, and its result was refused."""
     ancestors = {a.file: a for record in candidates for a in record.ancestors}
     mentioned = ancestors | {record.file: record for record in candidates}
     chosen: dict[tuple[str, int], CheckpointRecord] = {}
     for record in sorted(mentioned.values(), key=lambda r: (r.file in ancestors, r.generation)):
-        chosen[record.work] = record  # one with descendants was admitted; otherwise the later claim was
+        chosen[record.work] = record  # prefer records with descendants, then later claims
     records = {record.file: record for record in chosen.values()}
     known = set(records)
     complete = {record.file for record in candidates} & known
@@ -163,7 +163,7 @@ def _family(candidates: Sequence[CheckpointRecord]) -> _Family:
 
 
 def _forgotten(file: str, child: CheckpointRecord) -> CheckpointRecord:
-    """A parent of which only the name is known; it is taken for the founder."""
+    """Return a stand-in for a parent known only by name. It is treated as the founder."""
     return CheckpointRecord(
         kind="candidate",
         file=file,
@@ -182,7 +182,7 @@ def _forgotten(file: str, child: CheckpointRecord) -> CheckpointRecord:
 
 
 def _board(family: _Family, num_models: int, metric: Metric) -> set[str]:
-    """The ratchet again, in the order in which the files were written."""
+    """Return the files on the board, by applying the ratchet to the candidates in the order of their creation."""
     board: list[Entry] = []
     candidates = sorted((family.records[f] for f in family.complete), key=lambda r: (r.created_at, r.generation))
     for number, record in enumerate(candidates):
@@ -205,8 +205,8 @@ def _board(family: _Family, num_models: int, metric: Metric) -> set[str]:
 def _suspended(
     records: Sequence[CheckpointRecord], family: _Family, cycle: Sequence[Profile]
 ) -> list[CheckpointRecord]:
-    """Those that can go on: their parent is complete, their position has the same profile still, and no record shows
-    that the chunk was finished later."""
+    """Return the suspended chunks that can continue: the parent is complete, the position still has the same profile,
+    and no record shows that the chunk was finished later."""
     chunks = {record.chunk for record in family.records.values()}
     consumed = {record.work for record in family.records.values()}
     chosen: dict[tuple[str, int], CheckpointRecord] = {}
@@ -220,7 +220,7 @@ def _suspended(
 
 
 def _gaps(family: _Family, suspended: Sequence[CheckpointRecord], cycle: Sequence[Profile]) -> list[Gap]:
-    """Positions that must have been taken, since one above them was."""
+    """Return the positions that must have been claimed, since a higher position of the same entry was."""
     taken: dict[str, set[int]] = {file: family.consumed(file) for file in family.known}
     for record in suspended:
         if record.parent_file:
@@ -233,18 +233,18 @@ def _gaps(family: _Family, suspended: Sequence[CheckpointRecord], cycle: Sequenc
                 gaps.append(Gap(file, position, claiming.profile_at(position, cycle).name, worker))
             if len(gaps) > MOST_GAPS:
                 raise CheckpointError(
-                    f"the records leave more than {MOST_GAPS} positions of the cycle open: some are damaged or forged"
+                    f"the records leave more than {MOST_GAPS} positions of the cycle open; they are damaged or forged"
                 )
     return gaps
 
 
 def _notes(rebuilt: Sequence[Rebuilt], given_up: int, num_models: int) -> list[str]:
-    """What the user should know: all that the records do not hold. given_up: suspended chunks that can't go on."""
+    """Return notes for the user on what the records do not hold. given_up: number of chunks that can't continue."""
     notes = [
         "chunks that were discarded are forgotten: their epochs and seconds are not counted, and a profile that "
-        "did not improve an entry is tried on it again",
-        "test scores are forgotten: `orch evaluate` reads the test set again",
-        "why the run stopped, if it had, is forgotten: it is paused now",
+        "did not improve an entry is used on it again",
+        "test scores are forgotten: run `orch evaluate` to compute them again",
+        "the run's state before the repair is forgotten: the run is paused now",
     ]
     board = [c for c in rebuilt if c.on_board]
     known = {c.record.file for c in rebuilt if c.known}
@@ -252,7 +252,7 @@ def _notes(rebuilt: Sequence[Rebuilt], given_up: int, num_models: int) -> list[s
     if lost:
         notes.append(f"the founder of {', '.join(lost)} is unknown: no record holds their whole line")
     if len(board) < num_models:
-        notes.append(f"{len(board)} of {num_models} models are left; free slots are filled again")
+        notes.append(f"{len(board)} of {num_models} models are left; new chunks will fill the free slots")
     if given_up:
-        notes.append(f"{counted(given_up, 'suspended chunk')} can't go on and must begin again")
+        notes.append(f"{counted(given_up, 'suspended chunk')} can't continue and must begin again")
     return notes

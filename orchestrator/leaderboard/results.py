@@ -1,4 +1,4 @@
-"""What the end of a claim writes, always guarded by the claim's generation."""
+"""Writes at the end of a claim, always guarded by the claim's generation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ENTER, _ADD_CHECKPOINT = Statement(insert(entry)), Statement(insert(checkpoint)
 
 
 def close(tx: Connection, claim: Claim, state: ChunkState, finished_at: float | None, **values: Any) -> None:
-    """The guarded write. Raises StaleClaimError unless the claim is live and of this generation."""
+    """Set the chunk's final state. Raises StaleClaimError unless the claim is live and of this generation."""
     guard = {"of_chunk": claim.chunk_id, "of_generation": claim.generation}
     if _OF_CLAIM.write(tx, **guard, state=state, finished_at=finished_at, **values) != 1:
         raise StaleClaimError(
@@ -73,13 +73,13 @@ def promote(
         promoted_at=now,
         on_board=True,
     )
-    if founder:  # it is its own founder, and its chunk works on the entry that it becomes
+    if founder:  # a founder is its own founder, and its chunk belongs to its own entry
         own = update(checkpoint).where(checkpoint.c.checkpoint_id == checkpoint_id)
         tx.execute(own.values(founder_id=checkpoint_id))
         tx.execute(update(chunk).where(chunk.c.chunk_id == claim.chunk_id).values(entry_id=entry_id))
     if evicted is not None:
         done = _EVICT.write(tx, of_entry=evicted.entry_id, on_board=False, evicted_at=now, evicted_by=entry_id)
-        assert done == 1, "read and written in one transaction"
+        assert done == 1, "the entry was read in the same transaction"
     scores = [candidate.score, *(e.score for e in view.entries if e is not evicted)]
     what: dict[str, Any] = {
         "score": candidate.score,

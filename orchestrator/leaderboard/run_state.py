@@ -1,4 +1,4 @@
-"""The state of the run: its row, its settings, and whether it goes on."""
+"""The state of the run: its row, its settings, and whether it is over."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Snapshot:
 
 
 def insert_run(tx: Connection, **values: Any) -> None:
-    """The row of a new run. values: its name, settings, times and import paths, and what differs from a fresh run."""
+    """Insert the row of a new run. values: its name, settings, times and import paths, plus any non-default columns."""
     fresh = {"state": RunState.ACTIVE, "generation": 0, "chunks_since_promotion": 0, "epochs": 0, "settings_version": 1}
     version = {"schema_version": SCHEMA_VERSION, "orch_version": __version__}
     tx.execute(insert(run).values({"run_id": 1} | version | fresh | values))
 
 
 class RunStateStore:
-    """Every method is one transaction."""
+    """Reads and changes the state of the run. Every method is one transaction."""
 
     def __init__(self, database: Database, metric: Metric) -> None:
         self._database = database
@@ -48,12 +48,12 @@ class RunStateStore:
             return dict(tx.execute(select(run)).one()._mapping)
 
     def origin(self) -> dict[str, Any]:
-        """What each checkpoint's record repeats of the run's row, for `orch repair`."""
+        """Return the values of the run's row that every checkpoint record repeats, for `orch repair`."""
         row = self.row()
         return {"launched_at": row["created_at"], "import_paths": row["import_paths"]}
 
     def settings(self) -> tuple[str, int]:
-        """The run's settings as JSON, and their version."""
+        """Return the run's settings as JSON, and their version."""
         row = self.row()
         return row["settings"], row["settings_version"]
 
@@ -82,7 +82,7 @@ class RunStateStore:
     def change_state(
         self, wanted: RunState, allowed_from: Sequence[RunState], reason: str | None, now: float
     ) -> RunState:
-        """Set the run's state if it is in one of these. Returns the state it had."""
+        """Set the run's state if its current state is in `allowed_from`. Returns the previous state."""
         with self._database.transaction() as tx:
             had = RunState(tx.execute(select(run.c.state)).scalar_one())
             if had in allowed_from and had is not wanted:
@@ -91,7 +91,7 @@ class RunStateStore:
             return had
 
     def revive(self, workers: int) -> None:
-        """Forget the failures of the first `workers` chains: the user wants them to go on."""
+        """Reset the failures of the first `workers` chains, so that they continue."""
         with self._database.transaction() as tx:
             first = update(worker).where(worker.c.worker_id < workers)
             tx.execute(first.values(failures=0, stopped=None, stop_kind=None))
@@ -99,10 +99,10 @@ class RunStateStore:
     def amend(
         self, settings: str, deadline: float, workers: int, what: str, now: float, *, profiles_changed: bool
     ) -> list[ChainJob]:
-        """Write amended settings down. settings: as JSON. what: the changes, for the event log.
+        """Store amended settings. settings: as JSON. what: the changes, for the event log.
 
-        Workers beyond the first `workers` stop; their queued jobs are returned. With other profiles, positions mean
-        something else, so suspended chunks are given up and their positions are free again.
+        Workers beyond the first `workers` are stopped; returns their queued jobs. If the profiles changed, a position
+        stands for another profile, so suspended chunks expire and their positions are free again.
         """
         with self._database.transaction() as tx:
             version = run.c.settings_version + 1
@@ -112,7 +112,7 @@ class RunStateStore:
                 suspended = update(chunk).where(chunk.c.state == ChunkState.SUSPENDED)
                 given_up = {"state": ChunkState.EXPIRED, "expired_by": ExpiredBy.AMENDED, "finished_at": now}
                 tx.execute(suspended.values(given_up))
-                live = update(chunk).where(chunk.c.state == ChunkState.LIVE)  # not suspended again if its job is lost
+                live = update(chunk).where(chunk.c.state == ChunkState.LIVE)  # must expire if their job is lost
                 tx.execute(live.values(suspended_file=None, suspended_sha256=None))
             reason = f"the run was amended to {workers} workers"
             wanted, surplus = worker.c.worker_id < workers, worker.c.worker_id >= workers
@@ -126,7 +126,7 @@ class RunStateStore:
             return [job_of(row) for row in rows]
 
     def settle(self, now: float) -> None:
-        """Write down that the run is over, if it is: its jobs may have died before they could."""
+        """Record that the run is over, if it is: its jobs may have died before they could record it."""
         with self._database.transaction() as tx:
             settle(tx, now)
 

@@ -1,4 +1,4 @@
-"""The tables. Times are Unix seconds (UTC). A change here needs a new SCHEMA_VERSION, and a step in upgrade.py."""
+"""The tables. Times are Unix seconds (UTC). Any change needs a new SCHEMA_VERSION and a step in upgrade.py."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ run = Table(
     Column("reason", Text),
     Column("created_at", Float, nullable=False),
     Column("deadline", Float, nullable=False),
-    Column("generation", Integer, nullable=False),  # the last one given to a claim; none is used twice
+    Column("generation", Integer, nullable=False),  # generation of the latest claim; never reused
     Column("chunks_since_promotion", Integer, nullable=False),
-    Column("epochs", Integer, nullable=False),  # of finished chunks, kept here so that a claim need not count
-    Column("settings", Text, nullable=False),  # JSON, complete; amended in place
+    Column("epochs", Integer, nullable=False),  # total over finished chunks, so that a claim need not count them
+    Column("settings", Text, nullable=False),  # all settings as JSON; amended in place
     Column("settings_version", Integer, nullable=False),
     Column("import_paths", JSON, nullable=False),  # where the user's job module was found at launch
 )
@@ -48,7 +48,7 @@ worker = Table(
     Column("worker_id", Integer, primary_key=True, autoincrement=False),
     Column("device", String(200)),
     Column("failures", Integer, nullable=False, default=0),
-    Column("stopped", Text),  # why, for people
+    Column("stopped", Text),  # the reason, as text for users
     Column("stop_kind", String(16)),  # a StopKind
 )
 
@@ -80,7 +80,7 @@ checkpoint = Table(
     Column("checkpoint_id", Integer, primary_key=True),
     Column("chunk_id", Integer, ForeignKey("chunk.chunk_id"), nullable=False, unique=True),
     Column("parent_id", Integer, ForeignKey("checkpoint.checkpoint_id")),
-    Column("founder_id", Integer, nullable=False),  # its own id for a founder
+    Column("founder_id", Integer, nullable=False),  # for a founder, its own checkpoint_id
     Column("worker_id", Integer, ForeignKey("worker.worker_id"), nullable=False),
     Column("epochs", Integer, nullable=False),
     Column("score", Float, nullable=False),
@@ -92,7 +92,7 @@ checkpoint = Table(
     Column("created_at", Float, nullable=False),
     Column("test_metrics", JSON),
     Column("tested_at", Float),
-    Column("released", Boolean, nullable=False, default=False),  # nothing refers to it; its file may be gone
+    Column("released", Boolean, nullable=False, default=False),  # unreferenced; its file may be deleted
     Index("checkpoint_held", "released", sqlite_where=text("released = 0"), postgresql_where=text("NOT released")),
 )
 
@@ -115,7 +115,7 @@ chunk = Table(
     "chunk",
     metadata,
     Column("chunk_id", Integer, primary_key=True),
-    # The entry whose position it consumes. A founder's chunk consumes position 0 of the entry that it becomes.
+    # The entry whose position the chunk consumes. A founder's chunk consumes position 0 of the founder's own entry.
     Column("entry_id", Integer, ForeignKey("entry.entry_id", use_alter=True, name="chunk_of_entry")),
     Column("parent_id", Integer, ForeignKey("checkpoint.checkpoint_id", use_alter=True, name="chunk_of_parent")),
     Column("position", Integer, nullable=False),
@@ -133,7 +133,7 @@ chunk = Table(
     Column("suspended_file", String(255)),
     Column("suspended_sha256", String(64)),
     Column("expired_by", String(20)),  # an ExpiredBy
-    Column("error", Text),  # what went wrong in it
+    Column("error", Text),  # the error that ended the chunk
     Index("chunk_by_entry", "entry_id", "position"),
     Index("chunk_held", "state", "entry_id", "lease_until", sqlite_where=text(HELD), postgresql_where=text(HELD)),
     Index("chunk_finished", "finished_at"),
@@ -144,7 +144,7 @@ epoch = Table(
     metadata,
     Column("epoch_id", Integer, primary_key=True),
     Column("chunk_id", Integer, ForeignKey("chunk.chunk_id"), nullable=False),
-    Column("number", Integer, nullable=False),  # epochs of the whole lineage, counted from 1
+    Column("number", Integer, nullable=False),  # counted from 1 over the whole lineage
     Column("seconds", Float, nullable=False),
     Column("metrics", JSON, nullable=False),
     UniqueConstraint("chunk_id", "number", name="no_epoch_twice"),

@@ -1,4 +1,4 @@
-"""Databases of earlier versions are upgraded in place when they are opened, so that their queued jobs go on."""
+"""Upgrade databases of earlier versions in place when they are opened, so that queued jobs continue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.leaderboard.schema import SCHEMA_VERSION, chunk, run, worker
 from orchestrator.records import ChunkState, ExpiredBy, StopKind
 
 ADDED_IN_2 = (worker.c.stop_kind, chunk.c.expired_by)
-# Version 1 kept these reasons as text, those of chunks in the column of their errors.
+# Version 1 stored these reasons as text; for chunks, in the column `error`.
 SURPLUS_IN_1 = "the run was amended to %"
 REASONS_IN_1 = {
     "its job ended without a word": ExpiredBy.JOB_SILENT,
@@ -26,21 +26,21 @@ REASONS_IN_1 = {
 
 
 def check_version(database: Database, schema_version: int, orch_version: str) -> None:
-    """Raises LeaderboardError unless the tables are of this version or of one that can be upgraded."""
+    """Raise LeaderboardError unless the tables are of this version or of one that can be upgraded."""
     if schema_version not in (1, SCHEMA_VERSION):
         raise LeaderboardError(
             f"{database.name} was written by orch {orch_version} (schema {schema_version}); this is orch "
-            f"{__version__} (schema {SCHEMA_VERSION}). Use that version for this run."
+            f"{__version__} (schema {SCHEMA_VERSION}). Use orch {orch_version} for this run."
         )
 
 
 def columns_in(schema_version: int, table: Table) -> list[Column[Any]]:
-    """The columns that a table has in a database of this version."""
+    """Return the columns of a table in a database of the given version."""
     return [c for c in table.columns if schema_version > 1 or all(c is not added for added in ADDED_IN_2)]
 
 
 def upgrade(database: Database) -> None:
-    """Bring a database of version 1 to this version, in one transaction; one of this version stays as it is."""
+    """Upgrade a database of version 1 in one transaction; do nothing if it already has the current version."""
     with database.transaction() as tx:
         if tx.execute(select(run.c.schema_version)).scalar_one() != 1:
             return  # another process has upgraded it

@@ -1,1 +1,1 @@
-"""Every decision of orch, as pure functions: state and time are arguments, and None means no."""
+"""All decisions of orch, as pure functions that take the state and the time as arguments."""

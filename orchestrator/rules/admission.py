@@ -1,4 +1,4 @@
-"""Which candidate enters the leaderboard: the ratchet."""
+"""The ratchet: decides which candidates enter the leaderboard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.records import Entry, Metric
 
 @dataclass(frozen=True, slots=True)
 class Promote:
-    """The candidate enters, in place of this entry or (None) in a free slot."""
+    """The candidate enters. evicted: the entry that it replaces; None: it fills a free slot."""
 
     evicted: Entry | None
 
@@ -24,12 +24,12 @@ class Discard:
 
 
 def worst(entries: Iterable[Entry], metric: Metric) -> Entry | None:
-    """The entry that a better candidate replaces: the worst score; among equals the most worked on, then the newest."""
+    """Return the entry to replace: the worst score; among equal scores the most worked on, then the newest."""
     return min(entries, key=lambda e: (metric.key(e.score), -e.worked_on, -e.entry_id), default=None)
 
 
 def ratchet(score: float | None, entries: Sequence[Entry], num_models: int, metric: Metric) -> Promote | Discard:
-    """A candidate enters a free slot, or if it is strictly better than the worst. NaN and infinities never enter."""
+    """Promote a finite score if a slot is free or the score is strictly better than the worst; else discard it."""
     if score is None or not math.isfinite(score):
         return Discard(f"{metric.name} is not finite")
     if len(entries) < num_models:
@@ -42,6 +42,6 @@ def ratchet(score: float | None, entries: Sequence[Entry], num_models: int, metr
 
 
 def bar(entries: Sequence[Entry], num_models: int, metric: Metric) -> float | None:
-    """The score that a candidate has to beat; None while a slot is free."""
+    """Return the score that a candidate has to beat; None while a slot is free."""
     last = worst(entries, metric)
     return None if last is None or len(entries) < num_models else last.score

@@ -1,4 +1,4 @@
-"""What a worker trains next, and under which profile."""
+"""Decide what a worker trains next, and under which profile."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from orchestrator.records import Entry, Metric, Profile
 
 
 def choose_claim(entries: Sequence[Entry], founders_in_progress: int, num_models: int, metric: Metric) -> Entry | None:
-    """The entry to train a child of; None: a founder, with initial weights.
+    """Return the entry to train next, or None to train a founder from initial weights.
 
-    A founder comes first while a slot is free that no other founder is about to fill, or while the board is empty.
-    Then comes the entry that was least worked on (work in progress counts), then the better score, then the older.
+    A founder is trained while the board is empty, or while there are more free slots than founders in progress.
+    Otherwise the least worked-on entry is next (work in progress counts); ties go to the better score, then the older.
     """
     if not entries or len(entries) + founders_in_progress < num_models:
         return None
@@ -19,10 +19,10 @@ def choose_claim(entries: Sequence[Entry], founders_in_progress: int, num_models
 
 
 def next_profile(start: int, consumed: Collection[int], leased: Collection[int]) -> int:
-    """The smallest position from `start` that is neither consumed nor leased.
+    """Return the smallest position >= start that is neither consumed nor leased.
 
     Positions never wrap; `profile_at` maps them to the cycle. The position of an expired claim is in neither set, so
-    the next claim takes it.
+    the next claim takes that position.
     """
     position = start
     while position in consumed or position in leased:
@@ -31,12 +31,12 @@ def next_profile(start: int, consumed: Collection[int], leased: Collection[int])
 
 
 def advance_floor(floor: int, consumed: Collection[int]) -> int:
-    """The first position from `floor` that is not consumed."""
+    """Return the smallest position >= floor that is not consumed."""
     return next_profile(floor, consumed, ())
 
 
 def child_start(position: int) -> int:
-    """A promoted child starts after the position that made it. A founder starts at 0, which its own chunk consumes."""
+    """Return the start of a promoted child, whose own chunk was at `position`. (A founder starts at 0.)"""
     return position + 1
 
 
@@ -45,10 +45,10 @@ def profile_at(position: int, cycle: Sequence[Profile]) -> Profile:
 
 
 def repeat_number(entry: Entry, position: int, cycle: Sequence[Profile]) -> int:
-    """How many earlier positions of this entry had the same profile.
+    """Return how many earlier positions of this entry had the same profile.
 
-    0 goes on with the parent's random state, so that chunked training equals uninterrupted training. A repeat needs
-    new random numbers: with the same ones it would train the same child again.
+    The first use (0) continues the parent's random state, so that chunked training equals uninterrupted training. A
+    repeat needs new random numbers: with the parent's random state it would train the same child again.
     """
     start = entry.start_position + (1 if entry.founder else 0)
     profile = profile_at(position, cycle)
@@ -58,6 +58,6 @@ def repeat_number(entry: Entry, position: int, cycle: Sequence[Profile]) -> int:
 
 
 def expired(now: float, lease_until: float) -> bool:
-    """May a claim be taken from its worker? After its lease, which ends with the hard time limit of its job. A worker
-    that is alive after all can't write: its generation is stale."""
+    """Has the lease ended? It ends at the hard time limit of the claim's job. If the worker is still alive, its writes
+    are refused, because its generation is stale."""
     return now > lease_until

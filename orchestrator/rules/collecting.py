@@ -1,4 +1,4 @@
-"""Which files of a run may be deleted, and how much room it needs."""
+"""Decide which files of a run may be deleted, and how much disk space the run needs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from orchestrator.records import base_of
 from orchestrator.rules.checkpoint_names import generation_of
 
-KEPT_LINKS = 3  # the folders of a chain's last jobs stay, so that a user can see how they ended
-_JOB_FOLDER = re.compile(r"[0-9a-f]{16}(?:-[0-9]+)?")  # of a submission or, with the local executor, of a job
+KEPT_LINKS = 3  # folders kept per chain, so that a user can see how its last jobs ended
+_JOB_FOLDER = re.compile(r"[0-9a-f]{16}(?:-[0-9]+)?")  # named after a submission or, with the local executor, a job
 _SERIES = re.compile(r"chunk-([0-9]{8,})|(?:offline-)?run-[0-9]{8}_[0-9]{6}-[0-9a-f]{8}-c([0-9]{8,})(?:-[0-9]+)?")
 
 
 def collectable(files: Iterable[str], referenced: Collection[str], live_generations: Collection[int]) -> list[str]:
-    """The files of claims that no entry and no held claim refers to, and that no live claim has written (its
-    candidate may not be recorded yet).
+    """Return the files that can be deleted: written by a claim that is no longer live, and not referenced. (The
+    candidate of a live claim may not be recorded yet.)
 
-    `files` must be listed before the other two are read, so that newer files are not judged.
+    List `files` before reading `referenced` and `live_generations`, so that files created meanwhile are kept.
     """
     return [
         name
@@ -27,10 +27,10 @@ def collectable(files: Iterable[str], referenced: Collection[str], live_generati
 
 
 def old_job_folders(ages_s: Mapping[str, float], jobs: Sequence[tuple[int, str, bool]], orphaned_s: float) -> list[str]:
-    """The job folders that belong neither to an open job nor to the last ones of a chain.
+    """Return the job folders that belong neither to an open job nor to the last KEPT_LINKS jobs of a chain.
 
-    ages_s: seconds since the last write to each folder, by name. jobs: (worker, token, open?), each chain in its
-    order. A folder that the database does not know is old if nothing was written to it for orphaned_s.
+    ages_s: seconds since the last write to each folder, by name. jobs: (worker, token, is it open?), each chain
+    in order. A folder that the database does not know is old if nothing was written to it for orphaned_s.
     """
     chains: dict[int, list[str]] = {}
     for worker_id, token, _ in jobs:
@@ -46,10 +46,10 @@ def old_job_folders(ages_s: Mapping[str, float], jobs: Sequence[tuple[int, str, 
 
 
 def old_series(ages_s: Mapping[str, float], lines: Collection[int], kept_s: float) -> list[str]:
-    """The loggers' folders of chunks that are not in `lines`, if nothing was written to them for kept_s.
+    """Return loggers' folders of chunks outside `lines`, if nothing was written to them for kept_s.
 
-    ages_s: seconds since the last write to each folder, by name. lines: every chunk in the lineage of a checkpoint
-    that stays.
+    ages_s: seconds since the last write to each folder, by name. lines: the chunks in the lineages of all kept
+    checkpoints.
     """
     return sorted(
         name
@@ -59,11 +59,11 @@ def old_series(ages_s: Mapping[str, float], lines: Collection[int], kept_s: floa
 
 
 def fits(used_bytes: float, needed_bytes: float, budget_bytes: float) -> bool:
-    """Is there room in a disk budget?"""
+    """Does the disk budget have room for `needed_bytes`?"""
     return used_bytes + needed_bytes <= budget_bytes
 
 
 def checkpoints_at_most(num_models: int, workers: int) -> int:
-    """How many files there are at the same time, with rare exceptions: those on the board, and for each worker the one
-    that it writes and the one that it started from (an evicted entry, or a suspended state)."""
+    """Return how many checkpoints exist at once, with rare exceptions: one per entry, and for each worker the file it
+    writes and the file it started from (an evicted entry or a suspended state)."""
     return num_models + 2 * workers

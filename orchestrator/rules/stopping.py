@@ -1,4 +1,4 @@
-"""When to start a chunk, and when a run is over."""
+"""Decide whether to start a chunk, and whether a run is over."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from statistics import fmean
 from orchestrator.messages import counted, iso
 from orchestrator.records import ChunkState, Metric, Over, Progress, RunState, StopRules
 
-CHUNK_MARGIN = 1.25  # a chunk is expected to take at most this many times the mean of those before it
+CHUNK_MARGIN = 1.25  # the next chunk is expected to take at most this many times the mean of recent chunks
 
 
 def expected_chunk_s(durations_s: Sequence[float]) -> float | None:
-    """From measured chunks, latest last: the longest of the last five, or their mean with a margin if that is more.
-    None if none was measured."""
+    """Estimate a chunk's duration: the longest of the last five chunks, or their mean with a margin if that is longer.
+    durations_s: latest last; if empty, returns None."""
     recent = durations_s[-5:]
     return max(max(recent), CHUNK_MARGIN * fmean(recent)) if recent else None
 
@@ -21,8 +21,8 @@ def expected_chunk_s(durations_s: Sequence[float]) -> float | None:
 def should_start_chunk(now: float, job_end: float, durations_s: Sequence[float], chunks_in_job: int) -> bool:
     """Does another chunk fit before the job's end?
 
-    The first chunk of a job always starts while there is any time left: where a chunk takes longer than a job, it is
-    suspended at the job's end and goes on in the successor. Otherwise it would never be trained.
+    The first chunk of a job always starts if any time is left. A chunk that takes longer than a job is suspended at the
+    job's end and continues in the successor; otherwise it would never be trained.
     """
     if now >= job_end:
         return False
@@ -33,12 +33,12 @@ def should_start_chunk(now: float, job_end: float, durations_s: Sequence[float],
 
 
 def stale_chunks(stale_cycles: int | None, cycle_length: int, num_models: int) -> int | None:
-    """A stale cycle is every profile once on every entry of a full board."""
+    """Convert stale cycles to chunks: a cycle of work is every profile once on every entry of a full board."""
     return None if stale_cycles is None else stale_cycles * cycle_length * num_models
 
 
 def converged(progress: Progress, stop: StopRules, metric: Metric) -> Over | None:
-    """Which stop rule ends the run before its lifetime is over; None: it goes on."""
+    """Return the stop rule that ends the run before its lifetime is over, or None if the run continues."""
     best, stale = progress.best_score, progress.chunks_since_promotion
     if stop.score is not None and best is not None and metric.key(best) >= metric.key(stop.score):
         return Over(RunState.CONVERGED, f"the best {metric.name} {best:.6g} has reached {stop.score:.6g}")
@@ -53,29 +53,29 @@ def converged(progress: Progress, stop: StopRules, metric: Metric) -> Over | Non
 
 
 def run_over(now: float, deadline: float, stopped: Over | None = None) -> Over | None:
-    """Why an active run ends: the stop rule that holds (see `converged`), or its lifetime. None: it goes on."""
+    """Return why an active run ends: a stop rule (see `converged`) or its lifetime. None: the run continues."""
     if stopped is None and lifetime_over(now, deadline):
         return Over(RunState.FINISHED, f"its total_lifetime ended at {iso(deadline)}")
     return stopped
 
 
 def settled(state: RunState, now: float, deadline: float, open_jobs: int, running_jobs: int) -> Over | None:
-    """A run that drains is finished when no job works any more, one whose lifetime is over when no job is left."""
+    """Return why a run is over: draining with no running job, or past its deadline with no open job. Else None."""
     if state is RunState.DRAINING and not running_jobs:
         return Over(RunState.FINISHED, "drained by the user")
     return run_over(now, deadline) if state is RunState.ACTIVE and not open_jobs else None
 
 
 def warnings(chunks: Mapping[str, int], metric: str) -> list[str]:
-    """What the user should be told of a run; a line each. chunks: how many have ended in each state; metric: its
-    name."""
+    """Return warnings about a run for the user, one line each. chunks: the number of chunks in each state. metric: the
+    metric's name."""
     discarded = chunks[ChunkState.DISCARDED]
     if chunks[ChunkState.PROMOTED] or not discarded:
         return []
-    # While a slot is free, only a score that is not finite is discarded.
+    # While a slot is free, only non-finite scores are discarded.
     which = "the only chunk so far" if discarded == 1 else f"all {discarded} chunks so far"
     return [
-        f"{which} ended with a score ({metric}) that is not a finite number, so the board is empty; look at "
+        f"{which} ended with a score ({metric}) that is not a finite number, so the board is empty; check "
         'the learning rate (too high?), the precision ("precision": "fp32") and the loss'
     ]
 
@@ -85,5 +85,5 @@ def lifetime_over(now: float, deadline: float) -> bool:
 
 
 def may_claim(state: RunState, now: float, deadline: float) -> bool:
-    """May a chunk be started at all?"""
+    """May the run start another chunk?"""
     return state is RunState.ACTIVE and not lifetime_over(now, deadline)

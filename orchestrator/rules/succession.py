@@ -1,4 +1,4 @@
-"""Chains of jobs: which job may work, who gets a successor, and what mends a broken chain."""
+"""Chains of jobs: which job may run, which chain gets a successor, and how to mend a broken chain."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from orchestrator.messages import counted
 from orchestrator.records import ChainJob, Evidence, JobState, RunState, Worker
 from orchestrator.rules.stopping import lifetime_over
 
-# A job is gone within this time after it reported its end. If not (its process hangs, or the controller missed its end
-# in a crash), it is cancelled, since its successor waits for it.
+# How long the cluster may list a job after the job reported its end. Then the job is cancelled, since its successor is
+# waiting. (The job's process may hang, or Slurm's controller may have crashed and missed the end.)
 EXIT_GRACE_S = 60.0
-SUBMITTING_GRACE_S = 120.0  # after this, the process that was submitting a job is taken for dead
-ORPHANED_GRACE_S = 10.0  # the same where that process is known to be dead: the cluster may list the job a little later
+SUBMITTING_GRACE_S = 120.0  # after this, the process that was submitting a job is presumed dead
+ORPHANED_GRACE_S = 10.0  # if that process is known to be dead; the cluster may list the job with a delay
 
 
 def refusal(job: ChainJob, cluster_id: str, followed: bool) -> str | None:
-    """Why a job that begins must not work; None: it may. job: its link, as it was before. cluster_id: its own.
-    followed: a later link of its chain has begun already."""
+    """Return why a starting job must not run, or None if it may. job: its link before the start. cluster_id: its own id
+    in the cluster. followed: a later link of its chain has already started."""
     if job.state is JobState.CANCELLED:
         return f"this job was cancelled: {job.outcome}"
     if job.cluster_id not in (None, cluster_id):
-        return f"this job is job {job.cluster_id} already; {cluster_id} was submitted by mistake"
+        return f"this link is already job {job.cluster_id}; job {cluster_id} was submitted by mistake"
     if followed:
-        return f"a later link of worker {job.worker_id} than this one (link {job.link}) has begun already"
+        return f"worker {job.worker_id} has already started a later link than this one (link {job.link})"
     return None
 
 
 def counts_as_failure(job: ChainJob, ended_as: JobState, finished_chunks: int) -> bool:
-    """Does the end of this job count against its chain? If it was lost while it worked, or vanished from the queue (it
-    may have died in its set-up lines, before Python started), and has finished no chunk."""
+    """Does the end of this job count against its chain? Yes if it finished no chunk and was lost while it ran or
+    vanished from the queue (it may have died in its set-up lines, before Python started)."""
     had_begun = job.state is JobState.RUNNING or (job.state is JobState.QUEUED and job.cluster_id is not None)
     return ended_as is JobState.LOST and had_begun and not finished_chunks
 
 
 def should_resubmit(state: RunState, now: float, deadline: float, worker: Worker, max_failures: int) -> str | None:
-    """Why this chain gets no successor, or None if it gets one."""
+    """Return why this chain gets no successor, or None if it gets one."""
     if state is not RunState.ACTIVE:
         return f"the run is {state}"
     if lifetime_over(now, deadline):
@@ -51,13 +51,13 @@ def should_resubmit(state: RunState, now: float, deadline: float, worker: Worker
 
 
 def jobs_at_most(total_lifetime_s: float, eon_lifetime_s: float) -> int:
-    """Links of one chain, if each works its whole time and none waits in the queue."""
+    """Return the number of links of a chain, if each runs for its full time and none waits in the queue."""
     return math.ceil(total_lifetime_s / eon_lifetime_s)
 
 
 def job_to_show(links: Sequence[ChainJob]) -> ChainJob:
-    """The link that represents its chain: the one that works, else the last in the queue, else the last that worked,
-    else the last. links: at least one, in their order."""
+    """Return the link that represents its chain: the last running link, else the last queued link, else the last link
+    that ever started, else the last link. links: at least one, in order."""
 
     def rank(job: ChainJob) -> int:
         if job.state is JobState.RUNNING:
@@ -77,7 +77,7 @@ class WorkerState(StrEnum):
 
 
 def shown_state(job: ChainJob, evidence: Evidence) -> WorkerState:
-    """The state of a link in the database, corrected by what the queue proved."""
+    """Return the state of a link in the database, corrected by evidence from the queue."""
     if job.state is JobState.LOST or (evidence is Evidence.GONE and job.state is not JobState.SUBMITTING):
         return WorkerState.LOST
     if job.state in (JobState.SUBMITTING, JobState.QUEUED):
@@ -87,10 +87,10 @@ def shown_state(job: ChainJob, evidence: Evidence) -> WorkerState:
 
 @dataclass(frozen=True, slots=True)
 class Mend:
-    """What brings the database and the cluster together again."""
+    """The changes that make the database and the cluster agree again."""
 
-    lost: tuple[ChainJob, ...]  # proved gone: close them and expire their claims
-    adopt: tuple[tuple[ChainJob, str], ...]  # submitted, but their worker died before it wrote the cluster's id down
+    lost: tuple[ChainJob, ...]  # proven gone: close the links and expire their claims
+    adopt: tuple[tuple[ChainJob, str], ...]  # submitted, but the submitter died before it stored their cluster_id
     resubmit: tuple[int, ...]  # workers whose chain is broken
 
 
@@ -104,9 +104,9 @@ def mend(
 ) -> Mend:
     """Compare the chains in the database with what the cluster reports.
 
-    evidence: by job_id; a job without evidence is left alone. found_ids: the cluster's ids, by token, of jobs whose
-    row has none. A chain with an open job that is not lost is whole. Each job submits its successor, so if that job is
-    gone, no process is about to submit the successor any more.
+    evidence: by job_id; a job without evidence is left alone. found_ids: ids in the cluster, by token, of jobs whose
+    row has no cluster_id. A chain is intact if it has an open job that is not lost. Each job submits its successor, so
+    once a job is gone, no process will submit its successor.
     """
     gone = [job for job in open_jobs if evidence.get(job.job_id, Evidence.UNKNOWN) is Evidence.GONE]
     submitting = {job.job_id: job for job in open_jobs if job.state is JobState.SUBMITTING and job.cluster_id is None}
@@ -125,8 +125,8 @@ def mend(
 
 
 def unwanted(state: RunState, open_jobs: Sequence[ChainJob], evidence: Mapping[int, Evidence]) -> list[ChainJob]:
-    """Jobs in the queue of a run that starts no work any more. One of them may have begun before: Slurm puts a job
-    back when its node fails or it is preempted."""
+    """Return the queued jobs of a run that no longer starts work. A queued job may have run before: Slurm requeues jobs
+    after a node failure or preemption."""
     if state is RunState.ACTIVE:
         return []
     return [j for j in open_jobs if j.cluster_id is not None and evidence.get(j.job_id) is Evidence.QUEUED]

@@ -202,7 +202,7 @@ def test_a_database_of_another_version_is_refused_and_not_taken_for_damaged(run:
         tx.execute(sqlalchemy.text(f"UPDATE {where}run SET schema_version = 99, orch_version = '9.9.9'"))
     before = everything(run.folder)
     for attempt in (lambda: Run.open(run.folder), lambda: repaired(run.folder), lambda: repaired(run.folder, True)):
-        with pytest.raises(LeaderboardError, match=r"was written by orch 9\.9\.9 \(schema 99\).*Use that version"):
+        with pytest.raises(LeaderboardError, match=r"was written by orch 9\.9\.9 \(schema 99\).*Use orch 9\.9\.9"):
             attempt()
     assert everything(run.folder) == before
     drop(run)

@@ -124,6 +124,6 @@ def version(run: Run) -> Any:
 @pytest.mark.parametrize("unknown", [0, SCHEMA_VERSION + 1])
 def test_a_database_of_an_unknown_version_is_refused(run: Run, unknown: int) -> None:
     sql(run, f"UPDATE @run SET schema_version = {unknown}")
-    with pytest.raises(LeaderboardError, match=rf"written by orch 0\.0\.9 \(schema {unknown}\).*Use that version"):
+    with pytest.raises(LeaderboardError, match=rf"written by orch 0\.0\.9 \(schema {unknown}\).*Use orch 0\.0\.9"):
         opened(run.folder)
     assert version(run) == unknown

@@ -99,9 +99,9 @@ GIVEN_UP = ChainJob(1, 0, 3, "t1", JobState.CANCELLED, cluster_id="101", outcome
         pytest.param(job(1, 0, JobState.LOST), "101", False, None, id="and if it was taken for lost"),
         pytest.param(GIVEN_UP, "101", False, "this job was cancelled: the run is paused", id="a cancelled one"),
         pytest.param(
-            job(1, 0, QUEUED), "999", False, "job 101 already; 999 was submitted by mistake", id="a second one"
+            job(1, 0, QUEUED), "999", False, "already job 101; job 999 was submitted by mistake", id="a second one"
         ),
-        pytest.param(job(1, 0, QUEUED), "101", True, "a later link of worker 0", id="a late one"),
+        pytest.param(job(1, 0, QUEUED), "101", True, "worker 0 has already started a later link", id="a late one"),
     ],
 )
 def test_a_job_that_begins_works_or_is_refused(link, cluster_id, followed, reason):
