@@ -142,7 +142,7 @@ def test_records_of_earlier_versions_without_ancestors_are_enough_for_a_board(sq
     lose(sqlite_run)
     report = repaired(folder)
     assert any("is unknown: no record holds" in line for line in report.unknown)
-    assert any("no record holds when the run was launched" in line for line in report.unknown)
+    assert any("no record contains the run's launch time" in line for line in report.unknown)
     run = resumed(opened(folder))
     assert board_of(run) == before
     work(run, [0.9, 0.95])
