@@ -251,7 +251,7 @@ def test_jobs_that_die_before_python_begins_count_as_failures_and_the_run_says_h
     summary = run.summary()
     assert summary["state"] == "failed"
     assert re.search(
-        r"3 failures in a row, 3 allowed; the last: its job is gone.*printed is in jobs/\w+", summary["reason"]
+        r"3 failures in a row, 3 allowed; the last: its job is gone.*its output is in jobs/\w+", summary["reason"]
     )
     assert len(jobs(run)) == 3
 
