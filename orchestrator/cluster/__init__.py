@@ -1,1 +1,1 @@
-"""Where jobs run: Slurm, this machine, this process. The only package that imports submitit."""
+"""Queues for worker jobs: on Slurm, on this machine or in this process. Only this package imports submitit."""

@@ -1,4 +1,4 @@
-"""Which queue a run uses. Each kind is imported only when it is opened."""
+"""Choose the queue for a run. Each implementation is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def default_executor() -> str:
 
 
 def open_queue(settings: Settings, run_folder: Path, job_main: JobMain) -> JobQueue:
-    """The queue of the settings' executor: slurm, local or inline."""
+    """Return the queue for settings.executor: slurm, local or inline."""
     if settings.executor == "slurm":
         from orchestrator.cluster.slurm import SlurmQueue
 
@@ -29,7 +29,7 @@ def open_queue(settings: Settings, run_folder: Path, job_main: JobMain) -> JobQu
 
 
 def open_this_job(settings: Settings) -> ThisJob:
-    """The job that this process is, as submitit started it. (An inline job is made by its caller, see InlineJob.)"""
+    """Return the job that this process runs, if submitit started it. (For inline jobs, see InlineJob.)"""
     if settings.executor == "slurm":
         from orchestrator.cluster.slurm import SlurmJob
 

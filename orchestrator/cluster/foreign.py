@@ -1,8 +1,8 @@
-"""The queue of a run that belongs to another user and is shared with a group.
+"""The queue of a run that another user owns and shares with a group.
 
-squeue and /proc may hide another user's jobs, so their listings prove nothing; and jobs that this user queued would run
-under this user's name, where the owner can't see them. So only the owner queues jobs. Other users read the run and
-write requests to its database, which the workers then follow.
+Only the owner queues jobs: jobs submitted by another user would run under that user's name, where the owner can't see
+them. squeue and /proc may also hide the owner's jobs from other users, so a missing job proves nothing. Other users
+read the run and write requests to its database; the workers carry them out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from orchestrator.records import ChainJob, Evidence, JobState, Submitted
 
 
 class ForeignQueue(JobQueue):
-    """The owner's queue, as another user may use it."""
+    """The owner's queue, restricted to what another user may do."""
 
     chains = False  # only the owner's commands and jobs repair broken chains
 
@@ -24,7 +24,7 @@ class ForeignQueue(JobQueue):
         self._owner = owner
 
     def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
-        raise SubmissionError(f"the jobs of this run are {self._owner}'s: only {self._owner} can queue more of them")
+        raise SubmissionError(f"this run belongs to {self._owner}: only {self._owner} can queue jobs for it")
 
     def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
         return {job.job_id: Evidence.UNKNOWN for job in jobs}
@@ -32,5 +32,5 @@ class ForeignQueue(JobQueue):
     def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
         running = [job.cluster_id for job in jobs if job.cluster_id and job.state is JobState.RUNNING]
         if not running:
-            return []  # a queued job sees that it has nothing to do when it starts
-        return [f"jobs {', '.join(running)} are {self._owner}'s: they end when they next read the run's state"]
+            return []  # when a queued job starts, it reads the run's state and ends
+        return [f"jobs {', '.join(running)} belong to {self._owner}: they end when they next read the run's state"]

@@ -14,7 +14,7 @@ import psutil
 
 
 def gpus() -> list[str]:
-    """The GPUs that this process may use, as values for CUDA_VISIBLE_DEVICES. Imports no torch."""
+    """Return the GPUs that this process may use, as values for CUDA_VISIBLE_DEVICES, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
@@ -26,21 +26,21 @@ def gpus() -> list[str]:
 
 
 def gpus_of(workers: Sequence[int], each: int) -> list[str | None]:
-    """For each worker, its share of `each` GPUs as a value for CUDA_VISIBLE_DEVICES; None if this machine has fewer.
-    Where there are more workers than shares, several workers use the same one."""
+    """Return a CUDA_VISIBLE_DEVICES value with `each` GPUs for each worker; None if this machine has fewer GPUs.
+    If there are too few GPUs for all workers, several workers share the same GPUs."""
     names = gpus()
     shares = [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
     return [shares[worker % len(shares)] if shares else None for worker in workers]
 
 
 def host_name() -> str:
-    """This machine's name and boot id: no process outlives a restart."""
+    """Return this machine's name and boot id; a new boot id shows that the machine's old processes are gone."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()}/{boot.read_text()[:8] if boot.exists() else ''}"
 
 
 def this_process() -> tuple[int, float]:
-    """(pid, start time): no other process ever has the same two."""
+    """Return (pid, start time), a pair that is unique on this machine, although pids are reused."""
     return os.getpid(), psutil.Process().create_time()
 
 
@@ -52,7 +52,7 @@ def created_at(pid: int) -> float | None:
 
 
 def find_process(pid: int, created_at: float | None) -> psutil.Process | None:
-    """The process, if it is alive and started at created_at; a zombie counts as dead."""
+    """Return the process if it is alive and was started at created_at; a zombie counts as dead."""
     try:
         process = psutil.Process(pid)
         if created_at is not None and abs(process.create_time() - created_at) > 0.5:

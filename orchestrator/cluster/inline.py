@@ -1,4 +1,4 @@
-"""One worker in the process that launches the run, for debugging."""
+"""Run a single worker in the process that launches the run, for debugging."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.settings.settings import Settings
 
 
 class InlineQueue(ProcessQueue):
-    """Takes this process as every job. Jobs have no successors."""
+    """Runs every job in this process. Jobs have no successors."""
 
     name = "inline"
     chains = False
@@ -23,7 +23,7 @@ class InlineQueue(ProcessQueue):
 
 
 class InlineJob(ThisJob):
-    """A job in this process; it may work for the whole life of the run."""
+    """A job in this process; it may work for the whole lifetime of the run."""
 
     def __init__(self, settings: Settings, token: str) -> None:
         super().__init__(settings)

@@ -13,9 +13,9 @@ from orchestrator.files.run_folder import JOBS
 
 
 def slurm_jobs(run_name: str, run_folder: Path) -> list[str] | None:
-    """The ids of the run's jobs that wait or run in Slurm; None if Slurm does not answer.
+    """Return the ids of the run's pending and running Slurm jobs; None if Slurm does not answer.
 
-    A run of the same name in another runs folder has jobs of similar names, but its job folders are others.
+    A run of the same name in another runs folder has similar job names, so a job must also have a job folder here.
     """
     listed = queue()
     if listed is None:
@@ -31,7 +31,7 @@ def slurm_jobs(run_name: str, run_folder: Path) -> list[str] | None:
 
 
 def processes(run_folder: Path) -> list[int]:
-    """The ids of this machine's processes that work for the run: submitit's command line has their job's folder."""
+    """Return the pids of the run's processes on this machine. (submitit's command line contains the job folder.)"""
     jobs = f"{run_folder / JOBS}{os.sep}"
     pids = []
     for process in psutil.process_iter(["pid", "cmdline", "status"]):

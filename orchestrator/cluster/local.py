@@ -1,7 +1,7 @@
-"""Jobs as processes of this machine, through submitit's local executor.
+"""Run jobs as processes on this machine, through submitit's local executor.
 
-The local executor has no queue, so a successor is started at once, waits until its predecessor's process has ended, and
-only then begins. It also enforces the time limit as a scheduler does: it kills a predecessor that is past its hard end.
+The local executor has no queue, so a successor is started at once and waits for its predecessor's process to end before
+it begins its own work. While waiting, it enforces the time limit: it kills a predecessor that runs past its hard end.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from orchestrator.settings.settings import Settings
 
 GRACE_S = 60.0  # between the end of a job's working time and its hard end
 _POLL_S = 0.5
-_children: list[Any] = []  # kept, since Python warns when the object of a process that still runs is deleted
+_children: list[Any] = []  # Popen objects; Python warns if one is deleted while its process runs
 
 
 def hard_end_s(settings: Settings) -> float:
-    """Seconds from the start of a local job to its hard end."""
+    """Return the seconds from the start of a local job to its hard end."""
     return settings.eon_lifetime + GRACE_S
 
 
 class ProcessQueue(JobQueue):
-    """Jobs that are processes of this machine."""
+    """A queue whose jobs are processes on this machine."""
 
     def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
         return {job.job_id: _evidence(job) for job in jobs}
@@ -49,7 +49,7 @@ class ProcessQueue(JobQueue):
             if _evidence(job) is Evidence.UNKNOWN:
                 trouble.append(f"job {job.cluster_id} of worker {job.worker_id} is on {job.host}: end it there")
             else:
-                # The process of a queued job is submitit's controller, which passes the signal on to the waiting job.
+                # A queued job's pid is that of submitit's controller, which forwards the signal to the waiting job.
                 kill = now and job.state in (JobState.RUNNING, JobState.ENDED)
                 send_signal(job.pid, job.pid_created_at, signal.SIGKILL if kill else signal.SIGTERM)
         return trouble
@@ -57,7 +57,7 @@ class ProcessQueue(JobQueue):
 
 def _evidence(job: ChainJob) -> Evidence:
     if job.state is JobState.SUBMITTING:
-        return Evidence.GONE  # its submitter died, or will write the pid soon: the caller waits before it acts
+        return Evidence.GONE  # the submitter died, or is about to write the pid: callers allow a grace period
     if job.host is None or job.pid is None or job.host.split("/")[0] != host_name().split("/")[0]:
         return Evidence.UNKNOWN  # another machine's processes can't be seen from here
     if job.host != host_name():
@@ -82,7 +82,7 @@ class LocalQueue(ProcessQueue):
         from submitit.helpers import clean_env
 
         taken: list[Submitted] = []
-        # submitit counts from the start of the process, so the wait for the predecessor is included.
+        # submitit's timeout starts with the process, so it includes the wait for the predecessor.
         limit_s = 2 * hard_end_s(self._settings) + GRACE_S
         try:
             with permissions.files_of(self._run_folder):
@@ -96,7 +96,7 @@ class LocalQueue(ProcessQueue):
                     )
                     with clean_env(), _detached():
                         started = executor.submit(self._job_main, str(self._run_folder), job.worker_id)
-                    _children[:] = [c for c in _children if c.poll() is None]  # poll() reaps those that ended
+                    _children[:] = [c for c in _children if c.poll() is None]  # poll() reaps ended processes
                     _children.append(started._process)  # type: ignore[attr-defined]  # LocalJob has it
                     pid = int(started.job_id)
                     taken.append(Submitted(job.job_id, str(pid), pid, created_at(pid), host_name()))
@@ -108,7 +108,7 @@ class LocalQueue(ProcessQueue):
 
 
 class LocalJob(ThisJob):
-    """A process that submitit's local executor started."""
+    """A process started by submitit's local executor."""
 
     def token(self) -> str:
         return Path(os.environ["SUBMITIT_FOLDER"]).name
@@ -143,12 +143,12 @@ class LocalJob(ThisJob):
 
 @contextmanager
 def _detached() -> Iterator[None]:
-    """Processes started inside outlive the terminal and the pipes of this process.
+    """Let processes started inside the block outlive this process's terminal and pipes.
 
-    A child inherits the ignored signals (so Ctrl-C and a closed terminal end `orch launch --wait`, not the jobs) and
-    the standard files (else `orch launch | tee log` would wait until the last job closes them).
+    Children inherit ignored signals, so Ctrl-C or closing the terminal ends `orch launch --wait` but not the jobs. They
+    also inherit stdin, stdout and stderr (here /dev/null); otherwise `orch launch | tee log` would wait for all jobs.
     """
-    in_main = threading.current_thread() is threading.main_thread()  # Python sets signals only there
+    in_main = threading.current_thread() is threading.main_thread()  # Python can set signal handlers only there
     plain = (signal.SIG_DFL, signal.default_int_handler)
     signals = [s for s in (signal.SIGINT, signal.SIGHUP) if in_main and signal.getsignal(s) in plain]
     had = {s: signal.signal(s, signal.SIG_IGN) for s in signals}

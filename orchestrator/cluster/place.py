@@ -1,4 +1,4 @@
-"""Which process of which job this one is."""
+"""Find out which rank of its job this process is."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which process of which job this one is."""
+    """This process's rank in its job, and how it finds the other ranks."""
 
     executor: str
     rank: int
     count: int
-    meeting_file: Path  # where the processes of this start of the job meet; each start has its own
+    meeting_file: Path  # rendezvous file of this start of the job; a requeued job uses a new file
 
 
 def this_place() -> Place:
-    """Read from the variables that Slurm and submitit set."""
+    """Read the place from the environment variables set by Slurm and submitit."""
     env = os.environ
     folder, executor = Path(env["SUBMITIT_FOLDER"]), env["SUBMITIT_EXECUTOR"]
     if executor == "local":

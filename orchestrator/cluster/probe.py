@@ -1,4 +1,4 @@
-"""One short job of the doctor on several nodes at once, and a test whether sbatch would take a script."""
+"""For the doctor: run one short job on several nodes at once, and test whether sbatch would accept a script."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ CANCEL_WAIT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What sbatch answers to a script that it only tests."""
+    """sbatch's answer to `sbatch --test-only`."""
 
     taken: bool
     said: str
 
     @property
     def refusal(self) -> Refusal | None:
-        """None if the script was taken."""
+        """Why sbatch refused the script; None if it was accepted."""
         return None if self.taken else refusal_of(self.said)
 
 
 def ask_sbatch(script: str) -> Answer:
-    """Would sbatch take this script now, on this machine? Queues nothing and never raises: a failure is an answer."""
+    """Test whether sbatch would accept this script, without queueing it. Never raises: errors become a refusal."""
     try:
         with submission_environment():
             command = ["sbatch", "--test-only"]
@@ -46,14 +46,14 @@ def ask_sbatch(script: str) -> Answer:
 
 
 def job_names() -> list[str] | None:
-    """The names of the user's jobs in the queue, one for each array task. None if Slurm does not answer."""
+    """Return the names of the user's jobs in the queue, one per array task; None if Slurm does not answer."""
     answer = run_slurm(["squeue", "--me", "--noheader", "--array", "--format=%j"])
     return None if answer is None else answer.split("\n")[:-1]
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeState:
-    """The job's state in Slurm: empty if Slurm has forgotten the job, None if it does not answer."""
+    """A job's state in Slurm: "" if Slurm no longer knows the job, None if Slurm does not answer."""
 
     state: str | None
     reason: str = ""
@@ -67,7 +67,7 @@ class ProbeState:
 
 
 class ProbeJob:
-    """A job that is in the queue."""
+    """A probe job that was submitted to Slurm."""
 
     def __init__(self, cluster_id: str) -> None:
         self.cluster_id = cluster_id
@@ -79,7 +79,7 @@ class ProbeJob:
         for line in lines:
             cluster_id, state, reason = [*line.split("|", 2), "", ""][:3]
             if line.count("|") < 2 or not cluster_id or not state:
-                return ProbeState(None)  # it may be the job's line
+                return ProbeState(None)  # this malformed line may be the job's
             if cluster_id == self.cluster_id:
                 return ProbeState(state, reason)
         return ProbeState("")
@@ -89,11 +89,11 @@ class ProbeJob:
 def probe_job(
     settings: Settings, folder: Path, entry: JobMain, *, nodes: int, tasks: int, time_min: int, wait_s: float
 ) -> Iterator[ProbeJob]:
-    """Queue entry(folder, 0) once on each of `tasks` tasks over `nodes` nodes, with the node options of a worker. When
-    the block ends, the job is cancelled and has ended.
+    """Queue a job that calls entry(folder, 0) in each of `tasks` tasks on `nodes` nodes, with a worker's options.
+    When the block ends, the job is cancelled and has ended.
 
-    time_min: its limit. wait_s: how long the caller waits for its start. If the caller is killed before it can cancel
-    the job, Slurm drops a job that could not end by then. Raises SubmissionError and SettingsError.
+    time_min: the job's time limit. wait_s: how long the caller waits for the job to start. If the caller is killed and
+    can't cancel the job, its Slurm deadline removes it from the queue. Raises SubmissionError and SettingsError.
     """
     import submitit
 
@@ -121,7 +121,7 @@ def probe_job(
 
 
 def _options(asked: Mapping[str, Any], deadline_s: int) -> dict[str, Any]:
-    """A worker's options, but without a requeue, and with GPUs counted for each node, not for the whole job."""
+    """Return a worker's options, but without requeue, and with GPUs requested per node instead of per job."""
     options = {name: value for name, value in asked.items() if name not in ("requeue", "time-min", "begin")}
     if "gpus" in options:
         options.setdefault("gpus-per-node", options.pop("gpus"))
@@ -129,7 +129,7 @@ def _options(asked: Mapping[str, Any], deadline_s: int) -> dict[str, Any]:
 
 
 def _cancel(name: str) -> None:
-    """Cancel the job by its name, since its id may not be known. Returns when it has ended, or after CANCEL_WAIT_S."""
+    """Cancel the job by name (its id may be unknown), and wait for it to end, at most CANCEL_WAIT_S seconds."""
     mine = ["--user", getpass.getuser(), "--name", name]
     end = time.monotonic() + CANCEL_WAIT_S
     while time.monotonic() < end:

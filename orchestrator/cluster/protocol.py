@@ -1,4 +1,4 @@
-"""The two sides of the place where jobs run: the queue of a run's jobs, and the job that this process is."""
+"""Interfaces to the executors: the queue of a run's jobs, and the job that this process runs."""
 
 from __future__ import annotations
 
@@ -8,70 +8,70 @@ from collections.abc import Callable, Sequence
 from orchestrator.records import ChainJob, Evidence, Submitted
 from orchestrator.settings.settings import Settings
 
-JobMain = Callable[[str, int], object]  # (run folder, worker id): submitit pickles nothing else
+JobMain = Callable[[str, int], object]  # called with (run folder, worker id); submitit pickles only these
 
 
 class JobQueue(ABC):
-    """The queue of a run's jobs, as commands and workers use it."""
+    """The queue of a run's jobs, used by commands and workers."""
 
     name: str
     chains = True  # do jobs queue successors?
 
     @abstractmethod
     def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
-        """Queue these jobs, to start when `after` has ended. All or none: raises SubmissionError."""
+        """Queue all jobs, to start when `after` has ended, or queue none of them and raise SubmissionError."""
 
     @abstractmethod
     def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
-        """What is known of each job, by job_id."""
+        """Return what the queue shows about each job, by job_id."""
 
     @abstractmethod
     def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
-        """Ask jobs to end at the next safe point, or kill them now. Returns a line for each failure."""
+        """Ask jobs to end at the next safe point, or, with `now`, kill them. Returns a message for each failure."""
 
     def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
-        """The queue's ids, by token, of jobs whose submitter died before it wrote the id to the database."""
+        """Return, by token, the queue's ids of jobs whose submitter died before it wrote the id to the database."""
         return {}
 
     def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
-        """How jobs ended, in the scheduler's words, by job_id. Jobs without a known ending are left out."""
+        """Return the scheduler's description of how each job ended, by job_id, without jobs whose ending is unknown."""
         return {}
 
     def back_to_queue(self, job: ChainJob) -> bool:
-        """Queue the job of this process again, where there is no room for a successor. False if not possible."""
+        """Requeue this process's job, when a submit limit leaves no room for a successor. False if not possible."""
         return False
 
 
 class ThisJob(ABC):
-    """The job that this process is."""
+    """The job that this process runs."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings  # replaced when the run was amended before this job's turn
+        self.settings = settings  # replaced if the run was amended while this job waited
 
     @abstractmethod
     def token(self) -> str:
-        """Names this job in the database."""
+        """Return the name of this job in the database."""
 
     @abstractmethod
     def identity(self) -> tuple[str, str]:
-        """(the queue's id of this job, host)."""
+        """Return (the queue's id of this job, host)."""
 
     @abstractmethod
     def cores(self) -> int:
-        """CPU cores for each process of this job."""
+        """Return the number of CPU cores for each process of this job."""
 
     @abstractmethod
     def latest_work_s(self) -> float:
-        """Seconds from the job's start until it must stop working, to end in time."""
+        """Return the seconds from the job's start until it must stop working, so that it ends in time."""
 
     @abstractmethod
     def time_limit_s(self) -> float:
-        """Seconds from the job's start to its hard end, after which it can't be alive."""
+        """Return the seconds from the job's start to its hard end, after which it can't be alive."""
 
     def working_s(self) -> float:
-        """Seconds of work, counted from when the model and data are loaded."""
+        """Return how many seconds the job may work after the model and data are loaded."""
         return self.settings.eon_lifetime
 
     def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
-        """Return when the predecessor has ended. A queue with dependencies starts the job only then."""
+        """Wait until the predecessor has ended. Slurm needs no wait: its dependencies delay the job's start."""
         return

@@ -1,4 +1,4 @@
-"""The options to give sbatch, and the meaning of its refusals. Pure: text in, values out."""
+"""Compute the options for sbatch, and interpret its refusals. All functions are pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.messages import shown
 from orchestrator.settings.sbatch_values import check_option, checked_setup, is_owned, option_name
 from orchestrator.settings.settings import Settings
 
-# Between the end of a job's working time and the warning signal: for validation, the checkpoint and the exit.
+# Between the end of a job's work and the warning signal: time for validation, the checkpoint and the exit.
 GRACE_S = 60
 DEFAULT_SIGNAL_DELAY_S = 60
 
@@ -24,13 +24,13 @@ SHORT = {
     "o": "output", "e": "error", "d": "dependency", "a": "array", "D": "chdir",
 }  # fmt: skip
 GPU_KEYS = {"gpus", "gres", "gpus-per-node", "gpus-per-task", "gpus-per-socket"}
-# The command of a script begins with one of these; the lines before it set up the environment.
+# A script's first line that starts with one of these is its command; the lines before it set up the environment.
 COMMANDS = ("srun", "python", "python3", "exec", "mpirun", "torchrun", "orch")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What sbatch is asked for, for one worker job."""
+    """The sbatch request for one worker job."""
 
     options: Mapping[str, Any]  # long names of sbatch options; True: an option without a value
     time_min: int
@@ -39,9 +39,9 @@ class Request:
 
 
 def read_script(text: str) -> tuple[dict[str, Any], list[str]]:
-    """The #SBATCH options (long names) and the setup lines of a batch script.
+    """Return the #SBATCH options (by long name) and the setup lines of a batch script.
 
-    Raises ValueError naming the line that can't be read.
+    Raises ValueError, quoting the line that can't be parsed.
     """
     options: dict[str, Any] = {}
     setup: list[str] = []
@@ -58,7 +58,7 @@ def read_script(text: str) -> tuple[dict[str, Any], list[str]]:
 def _read_options(line: str) -> dict[str, Any]:
     try:
         words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
-    except ValueError as error:  # a quotation mark that is not closed
+    except ValueError as error:  # an unclosed quotation mark
         raise ValueError(f"{shown(line.strip(), 100)!r}: {error}") from error
     options: dict[str, Any] = {}
     while words:
@@ -76,14 +76,14 @@ def _read_options(line: str) -> dict[str, Any]:
 
 
 def minutes(time: str) -> int:
-    """Minutes, rounded up, of a time in one of Slurm's formats: minutes, minutes:seconds, hours:minutes:seconds,
+    """Convert a Slurm time to minutes, rounded up. Formats: minutes, minutes:seconds, hours:minutes:seconds,
     days-hours[:minutes[:seconds]]. Raises ValueError."""
     match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9}(?::\d{1,9}){0,2})", time.strip())
     if not match:
         raise ValueError(f"time {shown(time, 100)!r}: allowed are MIN, MIN:SEC, H:MIN:SEC and DAYS-H:MIN:SEC")
     parts = [int(part) for part in match[2].split(":")]
     if match[1] is None and len(parts) < 3:
-        parts.insert(0, 0)  # it begins with the minutes
+        parts.insert(0, 0)  # the time has no hours
     hours, of_hour, seconds = (*parts, 0, 0)[:3]
     return max(1, (int(match[1] or 0) * 24 + hours) * 60 + of_hour + math.ceil(seconds / 60))
 
@@ -92,7 +92,7 @@ LOADING_S, LEAST_WORK_S = 10.0, 10.0  # minimum seconds to load the model and th
 
 
 def too_short(asked: Request, eon_lifetime_s: float) -> str | None:
-    """Why a job with this time limit would have to stop before it has trained anything; None if it would not."""
+    """Explain why a job with this time limit would stop before it trains anything; None if the limit suffices."""
     needed_s = asked.signal_delay_s + LOADING_S + min(eon_lifetime_s, LEAST_WORK_S)
     if 60 * asked.time_min >= needed_s:
         return None
@@ -104,7 +104,7 @@ def too_short(asked: Request, eon_lifetime_s: float) -> str | None:
 
 
 def request(settings: Settings, script: str | None) -> Request:
-    """Settings override the script, additional_parameters override both. Raises ValueError."""
+    """Build the request. Settings override the script; additional_parameters overrides both. Raises ValueError."""
     wanted = settings.slurm
     options, setup = read_script(script) if script is not None else ({}, [])
     warned = re.fullmatch(r"(?:[BR]+:)?\w+@(\d{1,9})", str(options.pop("signal", "")))
@@ -135,13 +135,13 @@ def request(settings: Settings, script: str | None) -> Request:
 
 
 def gpu_count(wanted: object) -> int:
-    """The number of GPUs in "2", "a100:2" or "a100:2,v100:1". A kind without a number counts as 1."""
+    """Return the number of GPUs in "2", "a100:2" or "a100:2,v100:1". A type without a number counts as 1."""
     counts = [part.rpartition(":")[2] for part in str(wanted).split(",")]
     return sum(int(count) if re.fullmatch("[0-9]{1,9}", count) else 1 for count in counts)
 
 
 _NO_ROOM = ("Job violates accounting/QOS policy", "QOSMaxSubmitJob", "AssocMaxSubmitJob", "MaxSubmitJob")
-# Parts of sbatch's messages that tell the kind of a refusal; the first that matches counts.
+# Substrings of sbatch's messages that identify why it refused; the first match wins.
 _REFUSALS = (
     (Refusal.UNREACHABLE, (
         "Unable to contact slurm controller", "Connection refused", "Zero Bytes were transmitted", "Socket timed out",
@@ -155,35 +155,35 @@ _REFUSALS = (
     )),
 )  # fmt: skip
 
-# Parts of sbatch's messages (Slurm's slurm_errno texts), and what to change.
+# Substrings of sbatch's messages (texts of Slurm's slurm_errno), each with the advice to print.
 ADVICE = (
-    ("Invalid partition name", "slurm.partition {partition}: there is no such partition; `sinfo -s` lists them"),
+    ("Invalid partition name", "slurm.partition {partition}: this partition does not exist; `sinfo -s` lists all partitions"),
     ("Invalid account or account/partition combination",
-     "slurm.account {account} may not be used here (partition {partition}); `sacctmgr show associations user=$USER` lists yours"),
-    ("Invalid account", "slurm.account {account} is not yours; `sacctmgr show associations user=$USER` lists yours"),
+     "you may not use slurm.account {account} in partition {partition}; `sacctmgr show associations user=$USER` lists yours"),
+    ("Invalid account", "you may not use slurm.account {account}; `sacctmgr show associations user=$USER` lists yours"),
     ("Invalid qos", "slurm.qos {qos} is not allowed for this account; `sacctmgr show associations user=$USER` lists yours"),
     ("Requested time limit is invalid",
-     "the time limit of {time_min} min is more than partition {partition} allows (`sinfo -o '%P %l'`); lower eon_lifetime or "
+     "the time limit of {time_min} min is longer than partition {partition} allows (`sinfo -o '%P %l'`); lower eon_lifetime or "
      "set slurm.time_min"),
     ("Invalid job array specification",
-     "{workers} workers are more than one job array may have (`scontrol show config | grep MaxArraySize`); lower workers"),
+     "a job array may not have {workers} tasks (`scontrol show config | grep MaxArraySize`); lower workers"),
     *((text,
        "the submit limit of your account or QOS leaves no room for {workers} more jobs; lower workers, or use another "
        "slurm.qos (`sacctmgr show qos format=name,maxsubmitjobsperuser`)") for text in _NO_ROOM),
     ("More processors requested than permitted",
      "slurm.cpus {cpus-per-task} is more than a node of partition {partition} has; `sinfo -o '%P %c'` shows how many"),
     ("Requested node configuration is not available",
-     "no node of partition {partition} has what a worker asks for ({asked}); `sinfo -o '%P %c %m %G %f'` shows what they "
-     "have. slurm.gpus, slurm.cpus, slurm.mem_gb and slurm.constraint ask for less"),
+     "no node of partition {partition} has what a worker requests ({asked}); `sinfo -o '%P %c %m %G %f'` shows what "
+     "nodes have. Lower slurm.gpus, slurm.cpus or slurm.mem_gb, or change slurm.constraint"),
     ("Memory specification can not be satisfied", "slurm.mem_gb is more than a node of partition {partition} has"),
     ("Invalid generic resource",
-     "the GPUs asked for ({asked}) are not known here; `sinfo -o '%P %G'` lists them, slurm.gpus=0 asks for none"),
+     "Slurm does not know the requested GPUs ({asked}); `sinfo -o '%P %G'` lists its GPUs; slurm.gpus=0 requests none"),
     ("Required partition not available",
      "partition {partition} is inactive or drained; use another slurm.partition (`sinfo -s`) or wait"),
     ("Invalid feature specification",
-     "slurm.constraint {constraint} is not a feature of any node; `sinfo -o '%P %f'` lists them"),
-    ("Invalid node name", "slurm.exclude or nodelist names a node that does not exist; `sinfo -N` lists them"),
-    ("Node count specification invalid", "the number of nodes asked for is not allowed in partition {partition}"),
+     "slurm.constraint {constraint} is not a feature of any node; `sinfo -o '%P %f'` lists the features"),
+    ("Invalid node name", "slurm.exclude or nodelist names a node that does not exist; `sinfo -N` lists the nodes"),
+    ("Node count specification invalid", "the requested number of nodes is not allowed in partition {partition}"),
     ("User not part of group", "partition {partition} is not open to your group; use another slurm.partition"),
     ("Invalid wckey", "the cluster tracks wckeys: set one with slurm.additional_parameters.wckey"),
     ("unrecognized option", "slurm.additional_parameters or slurm_file holds an option that this sbatch does not know"),
@@ -191,7 +191,7 @@ ADVICE = (
 
 
 def advice(output: str, request: Request, workers: int) -> str:
-    """One message for a refusal: what is wrong, what to change, and sbatch's own message. output: what sbatch printed."""
+    """Say what is wrong and what to change, and quote sbatch's error. output: everything that sbatch printed."""
     options = request.options
     words: dict[str, Any] = {
         "partition": options.get("partition", "(the default)"), "account": options.get("account", "(the default)"),
@@ -206,14 +206,14 @@ def advice(output: str, request: Request, workers: int) -> str:
 
 
 def refusal_of(output: str) -> Refusal:
-    """The kind of refusal that sbatch, or another command of Slurm, has printed."""
+    """Classify the refusal printed by sbatch or another Slurm command."""
     printed = output.lower()
-    kinds = (kind for kind, texts in _REFUSALS if any(text.lower() in printed for text in texts))
-    return next(kinds, Refusal.OTHER)
+    reasons = (reason for reason, texts in _REFUSALS if any(text.lower() in printed for text in texts))
+    return next(reasons, Refusal.OTHER)
 
 
 def refused(output: str, request: Request, workers: int) -> SubmissionError:
-    """The error for what sbatch printed when it did not take the jobs."""
+    """Return the error for sbatch's output when it refused the jobs."""
     refusal = refusal_of(output)
     if refusal is Refusal.UNREACHABLE:
         message = f"Slurm does not answer: {_reason(output)}. `orch doctor` shows more; --executor local runs here"
@@ -223,6 +223,6 @@ def refused(output: str, request: Request, workers: int) -> SubmissionError:
 
 
 def _reason(output: str) -> str:
-    """The line of sbatch's output that gives the reason."""
+    """Return the line of sbatch's output that gives the reason."""
     lines = [line.strip() for line in output.splitlines() if "error" in line.lower() and line.strip()]
     return lines[-1] if lines else output.strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Jobs on a Slurm cluster, submitted through submitit, listed by squeue and sacct."""
+"""Run jobs on a Slurm cluster: submit them through submitit, and list them with squeue and sacct."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from orchestrator.records import ChainJob, Evidence, Submitted
 from orchestrator.settings.settings import Settings
 
 COMMAND_TIMEOUT_S = 60.0
-# Slurm cleans up after a time limit (KillWait, epilog), so a job may end some time after its limit.
+# After a job's time limit, Slurm still cleans up (KillWait, epilog), so the job may end later than its limit.
 LEASE_MARGIN_S = 300.0
-# A job that is being killed has a grace time in which it writes a checkpoint. One that is still "completing" after this
-# time is on a node that does not answer; if its process lives on, its generation keeps its writes out.
+# A job that is being killed has a grace time to write a checkpoint. If it is still "completing" after this time, its
+# node does not respond; if its process is still alive, its writes are refused because their generation is too old.
 COMPLETING_S = 120.0
-# Slurm sets these for each job; values inherited from the job that submits would be wrong there.
+# Slurm sets these for each job; a successor must not inherit the values of the job that submits it.
 PER_JOB = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "TMPDIR")
 
 GONE = {
@@ -42,15 +42,15 @@ WAITING = {
     "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT",
     "POWER_UP_NODE",
 }  # fmt: skip
-# Any other state proves nothing: for example, another cluster of a federation has started a job that is REVOKED here.
+# Any other state proves nothing: another cluster of a federation, for example, has started a job that is REVOKED here.
 
-# Variables with the user's own filters and formats: SQUEUE_PARTITION, for example, would hide jobs that are alive.
+# Prefixes of variables that filter or format output: SQUEUE_PARTITION, for example, would hide live jobs.
 USER_FORMAT_VARIABLES = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMAT")
 _LISTED = re.compile(r"([0-9]+(?:_[0-9]+|_\[[^|]*\])?(?:\+[0-9]+)?)\|([A-Z_0-9]+)\|([^|]*)\|(.*)")
 
 
 def read_request(settings: Settings) -> Request:
-    """What the settings and their slurm_file ask sbatch for. Raises SettingsError if slurm_file can't be read."""
+    """Return the sbatch request defined by the settings and slurm_file. Raises SettingsError if either is invalid."""
     file = settings.slurm_file
     try:
         asked = request(settings, Path(file).read_text(encoding="utf-8") if file else None)
@@ -87,11 +87,11 @@ class SlurmQueue(JobQueue):
         assert all(job.token == f"{base}-{index}" for index, job in enumerate(jobs)), "one submission, one base"
         if not shutil.which("sbatch") or not shutil.which("srun"):
             raise SubmissionError(
-                "sbatch or srun is not on the PATH; is this a node of the cluster? Or --executor local"
+                "sbatch or srun is not on the PATH; run this on a node of the cluster, or use --executor local"
             )
         folders, workers = [str(self._run_folder)] * len(jobs), [job.worker_id for job in jobs]
-        quiet = redirect_stderr(io.StringIO())  # submitit repeats sbatch's message there
-        with submission_environment(), quiet, permissions.files_of(self._run_folder):  # sbatch keeps the umask
+        quiet = redirect_stderr(io.StringIO())  # submitit prints sbatch's message again there
+        with submission_environment(), quiet, permissions.files_of(self._run_folder):  # sbatch stores the umask
             try:
                 taken = self.executor(base, after).map_array(self._job_main, folders, workers)
             except submitit.core.utils.FailedJobError as error:
@@ -101,14 +101,14 @@ class SlurmQueue(JobQueue):
         return [Submitted(job.job_id, it.job_id) for job, it in zip(jobs, taken, strict=True)]
 
     def executor(self, base: str, after: ChainJob | None = None) -> Any:
-        """submitit's executor for one submission. base: names its folder. after: what must end before it starts."""
+        """Return submitit's executor for one submission. base: the folder's name. after: the job to wait for."""
         import submitit
 
         asked = self.request
-        if not str(self._run_folder).isprintable():  # it is written into the script's #SBATCH lines
+        if not str(self._run_folder).isprintable():  # the script's #SBATCH lines contain it
             raise SettingsError(
-                f"the name of the run folder {str(self._run_folder)!r} has a line break or another character that "
-                "can't be printed, and Slurm would split it there; choose another --runs-dir"
+                f"the name of the run folder {str(self._run_folder)!r} contains a line break or another "
+                "unprintable character, which Slurm can't handle; choose another --runs-dir"
             )
         executor = submitit.SlurmExecutor(self._run_folder / JOBS / base)
         executor.update_parameters(
@@ -127,16 +127,16 @@ class SlurmQueue(JobQueue):
         return executor
 
     def _srun_args(self) -> list[str] | None:
-        """Options that srun does not inherit from sbatch."""
+        """Return the options that srun does not inherit from sbatch."""
         arguments = []
-        if "cpus-per-task" in self.request.options:  # since Slurm 22.05, a task without it gets one core
+        if "cpus-per-task" in self.request.options:  # otherwise, since Slurm 22.05, a task gets one core
             arguments.append(f"--cpus-per-task={self.request.options['cpus-per-task']}")
-        if self._settings.gpus_per_worker > 1:  # if one process dies, the others can't go on
+        if self._settings.gpus_per_worker > 1:  # if one process dies, the others can't continue
             arguments.append("--kill-on-bad-exit=1")
         return arguments or None
 
     def script(self, jobs: int) -> str:
-        """The script that sbatch would get; only the folder's random name differs."""
+        """Return the script that sbatch would get, except for the folder's random name."""
         executor = self.executor("dry-run")
         if jobs > 1:
             executor.parameters["map_count"] = jobs
@@ -144,7 +144,7 @@ class SlurmQueue(JobQueue):
         shutil.rmtree(self._run_folder / JOBS / "dry-run", ignore_errors=True)
         return text
 
-    # --- what Slurm knows of jobs
+    # --- state of jobs
 
     def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
         if not jobs:
@@ -164,14 +164,14 @@ class SlurmQueue(JobQueue):
         return {job.token: ids[job.token] for job in jobs if job.token in ids}
 
     def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
-        """From Slurm's accounting; from squeue for jobs that accounting does not know yet."""
+        """Read endings from Slurm's accounting, or from squeue for jobs that accounting does not have yet."""
         ids = [job.cluster_id for job in jobs if job.cluster_id]
         if not ids:
             return {}
         ended = {i: (j.name, j.state) for i, j in (queue() or {}).items() if i in ids and j.state in GONE}
         command = ["sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode,JobName", "-j", ",".join(ids)]
         for line in lines_of(run_slurm(command) if shutil.which("sacct") else None) or ():
-            cluster_id, state, code, name = [*line.split("|", 3), "", "", ""][:4]  # a name may have any character
+            cluster_id, state, code, name = [*line.split("|", 3), "", "", ""][:4]  # a name may contain any character
             if state.split()[:1] and state.split()[0] in GONE:
                 ended[cluster_id] = (name, f"{state.split()[0]} ({code})")
         return {
@@ -190,11 +190,11 @@ class SlurmQueue(JobQueue):
         others = [cluster_id for cluster_id, state in known if state in (Evidence.QUEUED, Evidence.UNKNOWN)]
         for ids, signal in ((others, []), (running, [] if now else ["--signal=USR2"])):
             if ids and run_slurm(["scancel", *signal, *ids]) is None:
-                trouble.append(f"Slurm did not take the cancellation of {', '.join(ids)}; try again")
+                trouble.append(f"scancel {', '.join(ids)} failed; try again")
         return trouble
 
     def back_to_queue(self, job: ChainJob) -> bool:
-        """Does not return if Slurm ends this job first."""
+        """Requeue the job. Does not return if Slurm kills this process first."""
         return job.cluster_id is not None and run_slurm(["scontrol", "requeue", job.cluster_id]) is not None
 
 
@@ -212,7 +212,7 @@ class SlurmJob(ThisJob):
         processes, given = self.settings.gpus_per_worker, os.environ.get("SLURM_CPUS_PER_TASK")
         if self.settings.cores_per_worker:
             return max(1, self.settings.cores_per_worker // processes)
-        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", "1024"))  # for this job; some clusters don't bind tasks
+        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", "1024"))  # the job's cores; some clusters don't bind tasks
         return int(given) if given else max(1, min(len(os.sched_getaffinity(0)), on_node // processes))
 
     def token(self) -> str:
@@ -226,16 +226,16 @@ class SlurmJob(ThisJob):
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A job as squeue shows it."""
+    """A job in squeue's listing."""
 
     state: str
     name: str
-    end: float | None  # when it ended, or will by its time limit
+    end: float | None  # Unix time when it ended, or reaches its time limit
 
 
 def judge(job: ChainJob, listed: Listed | None, now: float) -> Evidence:
-    """What squeue's answer proves about a job. An id alone proves nothing, since a crashed controller uses ids again:
-    the name must be the one that orch gave the job."""
+    """Decide what squeue's answer proves about a job. The id alone proves nothing, because Slurm reuses ids after its
+    controller crashes, so the listed name must match too."""
     if listed is None or not listed.name.endswith(job.base) or listed.state in GONE:
         return Evidence.GONE
     if listed.state == "COMPLETING":
@@ -247,18 +247,17 @@ def judge(job: ChainJob, listed: Listed | None, now: float) -> Evidence:
 
 
 def queue() -> dict[str, Listed] | None:
-    """The user's jobs by id, one for each array task, with the jobs that ended recently.
+    """Return the user's jobs by id, one per array task, including jobs that ended recently.
 
-    None, which proves nothing, if Slurm does not answer completely. A job that is not listed counts as gone, so the
-    list must have every job: also those in hidden partitions (--all). A listing that breaks off, or has a line that
-    can't be read, is not complete.
+    A job that is missing from the list counts as gone, so the list must be complete: it includes hidden partitions
+    (--all). None, which proves nothing: Slurm did not answer, or the list is cut off or has an unreadable line.
     """
     command = ["squeue", "--me", "--all", "--noheader", "--array", "--states=all", "--format=%i|%T|%e|%j"]
     return read_queue(run_slurm(command))
 
 
 def read_queue(answer: str | None) -> dict[str, Listed] | None:
-    """Read what the command of `queue` printed."""
+    """Parse the output of the squeue command in `queue`."""
     lines = lines_of(answer)
     if lines is None:
         return None
@@ -268,14 +267,14 @@ def read_queue(answer: str | None) -> dict[str, Listed] | None:
         if match is None:
             return None
         cluster_id, state, end, name = match.groups()
-        if cluster_id not in jobs or state in WORKING | WAITING:  # a federation may list a job once for each cluster
+        if cluster_id not in jobs or state in WORKING | WAITING:  # a federation may list a job once per cluster
             jobs[cluster_id] = Listed(state, name, _when(end))
     return jobs
 
 
 def lines_of(answer: str | None) -> list[str] | None:
-    """The lines of a listing; None if there is none, or if its last line has no newline, since it breaks off then.
-    (str.splitlines would also split at other characters, which a job's name may have.)"""
+    """Return the lines of a listing; None if it is missing, or cut off (its last line does not end in a newline).
+    (str.splitlines would also split at other characters, which a job's name may contain.)"""
     if answer is None:
         return None
     *lines, rest = answer.split("\n")
@@ -290,8 +289,8 @@ def _when(text: str) -> float | None:
 
 
 def run_slurm(command: Sequence[str]) -> str | None:
-    """A Slurm command's output; None if it failed, took too long, or the controller did not answer (for which some
-    commands exit with 0)."""
+    """Return a Slurm command's output; None if it failed or timed out, or if the controller did not answer (some
+    commands exit with 0 even then)."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(USER_FORMAT_VARIABLES)}
     try:
         done = subprocess.run(
@@ -302,12 +301,12 @@ def run_slurm(command: Sequence[str]) -> str | None:
     errors = done.stderr.decode("utf-8", "replace")
     if refusal_of(errors) is Refusal.UNREACHABLE or "slurm_load_" in errors:
         return None
-    return done.stdout.decode("utf-8", "replace")  # names of other jobs may be in any encoding
+    return done.stdout.decode("utf-8", "replace")  # job names may be in any encoding
 
 
 @contextmanager
 def submission_environment() -> Iterator[None]:
-    """Without the variables of the job that submits, but with SLURM_CONF, which says where the cluster is."""
+    """Hide the submitting job's environment variables, but keep SLURM_CONF, which locates the cluster."""
     from submitit.helpers import clean_env
 
     conf = os.environ.get("SLURM_CONF")

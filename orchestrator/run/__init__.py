@@ -1,1 +1,1 @@
-"""What one can do with a whole run: launch, control, test, export, repair, collect garbage."""
+"""Operations on a whole run: launch, control, test, export, repair, collect garbage."""

@@ -1,5 +1,5 @@
-"""orch gc: delete what nothing refers to any more. Safe while the run goes on: each folder is listed before the
-database is read, so newer files are not judged."""
+"""orch gc: delete files that are no longer needed. Safe while the run continues: each folder is listed before the
+database is read, so files created afterwards are never deleted."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from orchestrator.rules.checkpoint_names import generation_of
 from orchestrator.run.run import Run
 
 KINDS = ("checkpoints", "temporary files", "job folders", "curves", "dead launches")
-ORPHANED_S = 3600.0  # older temporary files belong to no running process
-CURVES_KEPT_S = 86400.0  # curves of chunks that led to nothing stay for a day, so that a user can see why
-SERIES_FOLDERS = ("tensorboard", "wandb")  # in the logs folder: loggers with a folder for each chunk
+ORPHANED_S = 3600.0  # seconds; no running process still uses temporary files that are older
+CURVES_KEPT_S = 86400.0  # seconds; a user may inspect the curves of discarded chunks this long
+SERIES_FOLDERS = ("tensorboard", "wandb")  # subfolders of logs/; these loggers make a folder for each chunk
 _TEMPORARY = re.compile(r"\.tmp-.+-\d+|\.repair-.+")
 
 
@@ -38,7 +38,7 @@ class CollectionReport:
     trouble: list[str] = field(default_factory=list)
 
     def take(self, kind: str, path: Path) -> None:
-        """Delete a file or folder, and count it unless it has vanished already."""
+        """Delete a file or folder, and count it unless it is gone already."""
         size = disk_budget.used_bytes(path)
         if not self.dry_run:
             try:
@@ -53,14 +53,14 @@ class CollectionReport:
 
 
 def collect(run: Run, dry_run: bool, now: float) -> CollectionReport:
-    """Raises LeaderboardError: only the database shows which files are needed."""
+    """Delete unneeded files. Raises LeaderboardError if the database, which shows what is needed, can't be read."""
     report = CollectionReport(run.name, dry_run)
     files = run.folder / CHECKPOINTS
     collectable = checkpoints.collectable(files, run.leaderboard.reader.references) if files.is_dir() else []
     for name in collectable:
         report.take("checkpoints" if not name.startswith(".") else "temporary files", files / name)
     for path in (*_listed(run.folder), *_listed(files)):
-        temporary = _TEMPORARY.fullmatch(path.name) and generation_of(path.name) is None  # claims' are judged above
+        temporary = _TEMPORARY.fullmatch(path.name) and generation_of(path.name) is None  # not a claim's file
         if temporary and now - _touched(path) > ORPHANED_S:
             report.take("temporary files", path)
     folders = [path for path in _listed(run.folder / JOBS) if path.is_dir()]
@@ -77,21 +77,21 @@ def _collect_curves(run: Run, report: CollectionReport, now: float) -> None:
     folders = [path for part in SERIES_FOLDERS for path in _listed(run.folder / LOGS / part) if path.is_dir()]
     ages_s = {path.name: now - _touched(path) for path in folders}
     old = set(collecting.old_series(ages_s, (), CURVES_KEPT_S))
-    if not old:  # the records need not be read
+    if not old:  # no need to read the records
         return
     try:
         old = set(collecting.old_series(ages_s, _lines(run), CURVES_KEPT_S))
     except CheckpointError as error:
-        report.trouble.append(f"curves are not judged: {error}")
+        report.trouble.append(f"curves are not collected: {error}")
         return
     for path in sorted(path for path in folders if path.name in old):
         report.take("curves", path)
 
 
 def _lines(run: Run) -> set[int]:
-    """The chunks in the lineages of all checkpoints that stay; later checkpoints descend from these.
+    """Return the chunks in the lineages of all checkpoints that are kept; later checkpoints descend from these.
 
-    Raises CheckpointError for a record that can't be read."""
+    Raises CheckpointError if a record can't be read."""
     files = run.leaderboard.reader.references()[0]
     while True:
         try:
@@ -100,17 +100,17 @@ def _lines(run: Run) -> set[int]:
             before, files = files, run.leaderboard.reader.references()[0]
             if files == before:
                 raise
-            continue  # the board has changed, and the missing one may have left it
+            continue  # the board has changed; the missing file may have left it
         return {line.chunk for record in records for line in (record, *record.ancestors)}
 
 
 def _listed(folder: Path) -> list[Path]:
-    """Empty if there is no such folder."""
+    """List the folder; empty if it does not exist."""
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _dead_launches(folder: Path, now: float) -> list[Path]:
-    """Folders of launches that were killed before they gave them their final name (see `launch`)."""
+    """Find folders of launches that were killed before they renamed their folder to its final name (see `launch`)."""
     name = re.compile(rf"\.{re.escape(folder.name)}-(\d+)")
     dead = []
     for path in folder.parent.iterdir():
@@ -125,7 +125,7 @@ def _dead_launches(folder: Path, now: float) -> list[Path]:
 
 
 def _touched(path: Path) -> float:
-    """When it, or anything in it, was written last (Unix time); inf if it has just vanished."""
+    """Return when path or anything in it was last modified (Unix time); inf if path has just been deleted."""
     times = []
     for each in (path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)):
         try:

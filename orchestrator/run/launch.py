@@ -1,4 +1,4 @@
-"""Make a run and queue its workers."""
+"""Create a run and queue its workers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from orchestrator.settings.settings import Settings, new_schema
 def launch(
     settings: Settings, runs_dir: Path, import_paths: Sequence[str] = (), clock: Callable[[], float] = time.time
 ) -> Run:
-    """Make the run's folder and database and queue its workers. All or nothing: if no jobs are taken, the folder is
-    removed again.
+    """Create the run's folder and database, and queue its workers. If the jobs are refused, the folder and the database
+    are deleted again.
 
-    Raises RunError if there is a run of this name, LockError if no lock works on its file system,
-    LeaderboardError if the database can't be made, SubmissionError if nothing could be queued.
+    Raises RunError if the folder exists or can't be created, LockError if no lock works on its file system,
+    LeaderboardError if the database can't be created, SubmissionError if the jobs are refused.
     """
     folder = (runs_dir / settings.name).absolute()
     if folder.exists():
         raise RunError(
-            f"{folder} exists already; launch again to go on with it" if is_run(folder) else without_its_files(folder)
+            f"{folder} exists already; launch again to continue it" if is_run(folder) else without_its_files(folder)
         )
     own_schema = settings.uses_server and settings.database_schema is None
     if own_schema:
@@ -55,12 +55,12 @@ def launch(
                 Leaderboard.create(*place, settings=settings, import_paths=import_paths, now=now, deadline=deadline)
                 undo.callback(Leaderboard.discard, *place, own_schema)
             sync_folder(building)
-            building.rename(folder)  # from here on the run exists, and is complete
+            building.rename(folder)  # from now on, the run exists and is complete
             sync_folder(runs_dir)
         except OSError as error:
             if folder.exists():
-                raise RunError(f"{folder} was made by another launch just now; launch again to go on") from error
-            raise RunError(f"{folder} can't be made: {error.strerror or error}") from error
+                raise RunError(f"another launch has just created {folder}; launch again to continue it") from error
+            raise RunError(f"{folder} can't be created: {error.strerror or error}") from error
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         run = Run.open(folder)
         run.grow(now)
@@ -69,12 +69,12 @@ def launch(
 
 
 def _with_lock(settings: Settings, building: Path, undo: ExitStack) -> Settings:
-    """The settings with the lock that was proven on the mount and recorded beside the database.
+    """Test the locks on this mount, record the choice beside the database, and return the settings with that lock.
 
     Raises LockError, OSError.
     """
     file = Database(settings.database, building).file
-    if file is None or file.exists():  # a server has its own locks; an existing file is refused later
+    if file is None or file.exists():  # a server has its own locks; Leaderboard.create refuses an existing file
         return settings
     file.parent.mkdir(parents=True, exist_ok=True)
     chosen = choice.choose(file.parent, settings.several_nodes, settings.lock)

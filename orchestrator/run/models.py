@@ -20,7 +20,7 @@ log = logging.getLogger("orch")
 
 
 def test_models(run: Run, again: bool, now: float) -> None:
-    """Test the entries of the board, record the metrics, and report them to the run's loggers.
+    """Test the board's entries, record the metrics, and send them to the run's loggers.
 
     Entries with test metrics are skipped unless `again`. Raises JobSpecError.
     """
@@ -42,7 +42,7 @@ def test_models(run: Run, again: bool, now: float) -> None:
             path = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
             with as_job_error(job):
                 metrics = session.evaluate_file(path, "test")
-            with suppress(FileNotFoundError):  # it left the board during its test, which is not recorded either
+            with suppress(FileNotFoundError):  # the entry has left the board; record_test refuses it too
                 tests[path.name] = (last_step(path), metrics)
             try:
                 run.leaderboard.board.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
@@ -54,13 +54,13 @@ def test_models(run: Run, again: bool, now: float) -> None:
 
 
 def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
-    """Write the weights of the entry of this rank to out, and a description to a .json file beside it. Returns the
-    entry. Raises RunError, and JobSpecError if the checkpoint has no model."""
+    """Write the weights of the entry with this rank to out, and a description to a .json file beside it. Returns the
+    entry. Raises RunError; raises JobSpecError if the checkpoint has no model."""
     from jobs.errors import JobError
     from jobs.training.states import export
 
     if out.suffix == ".json":
-        raise RunError(f"--out {out}: .json is for the description beside it; allowed is another ending, such as .pt")
+        raise RunError(f"--out {out}: the description gets the suffix .json; use another suffix, such as .pt")
     entries = run.board()["entries"]
     if rank > len(entries):
         raise RunError(f"--rank {rank}: the board of {run.name} has {counted(len(entries), 'entry', 'entries')}")
@@ -68,13 +68,14 @@ def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
     try:
         source = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
     except DamagedCheckpointError as error:
-        raise RunError(f"{error}. `orch repair {run.name}` takes it off the board; or choose another --rank") from error
+        advice = f"Run `orch repair {run.name}` to take this entry off the board, or choose another --rank"
+        raise RunError(f"{error}. {advice}") from error
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(out, lambda target: export(source, target))
         text = json.dumps({"run": run.name, "job": run.settings.job, **entry}, indent=2)
         publish(out.with_suffix(".json"), lambda target: target.write(text.encode()))
-    except JobError as error:  # the state of a job's own loop may have no model
+    except JobError as error:  # a custom train_chunk may return a state without a model
         raise JobSpecError(f"job {run.settings.job}: {error}") from error
     except OSError as error:
         raise RunError(f"--out {out}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""orch repair: examine a run's database, and rebuild it from the checkpoints' records if it is damaged or lost.
+"""orch repair: check a run's database, and rebuild it from the checkpoints' records if it is damaged or lost.
 
 Nothing is deleted: damaged files are kept under another name.
 """
@@ -36,23 +36,23 @@ from orchestrator.settings.settings import Settings, new_schema
 
 @dataclass
 class RepairReport:
-    """What was found and done, or would be done."""
+    """The problems found, and the repairs made (or, in a dry run, planned)."""
 
     run: str
     dry_run: bool
-    condition: str  # of the database before: healthy, damaged or lost
+    condition: str  # of the database before the repair: healthy, damaged or lost
     problems: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)  # where the damaged files are now
-    entries: list[dict[str, Any]] = field(default_factory=list)  # of the rebuilt board
-    unknown: list[str] = field(default_factory=list)  # what the records do not hold
+    kept: list[str] = field(default_factory=list)  # new paths of the damaged files
+    entries: list[dict[str, Any]] = field(default_factory=list)  # entries of the rebuilt board
+    unknown: list[str] = field(default_factory=list)  # facts that the records do not contain
 
 
 def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport:
-    """Repair the run in folder. force: even if it can't be known whether its jobs are alive.
+    """Repair the run in folder. force: repair even if nothing shows whether the run's jobs are alive.
 
-    Raises RunError if jobs are alive or may be, or if the settings are lost too; LeaderboardError if the database can't
-    be looked at, or was written by an unknown version.
+    Raises RunError if jobs are or may be alive, or if the settings are lost too; LeaderboardError if the database can't
+    be checked, or was written by an unknown version.
     """
     folder = folder.absolute()
     permissions.check_permissions(folder)
@@ -61,7 +61,7 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport
     database = Database(place[0], folder, place[1])
     health = examine(database)
     for part in FOLDERS if not dry_run else ():
-        (folder / part).mkdir(exist_ok=True)  # a purge may have deleted an empty folder
+        (folder / part).mkdir(exist_ok=True)  # a cleanup of the file system may have deleted empty folders
     report = RepairReport(folder.name, dry_run, str(health.condition), list(health.problems))
     if health.condition is Condition.HEALTHY:
         try:
@@ -77,7 +77,7 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport
     written = written or (salvaged.settings if salvaged else None)
     if written is None:
         raise RunError(
-            f"{trouble}, and {'; '.join(report.problems)}. Put back the settings file that the run was launched with, "
+            f"{trouble}, and {'; '.join(report.problems)}. Put back the settings file used to launch the run "
             f"as {folder / SETTINGS_NAME}, and run `orch repair {folder.name}` again"
         )
     _refuse_if_alive(folder, written, database, force)
@@ -86,25 +86,25 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport
 
 
 def _settings(folder: Path) -> tuple[Settings | None, str]:
-    """Those in the run's folder, or why they can't be used."""
+    """Read the settings in the run's folder. Returns (settings or None, why they can't be used)."""
     path = folder / SETTINGS_NAME
     try:
         return loading.thaw(path.read_text(encoding="utf-8")), ""
     except (OSError, ValueError) as error:
         return None, f"{path} can't be read: {getattr(error, 'strerror', None) or error}"
     except SettingsError as error:
-        return None, f"{path} does not hold the settings of a run: {error}"
+        return None, f"{path} does not contain the settings of a run: {error}"
 
 
-# --- a database that is whole
+# --- an intact database
 
 
 def _entries_that_differ(folder: Path, board: Leaderboard) -> list[str]:
-    """Entries whose file and record agree while the database differs: a line for each."""
+    """Describe entries whose file and record agree with each other, but not with the database."""
     lines = []
     entries, slots = board.reader.entries(), board.settings.num_models
     if len(entries) > slots:
-        lines.append(f"{len(entries)} entries are on the board, of {counted(slots, 'slot')}")
+        lines.append(f"the board has {len(entries)} entries, but only {counted(slots, 'slot')}")
     for entry in entries:
         try:
             record = read_record(folder / CHECKPOINTS, entry["file"])
@@ -113,7 +113,7 @@ def _entries_that_differ(folder: Path, board: Leaderboard) -> list[str]:
             checkpoints.verify(folder / CHECKPOINTS, entry["file"], record.sha256)
         except CheckpointError:
             continue  # the file or its record is damaged, not the database
-        lines.append(f"entry {entry['entry']}: {entry['file']} and its record agree, and the database differs")
+        lines.append(f"entry {entry['entry']}: {entry['file']} and its record agree, but the database differs")
     return lines
 
 
@@ -122,7 +122,7 @@ def _mend(folder: Path, board: Leaderboard, trouble: str, report: RepairReport, 
     text, _ = board.run_state.settings()
     if trouble:
         report.problems.append(trouble)
-        report.done.append(f"{SETTINGS_NAME} is written again from the database")
+        report.done.append(f"{SETTINGS_NAME} is restored from the database")
         if not report.dry_run:
             _write_settings(folder, text)
     for entry in board.reader.entries():
@@ -130,7 +130,7 @@ def _mend(folder: Path, board: Leaderboard, trouble: str, report: RepairReport, 
             checkpoints.verify(folder / CHECKPOINTS, entry["file"], entry["sha256"])
         except DamagedCheckpointError as error:
             report.problems.append(str(error))
-            report.done.append(f"entry {entry['entry']} (score {entry['score']:.6g}) leaves the board")
+            report.done.append(f"entry {entry['entry']} (score {entry['score']:.6g}) is removed from the board")
             if not report.dry_run:
                 board.board.condemn_entry(entry["entry"], str(error), now)
 
@@ -143,13 +143,13 @@ def _write_settings(folder: Path, text: str) -> None:
 
 
 def _refuse_if_alive(folder: Path, settings: Settings, database: Database, force: bool) -> None:
-    """Raises RunError if jobs of the run are alive, or if that can't be known and force is not set."""
+    """Raise RunError if jobs of the run are alive or, unless force is set, may be alive."""
     from orchestrator.cluster import live_jobs
 
     owner = permissions.owner(folder)
     if owner is not None:
         raise RunError(
-            f"the jobs of this run belong to {owner}: only {owner} can see whether one is alive, and repair it"
+            f"the jobs of this run belong to {owner}: only {owner} can see whether they are alive and repair the run"
         )
     alive, unknown = _known_jobs(folder, settings, database)
     pids = [pid for pid in live_jobs.processes(folder) if pid != os.getpid()]
@@ -160,19 +160,19 @@ def _refuse_if_alive(folder: Path, settings: Settings, database: Database, force
         kill = "kill" if pids else f"scancel {' '.join(ids)}"
         raise RunError(
             f"jobs of {folder.name} are alive{which}. End them (`orch cancel {folder.name}` if the database still "
-            f"answers, else {kill}), then repair"
+            f"answers, otherwise {kill}), then run `orch repair {folder.name}` again"
         )
     if (listed is None or unknown) and not force:
         who = "Slurm does not answer" if listed is None else f"the jobs {', '.join(unknown)} can't be seen from here"
         raise RunError(
-            f"{who}, so jobs of {folder.name} may be alive, and would go on writing to the old database. Try again "
-            "later, or on the machine where they were started; --force repairs without knowing"
+            f"{who}, so jobs of {folder.name} may be alive and would continue to write to the old database. Try again "
+            "later, or on the machine where the jobs were started; --force repairs the run anyway"
         )
 
 
 def _known_jobs(folder: Path, settings: Settings, database: Database) -> tuple[list[str], list[str]]:
-    """The cluster's ids of open jobs in a damaged database: of those that are alive, and of those that can't be seen
-    from here."""
+    """Check the open jobs in a damaged database. Returns (the cluster ids of the live jobs, the cluster ids of the jobs
+    that can't be seen from this machine)."""
     from orchestrator.worker.job_main import job_main
 
     submitted = [job for job in open_jobs(database) if job.cluster_id]
@@ -182,7 +182,7 @@ def _known_jobs(folder: Path, settings: Settings, database: Database) -> tuple[l
     return [str(job.cluster_id) for job in alive], [f"{job.cluster_id} on {job.host}" for job in unknown]
 
 
-# --- a database that is lost
+# --- a lost database
 
 
 def _rebuild(
@@ -198,7 +198,7 @@ def _rebuild(
     origin, more = _origin(folder, settings, salvaged, records, now)
     report.unknown += [*plan.notes, *more]
     entries = counted(len(plan.board), "entry", "entries")
-    report.done.append(f"{entries} and {counted(len(plan.suspended), 'suspended chunk')} are written to a new database")
+    report.done.append(f"{entries} and {counted(len(plan.suspended), 'suspended chunk')} go into a new database")
     if report.dry_run:
         return
     report.kept += _set_aside(folder, unusable, stamp)
@@ -212,7 +212,7 @@ def _rebuild(
 
 
 def _read(folder: Path) -> tuple[list[CheckpointRecord], list[str], dict[str, str]]:
-    """The records of the complete checkpoints, the names of all files, and why other checkpoints can't be used."""
+    """Return the records of the intact checkpoints, the names of all files, and why other checkpoints are unusable."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     records, unusable = [], {}
     stems = {n.rpartition(".")[0] for n in names if generation_of(n) is not None and not n.startswith(".")}
@@ -228,7 +228,7 @@ def _read(folder: Path) -> tuple[list[CheckpointRecord], list[str], dict[str, st
 
 
 def _set_aside(folder: Path, unusable: Iterable[str], stamp: str) -> list[str]:
-    """Move checkpoints that can't be used away, since the next collection would delete them. Returns where they are."""
+    """Move unusable checkpoints, which the next `orch gc` would delete, to another folder. Returns that folder."""
     aside = folder / f"{CHECKPOINTS}.damaged-{stamp}"
     for file in unusable:
         for name in (file, record_name(file)):
@@ -242,7 +242,7 @@ def _set_aside(folder: Path, unusable: Iterable[str], stamp: str) -> list[str]:
 def _origin(
     folder: Path, settings: Settings, salvaged: RunRow | None, records: Sequence[CheckpointRecord], now: float
 ) -> tuple[Origin, list[str]]:
-    """The new row of the run, and notes on what had to be guessed."""
+    """Return the run's new row in the database, and notes on the values that had to be guessed."""
     notes = []
     with_origin = [r for r in sorted(records, key=lambda r: r.generation) if r.launched_at is not None]
     if salvaged:
@@ -253,7 +253,7 @@ def _origin(
         times = [r.created_at for r in records] + [path.stat().st_mtime for path in (folder / JOBS).glob("*")]
         launched_at, import_paths = min(times, default=now), [str(Path.cwd())]
         notes.append(
-            f"no record holds when the run was launched and where its job's module is; {iso(launched_at)} and "
+            f"no record contains the run's launch time and the folder of its job's module; {iso(launched_at)} and "
             f"{import_paths[0]} (the current folder) are used"
         )
     local = settings.executor == "local"
@@ -267,9 +267,9 @@ def _origin(
 def _rebuild_file(
     database: Database, origin: Origin, plan: RebuildPlan, stamp: str, report: RepairReport, now: float
 ) -> None:
-    """Write the whole new file beside the old one, then replace that."""
+    """Write a complete new file beside the old one, then replace the old one."""
     file = database.file
-    assert file is not None, "not on a server"
+    assert file is not None, "this database is on a server"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not choice.record_path(file).exists():
         settings = loading.thaw(origin.settings)
@@ -283,7 +283,7 @@ def _rebuild_file(
         rebuild(Database(f"sqlite:///{new}", building), origin, plan, str(kept) if before else None, now)
         with choice.lock_of(choice.read_record(file), file):
             if _identity(file) != before:
-                raise RunError(f"{file} was changed meanwhile; look at the run again (`orch status`)")
+                raise RunError(f"{file} was changed during the repair; check the run again (`orch status`)")
             if _is_hot(journal):
                 _keep(journal, journal_of(kept), report)
             if before:
@@ -300,7 +300,7 @@ def _keep(source: Path, target: Path, report: RepairReport) -> None:
 
 
 def _is_hot(journal: Path) -> bool:
-    """Does it hold a transaction to roll back? Not if its first byte is 0 (see SQLite's file format)."""
+    """Does the journal contain a transaction to roll back? Not if its first byte is 0 (see SQLite's file format)."""
     try:
         with journal.open("rb") as file:
             return file.read(1) not in (b"", b"\0")
@@ -309,7 +309,7 @@ def _is_hot(journal: Path) -> bool:
 
 
 def _identity(file: Path) -> tuple[int, int, int] | None:
-    """Changes with the file's contents; None: there is no file."""
+    """Return a value that changes with the file's contents; None if there is no file."""
     try:
         stat = file.stat()
     except FileNotFoundError:
@@ -320,11 +320,11 @@ def _identity(file: Path) -> tuple[int, int, int] | None:
 def _rebuild_on_server(
     folder: Path, settings: Settings, origin: Origin, plan: RebuildPlan, report: RepairReport, now: float
 ) -> None:
-    """Into a new schema; the old one stays as it is."""
+    """Rebuild the database in a new schema; the old schema is not changed."""
     moved = settings.model_copy(update={"database_schema": new_schema(settings.name)})
     text = loading.freeze(moved)
     kept = f"the schema {settings.database_schema}"
     database = Database(moved.database, folder, moved.database_schema)
     rebuild(database, replace(origin, settings=text), plan, kept, now)
     _write_settings(folder, text)
-    report.done.append(f"the run's tables are in the schema {moved.database_schema} now; {kept} stays as it was")
+    report.done.append(f"the run's tables are now in the schema {moved.database_schema}; {kept} was not changed")

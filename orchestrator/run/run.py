@@ -1,4 +1,4 @@
-"""A run that exists: control it and read its state. The command line and the Python API use this class."""
+"""Control an existing run and read its state; used by the command line and the Python API."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from orchestrator.worker.opened_run import OpenedRun
 from orchestrator.worker.trainer import Ending, StopFlag
 from orchestrator.worker.user_job import apart_from_stdout
 
-OVER = (RunState.CONVERGED, RunState.FINISHED)  # by itself: such a run can't be paused, drained or cancelled
-STOPPED = (*OVER, RunState.PAUSED, RunState.CANCELLED, RunState.FAILED)  # no job of it works or waits for long
+OVER = (RunState.CONVERGED, RunState.FINISHED)  # ended by itself: such a run can't be paused, drained or cancelled
+STOPPED = (*OVER, RunState.PAUSED, RunState.CANCELLED, RunState.FAILED)  # its remaining jobs end soon
 HOLDABLE = tuple(state for state in RunState if state not in OVER)
 
 log = logging.getLogger("orch")
 
 
 class Run(OpenedRun):
-    """A run that exists, with everything that the command line and the Python API do with it."""
+    """An existing run, with all operations of the command line and the Python API."""
 
     @classmethod
     def open(cls, folder: Path, connect_for_s: float = CONNECT_FOR_S) -> Run:
@@ -42,7 +42,7 @@ class Run(OpenedRun):
         return cls.opened(folder, job_main, connect_for_s)
 
     def grow(self, now: float) -> list[str]:
-        """Add the workers that the run lacks: all or none. Raises SubmissionError."""
+        """Add all missing workers or, if their jobs are refused, none. Raises SubmissionError."""
         have = len(self.leaderboard.chains.workers())
         missing = range(have, self.settings.workers)
         if not missing:
@@ -56,13 +56,13 @@ class Run(OpenedRun):
     # --- control
 
     def resume(self, now: float) -> list[str]:
-        """Every chain that has no job gets one. Returns a line for each thing done; may be called again at any time.
+        """Queue a job for each chain that has none. Returns a line for each change. May be called at any time.
 
         Raises RunError if the run's lifetime is over, or a stop rule still holds.
         """
         snapshot = self.refuse_if_over(now)
-        # Jobs that were on their way to the queue when the run stopped are given up now, before the state changes:
-        # afterwards, another `resume` may be submitting jobs.
+        # Close jobs that were being submitted when the run stopped, before the state changes: afterwards, another
+        # `resume` may be submitting jobs.
         closed = [] if snapshot.state is RunState.ACTIVE else self.reconcile(now)
         self.leaderboard.run_state.revive(self.settings.workers)
         self.leaderboard.run_state.change_state(RunState.ACTIVE, list(RunState), None, now)
@@ -76,7 +76,7 @@ class Run(OpenedRun):
         over = stopping.run_over(now, snapshot.deadline, stopped)
         if over is not None:
             raise RunError(
-                f"{self.name} is over: {over.reason}. `orch amend {self.name} --set ...` changes what ends it "
+                f"{self.name} is over: {over.reason}. use `orch amend {self.name} --set ...` to extend it "
                 "(total_lifetime, stop_after_stale_cycles, stop_at_score, stop_after_epochs)"
             )
         return snapshot
@@ -86,35 +86,35 @@ class Run(OpenedRun):
         return reconcile(self.leaderboard, self.queue, self.settings, now, grace_s)
 
     def pause(self, now: float) -> list[str]:
-        """Running jobs finish their chunk and end; no job is queued until `resume`."""
+        """Let running jobs finish their chunks and end; no job is queued until `resume`."""
         return self._hold(RunState.PAUSED, "paused by the user", now)
 
     def drain(self, now: float) -> list[str]:
-        """Running jobs finish their chunk and end; when the last has ended, the run is finished."""
+        """Let running jobs finish their chunks and end; when the last job has ended, the run is finished."""
         return self._hold(RunState.DRAINING, "drained by the user", now)
 
     def cancel(self, at_once: bool, now: float) -> list[str]:
-        """End the run: no chunk and no job starts any more. Running jobs suspend their chunk and end, or are killed if
-        at_once. Returns a line for each failure."""
+        """End the run: no more chunks or jobs start. Running jobs suspend their chunks and end; with at_once, they are
+        killed. Returns a line for each failure."""
         trouble = self._hold(RunState.CANCELLED, "cancelled by the user", now)
         running = self.leaderboard.run_state.snapshot().open_jobs
         return trouble + self.queue.cancel([j for j in running if j.state is JobState.RUNNING], at_once)
 
     def _hold(self, state: RunState, reason: str, now: float) -> list[str]:
-        """Change the state and take the waiting jobs out of the queue. Returns a line for each failure."""
+        """Change the run's state and remove waiting jobs from the queue. Returns a line for each failure."""
         if self.leaderboard.run_state.change_state(state, HOLDABLE, reason, now) not in HOLDABLE:
             return []
         jobs = self.leaderboard.run_state.snapshot().open_jobs
-        evidence = self.queue.evidence(jobs)  # Slurm may have put a running job back into the queue
+        evidence = self.queue.evidence(jobs)  # Slurm may have requeued a running job
         queued = [j for j in jobs if j.state is not JobState.RUNNING or evidence[j.job_id] is Evidence.QUEUED]
         trouble = self.queue.cancel(queued, now=True)
         self.leaderboard.chains.close(queued, JobState.CANCELLED, reason, now)
         return trouble
 
     def amend(self, overrides: Sequence[str], now: float) -> list[str]:
-        """Change settings of the run; each worker uses them from its next claim on. Returns a line for each change.
+        """Change settings of the run; workers use the new values from their next claim. Returns a line for each change.
 
-        Raises SettingsError if a setting can't be changed or a value is not valid; then nothing is changed.
+        Raises SettingsError, and changes nothing, if a setting can't be changed or a value is invalid.
         """
         amended = loading.amend(self.settings, overrides)
         changes = loading.difference(self.settings, amended)
@@ -135,7 +135,7 @@ class Run(OpenedRun):
         return changes + trouble
 
     def keep(self, every_s: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
-        """Mend chains from a login node until the run is over, for clusters whose compute nodes can't submit jobs."""
+        """Repair chains from a login node until the run is over, for clusters whose compute nodes can't submit jobs."""
         while True:
             for line in self.reconcile(clock()):
                 log.info("%s", line)
@@ -146,8 +146,8 @@ class Run(OpenedRun):
             sleep(every_s)
 
     def work_inline(self) -> Ending:
-        """Be the run's only worker, in this process (the inline executor): job after job, until the run is over, the
-        worker has failed too often, or a signal has stopped it."""
+        """Run the only worker of an inline run in this process, job after job, until the run is over, the worker has
+        failed too often, or a signal stops it."""
         run = Run.open(self.folder, JOB_CONNECTS_FOR_S)
         chains, stop = run.leaderboard.chains, StopFlag()
         while True:
@@ -161,7 +161,7 @@ class Run(OpenedRun):
     # --- reading
 
     def board(self) -> dict[str, Any]:
-        """The leaderboard, as `orch leaderboard --json` prints it."""
+        """Return the leaderboard in the format of `orch leaderboard --json`."""
         entries = self.leaderboard.reader.entries()
         for entry in entries:
             entry["promoted_at"] = iso(entry["promoted_at"])
@@ -171,12 +171,12 @@ class Run(OpenedRun):
             "metric": asdict(self.settings.metric),
             "num_models": self.settings.num_models,
             "select_on": self.settings.select_on,
-            "founders": len({e["founder"] for e in entries}),  # how many lineages are left
+            "founders": len({e["founder"] for e in entries}),  # number of remaining lineages
             "entries": entries,
         }
 
     def summary(self, snapshot: Snapshot | None = None) -> dict[str, Any]:
-        """A line of `orch runs`; only the database is read. snapshot: if the caller has read it already."""
+        """Return a line of `orch runs`, read from the database alone. snapshot: pass it if it was read already."""
         snapshot = snapshot or self.leaderboard.run_state.snapshot()
         return {
             "run": self.name,
@@ -190,7 +190,7 @@ class Run(OpenedRun):
         }
 
     def status(self) -> dict[str, Any]:
-        """The run and its workers, as `orch status --json` prints them."""
+        """Return the state of the run and its workers in the format of `orch status --json`."""
         snapshot = self.leaderboard.run_state.snapshot()
         evidence = self.queue.evidence(snapshot.open_jobs)
         counts = self.leaderboard.reader.counts()

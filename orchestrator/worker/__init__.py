@@ -1,1 +1,1 @@
-"""What happens inside a job: open the run, wait for the turn, train chunk after chunk, queue the successor."""
+"""Code that runs inside a job: open the run, wait for the predecessor, train chunks, queue the successor."""

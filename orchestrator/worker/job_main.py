@@ -1,7 +1,7 @@
-"""What runs in a job: find out which job this is, wait for its turn, and be a worker.
+"""The entry point of a job: find out which job this is, wait for its predecessor, and work.
 
-With gpus_per_worker, a job has one process for each GPU. Rank 0 is the worker; the others follow it and use neither the
-database nor the queue.
+With gpus_per_worker, a job has one process per GPU. Rank 0 is the worker; the other ranks follow it, and use neither
+the database nor the queue.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ log = logging.getLogger("orch")
 
 
 def job_main(run_folder: str, worker_id: int) -> str:
-    """What submitit runs: one process of one job of one chain.
+    """Run one process of one job; submitit calls this function.
 
-    On Slurm it does not return: the result that submitit would write is not used, and with torch loaded Python takes a
-    tenth of a second or more to end, for which the successor would wait. Nor does it return where a job has several
-    processes: see `leave`.
+    On Slurm, end the process instead of returning: nothing uses the result that submitit would write, and with torch
+    loaded, Python takes 0.1 s or more to exit, which would delay the successor. A job with several processes also ends
+    this way (see `leave`).
     """
     outcome = _work(run_folder, worker_id)
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" or this_place().count > 1:
@@ -47,10 +47,10 @@ def job_main(run_folder: str, worker_id: int) -> str:
 
 
 def leave() -> NoReturn:
-    """End this process with exit code 0, now.
+    """End this process immediately, with exit code 0.
 
-    When its connections to other ranks are broken, a normal exit may abort instead (a gloo thread that needs the
-    interpreter while it ends), and Slurm would then kill rank 0.
+    If its connections to other ranks are broken, a normal exit may abort (when a gloo thread needs the interpreter
+    during shutdown), and Slurm would then kill rank 0.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -61,12 +61,12 @@ def leave() -> NoReturn:
 def _work(run_folder: str, worker_id: int) -> str:
     permissions.use_umask(Path(run_folder))
     stop = StopFlag()
-    stop.listen()  # in followers too, where it has no effect: rank 0 decides when to stop
+    stop.listen()  # in followers too, so that signals don't kill them: rank 0 decides when to stop
     place = this_place()
     if place.executor == "local" and os.getpgrp() != os.getpid():
         os.setsid()  # so that Ctrl-C in the terminal of the launch does not reach this job
     _log_to(Path(run_folder) / LOGS / f"worker-{worker_id}.log" if place.rank == 0 else None)
-    team = Team(place) if place.count > 1 else None  # before the wait, so that no rank waits for one that has died
+    team = Team(place) if place.count > 1 else None  # connect now, so that no rank waits its turn after one has died
     if team is not None and place.rank > 0:
         return team.follow()
     try:
@@ -78,7 +78,7 @@ def _work(run_folder: str, worker_id: int) -> str:
 
 
 class Team:
-    """The processes of this job. Imports torch."""
+    """The connected processes of this job. Imports torch."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -88,7 +88,7 @@ class Team:
             from jobs.training.distributed import own_gpu
             from jobs.training.ranks import meet
 
-            if place.executor != "local":  # a local job learns its GPUs when its turn comes
+            if place.executor != "local":  # local jobs get their GPUs after their predecessor has ended
                 os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(gpus(), place.rank, place.count)
             self._ranks = meet(place.rank, place.count, place.meeting_file)
         except Exception as error:  # rank 0 reports it to its chain when it opens the trainer
@@ -96,7 +96,7 @@ class Team:
             self._error = error
 
     def follow(self) -> str:
-        ending = f"no contact to rank 0: {self._error}"
+        ending = f"no connection to rank 0: {self._error}"
         if self._ranks is not None:
             from jobs.training.distributed import follow
 
@@ -105,11 +105,11 @@ class Team:
         return ending
 
     def open_trainer(self, run: OpenedRun, cores: int, gpus: str | None, stop: StopFlag) -> Trainer:
-        """Raises the error that kept the processes from meeting, or from opening the job."""
+        """Open the job's trainer. Raises the error that kept the processes from connecting, or the job from opening."""
         from jobs.training.distributed import Opening, lead
 
         if self._ranks is None:
-            raise self._error or AssertionError("either there are ranks or there is an error")
+            raise self._error or AssertionError("the ranks are not connected, but there is no error")
 
         def end_the_job() -> None:
             stop.reason = stop.reason or "the failure of one of its processes"
@@ -125,16 +125,16 @@ class Team:
 
 
 def be_worker(run: OpenedRun, this_job: ThisJob, worker_id: int, stop: StopFlag, team: Team | None = None) -> Ending:
-    """Wait for the turn of this job, and do its work."""
+    """Wait for this job's predecessor to end, then do this job's work."""
     chains, token = run.leaderboard.chains, this_job.token()
     job, predecessor = chains.find(token, worker_id)
     if job is None:
-        return Ending(f"no job {token} of worker {worker_id} is known; another one took its place")
+        return Ending(f"the database has no job {token} of worker {worker_id}; another job has replaced it")
     run.leaderboard.database.release_connection()
     this_job.wait_turn(predecessor, lambda: stop.reason is not None)
     if stop.reason:
-        return Ending(f"stopped by {stop.reason} before it began")
-    run.refresh()  # it may have been amended during the wait
+        return Ending(f"stopped by {stop.reason} before the job began to work")
+    run.refresh()  # the settings may have been amended during the wait
     this_job.settings = run.settings
     from jobs.imports import look_first_in
 
@@ -174,7 +174,7 @@ def be_worker(run: OpenedRun, this_job: ThisJob, worker_id: int, stop: StopFlag,
 
 
 def _log_to(path: Path | None) -> None:
-    """Log to the output of this process and, if path is given, to the worker's log."""
+    """Log to stderr and, if path is given, to that file."""
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if path is not None:

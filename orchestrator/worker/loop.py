@@ -1,4 +1,4 @@
-"""The loop inside a job: claim, train, publish, ratchet, until time is up. Everything it needs is passed in."""
+"""The main loop of a job: claim, train, publish and ratchet until time is up. Its dependencies are passed in."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger("orch")
 
 @dataclass
 class JobLoop:
-    """One job of one chain."""
+    """The work of one job of a chain."""
 
     run: OpenedRun
     this_job: ThisJob
@@ -40,10 +40,10 @@ class JobLoop:
         self.leaderboard = self.run.leaderboard
         self.files = self.run.folder / CHECKPOINTS
         self._trainer: Trainer | None = None
-        self._next: Claim | Over | None = None  # claimed with the last result
-        self._durations_s: list[float] = []  # of chunks, latest last
+        self._next: Claim | Over | None = None  # claimed in the transaction that recorded the last result
+        self._durations_s: list[float] = []  # recent chunks, latest last
         self._origin: dict[str, Any] | None = None
-        self._stepped = False  # has the present chunk made a step?
+        self._stepped = False  # has the current chunk made a step?
         self._began = 0.0  # when the model and the data were loaded
         self._job_end = 0.0
         self._lease_until = 0.0
@@ -51,7 +51,7 @@ class JobLoop:
     # --- the job
 
     def work(self, started: Started) -> Ending:
-        """Work until the job's time, the run or the chain is over. Never raises for what can be reported."""
+        """Work until the job's time, the run or the chain is over. Errors become the returned Ending."""
         job = started.job
         self._job_end = (job.started_at or self.clock()) + self.this_job.latest_work_s()
         self._lease_until = (job.started_at or self.clock()) + self.this_job.time_limit_s()
@@ -61,7 +61,7 @@ class JobLoop:
             reconcile(self.leaderboard, self.run.queue, self.run.settings, self.clock())
             removed = checkpoints.collect(self.files, self.leaderboard.reader.references)
             if removed:
-                log.info("collected %d files that nothing refers to", len(removed))
+                log.info("deleted %d files that are no longer needed", len(removed))
             if self._may_work():
                 self._trainer = self.open_trainer()
                 self._began = self.clock()
@@ -69,19 +69,19 @@ class JobLoop:
             ending = self._work(job, successor)
         except StaleClaimError as error:
             ending = Ending(str(error))
-        except Exception as error:  # the chain goes on in a new process; too many failures in a row end it
+        except Exception as error:  # the next job of the chain tries again; too many failures in a row end the chain
             log.error("%s", traceback.format_exc())
             ending = Ending(f"{type(error).__name__}: {error}", error=True)
         try:
             self._finish(job, successor, ending)
-        except OrchError as error:  # any other worker, or `orch status`, sees that the job is gone and mends the chain
-            log.error("the job ends, and the database could not be told: %s", error)
+        except OrchError as error:  # another worker or `orch status` will see that the job is gone and repair the chain
+            log.error("the job ends, but its end could not be recorded in the database: %s", error)
             return Ending(f"{type(error).__name__}: {error}", error=True)
         return ending
 
     def _may_work(self) -> bool:
-        """Opening the trainer imports torch and loads data, which takes a while. So it is not done for a run that is
-        over, and it is done before a claim, which would be held meanwhile."""
+        """Decide whether to open the trainer. That imports torch and loads data, which takes a while; so it is skipped
+        if the run is over, and done before the first claim, so that no chunk stays claimed in the meantime."""
         now, run = self.clock(), self.leaderboard.run_state.snapshot()
         return not self.stop.reason and now < self._job_end and stopping.may_claim(run.state, now, run.deadline)
 
@@ -123,7 +123,7 @@ class JobLoop:
             result = self._chunk(claim, job)
             if isinstance(result, Ending):
                 failed += 1
-                if failed > 1 or result.final:  # this process or node may be broken: go on in a new one
+                if failed > 1 or result.final:  # this process or node may be broken: continue in a new job
                     return result
             elif not result:
                 continue
@@ -132,23 +132,23 @@ class JobLoop:
             chunks += 1
 
     def _take_amendment(self) -> None:
-        """The settings were changed while this job runs. They can end it earlier; Slurm gives it no more time."""
+        """Use the amended settings. They can shorten this job but not extend it, since Slurm fixed its time limit."""
         self.run.refresh()
         self._job_end = min(self._job_end, self._began + self.run.settings.eon_lifetime)
         log.info("the settings were amended (version %d)", self.run.version)
 
     def _chunk(self, claim: Claim, job: ChainJob) -> bool | Ending:
-        """Train one chunk. True if it was finished, False if not; an Ending if it failed."""
+        """Train one chunk. Return True if it was finished, False if it was not, and an Ending if it failed."""
         work = self._prepare(claim)
         if work is None:
             return False
-        assert self._trainer is not None, "opened before anything was claimed"
+        assert self._trainer is not None, "the trainer is opened before the first claim"
         started = self.clock()
         self.leaderboard.database.release_connection()
         self._stepped = False
         try:
             result = self._trainer.train(work, self._should_stop, self._on_epoch)
-        except Exception as error:  # the user's model, data or device
+        except Exception as error:  # from the user's model, data or device
             log.error("%s", traceback.format_exc())
             message = f"{type(error).__name__}: {error}"
             failures = self.leaderboard.board.fail(claim, message, self.clock())
@@ -170,8 +170,8 @@ class JobLoop:
         return True
 
     def _should_stop(self) -> bool:
-        """Called before each step. Time does not stop a job before its first step: if one step takes longer than a
-        job's time, nothing would ever be trained."""
+        """Decide, before each step, whether to stop. Running out of time does not stop a chunk before its first step:
+        if one step takes longer than a job's time, the chunk would never advance."""
         first, self._stepped = not self._stepped, True
         return self.stop.reason is not None or (not first and self.clock() >= self._job_end)
 
@@ -180,19 +180,19 @@ class JobLoop:
         log.info("epoch %d: %s (%.1f s)", result.number, shown, result.seconds)
 
     def _prepare(self, claim: Claim) -> Work | None:
-        """Check the files that the claim starts from. If one is damaged, report it to the board and return None."""
+        """Verify the files that the claim starts from. If one is damaged, report it to the board and return None."""
         parent = suspended = None
         try:
             if claim.suspended_file and claim.suspended_sha256:
                 suspended = checkpoints.verify(self.files, claim.suspended_file, claim.suspended_sha256)
         except CheckpointError as error:
-            self.leaderboard.board.give_back(claim, f"its suspended state is lost: {error}", self.clock())
+            self.leaderboard.board.give_back(claim, f"the suspended state is lost: {error}", self.clock())
             return None
         try:
             if claim.parent_file and claim.parent_sha256 and suspended is None:
                 parent = checkpoints.verify(self.files, claim.parent_file, claim.parent_sha256)
         except DamagedCheckpointError as error:
-            log.error("%s; its entry leaves the board", error)
+            log.error("%s; its entry is removed from the board", error)
             self.leaderboard.board.condemn(claim, str(error), self.clock())
             return None
         return Work(
@@ -219,12 +219,12 @@ class JobLoop:
         log.info("chunk %d is suspended after %d steps of an epoch", claim.chunk_id, result.steps)
 
     def _offer(self, claim: Claim, result: Finished, job: ChainJob, started: float) -> None:
-        """Publish the checkpoint if it would be admitted; the transaction decides again. If there is time for another
-        chunk, claim it in the same transaction."""
+        """Write the checkpoint if the board would admit it, and record the result; the transaction checks admission
+        again. If there is time for another chunk, claim it in the same transaction."""
         metric = self.run.settings.metric
         bar = claim.bar
         if bar is None or metric.better(result.score, than=bar):
-            bar = self.leaderboard.board.bar()  # it may have risen since the claim
+            bar = self.leaderboard.board.bar()  # the bar may have risen since the claim
         written: Written | None = None
         if metric.better(result.score, than=bar):
             written = self._write(
@@ -253,7 +253,7 @@ class JobLoop:
         self._trainer.judged(outcome.promoted)
 
     def _write(self, claim: Claim, **result: Any) -> Written:
-        """result: the fields of the checkpoint's record that tell what came of the chunk."""
+        """Write the checkpoint and its record. result: the record's fields that describe the chunk's result."""
         assert self._trainer is not None
         if self._origin is None:
             self._origin = self.leaderboard.run_state.origin()
@@ -278,5 +278,5 @@ class JobLoop:
         return checkpoints.write(self.files, stem, self._trainer.save, record)
 
     def _remove(self, claim: Claim, *garbage: str) -> None:
-        """Delete files, and the one that the claim was suspended in."""
+        """Delete the given files, and the file with the claim's suspended state."""
         checkpoints.remove(self.files, [*garbage, *([claim.suspended_file] if claim.suspended_file else [])])

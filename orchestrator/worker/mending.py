@@ -1,4 +1,4 @@
-"""Make the database and the queue agree: close jobs that are gone, mend broken chains, end unwanted jobs.
+"""Reconcile the database with the queue: close jobs that are gone, mend broken chains, cancel unwanted jobs.
 
 Every job does this when it starts; `orch status`, `resume` and `keep` do it from a login node.
 """
@@ -23,12 +23,12 @@ def reconcile(
 ) -> list[str]:
     """Close the jobs that are gone, free their claims, mend broken chains and cancel unwanted jobs.
 
-    grace_s: how long a job may be on its way to the queue. Returns a line for each thing that was done. The queue is
-    never asked inside a transaction.
+    grace_s: how long a submitted job may take to appear in the queue. Returns a line for each change. Never queries the
+    queue inside a transaction.
     """
     snapshot = leaderboard.run_state.snapshot()
     if snapshot.state is not RunState.ACTIVE:
-        grace_s = 0.0  # a job that is on its way is not wanted any more; it is cancelled when it appears
+        grace_s = 0.0  # jobs still being submitted are no longer wanted; they are cancelled when they appear
     evidence = queue.evidence(snapshot.open_jobs)
     found_ids = queue.find([j for j in snapshot.open_jobs if j.cluster_id is None])
     todo = succession.mend(snapshot.workers, snapshot.open_jobs, evidence, found_ids, now, grace_s)
@@ -38,7 +38,7 @@ def reconcile(
         reasons = {job.job_id: _gone(job, endings.get(job.job_id)) for job in todo.lost}
         leaderboard.chains.apply_mend(todo.lost, todo.adopt, now, reasons)
         done += [
-            f"job {j.cluster_id or j.token} of worker {j.worker_id}: {reasons[j.job_id]}; its claim is free"
+            f"job {j.cluster_id or j.token} of worker {j.worker_id}: {reasons[j.job_id]}; its claim is released"
             for j in todo.lost
         ]
     if todo.resubmit and queue.chains:
@@ -49,18 +49,18 @@ def reconcile(
             done += [f"worker {j.worker_id} got a new job" for j in links]
         except SubmissionError as error:
             workers = ", ".join(str(j.worker_id) for j in links)
-            done.append(f"the chains of workers {workers} can't be mended now: {error}")
+            done.append(f"the chains of workers {workers} can't be repaired now: {error}")
     unneeded = leaderboard.reader.never_begun() + leaderboard.reader.awaited(now - succession.EXIT_GRACE_S)
     unwanted = succession.unwanted(snapshot.state, snapshot.open_jobs, evidence)
-    if unwanted:  # rarely: saves a transaction at each start of a job
+    if unwanted:  # usually empty: then this saves a transaction at each job start
         leaderboard.chains.close(unwanted, JobState.CANCELLED, f"the run is {snapshot.state}", now)
-    queue.cancel(unneeded + unwanted, now=True)  # first asks which of them exist
+    queue.cancel(unneeded + unwanted, now=True)  # cancel() first checks which of them exist
     leaderboard.run_state.settle(now)
     return done
 
 
 def submit_links(leaderboard: Leaderboard, queue: JobQueue, links: list[ChainJob], now: float) -> None:
-    """Submit links that the database has. If the queue does not take them, they are closed: raises SubmissionError."""
+    """Submit links that are already in the database. If the queue refuses, close them and raise SubmissionError."""
     try:
         taken = queue.submit(links, after=None)
     except SubmissionError as error:
@@ -70,6 +70,6 @@ def submit_links(leaderboard: Leaderboard, queue: JobQueue, links: list[ChainJob
 
 
 def _gone(job: ChainJob, how: str | None) -> str:
-    """For a job that died before it could write to the log, only its output shows why."""
+    """Describe a lost job. If it died before it could write to the log, point to its output, which shows why."""
     gone = f"its job is gone ({how})" if how else "its job is gone"
-    return gone if job.started_at is not None else f"{gone}; what it printed is in {JOBS}/{job.base}*"
+    return gone if job.started_at is not None else f"{gone}; its output is in {JOBS}/{job.base}*"

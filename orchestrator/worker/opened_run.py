@@ -1,4 +1,4 @@
-"""A run that exists, as a job and a command open it."""
+"""Open an existing run, for a job or a command."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from orchestrator.settings.settings import Settings
 
 
 class OpenedRun:
-    """Its settings, its leaderboard and the queue of its jobs."""
+    """An existing run: its settings, its leaderboard and its job queue."""
 
     def __init__(self, folder: Path, leaderboard: Leaderboard, job_main: JobMain) -> None:
         self.folder = folder
         self.leaderboard = leaderboard
         self.settings = leaderboard.settings
-        self.version = leaderboard.version  # of the settings: each amendment makes a new one
+        self.version = leaderboard.version  # of the settings; each amendment increases it
         self.name = self.settings.name
         self._job_main = job_main
         self._queue: JobQueue | None = None
 
     @property
     def queue(self) -> JobQueue:
-        """The owner's queue, or what another user may do with it."""
+        """The run's queue; for users other than the owner, a restricted one."""
         if self._queue is None:
             queue = open_queue(self.settings, self.folder, self._job_main)
             owner = permissions.owner(self.folder)
@@ -42,24 +42,24 @@ class OpenedRun:
 
     @cached_property
     def import_paths(self) -> list[str]:
-        """The folders where the job's module is looked for first."""
+        """The folders to search first for the job's module."""
         return list(self.leaderboard.run_state.row()["import_paths"])
 
     def refresh(self) -> None:
-        """Read the settings again, since the run may have been amended."""
+        """Reload the settings, in case the run was amended."""
         text, version = self.leaderboard.run_state.settings()
         self.use(loading.thaw(text), version)
 
     def use(self, settings: Settings, version: int) -> None:
-        """From now on, the run has these settings."""
+        """Replace the settings in memory."""
         self.settings, self.version, self._queue = settings, version, None
 
     @classmethod
     def opened(cls, folder: Path, job_main: JobMain, connect_for_s: float = CONNECT_FOR_S) -> Self:
-        """job_main: what each job of the run executes. connect_for_s: see Database.
+        """Open the run in folder. job_main: the function that each job executes. connect_for_s: see Database.
 
-        Raises RunError if there is no run in folder or other users may write to it, LeaderboardError if its database
-        can't be used.
+        Raises RunError if folder has no run or other users may write to it, LeaderboardError if its database can't be
+        used.
         """
         permissions.check_permissions(folder)
         path = folder / SETTINGS_NAME
@@ -68,12 +68,12 @@ class OpenedRun:
             written = loading.thaw(path.read_text(encoding="utf-8"))
             place = (written.database, written.database_schema)
         except FileNotFoundError as error:
-            if not (folder / DATABASE_NAME).exists():  # it has the settings too
+            if not (folder / DATABASE_NAME).exists():  # the database also holds the settings
                 raise RunError(without_its_files(folder)) from error
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"{folder} is not a run: {path.name}: {getattr(error, 'strerror', '') or error}") from error
         except SettingsError as error:
-            advice = f"`orch repair {folder.absolute().name}` writes {path.name} again from the database"
+            advice = f"`orch repair {folder.absolute().name}` restores {path.name} from the database"
             raise RunError(f"{path}: {error}. {advice}") from error
         leaderboard = Leaderboard.open(folder, *place, connect_for_s)
         if leaderboard.database.file:
@@ -83,11 +83,11 @@ class OpenedRun:
 
 
 def _refuse_two_locks(leaderboard: Leaderboard) -> None:
-    """Raises RunError if this process uses another kind of lock than the run was launched with."""
+    """Raise RunError if this process would use another kind of lock than the run was launched with."""
     database, lock = leaderboard.database, leaderboard.settings.lock
     if database.file and database.lock_choice and lock not in ("auto", database.lock_choice.kind):
         record = choice.record_path(database.file)
         raise RunError(
-            f"{record} says {database.lock_choice.kind!r}, and the run was launched with the lock {lock!r}: mixing "
+            f"{record} says {database.lock_choice.kind!r}, but the run was launched with the lock {lock!r}: mixing "
             f'lock kinds gives no protection. End all processes of the run, then put "kind": "{lock}" into {record}'
         )

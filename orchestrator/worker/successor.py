@@ -1,4 +1,4 @@
-"""The successor of a job: the next link of its chain, queued while the job works."""
+"""Queue a job's successor, the next link of its chain, while the job works."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from orchestrator.errors import Refusal, SubmissionError
 from orchestrator.leaderboard.chains import Chains
 from orchestrator.records import JobState, Started
 
-RETRY_S = 300.0  # at the job's end, where the queue does not answer
+RETRY_S = 300.0  # how long to retry at the job's end while the queue does not answer
 log = logging.getLogger("orch")
 
 
 class Successor:
-    """The link that the database has for the time after this job, until the queue has taken it."""
+    """The next link of this job's chain, which is in the database and is to be submitted to the queue."""
 
     def __init__(self, started: Started, chains: Chains, queue: JobQueue, clock: Callable[[], float]) -> None:
         self._job = started.job
-        self._link = started.successor  # None: there is nothing to submit, or it is done
+        self._link = started.successor  # None: nothing is left to submit
         self._chains = chains
         self._queue = queue
         self._clock = clock
-        self._error: SubmissionError | None = None  # of the last try
+        self._error: SubmissionError | None = None  # from the last attempt
 
     def submit(self) -> None:
-        """Submit the link, if the queue has not taken it yet. The job calls this at its start, before each chunk and at
-        its end; later, any other worker and `orch status` mend the chain."""
+        """Submit the link unless it is queued already. The job calls this at its start, before each chunk and at its
+        end. If all attempts fail, another worker or `orch status` repairs the chain later."""
         if self._link is None:
             return
         try:
@@ -43,8 +43,8 @@ class Successor:
         self._link = None
 
     def retry_at_end(self) -> bool:
-        """Submit for the last time; for minutes where the queue does not answer. True: this job itself went back to the
-        queue, since a submit limit has no room for a successor."""
+        """Try a last time to submit the link; if the queue does not answer, retry for RETRY_S seconds. Return True if
+        this job was requeued instead, because a submit limit leaves no room for a successor."""
         retrying = Retrying(
             stop=stop_after_delay(RETRY_S),
             wait=wait_exponential(max=30),
@@ -59,7 +59,7 @@ class Successor:
             log.info("a submit limit leaves no room for a successor: this job goes back to the queue itself")
             if self._queue.back_to_queue(self._job):
                 return True
-        # Whoever mends the chain next then submits a new link, and sees the reason if that is refused too.
+        # The next repair of the chain submits a new link, and reports the reason if that is refused too.
         self._chains.close([link], JobState.LOST, str(self._error), self._clock())
         return False
 

@@ -1,4 +1,4 @@
-"""What trains a chunk, what tells it to stop, and how a job ends."""
+"""The interface for trainers, the flag that stops a job, and how a job ended."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from orchestrator.records import EpochResult, Finished, Interrupted, Work
 
 @runtime_checkable
 class Trainer(Protocol):
-    """What trains: jobs.training.session.Session, or a class of the user's that is derived from this one."""
+    """Trains chunks. Implemented by jobs.training.session.Session, or by the user's own class."""
 
     def train(
         self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
     ) -> Finished | Interrupted:
-        """Train one chunk. Ask should_stop before each step; where it is true, return Interrupted."""
+        """Train one chunk. Call should_stop before each step, and return Interrupted if it returns True."""
         ...
 
     def save(self, target: IO[bytes]) -> None:
-        """Write the whole training state, of a finished or an interrupted chunk, to target."""
+        """Write the complete training state of the finished or interrupted chunk to target."""
         ...
 
     def judged(self, promoted: bool) -> None:
-        """The chunk that was finished last has entered the leaderboard, or not."""
+        """Learn whether the most recently finished chunk entered the leaderboard."""
 
     def close(self) -> None:
-        """The process ends."""
+        """Release resources before the process ends."""
 
 
 class WithDefaults(Trainer):
-    """A user's trainer that is not derived from Trainer: its own methods, and the defaults of those that it lacks."""
+    """Wraps a user's trainer that does not inherit from Trainer, and supplies defaults for its missing methods."""
 
     def __init__(self, own: Any) -> None:
         methods = ("train", "save", "judged", "close")
@@ -41,7 +41,7 @@ class WithDefaults(Trainer):
 
 
 class StopFlag:
-    """Signals only set it; the loop reads it between two steps."""
+    """A flag set by signals and read by the loop between steps."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
@@ -62,4 +62,4 @@ class Ending:
 
     outcome: str
     error: bool = False
-    final: bool = False  # the chain has failed too often in a row
+    final: bool = False  # the chain is over: it failed too often in a row

@@ -1,6 +1,6 @@
-"""The user's own job, as the command line needs it: checked before a launch, opened, verified.
+"""Check the user's job before a launch, open it, and verify that it resumes exactly.
 
-Jobs and torch are imported only inside functions.
+The jobs package and torch are imported only inside functions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_job(settings: Settings, import_paths: Sequence[str], download: bool = False) -> list[str]:
-    """Import the job and let it check what it needs. Returns lines for the user. Raises JobSpecError."""
+    """Import the job and let it check its requirements. Returns lines for the user. Raises JobSpecError."""
     from jobs.imports import brings_own_trainer, look_first_in
 
     look_first_in(import_paths)
@@ -35,25 +35,25 @@ def check_job(settings: Settings, import_paths: Sequence[str], download: bool = 
 
 
 def checkpoint_bytes(settings: Settings) -> int | str:
-    """About the bytes of one checkpoint of this job, or why they are unknown before it is trained. After check_job."""
+    """Estimate the bytes of one checkpoint, or say why that is impossible before training. Call check_job first."""
     from jobs.errors import JobError
     from jobs.imports import brings_own_trainer
 
     try:
         with apart_from_stdout():
             if brings_own_trainer(settings.job):
-                return "the job brings a trainer of its own"
+                return "the job uses its own trainer"
             from jobs.training.footprint import checkpoint_bytes
 
             return checkpoint_bytes(settings)
-    except Exception as error:  # the user's code may need a GPU, which the node of the job has
+    except Exception as error:  # the user's code may need a GPU that only compute nodes have
         reason = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
-        return f"the model can't be made here: {' '.join(reason.split())}"
+        return f"the model can't be created here: {' '.join(reason.split())}"
 
 
 @contextmanager
 def apart_from_stdout() -> Iterator[None]:
-    """Send what the user's code and its libraries print to standard error; standard output is for orch's own output."""
+    """Redirect everything that the user's code and libraries print to stderr; stdout is for orch's own output."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -67,7 +67,7 @@ def apart_from_stdout() -> Iterator[None]:
 
 @contextmanager
 def as_job_error(job: str) -> Iterator[None]:
-    """Any error of the user's code becomes one clear JobSpecError, and its output goes to standard error."""
+    """Turn any error from the user's code into a JobSpecError, and send its output to stderr."""
     from jobs.errors import JobError
 
     try:
@@ -82,10 +82,10 @@ def as_job_error(job: str) -> Iterator[None]:
 
 
 def import_ahead(job: str) -> threading.Thread:
-    """Import the job's module, and with it torch, in the background: that takes seconds, in which the worker waits
-    for sbatch, squeue and the database. Errors are ignored here; opening the job raises them again.
+    """Import the job's module (and torch) in a background thread. This takes seconds, during which the worker waits
+    for sbatch, squeue and the database. Errors are ignored here, because opening the job raises them again.
 
-    Join the thread before opening the job: two threads must not import torch's parts at once.
+    Join the thread before opening the job: two threads must not import torch's modules at the same time.
     """
 
     def quietly() -> None:
@@ -100,8 +100,8 @@ def import_ahead(job: str) -> threading.Thread:
 
 
 def open_trainer(settings: Settings, cores: int, run_folder: Path) -> Trainer:
-    """The settings' job, ready to train; its loggers write below run_folder. A job class that is not a jobs.job.Job has
-    a static method `open_trainer(settings: Settings, cores: int)`, which returns a Trainer."""
+    """Open the job named in the settings; its loggers write below run_folder. A job class that does not inherit from
+    jobs.job.Job needs a static method `open_trainer(settings: Settings, cores: int)` that returns a Trainer."""
     from jobs.imports import brings_own_trainer, find_class
 
     if brings_own_trainer(settings.job):
@@ -122,8 +122,8 @@ def verify_resume(
     device: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Is resume exact for this job, on this machine? Returns what `orch verify-resume --json` prints. say: gets a line
-    for each stage. Raises JobSpecError if the job can't be trained."""
+    """Test whether this job resumes exactly on this machine. Returns the data of `orch verify-resume --json`. say:
+    called with a line of text at each stage. Raises JobSpecError if the job can't be trained."""
     for line in check_job(settings, import_paths):
         say(line)
     from jobs.imports import brings_own_trainer
@@ -132,8 +132,8 @@ def verify_resume(
 
     if brings_own_trainer(settings.job):
         raise JobSpecError(
-            f"job {settings.job}: it brings a trainer of its own (open_trainer), whose files orch can't read; "
-            "verify-resume is for classes derived from jobs.job.Job"
+            f"job {settings.job} uses its own trainer (open_trainer), whose files orch can't read; "
+            "verify-resume only works for classes that inherit from jobs.job.Job"
         )
     trial = Trial(
         settings=settings,
@@ -141,7 +141,7 @@ def verify_resume(
         cores=settings.cores_per_worker or len(os.sched_getaffinity(0)),
         device=device,
         chunks=chunks,
-        epochs_per_chunk=2,  # so that an epoch ends inside a chunk, whatever the settings are
+        epochs_per_chunk=2,  # regardless of the settings, so that an epoch ends inside a chunk
         steps_per_epoch=steps_per_epoch,
         interruptions=interruptions,
     )

@@ -62,7 +62,7 @@ def test_a_model_that_can_not_be_made_here_is_reported_with_its_error(tmp_path: 
     file = write_settings(tmp_path, job="mine:Mine", job_params={})
     code, _, said = orch_call(tmp_path, "launch", file, "--dry-run")
     assert code == 0, "it may be there on a node with a GPU"
-    assert "disk: unknown, since the model can't be made here: ValueError: no such backbone" in said
+    assert "disk: unknown, since the model can't be created here: ValueError: no such backbone" in said
 
 
 def test_a_dry_run_reports_that_the_run_is_over(tmp_path: Path, orch_call: OrchCall) -> None:

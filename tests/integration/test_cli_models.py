@@ -121,5 +121,5 @@ def test_a_damaged_checkpoint_is_never_exported(folder: Path, orch_call: OrchCal
     code, _, error = orch_call(folder, "export")
     assert code == 2
     assert entry["file"] in error
-    assert "`orch repair quick` takes it off the board" in error
+    assert "`orch repair quick` to take this entry off the board" in error
     assert "best.pt" not in names_in(folder)

@@ -435,7 +435,7 @@ def test_a_users_own_module_with_a_generator_of_its_own_is_not_exact(verify_resu
         pytest.param(
             ["--set", "job=tests.integration.test_exact_resume:OwnTrainer"],
             {},
-            "brings a trainer of its own",
+            "uses its own trainer",
             id="not a Job",
         ),
     ],

@@ -212,7 +212,7 @@ def test_without_the_record_of_an_entry_no_curves_are_deleted(tmp_path: Path) ->
     report = collect(run)
     assert curves.exists()
     assert len(report.trouble) == 1
-    assert "curves are not judged" in report.trouble[0]
+    assert "curves are not collected" in report.trouble[0]
 
 
 def test_without_its_database_nothing_is_deleted(tmp_path: Path) -> None:

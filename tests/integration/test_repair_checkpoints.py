@@ -142,7 +142,7 @@ def test_records_of_earlier_versions_without_ancestors_are_enough_for_a_board(sq
     lose(sqlite_run)
     report = repaired(folder)
     assert any("is unknown: no record holds" in line for line in report.unknown)
-    assert any("no record holds when the run was launched" in line for line in report.unknown)
+    assert any("no record contains the run's launch time" in line for line in report.unknown)
     run = resumed(opened(folder))
     assert board_of(run) == before
     work(run, [0.9, 0.95])
@@ -171,7 +171,7 @@ def test_lost_settings_are_written_again_from_the_database(sqlite_run: Run) -> N
     for lost in (None, "{", before.replace('"num_models": 3', '"num_models": 0')):
         path.unlink() if lost is None else path.write_text(lost)
         if lost is not None:
-            with pytest.raises(RunError, match=r"settings\.json: .*`orch repair run` writes settings\.json again"):
+            with pytest.raises(RunError, match=r"settings\.json: .*`orch repair run` restores settings\.json"):
                 Run.open(sqlite_run.folder)
         assert repaired(sqlite_run.folder).condition == "healthy"
         assert path.read_text() == before

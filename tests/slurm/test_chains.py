@@ -107,18 +107,21 @@ def test_a_live_run_grows_and_shrinks(cluster: DevCluster, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"slurm": {"partition": "nowhere"}}, "slurm.partition nowhere: there is no such partition"),
-        ({"slurm": {"account": "nobody"}}, "slurm.account nobody may not be used here"),
+        ({"slurm": {"partition": "nowhere"}}, "slurm.partition nowhere: this partition does not exist"),
+        ({"slurm": {"account": "nobody"}}, "you may not use slurm.account nobody"),
         ({"slurm": {"qos": "nothing"}}, "slurm.qos nothing is not allowed for this account"),
-        ({"slurm": {"partition": "short", "time_min": 10}}, "time limit of 10 min is more than partition short allows"),
-        ({"slurm": {"cpus": 17}}, "no node of partition .* has what a worker asks for .*cpus-per-task=17"),
+        (
+            {"slurm": {"partition": "short", "time_min": 10}},
+            "time limit of 10 min is longer than partition short allows",
+        ),
+        ({"slurm": {"cpus": 17}}, "no node of partition .* has what a worker requests .*cpus-per-task=17"),
         ({"slurm": {"gpus": 3}}, "gpus-per-node=3"),
-        ({"slurm": {"gres": "tpu:1", "gpus": 0}}, "GPUs asked for"),
-        ({"slurm": {"mem_gb": 200}}, "no node of partition .* has what a worker asks for .*mem=204800M"),
+        ({"slurm": {"gres": "tpu:1", "gpus": 0}}, "does not know the requested GPUs"),
+        ({"slurm": {"mem_gb": 200}}, "no node of partition .* has what a worker requests .*mem=204800M"),
         ({"slurm": {"constraint": "a100"}}, "slurm.constraint a100 is not a feature of any node"),
         ({"slurm": {"partition": "closed"}}, "partition closed is inactive or drained"),
         ({"slurm": {"qos": "one"}, "workers": 2}, "submit limit .* leaves no room for 2 more jobs"),
-        ({"workers": 1002}, "1002 workers are more than one job array may have"),
+        ({"workers": 1002}, "a job array may not have 1002 tasks"),
         ({"slurm": {"exclude": "node9"}}, "names a node that does not exist"),
         ({"slurm": {"additional_parameters": {"colour": "red"}}}, "does not know"),
     ],
@@ -248,7 +251,7 @@ def test_jobs_that_die_before_python_begins_count_as_failures_and_the_run_says_h
     summary = run.summary()
     assert summary["state"] == "failed"
     assert re.search(
-        r"3 failures in a row, 3 allowed; the last: its job is gone.*printed is in jobs/\w+", summary["reason"]
+        r"3 failures in a row, 3 allowed; the last: its job is gone.*its output is in jobs/\w+", summary["reason"]
     )
     assert len(jobs(run)) == 3
 

@@ -143,8 +143,8 @@ def test_less_free_space_than_the_demand_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_an_unknown_checkpoint_size_is_reported(tmp_path: Path) -> None:
-    said = None, ["disk: unknown, since the job brings a trainer of its own"]
-    assert demand(settings(max_disk_gb=1e-9), "the job brings a trainer of its own", tmp_path) == said
+    said = None, ["disk: unknown, since the job uses its own trainer"]
+    assert demand(settings(max_disk_gb=1e-9), "the job uses its own trainer", tmp_path) == said
 
 
 # --- how large a checkpoint is
@@ -212,7 +212,7 @@ def test_a_model_that_needs_its_values_is_made_on_the_cpu() -> None:
 
 def test_a_job_with_a_trainer_of_its_own_has_an_unknown_size() -> None:
     unknown = user_job.checkpoint_bytes(settings(job="tests.support.quick_job:Quick"))
-    assert unknown == "the job brings a trainer of its own"
+    assert unknown == "the job uses its own trainer"
 
 
 def test_the_budget_may_change_while_a_run_goes_on() -> None:

@@ -21,11 +21,11 @@ ASKED = Request({"partition": "gpu"}, 60, 60, ())
         ),
         ("sbatch: error: QOSMaxSubmitJobPerUserLimit", Refusal.NO_ROOM, "leaves no room for 3 more jobs"),
         ("sbatch: error: Job violates accounting/QOS policy", Refusal.NO_ROOM, "leaves no room for 3 more jobs"),
-        ("sbatch: error: Node count specification invalid", Refusal.TOO_MANY_NODES, "the number of nodes asked for"),
+        ("sbatch: error: Node count specification invalid", Refusal.TOO_MANY_NODES, "the requested number of nodes"),
         (
             "sbatch: error: Invalid partition name specified",
             Refusal.OTHER,
-            "slurm.partition gpu: there is no such partition",
+            "slurm.partition gpu: this partition does not exist",
         ),
         ("something new", Refusal.OTHER, "sbatch refused the jobs: something new"),
     ],
