@@ -55,7 +55,7 @@ class Chains:
         with self._database.transaction() as tx:
             row = links.job_with(tx, token, worker_id)
             if row is None:
-                return f"no job {token} of worker {worker_id} is known; another one took its place"
+                return f"the database has no job {token} of worker {worker_id}; another job has replaced it"
             mine = job_of(row)
             begun = job.c.state.in_((JobState.RUNNING, JobState.ENDED))
             refusal = succession.refusal(mine, start.cluster_id, _count_later(tx, mine, begun) > 0)
