@@ -223,7 +223,7 @@ def judge_locks(facts: FolderFacts, slurm: bool, server: bool, proven: bool | No
         advice = Finding("ok", "locks", f"{facts.mount or facts.looked_at}: the two-node test shows that locks hold")
     if facts.lock_error:
         return [advice, Finding("error", "locks", f"in {facts.looked_at}, {facts.lock_error}", ELSEWHERE)]
-    return [advice, *([Finding("ok", "locks", f"a run takes this lock: {facts.lock}")] if facts.lock else [])]
+    return [advice, *([Finding("ok", "locks", f"a run uses this lock: {facts.lock}")] if facts.lock else [])]
 
 
 def _mount_advice(facts: FolderFacts, slurm: bool) -> Finding:

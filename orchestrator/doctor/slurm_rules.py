@@ -50,6 +50,6 @@ def _judge_answer(facts: SlurmFacts, asked: Request, workers: int) -> Finding:
     if facts.answer.taken:
         return Finding("ok", "submission", f"sbatch --test-only accepts the run's jobs ({workers})")
     if facts.answer.refusal is Refusal.UNREACHABLE:
-        return Finding("error", "slurm", f"Slurm does not answer: {facts.answer.said}", "try again; `scontrol ping`")
+        return Finding("error", "slurm", f"Slurm does not answer: {facts.answer.said}", "try again (`scontrol ping`)")
     what = f"sbatch --test-only refuses the run's jobs. {advice(facts.answer.said, asked, workers)}"
     return Finding("error", "submission", what, "change the settings accordingly, and run `orch doctor` again")
