@@ -1,1 +1,1 @@
-"""Is this place fit to run? Facts are gathered first; pure functions turn them into findings."""
+"""`orch doctor`: functions that gather facts about a machine and a cluster, and pure functions that judge the facts."""

@@ -1,6 +1,6 @@
-"""`orch doctor`: are this cluster, this file system and this environment fit to run?
+"""`orch doctor`: check that this cluster, this file system and this environment are ready for a run.
 
-Facts are gathered first; pure functions judge them and return findings, each with a level and what to do.
+It gathers facts first; pure functions then judge them and return findings, each with a level and advice.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from orchestrator.records import LockKind, Profile
 from orchestrator.settings.loading import load
 from orchestrator.settings.settings import Settings, SlurmSettings
 
-WAIT_S = 900.0  # for the two-node job to start
-TRY_IT = "`orch doctor --two-node` tries it with a short job"
+WAIT_S = 900.0  # how long to wait for the two-node job to start
+TRY_IT = "`orch doctor --two-node` tests this with a short job"
 
 
 def examine(
@@ -36,9 +36,9 @@ def examine(
     wait_s: float = WAIT_S,
     say: Callable[[str], None] = print,
 ) -> list[Finding]:
-    """Examine everything. wait_s: how long the two-node job may wait to start. say: shows progress.
+    """Run all checks. wait_s: how long to wait for the two-node job to start. say: called with progress messages.
 
-    Changes nothing: it deletes what it writes, and waits for the jobs that it queues or cancels them.
+    Leaves nothing behind: it deletes the files that it writes, and its job ends or is cancelled before it returns.
     """
     settings, findings = _read_settings(settings_file)
     several_nodes = has_slurm() and settings.several_nodes
@@ -62,17 +62,17 @@ def examine(
 
 
 def _read_settings(file: Path | None) -> tuple[Settings, list[Finding]]:
-    """The file's settings. Without a valid file, minimal ones for the rest of the examination."""
+    """Read the settings file. Without a valid file, return minimal settings for the other checks."""
     minimal = Settings(
         name="doctor", training_profiles=[Profile(name="none", learning_rate=1)], slurm=SlurmSettings(gpus=0)
     )
     if file is None:
-        what = "no settings file is given: what follows is for a worker that asks for nothing"
+        what = "no settings file is given: the checks below assume default settings, without a GPU"
         return minimal, [Finding("note", "settings", what, "`orch doctor settings/YOURS.json` examines your settings")]
     try:
         settings, notes = load(file)
     except SettingsError as error:
-        do = "correct the file; what follows is for a worker that asks for nothing"
+        do = "correct the file; the checks below assume default settings, without a GPU"
         return minimal, [Finding("error", "settings", str(error), do)]
     findings = [Finding("ok", "settings", f"{file} is valid: {counted(settings.workers, 'worker')}")]
     return settings, findings + [Finding("note", "settings", note, "see docs/settings.md") for note in notes]
@@ -80,7 +80,7 @@ def _read_settings(file: Path | None) -> tuple[Settings, list[Finding]]:
 
 @contextmanager
 def _scratch_folder(runs_dir: Path) -> Iterator[Path | OSError]:
-    """A folder on the file system of the runs, removed at the end; or why it can't be made."""
+    """Create a folder on the file system of the runs, and remove it at the end. Yields the error if that fails."""
     try:
         above = nearest_folder(runs_dir.expanduser())
         folder = tempfile.TemporaryDirectory(prefix=".orch-doctor-", dir=above, ignore_cleanup_errors=True)
@@ -94,22 +94,22 @@ def _scratch_folder(runs_dir: Path) -> Iterator[Path | OSError]:
 def _examine_slurm(
     settings: Settings, given: bool, scratch: Path | OSError, two_nodes: bool, lock: LockKind
 ) -> tuple[list[Finding], Needs | None]:
-    """What Slurm says, and what the two-node test needs; None: it is not to be run, or can't be.
+    """Return findings about Slurm, and what the two-node test needs (None: no test is wanted or possible).
 
-    given: are these the user's settings? lock: of a run that is launched here.
+    given: whether these are the user's settings. lock: the lock that a run launched here would use.
     """
     if settings.executor in ("local", "inline") and not two_nodes:
-        what = f"not looked at: the settings' executor is {settings.executor}"
-        do = "set executor to slurm, or leave it out, if jobs are to run on a cluster"
+        what = f"not checked: the settings' executor is {settings.executor}"
+        do = "to run jobs on a cluster, set executor to slurm or leave it out"
         return [Finding("note", "slurm", what, do)], None
     if not has_slurm():
         what = "sbatch is not on the PATH: this machine is not part of a cluster, or Slurm's module is not loaded"
         level: Level = "error" if two_nodes or settings.executor == "slurm" else "note"
-        do = "load it (`module load slurm`), or use --executor local: everything below holds for that"
+        do = "load it (`module load slurm`), or use --executor local; the checks below apply to the local executor"
         return [Finding(level, "slurm", what, do)], None
     if isinstance(scratch, OSError):
-        what = f"not looked at, since nothing can be written beside the runs: {scratch.strerror or scratch}"
-        return [Finding("error", "slurm", what, "choose another folder with --runs-dir, and look again")], None
+        what = f"not checked, because nothing can be written beside the runs: {scratch.strerror or scratch}"
+        return [Finding("error", "slurm", what, "choose another folder with --runs-dir, and try again")], None
     queue = SlurmQueue(settings, scratch, node.main)
     try:
         facts = ask_slurm(queue, settings.name, settings.workers)
@@ -120,7 +120,7 @@ def _examine_slurm(
     if not facts.answers:
         return findings, None
     if not two_nodes:
-        what = "not tried: whether a compute node can queue jobs, and whether it sees the runs folder and its locks"
+        what = "not tested: whether compute nodes can queue jobs, see the runs folder and respect its locks"
         return [*findings, Finding("note", "successors", what, TRY_IT)], None
     nodes_up, limit_min = _room_for_test(queue.request.options.get("partition"), facts)
     refused = not facts.answer.taken
@@ -128,7 +128,7 @@ def _examine_slurm(
 
 
 def _room_for_test(wanted: object, facts: SlurmFacts) -> tuple[int, int]:
-    """How many nodes are up where the workers run, and the time limit of the test's job in minutes."""
+    """Return the number of nodes that are up in the workers' partitions, and the test job's time limit in minutes."""
     names = partition.names_of(wanted, facts.partitions)
     rows = [row for row in facts.partitions if row.get("PartitionName") in names]
     limits = [limit for row in rows if (limit := partition.max_minutes(row)) is not None]
@@ -137,11 +137,11 @@ def _room_for_test(wanted: object, facts: SlurmFacts) -> tuple[int, int]:
 
 
 def _judge_database(settings: Settings, runs_dir: Path) -> Finding:
-    """The database that the settings name. A file's own folder is not looked at."""
+    """Judge the database named in the settings. The folder of a separate SQLite file is not examined."""
     url = str(settings.database)
     if not settings.uses_server:
-        what = f"database {url} is a separate file; the locks that were tried are those in {runs_dir}"
-        return Finding("note", "database", what, "give the folder of that file as --runs-dir to try its locks")
+        what = f"the database {url} is a separate file, but the locks were tested in {runs_dir}"
+        return Finding("note", "database", what, "to test the locks there, give that file's folder as --runs-dir")
     error = node.database_error(url, runs_dir)
     if error is None:
         return Finding("ok", "database", "the database server answers")
@@ -152,6 +152,6 @@ def _judge_data(path: str) -> Finding:
     try:
         os.listdir(path)
     except OSError as error:
-        do = "correct it in the settings; `orch prepare SETTINGS` fetches the data of built-in jobs"
+        do = "correct the path in the settings, or run `orch prepare SETTINGS` to download the data of built-in jobs"
         return Finding("error", "data", f"{path}: can't be read here: {error.strerror or error}", do)
     return Finding("ok", "data", f"{path} can be read here")

@@ -1,4 +1,4 @@
-"""What the doctor says: one value a thing that was looked at."""
+"""The doctor's findings: one `Finding` for each check."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 Level = Literal["ok", "note", "warning", "error"]
-LEVELS: tuple[Level, ...] = ("ok", "note", "warning", "error")  # better to worse
+LEVELS: tuple[Level, ...] = ("ok", "note", "warning", "error")  # from best to worst
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """ok: as it should be. note: worth knowing. warning: it works, but not well, or it may fail later.
+    """The result of one check. Levels: ok; note: worth knowing; warning: a run works, but not well, or may fail later;
     error: a run would fail or could be damaged.
 
-    Raises ValueError for a finding that is not ok and does not say what to do.
+    Raises ValueError for a finding that is not ok and has no advice in `do`.
     """
 
     level: Level
@@ -25,14 +25,14 @@ class Finding:
 
     def __post_init__(self) -> None:
         if self.level != "ok" and not self.do:
-            raise ValueError(f"{self.topic}: {self.what}: a finding that is not ok says what to do")
+            raise ValueError(f"{self.topic}: {self.what}: a finding that is not ok must say what to do")
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """Of the program: 1 if there is an error, else 0."""
+    """Return the program's exit code: 1 if there is an error, else 0."""
     return int(any(finding.level == "error" for finding in findings))
 
 
 def worst(findings: Iterable[Finding]) -> Level:
-    """ok if there is none."""
+    """Return the worst level; ok if there are no findings."""
     return max((finding.level for finding in findings), key=LEVELS.index, default="ok")

@@ -1,4 +1,4 @@
-"""Locks: what a mount promises, and what happened when processes on several nodes counted under the lock."""
+"""Check file locking: what the mount options guarantee, and whether a shared counter loses updates under the lock."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from orchestrator.locking.mounts import ELSEWHERE, LockFacts, Mount, lock_facts
 from orchestrator.locking.proof import Access, Counted, Tally, count, percentile
 from orchestrator.messages import counted
 
-INCREMENTS = 300  # of each process, for each kind
-SLOW_S = 2.0  # a wait that slows training down: there are about two transactions in a chunk
+INCREMENTS = 300  # how often each process increments each counter
+SLOW_S = 2.0  # a wait that slows down training, as a chunk has about two transactions
 NAMES: Mapping[Counted, str] = {"lock": "file lock", "database": "SQLite database"}
 TOPIC = "lock test"
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """The final number can't be read."""
+    """The reason why the final number can't be read."""
 
     why: str
 
 
 def prepare_database(folder: Path) -> None:
-    """A run's database with one more table. Raises LeaderboardError."""
+    """Create a run's database with an additional table for the counter. Raises LeaderboardError."""
     with Database(None, folder).creation() as connection:
         connection.exec_driver_sql("CREATE TABLE doctor_counter (number INTEGER NOT NULL)")
         connection.exec_driver_sql("INSERT INTO doctor_counter VALUES (0)")
 
 
 def counted_in_database(folder: Path) -> int:
-    """Raises LeaderboardError, also if SQLite finds the file damaged."""
+    """Return the counter. Raises LeaderboardError, also if SQLite finds the file damaged."""
     with Database(None, folder).transaction() as connection:
         check = connection.exec_driver_sql("PRAGMA integrity_check").scalar_one()
         if check != "ok":
@@ -46,7 +46,7 @@ def counted_in_database(folder: Path) -> int:
 
 
 def count_in_database(folder: Path, times: int, limit_s: float) -> Tally:
-    """Increase the number in the database, each time in one of the leaderboard's transactions."""
+    """Increment the counter in the database, each time in a transaction like the leaderboard's."""
     database = Database(None, folder)
 
     @contextlib.contextmanager
@@ -61,7 +61,7 @@ def count_in_database(folder: Path, times: int, limit_s: float) -> Tally:
 
 
 def _is_busy(error: Exception) -> bool:
-    """Did SQLite itself find its file locked? Both SQLAlchemy's error and the driver's can be the cause."""
+    """Return whether SQLite reported a locked file. The cause can be an error of SQLAlchemy or of the driver."""
     cause = getattr(error.__cause__, "orig", error.__cause__)
     return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
@@ -70,7 +70,7 @@ def _is_busy(error: Exception) -> bool:
 
 
 def judge_counts(kind: Counted, tallies: Sequence[Tally], final: int | Unreadable, where: str) -> list[Finding]:
-    """final: the number at the end. where: the hosts that counted, for the messages."""
+    """Judge one counter. final: its last value. where: describes the hosts that counted, for the messages."""
     name = f"{NAMES[kind]}, {where}"
     done = sum(tally.done for tally in tallies)
     problems = _judge_errors(name, tallies)
@@ -87,10 +87,10 @@ def judge_counts(kind: Counted, tallies: Sequence[Tally], final: int | Unreadabl
         what = f"{name}: only {done} of {sum(t.wanted for t in tallies)} updates were made in time ({shown})"
         problems.append(Finding("warning", TOPIC, what, f"the file system is slow now: try again, or {ELSEWHERE}"))
     if len(tallies) > 1 and not any(tally.switches for tally in tallies):
-        what = f"{name}: the processes did not count at the same time, so nothing is proven"
+        what = f"{name}: the processes did not overlap in time, so nothing is proven"
         problems.append(Finding("warning", TOPIC, what, "try again"))
     if (p99 := percentile(waits, 0.99)) > SLOW_S:
-        do = f"use a file system with less load (p99 is {p99:.1f} s)"
+        do = f"use a file system with less load (the p99 of the waits is {p99:.1f} s)"
         problems.append(Finding("warning", TOPIC, f"{name}: waits are long ({shown})", do))
     return problems or [Finding("ok", TOPIC, f"{name}: {done} updates, 0 lost; {shown}")]
 
@@ -100,20 +100,20 @@ def _judge_errors(name: str, tallies: Sequence[Tally]) -> list[Finding]:
     if not kinds:
         return []
     busy = sum(tally.busy for tally in tallies)
-    locked = f"SQLite found its file locked {counted(busy, 'time')}: its own locks do not work here. " if busy else ""
+    locked = f"SQLite found its file locked {counted(busy, 'time')}: SQLite's own locks fail here. " if busy else ""
     examples = "; ".join(f"{error} ({counted(times, 'time')})" for error, times in kinds.most_common(3))
     return [Finding("error", TOPIC, f"{name}: {locked}{examples}", ELSEWHERE)]
 
 
 def _describe(waits_s: Sequence[float]) -> str:
-    """waits_s: sorted."""
+    """Format percentiles of the waits, which must be sorted."""
     if not waits_s:
         return "no waits"
     p50, p99, most = (1000 * wait for wait in (percentile(waits_s, 0.5), percentile(waits_s, 0.99), waits_s[-1]))
     return f"waits p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {most:.1f} ms"
 
 
-# --- what the mount itself promises
+# --- what the mount options guarantee
 
 QUOTA = {
     "lustre": "lfs quota -hu $USER {point}", "gpfs": "mmlsquota --block-size auto",
@@ -123,7 +123,7 @@ QUOTA = {
 
 
 def lock_advice(fstype: str, options: Sequence[str]) -> Finding:
-    """Does flock, the lock that a run takes where it can, hold between the nodes that mount this?
+    """Judge whether flock, which a run prefers to other locks, holds between the nodes that mount this file system.
 
     fstype and options: as in /proc/self/mountinfo.
     """
@@ -140,6 +140,6 @@ def _level(facts: LockFacts) -> Level:
 
 
 def quota_command(mount: Mount) -> str | None:
-    """A command that shows the user's quota, which may be less than the free space; None: not known."""
+    """Return a command that shows the user's quota, which may be less than the free space; None: not known."""
     command = QUOTA.get(mount.fstype)
     return command.format(point=mount.point) if command else None

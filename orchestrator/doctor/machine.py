@@ -1,4 +1,4 @@
-"""This machine: the Python environment, the disk, the home folder, the runs folder. Facts first, then findings."""
+"""Check this machine: the Python environment, the disk, the home folder and the runs folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FILES_LOW = 10_000
 PYTHON_TIMEOUT_S = 180.0  # importing torch from a busy shared file system can take minutes
 
 PACKAGES = ("torch", "torchvision", "numpy", "submitit", "sqlalchemy", "filelock", "pydantic", "scikit-learn")
-# In a separate process: a broken torch may crash it, and this process stays small.
+# Run in a separate process: a broken torch may crash it, and importing torch takes much memory.
 LOOK_AT_PYTHON = """
 import importlib.metadata, json, sys
 facts = {"python": sys.version.split()[0], "versions": {}}
@@ -39,7 +39,7 @@ for name in json.loads(sys.argv[1]):
         pass
 try:
     import torch, torchvision
-    torch.ops.torchvision.nms  # missing if torchvision was compiled for another torch
+    torch.ops.torchvision.nms  # raises if torchvision was compiled for another version of torch
     facts["built_for_cuda"] = torch.version.cuda
     facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] \
         if torch.cuda.is_available() else []
@@ -51,7 +51,7 @@ print("facts:" + json.dumps(facts))
 
 @dataclass(frozen=True, slots=True)
 class PythonFacts:
-    """What a new Python process of this environment reports."""
+    """Facts about this Python environment, reported by a new process."""
 
     python: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -62,18 +62,18 @@ class PythonFacts:
 
 @dataclass(frozen=True, slots=True)
 class FolderFacts:
-    """The runs folder, or the nearest folder above it if it does not exist yet."""
+    """Facts about the runs folder or, if it does not exist yet, its nearest existing parent."""
 
     runs_dir: str
     exists: bool
-    looked_at: str
-    not_writable: str | None  # why; None: it is writable
+    looked_at: str  # the folder itself or that parent
+    not_writable: str | None  # why the folder can't be written; None: it can
     mode: int
     mount: Mount | None
     free_bytes: int
-    free_files: int | None  # None: this file system does not count
-    lock_error: str | None  # why no lock protects a database here
-    lock: Choice | None = None  # the lock of a run that is launched here
+    free_files: int | None  # free inodes; None: this file system has no limit on files
+    lock_error: str | None  # why no lock protects a database in this folder
+    lock: Choice | None = None  # the lock that a run launched here would use
 
 
 # --- facts
@@ -94,7 +94,7 @@ def look_at_python(timeout_s: float = PYTHON_TIMEOUT_S) -> PythonFacts:
 def look_at_folder(
     runs_dir: Path, scratch: Path | OSError, several_nodes: bool, wanted: WantedLock | None
 ) -> FolderFacts:
-    """scratch: a folder beside the runs, or why there is none. wanted: the settings' lock; None: no lock is needed."""
+    """scratch: a folder beside the runs, or why there is none. wanted: the settings' lock; None: no lock needed."""
     folder = nearest_folder(runs_dir.expanduser()).resolve()
     lock, lock_error = None, None
     if isinstance(scratch, Path) and wanted is not None:
@@ -118,11 +118,11 @@ def look_at_folder(
 
 
 def look_at_home() -> str | None:
-    """Why the home folder can't be written; None: it can."""
+    """Return why the home folder can't be written; None: it can."""
     try:
         with tempfile.TemporaryFile(dir=Path.home()) as file:
             file.write(b"orch doctor")
-    except (OSError, RuntimeError) as error:  # RuntimeError: its place is not known
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         return str(error)
     return None
 
@@ -131,12 +131,12 @@ def look_at_home() -> str | None:
 
 
 def judge_python(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, host: str | None = None) -> list[Finding]:
-    """gpus_listed: by nvidia-smi. gpu_expected: is it an error if torch sees none? host: None for this machine."""
+    """gpus_listed: by nvidia-smi. gpu_expected: it is an error if torch sees none. host: None for this one."""
     where, topic = ("here", "python") if host is None else (f"on {host}", f"python on {host}")
     if facts.error:
         do = (
-            "install a torch and a torchvision that belong together (`make install`, or `pip install "
-            "--force-reinstall torch torchvision` from one index), and activate that environment in slurm.setup"
+            "install matching versions of torch and torchvision (`make install`, or `pip install --force-reinstall "
+            "torch torchvision` from one index), and activate that environment in slurm.setup"
         )
         return [Finding("error", topic, f"torch and torchvision don't work {where}: {facts.error}", do)]
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
@@ -151,51 +151,51 @@ def _judge_cuda(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, host: 
     where, topic = ("here", "cuda") if host is None else (f"on {host}", f"cuda on {host}")
     level: Level = "error" if gpu_expected else "warning"
     if facts.gpus:
-        what = f"{len(facts.gpus)} visible to torch (CUDA {facts.built_for_cuda}): {facts.gpus[0]}"
+        what = f"GPUs that torch can use: {len(facts.gpus)} (CUDA {facts.built_for_cuda}): {facts.gpus[0]}"
         return Finding("ok", topic, what)
     if facts.built_for_cuda is None and (gpu_expected or gpus_listed):
-        what = f"torch is built for CPUs only: {gpus_listed or 'the'} GPUs would not be used"
+        what = f"torch is built for CPUs only, so {gpus_listed or 'the'} GPUs would not be used"
         return Finding(level, topic, what, "install a CUDA build of torch (pytorch.org)")
     if gpus_listed:
-        what = f"nvidia-smi lists {gpus_listed} GPUs, and torch (CUDA {facts.built_for_cuda}) can use none"
+        what = f"nvidia-smi lists {gpus_listed} GPUs, but torch (CUDA {facts.built_for_cuda}) can't use any"
         do = "check CUDA_VISIBLE_DEVICES, and that the driver is new enough for this build of torch (`nvidia-smi`)"
         return Finding(level, topic, what, do)
     if gpu_expected:
-        what = f"the job asked for a GPU, and none is visible to torch {where}"
-        do = "look at `srun nvidia-smi -L` with the same options: does slurm.gpus or slurm.gres name GPUs?"
+        what = f"the job asked for a GPU, but torch sees none {where}"
+        do = "check that slurm.gpus or slurm.gres asks for GPUs, and run `srun nvidia-smi -L` with the same options"
         return Finding("error", topic, what, do)
-    do = "usual on a login node: `orch doctor --two-node` looks at what a job sees. With --executor local, CPUs train"
-    do = do if host is None else "fine for CPUs; slurm.gpus asks for a GPU"
+    do = "usual on a login node: `orch doctor --two-node` shows what a job sees. --executor local would train on CPUs"
+    do = do if host is None else "fine for training on CPUs; to train on GPUs, set slurm.gpus"
     return Finding("note", topic, f"no GPU is visible to torch {where}", do)
 
 
 def judge_folder(facts: FolderFacts) -> list[Finding]:
-    """Is the runs folder writable, and can every user write it?"""
+    """Check that the runs folder is writable, but not by every user."""
     topic, folder = "runs folder", facts.looked_at
     if facts.not_writable is not None:
         do = "choose another folder with --runs-dir (or ORCH_RUNS_DIR)"
         return [Finding("error", topic, f"{folder} can't be written: {facts.not_writable}", do)]
-    made = "is writable" if facts.exists else f"will be made in {folder}"
+    made = "is writable" if facts.exists else f"will be created in {folder}"
     findings = [Finding("ok", topic, f"{facts.runs_dir} {made}")]
     if facts.mode & stat.S_IWOTH and facts.exists:
-        what = f"{folder} can be written by every user, and jobs execute its files"
+        what = f"{folder} can be written by every user, and jobs execute the files in it"
         findings.append(Finding("warning", topic, what, f"chmod o-w {folder}"))
     elif facts.mode & stat.S_IWOTH and not facts.mode & stat.S_ISVTX:
-        what = f"{folder}, where the runs folder will be made, can be written by every user"
+        what = f"{folder}, where the runs folder will be created, can be written by every user"
         findings.append(Finding("warning", topic, what, f"chmod o-w {folder}, or choose another --runs-dir"))
     return findings
 
 
 def judge_disk(facts: FolderFacts) -> list[Finding]:
-    """Free space and free files; a quota may be smaller."""
+    """Check the free space and the number of files that can still be created."""
     free = facts.free_bytes / GIB
     findings = []
     if free < DISK_LOW_GIB:
         level: Level = "error" if free < DISK_FULL_GIB else "warning"
-        what = f"{free:.2f} GiB are free on {facts.looked_at}: a few dozen checkpoints of a large model fill that"
-        findings.append(Finding(level, "disk", what, "free some, or choose another --runs-dir"))
+        what = f"only {free:.2f} GiB are free on {facts.looked_at}: a few dozen checkpoints of a large model fill them"
+        findings.append(Finding(level, "disk", what, "free some space, or choose another --runs-dir"))
     if facts.free_files is not None and facts.free_files < FILES_LOW:
-        what = f"{facts.free_files} more files fit on {facts.looked_at} (`df -i`)"
+        what = f"only {facts.free_files} more files can be created on {facts.looked_at} (`df -i`)"
         findings.append(Finding("warning", "disk", what, "delete files, or choose another --runs-dir"))
     command = quota_command(facts.mount) if facts.mount else None
     quota = f"; your quota may be smaller: {command}" if command else ""
@@ -206,24 +206,24 @@ def judge_home(error: str | None) -> Finding:
     """error: why the home folder can't be written."""
     if error is None:
         return Finding("ok", "home", "the home folder is writable")
-    do = "set TORCH_HOME and XDG_CACHE_HOME to a writable folder (slurm.setup does it for jobs), or free some quota"
-    return Finding("warning", "home", f"the home folder can't be written, and caches go there: {error}", do)
+    do = "set TORCH_HOME and XDG_CACHE_HOME to writable folders (for jobs, in slurm.setup), or delete files there"
+    return Finding("warning", "home", f"the home folder, which holds caches, can't be written: {error}", do)
 
 
 def judge_locks(facts: FolderFacts, slurm: bool, server: bool, proven: bool | None) -> list[Finding]:
-    """slurm: do jobs run on several nodes? server: is the database a server, which needs no lock?
-    proven: did the two-node test show that locks hold? None: not tested."""
+    """slurm: jobs run on several nodes. server: the database is a server, which needs no file lock.
+    proven: the result of the two-node test's locks; None: not tested."""
     if server:
-        return [Finding("ok", "locks", "the database is a server: it needs no lock on a file")]
+        return [Finding("ok", "locks", "the database is a server, which needs no file lock")]
     advice = _mount_advice(facts, slurm)
     if facts.lock and facts.lock.kind == "soft" and advice.level in ("warning", "error"):
-        do = f"nothing: the soft lock is taken. For a faster one, {advice.do}"
+        do = f"nothing: the soft lock is used instead. For a faster lock, {advice.do}"
         advice = Finding("note", "locks", advice.what, do)
     if proven and advice.level in ("note", "warning"):
-        advice = Finding("ok", "locks", f"{facts.mount or facts.looked_at}: locks hold, as the two-node test shows")
+        advice = Finding("ok", "locks", f"{facts.mount or facts.looked_at}: the two-node test shows that locks hold")
     if facts.lock_error:
         return [advice, Finding("error", "locks", f"in {facts.looked_at}, {facts.lock_error}", ELSEWHERE)]
-    return [advice, *([Finding("ok", "locks", f"a run takes this lock: {facts.lock}")] if facts.lock else [])]
+    return [advice, *([Finding("ok", "locks", f"a run uses this lock: {facts.lock}")] if facts.lock else [])]
 
 
 def _mount_advice(facts: FolderFacts, slurm: bool) -> Finding:
@@ -233,7 +233,7 @@ def _mount_advice(facts: FolderFacts, slurm: bool) -> Finding:
         return Finding("warning", "locks", what, "`orch doctor --two-node` tests its locks")
     if slurm and mount.fstype in LOCAL:
         what = f"{mount}: a local file system, which the nodes of a cluster usually do not share"
-        do = "put the runs on a file system that all nodes see (--runs-dir); `orch doctor --two-node` tests it"
+        do = "put the runs on a file system that all nodes share (--runs-dir); `orch doctor --two-node` tests it"
         return Finding("warning", "locks", what, do)
     advice = lock_advice(mount.fstype, mount.options)
     return Finding(advice.level, "locks", f"{mount}: {advice.what}", advice.do)

@@ -1,5 +1,5 @@
-"""What the two-node test's job does on a node. Each task writes its report anew after each step, so that a job that is
-killed or hangs shows how far it came."""
+"""The tasks of the two-node test's job. Each task rewrites its report after each step, so that the report of a job that
+hangs or is killed shows how far the task got."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from orchestrator.locking.mounts import Mount, mount_here
 from orchestrator.records import LockKind
 
 TASK, FROM_LOGIN, SCRIPT = "task.json", "from-login", "worker.sbatch"
-COUNTER, DATABASE = "counter", "database"  # a file, and the folder of a scratch database
-BYTES = 2**20  # of each file that one machine writes and another reads
+COUNTER, DATABASE = "counter", "database"  # the file with the counter, and the scratch database's folder
+BYTES = 2**20  # the size of each file that one machine writes and another reads
 TASKS = 2
-MEETING_S = 120.0  # how long a task waits for the others; attribute caches of NFS are up to a minute old
+MEETING_S = 120.0  # how long a task waits for the others; NFS caches attributes for up to a minute
 LOCK_TIMEOUT_S = 60.0
 
 
 class NodeTask(BaseModel):
-    """What the job's tasks do, written before the job is queued."""
+    """The instructions for the job's tasks, written before the job is queued."""
 
     increments: int  # 0: do not count
-    counting_s: float  # the limit for each of the two counts
-    sha256: str  # of the file from the login node
+    counting_s: float  # the time limit for each of the two counts
+    sha256: str  # the SHA-256 of the login node's file
     paths: tuple[str, ...]  # the data that a worker reads
-    database: str | None  # URL of a database server
+    database: str | None  # the URL of the database server; None for SQLite
     lock: LockKind = "flock"
 
 
 class NodeReport(BaseModel):
-    """The results of one task; None: not reached."""
+    """The results of one task; None: the task did not get to this step."""
 
     task: int
     host: str
-    folder_problem: str | None = None  # how the login node's file differs here; None: not at all
-    written_sha256: str | None = None  # of this task's own file
+    folder_problem: str | None = None  # how the login node's file differs here; None: it does not
+    written_sha256: str | None = None  # the SHA-256 of this task's own file
     mount: Mount | None = None
     can_submit: Answer | None = None
     squeue: bool | None = None
-    met: bool | None = None  # did it see the other tasks' files?
+    met: bool | None = None  # did this task see the other tasks' files in time?
     tallies: list[proof.Tally] = []
     missing: list[str] | None = None  # the paths that can't be read
     database_answers: bool | None = None
@@ -62,7 +62,7 @@ class NodeReport(BaseModel):
 
 
 def own_path(folder: Path, task: int) -> Path:
-    """The file that a task writes for the other tasks and for the login node."""
+    """Return the path of the file that a task writes and the login node reads."""
     return folder / f"from-task-{task}"
 
 
@@ -76,7 +76,7 @@ def write_report(folder: Path, report: NodeReport) -> None:
 
 
 def read_report(folder: Path, task: int) -> NodeReport | None:
-    """None if there is none (yet), or if it can't be read."""
+    """Return a task's report; None if it does not exist (yet) or can't be read."""
     try:
         return NodeReport.model_validate_json(_report_path(folder, task).read_bytes())
     except (OSError, ValidationError):
@@ -84,7 +84,7 @@ def read_report(folder: Path, task: int) -> NodeReport | None:
 
 
 def main(folder: str, _worker: int) -> None:
-    """What each task of the job runs. folder: the doctor's scratch folder, beside the runs."""
+    """Run one task of the job. folder: the doctor's scratch folder, beside the runs."""
     scratch, task = Path(folder), int(os.environ.get("SLURM_PROCID", "0"))
     asked = NodeTask.model_validate_json((scratch / TASK).read_bytes())
     report = NodeReport(task=task, host=os.environ.get("SLURMD_NODENAME") or socket.gethostname())
@@ -96,7 +96,7 @@ def main(folder: str, _worker: int) -> None:
 
 
 def _save(report: NodeReport, scratch: Path) -> None:
-    with contextlib.suppress(OSError):  # the next one may succeed
+    with contextlib.suppress(OSError):  # the next report may be written
         write_report(scratch, report)
 
 
@@ -104,7 +104,7 @@ def _look_at_folder(report: NodeReport, scratch: Path, asked: NodeTask) -> None:
     report.mount = mount_here(scratch)
     try:
         same = sha256_of(scratch / FROM_LOGIN) == asked.sha256
-        report.folder_problem = None if same else "it has other bytes than were written"
+        report.folder_problem = None if same else "the file differs from the one written on the login node"
     except OSError as error:
         report.folder_problem = str(error)
     report.written_sha256 = write_random(own_path(scratch, report.task))
@@ -128,11 +128,11 @@ def _count(report: NodeReport, scratch: Path, asked: NodeTask) -> None:
 
 
 def _meet(task: int, scratch: Path, name: str) -> bool:
-    """Wait until every task has arrived; False if one does not come."""
+    """Wait until every task has reached this point; False if a task does not reach it in time."""
     (scratch / f"{name}-{task}").touch()
     end = time.monotonic() + MEETING_S
     while time.monotonic() < end:
-        # The folder is listed, since a network file system may remember that a name did not exist a moment ago.
+        # List the folder: for a single name, a network file system may have cached that the file does not exist.
         names = {entry.name for entry in scratch.iterdir()}
         if all(f"{name}-{other}" in names for other in range(TASKS)):
             return True
@@ -151,8 +151,8 @@ def _look_at_needs(report: NodeReport, scratch: Path, asked: NodeTask) -> None:
 
 
 def database_error(url: str, folder: Path) -> str | None:
-    """Why the database server does not answer; None: it does. Changes nothing there."""
-    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; without it, a firewall that drops packets takes minutes
+    """Return why the database server does not answer; None: it answers. Only reads."""
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # s; without it, dropped packets block the connection for minutes
     try:
         with Database(url, folder).transaction(own_lock=False) as connection:
             connection.exec_driver_sql("SELECT 1")
@@ -163,7 +163,7 @@ def database_error(url: str, folder: Path) -> str | None:
 
 
 def write_random(path: Path) -> str:
-    """Write random bytes; returns their SHA-256."""
+    """Write random bytes, and return their SHA-256."""
     data = secrets.token_bytes(BYTES)
     write(path, data)
     return hashlib.sha256(data).hexdigest()

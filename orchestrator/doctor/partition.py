@@ -1,4 +1,4 @@
-"""Whether a worker's job fits a partition: its state, its time limit, its nodes. Pure."""
+"""Check that a worker's job fits a partition: state, time limit and nodes. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from orchestrator.doctor.findings import Finding, Level, worst
 from orchestrator.messages import counted
 
 TOPIC = "partition"
-# sinfo's states of nodes that run no jobs now but may later; a suffix such as * or ~ says more.
+# sinfo's states of nodes that run no jobs now but may later, without the suffix (* not responding, ~ powered off, ...).
 AWAY = ("down", "drain", "drained", "draining", "fail", "failing", "inval", "maint", "unknown", "future", "reboot")
 STATES = {
-    "DOWN": "it takes jobs and starts none",
-    "DRAIN": "it takes no jobs, and finishes those it has",
-    "INACTIVE": "it takes no jobs",
+    "DOWN": "it accepts jobs but starts none",
+    "DRAIN": "it accepts no new jobs and only finishes the jobs that it has",
+    "INACTIVE": "it accepts no jobs",
 }
-Partition = Mapping[str, str]  # a line of `scontrol -o show partition`
+Partition = Mapping[str, str]  # the KEY=VALUE pairs of one line of `scontrol -o show partition`
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """sinfo's line for one node of one partition."""
+    """One node of one partition, as sinfo shows it."""
 
     name: str
     state: str
@@ -38,9 +38,9 @@ class Node:
         return self.state.rstrip("*~#!%$@^-+") in AWAY or self.state.endswith("*")
 
     def gpus(self, kind: str | None) -> int:
-        """The number of GPUs of that kind; None: of all kinds."""
+        """Return the number of GPUs of this type; kind None: of all types."""
         total = 0
-        for part in re.sub(r"\([^)]*\)", "", self.gres).split(","):  # without the cores: gpu:a100:4(S:0-1)
+        for part in re.sub(r"\([^)]*\)", "", self.gres).split(","):  # remove the cores from gpu:a100:4(S:0-1)
             name, *rest = part.strip().split(":")
             if name == "gpu" and rest and rest[-1].isdigit() and (kind is None or kind in rest[:-1]):
                 total += int(rest[-1])
@@ -49,7 +49,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a worker's job asks of one node; 0: nothing."""
+    """The resources that a worker's job requests on one node; 0: none requested."""
 
     cpus: int
     memory_mb: int
@@ -61,7 +61,7 @@ class Need:
         return enough and (not self.gpus or node.gpus(self.gpu_kind) >= self.gpus)
 
     def missing(self, nodes: Sequence[Node]) -> str:
-        """What none of these nodes has."""
+        """Describe the requested resources that none of these nodes has."""
         kind = f"{self.gpu_kind} " if self.gpu_kind else ""
         amounts = (
             (self.gpus, max(node.gpus(self.gpu_kind) for node in nodes), f"{kind}GPUs"),
@@ -69,14 +69,14 @@ class Need:
             (self.memory_mb, max(node.memory_mb for node in nodes), "MB of memory"),
         )
         lacks = [f"{asked} {unit} (at most {most})" for asked, most, unit in amounts if asked > most]
-        return " and ".join(lacks) or f"all of it at once: {self.gpus} GPUs, {self.cpus} CPUs, {self.memory_mb} MB"
+        return " and ".join(lacks) or f"{self.gpus} GPUs, {self.cpus} CPUs and {self.memory_mb} MB together"
 
 
 # --- reading
 
 
 def read_nodes(text: str | None) -> tuple[Node, ...]:
-    """The output of sinfo -N -o '%N|%T|%c|%m|%G|%R'."""
+    """Parse the output of sinfo -N -o '%N|%T|%c|%m|%G|%R'."""
     nodes = []
     for line in (text or "").splitlines():
         fields = line.split("|")
@@ -87,26 +87,26 @@ def read_nodes(text: str | None) -> tuple[Node, ...]:
 
 
 def read_pairs(line: str) -> dict[str, str]:
-    """A line of `scontrol -o show ...`: KEY=VALUE KEY=VALUE."""
+    """Parse a line of `scontrol -o show ...`: KEY=VALUE KEY=VALUE."""
     pairs = (word.partition("=") for word in line.split())
     return {key: value for key, equals, value in pairs if key and equals}
 
 
 def read_config(text: str | None) -> dict[str, str]:
-    """The output of `scontrol show config`: on each line KEY = VALUE."""
+    """Parse the output of `scontrol show config`, which has KEY = VALUE on each line."""
     pairs = (line.partition(" = ") for line in (text or "").splitlines())
     return {key.strip(): value.strip() for key, equals, value in pairs if equals}
 
 
 def need_of(request: Request, tasks: int) -> Need:
-    """tasks: of the job, all on one node."""
+    """Return what the job requests on its node. tasks: the number of the job's tasks, all on one node."""
     options = request.options
     kind, gpus = _gpus_asked(options, tasks)
     return Need(tasks * _integer(options.get("cpus-per-task")), megabytes(options.get("mem")), gpus, kind)
 
 
 def _gpus_asked(options: Mapping[str, object], tasks: int) -> tuple[str | None, int]:
-    """(kind, number) from "2", "a100:2", or the gres "gpu:a100:2"."""
+    """Return the GPUs' (type, number), given as "2", "a100:2", or the gres "gpu:a100:2"."""
     for key, times in (("gpus-per-node", 1), ("gpus", 1), ("gpus-per-task", tasks)):
         if key in options:
             kind, count = _kind_and_count(str(options[key]))
@@ -128,7 +128,7 @@ def _integer(value: object) -> int:
 
 
 def megabytes(value: object) -> int:
-    """The value of --mem: a number with K, M, G or T, by default M. 0 if it can't be read."""
+    """Convert the value of --mem (a number with K, M, G or T, by default M) to MB; 0 if it is not valid."""
     match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)B?", str(value), re.IGNORECASE)
     if not match:
         return 0
@@ -136,7 +136,7 @@ def megabytes(value: object) -> int:
 
 
 def max_minutes(partition: Partition) -> int | None:
-    """The partition's MaxTime; None: no limit."""
+    """Return the partition's MaxTime; None: no limit."""
     try:
         return minutes(partition.get("MaxTime", ""))
     except ValueError:
@@ -144,7 +144,7 @@ def max_minutes(partition: Partition) -> int | None:
 
 
 def names_of(wanted: object, partitions: Sequence[Partition]) -> list[str]:
-    """The partitions that a job may run in. wanted: names with commas between them, None for the default one."""
+    """Return the partitions that a job may run in. wanted: comma-separated names; None for the default partition."""
     if wanted:
         return str(wanted).split(",")
     return [row["PartitionName"] for row in partitions if row.get("Default") == "YES" and "PartitionName" in row]
@@ -156,14 +156,14 @@ def names_of(wanted: object, partitions: Sequence[Partition]) -> list[str]:
 def judge_partition(
     wanted: object, partitions: Sequence[Partition], nodes: Sequence[Node], request: Request, need: Need
 ) -> list[Finding]:
-    """wanted: as in `names_of`. If one of several partitions fits, the errors of the others become warnings."""
+    """Judge the wanted partitions (see `names_of`). If the job fits one of them, errors in the others are warnings."""
     known = {partition["PartitionName"]: partition for partition in partitions if "PartitionName" in partition}
     judged = [
         _judge_one(name, known, [node for node in nodes if node.partition == name], request, need)
         for name in names_of(wanted, partitions)
     ]
     if not judged:
-        what = "no partition is asked for, and the cluster has no default one"
+        what = "the settings name no partition, and the cluster has no default partition"
         return [Finding("error", TOPIC, what, _one_of(known))]
     if any(worst(findings) != "error" for findings in judged):
         judged = [[replace(f, level="warning") if f.level == "error" else f for f in findings] for findings in judged]
@@ -171,7 +171,7 @@ def judge_partition(
 
 
 def _one_of(known: Mapping[str, Partition]) -> str:
-    return f"set slurm.partition to one of {', '.join(known) or '(none is shown to you)'}"
+    return f"set slurm.partition to one of {', '.join(known) or '(you can see none)'}"
 
 
 def _judge_one(
@@ -194,7 +194,7 @@ def _judge_one(
 def _problems(
     name: str, known: Mapping[str, Partition], nodes: Sequence[Node], request: Request, need: Need
 ) -> Iterator[Finding]:
-    """The partition's state, its time limit, its nodes, and where jobs may be submitted. nodes: of this partition."""
+    """Find problems with the partition's state, time limit, nodes and submit hosts. nodes: the partition's own."""
     row = known[name]
     others = [other for other, values in known.items() if values.get("State") == "UP" and other != name]
     if (state := row.get("State", "UP")) != "UP":
@@ -207,9 +207,9 @@ def _problems(
             ways.append(f"lower eon_lifetime to {work_s} s and slurm.time_min (or slurm_file's --time) to {limit}")
         longer = [other for other in others if (most := max_minutes(known[other])) is None or most >= request.time_min]
         if longer:
-            ways.append(f"use a slurm.partition that allows more ({', '.join(longer)})")
-        what = f"the time limit of a job would be {request.time_min} min, and {name} allows {limit} min (MaxTime)"
-        do = ", or ".join(ways) or "set slurm.time_min lower: no partition that is up allows this time"
+            ways.append(f"use a slurm.partition with a higher limit ({', '.join(longer)})")
+        what = f"jobs would have a time limit of {request.time_min} min, and {name} allows {limit} min (MaxTime)"
+        do = ", or ".join(ways) or "lower slurm.time_min: no partition that is up allows this time"
         yield Finding("error", "time limit", what, do)
     fitting = [node for node in nodes if need.fits(node)]
     if not nodes:
@@ -220,15 +220,15 @@ def _problems(
     elif all(node.away for node in fitting):
         states = ", ".join(f"{count} {state}" for state, count in Counter(node.state for node in nodes).items())
         what = f"no node of {name} that could run a worker is up ({states})"
-        yield Finding("warning", TOPIC, what, "jobs wait until one is back: use another slurm.partition, or wait")
-    if (allowed := row.get("AllocNodes", "ALL")) not in ("ALL", ""):  # usually login nodes
-        what = f"{name} takes jobs that are submitted on {allowed} only: a job may not be able to queue its successor"
-        do = "`orch doctor --two-node` tries it; if it can't, let `orch keep RUN` run on such a node"
+        yield Finding("warning", TOPIC, what, "jobs wait until one is up: use another slurm.partition, or wait")
+    if (allowed := row.get("AllocNodes", "ALL")) not in ("ALL", ""):  # nodes that may submit jobs: usually login nodes
+        what = f"{name} only accepts jobs submitted from {allowed}: a job may not be able to queue its successor"
+        do = f"`orch doctor --two-node` tests this; if jobs can't, run `orch keep RUN` on {allowed}"
         yield Finding("warning", "successors", what, do)
 
 
 def judge_working_time(eon_lifetime_s: float, request: Request) -> list[Finding]:
-    """Does the time limit leave room for the working time?"""
+    """Check that the time limit allows jobs to work for the whole eon_lifetime."""
     works_s = 60 * request.time_min - request.signal_delay_s
     if works_s >= eon_lifetime_s:
         return []

@@ -1,4 +1,4 @@
-"""Ask Slurm. Nothing is judged here, and nothing is changed: the commands only show things."""
+"""Query Slurm with read-only commands. `slurm_rules` judges the answers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from orchestrator.doctor.partition import Node, Partition, names_of, read_config
 ASSOCIATION = ("Cluster", "Account", "User", "Partition", "MaxJobs", "MaxSubmit", "GrpJobs", "GrpSubmit", "DefaultQOS")
 ACCOUNT = ("Account", "ParentName", "GrpJobs", "GrpSubmit")
 QOS = ("Name", "MaxSubmitPU", "MaxSubmitPA", "GrpSubmit", "MaxJobsPU", "GrpJobs", "MaxTRESPU", "Flags")
-# sacctmgr's heading of a column is not the name by which the column is asked for.
+# sacctmgr's names of the columns in format=, where they differ from the headings that it prints.
 LONG = {
     "MaxSubmit": "MaxSubmitJobs", "GrpSubmit": "GrpSubmitJobs", "MaxSubmitPU": "MaxSubmitJobsPerUser",
     "MaxSubmitPA": "MaxSubmitJobsPerAccount", "MaxJobsPU": "MaxJobsPerUser", "MaxTRESPU": "MaxTRESPerUser",
 }  # fmt: skip
-DEEPEST = 10  # levels of accounts
+DEEPEST = 10  # how many levels of parent accounts are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,13 @@ class SlurmFacts:
     """Slurm's answers."""
 
     version: str | None
-    answers: bool  # False: only version and answer are known
-    answer: Answer  # of sbatch --test-only to the run's own script
+    answers: bool  # False: only `version` and `answer` are known
+    answer: Answer  # the answer of sbatch --test-only to the run's own script
     config: Mapping[str, str] = field(default_factory=dict)
     partitions: tuple[Partition, ...] = ()
     nodes: tuple[Node, ...] = ()
     accounting: Accounting | None = None  # None: slurmdbd does not answer
-    others: int = 0  # the user's jobs in the queue that are not this run's
+    others: int = 0  # how many queued jobs of the user belong to other runs or programs
 
     @property
     def has_slurmdbd(self) -> bool:
@@ -51,7 +51,7 @@ def has_slurm() -> bool:
 
 
 def ask_slurm(queue: SlurmQueue, run_name: str, workers: int) -> SlurmFacts:
-    """queue: with the settings' request. Raises SettingsError if its slurm_file can't be read."""
+    """Gather Slurm's answers. queue: made from the settings. Raises SettingsError if slurm_file can't be read."""
     version = (run_slurm(["sinfo", "--version"]) or "").strip() or None
     config = read_config(run_slurm(["scontrol", "show", "config"]))
     if not config:
@@ -97,14 +97,14 @@ def _rows(what: str, columns: Sequence[str], *where: str) -> tuple[dict[str, str
 
 
 def _association(user: str, account: str, cluster: str, partition: str) -> Row | None:
-    """The partition's association takes precedence over the one for all partitions."""
+    """Return the user's association; one for this partition takes precedence over one for all partitions."""
     where = [f"user={user}", f"account={account}", *([f"cluster={cluster}"] if cluster else [])]
     mine = [row for row in _rows("assoc", ASSOCIATION, *where) if row["Partition"] in ("", partition)]
     return max(mine, key=lambda row: row["Partition"] == partition, default=None)
 
 
 def _ancestors(account: str, cluster: str) -> Iterator[Row]:
-    """The account's own row, its parent's, and so on."""
+    """Yield the row of the account, of its parent, and so on."""
     for _ in range(DEEPEST):
         where = [f"account={account}", "user=", *([f"cluster={cluster}"] if cluster else [])]
         account_rows = _rows("assoc", ACCOUNT, *where) if account else ()

@@ -1,4 +1,4 @@
-"""Slurm's answers compared with what the settings ask for. Pure."""
+"""Compare Slurm's answers with what the settings ask for. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from orchestrator.errors import Refusal
 def judge_slurm(
     facts: SlurmFacts, asked: Request, need: Need, workers: int, eon_lifetime_s: float | None
 ) -> list[Finding]:
-    """eon_lifetime_s: None if the user has not given settings."""
+    """Judge Slurm's answers. eon_lifetime_s: None if the user has not given settings."""
     if not facts.answers:
-        what = f"Slurm's commands are installed, but it does not answer: {facts.answer.said[-300:]}"
-        do = "check with `scontrol ping`; is SLURM_CONF right, is munge running, does this node belong to the cluster?"
+        what = f"Slurm's commands are installed, but Slurm does not answer: {facts.answer.said[-300:]}"
+        do = "run `scontrol ping`; check that SLURM_CONF is right, munge runs, and this node belongs to the cluster"
         return [Finding("error", "slurm", what, do)]
     name = facts.config.get("ClusterName", "?")
     findings = [Finding("ok", "slurm", f"{facts.version} answers, cluster {name}"), _judge_accounting(facts)]
@@ -37,19 +37,19 @@ def judge_slurm(
 
 def _judge_accounting(facts: SlurmFacts) -> Finding:
     if not facts.has_slurmdbd:
-        what = "the cluster has no accounting (slurmdbd): Slurm can't tell how jobs ended or what they used"
-        return Finding("note", "accounting", what, "nothing: orch keeps its own ledger")
+        what = "the cluster has no accounting (slurmdbd): Slurm keeps no record of how jobs ended or what they used"
+        return Finding("note", "accounting", what, "nothing: orch keeps its own records")
     if facts.accounting is None:
-        what = "slurmdbd does not answer: neither the limits nor how jobs ended are known"
-        return Finding("warning", "accounting", what, "try again; `sacctmgr show cluster` shows whether it does")
+        what = "slurmdbd does not answer, so job limits and the outcome of ended jobs are not known"
+        return Finding("warning", "accounting", what, "try again when `sacctmgr show cluster` works")
     return Finding("ok", "accounting", "slurmdbd answers")
 
 
 def _judge_answer(facts: SlurmFacts, asked: Request, workers: int) -> Finding:
-    """The answer of sbatch --test-only to the script of the run's first jobs."""
+    """Judge the answer of sbatch --test-only to the script of the run's first jobs."""
     if facts.answer.taken:
-        return Finding("ok", "submission", f"sbatch --test-only takes the run's jobs: {workers} of them")
+        return Finding("ok", "submission", f"sbatch --test-only accepts the run's jobs ({workers})")
     if facts.answer.refusal is Refusal.UNREACHABLE:
-        return Finding("error", "slurm", f"Slurm does not answer: {facts.answer.said}", "try again; `scontrol ping`")
+        return Finding("error", "slurm", f"Slurm does not answer: {facts.answer.said}", "try again (`scontrol ping`)")
     what = f"sbatch --test-only refuses the run's jobs. {advice(facts.answer.said, asked, workers)}"
-    return Finding("error", "submission", what, "change the settings as said, and look again")
+    return Finding("error", "submission", what, "change the settings accordingly, and run `orch doctor` again")

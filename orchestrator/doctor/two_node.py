@@ -1,4 +1,4 @@
-"""The two-node test: a short job that tries on the nodes themselves what a run needs there."""
+"""The two-node test: a short job that checks on compute nodes what a run needs there."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from orchestrator.settings.settings import Settings
 
 TIME_MIN = 10  # the job's limit, unless the partition allows less; it needs about half a minute
 POLL_S = 1.0
-OVER_S = 90.0  # Slurm takes a while to end a job after its limit
-APPEAR_S = 70.0  # for a job's last files to appear here: attribute caches of NFS are up to a minute old
-# Slurm's reasons for a job that will never start.
+OVER_S = 90.0  # how long Slurm may take to end a job after the job's time limit
+APPEAR_S = 70.0  # how long a job's last files may take to appear here: NFS caches attributes for up to a minute
+# Slurm's reasons for pending jobs that will never start.
 HOPELESS = (
     "PartitionDown", "PartitionInactive", "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints",
     "AccountNotAllowed", "QOSNotAllowed", "InvalidAccount", "InvalidQOS", "JobHeldAdmin", "JobHeldUser",
@@ -41,40 +41,40 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a worker needs of a node, and what Slurm offers the test."""
+    """What a worker needs on a node, and what Slurm allows the test to use."""
 
     settings: Settings
     script: str  # a worker's batch script
-    gpu: bool  # does a worker need one?
-    nodes_up: int = 2  # in the partition
-    limit_min: int = TIME_MIN  # of the job
+    gpu: bool  # does a worker need a GPU?
+    nodes_up: int = 2  # how many nodes of the partition are up
+    limit_min: int = TIME_MIN  # the job's time limit
     refused_here: bool = False  # does sbatch refuse the script on this machine, too?
-    lock: LockKind = "flock"  # of a run that is launched here
+    lock: LockKind = "flock"  # the lock that a run launched here would use
 
     @property
     def server(self) -> str | None:
-        """The URL of the database, if it is a server."""
+        """Return the URL of the database server; None for SQLite."""
         return self.settings.database if self.settings.uses_server else None
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The result of the test; by default, that it was not tried."""
+    """The result of the test; the defaults mean that no test was run."""
 
     findings: Sequence[Finding] = ()
-    locks_hold: bool | None = None  # between nodes; None: not known
+    locks_hold: bool | None = None  # do locks hold between nodes? None: not known
 
 
 @dataclass(frozen=True, slots=True)
 class TestOutcome:
-    """What the nodes sent back."""
+    """The job's results."""
 
-    nodes: int  # that the job asked for
-    reports: tuple[node.NodeReport | None, ...]  # one for each task
-    counted: Mapping[proof.Counted, int | Unreadable]  # the final numbers; empty: a server's locks are not tried
-    wrong_files: tuple[str, ...]  # how a task's file differs here from what the task wrote
+    nodes: int  # how many nodes the job requested
+    reports: tuple[node.NodeReport | None, ...]  # one per task; None: no report
+    counted: Mapping[proof.Counted, int | Unreadable]  # the final numbers; empty with a database server
+    wrong_files: tuple[str, ...]  # descriptions of task files that differ here from what the task wrote
     ended: str  # how the job ended, in Slurm's words
-    stopped: str | None = None  # why the doctor ended it; None: it ended by itself
+    stopped: str | None = None  # why the doctor cancelled the job; None: it ended by itself
 
     @property
     def received(self) -> list[node.NodeReport]:
@@ -86,16 +86,16 @@ class TestOutcome:
 
 
 def prove(needs: Needs, scratch: Path, wait_s: float, say: Say) -> Proof:
-    """Run the test and judge it. scratch: a folder beside the runs. wait_s: for the job to start.
+    """Run the test and judge its results. scratch: a folder beside the runs. wait_s: how long to wait for its start.
 
-    Leaves no job behind, even after Ctrl-C and SIGTERM, which it passes on. If Slurm stops answering, the job ends by
-    its own limits.
+    Cancels the job before it returns, and also after Ctrl-C or SIGTERM, which it re-raises. If Slurm stops responding,
+    the job ends at its own time limit.
     """
     findings: list[Finding] = []
     nodes = 2 if needs.nodes_up >= 2 else 1
     if nodes == 1:
-        what = f"no two nodes are up where the workers run ({needs.nodes_up}): one node shows nothing about two"
-        findings.append(Finding("warning", TOPIC, what, "try again when two are up, or use another slurm.partition"))
+        what = f"no two nodes are up in the partition ({needs.nodes_up} up), so locks between nodes are not tested"
+        findings.append(Finding("warning", TOPIC, what, "try again when two are up, or set another slurm.partition"))
     try:
         _prepare(needs, scratch)
         try:
@@ -103,12 +103,12 @@ def prove(needs: Needs, scratch: Path, wait_s: float, say: Say) -> Proof:
         except SubmissionError as error:
             if nodes == 1 or error.refusal is not Refusal.TOO_MANY_NODES:
                 raise
-            what = f"a job on two nodes is refused, so one node was tried: {error}"
+            what = f"Slurm refuses a job on two nodes, so only one node was tested: {error}"
             do = "use a slurm.partition, qos or account that allows two nodes for the test"
             findings.append(Finding("warning", TOPIC, what, do))
             outcome = _run(needs, scratch, 1, wait_s, say)
     except OrchError as error:
-        findings.append(Finding("error", TOPIC, f"the job can't be queued: {error}", "correct that, and try again"))
+        findings.append(Finding("error", TOPIC, f"the job can't be queued: {error}", "fix the cause, and try again"))
         return Proof(findings)
     return Proof(findings + judge(outcome, needs), locks_hold(outcome))
 
@@ -124,16 +124,16 @@ def _run(needs: Needs, scratch: Path, nodes: int, wait_s: float, say: Say) -> Te
 
 
 def _prepare(needs: Needs, scratch: Path) -> None:
-    """Raises LeaderboardError where the scratch database can't be made."""
+    """Write the files that the job reads. Raises LeaderboardError if the scratch database can't be created."""
     (scratch / node.SCRIPT).write_text(needs.script, encoding="utf-8")
     if needs.server is None:
         proof.prepare_file(scratch / node.COUNTER)
         (scratch / node.DATABASE).mkdir()
-        write_record(scratch / node.DATABASE / DATABASE_NAME, Choice(needs.lock, "of the two-node test"))
+        write_record(scratch / node.DATABASE / DATABASE_NAME, Choice(needs.lock, "for the two-node test"))
         locks.prepare_database(scratch / node.DATABASE)
     task = node.NodeTask(
-        increments=locks.INCREMENTS if needs.server is None else 0,  # a server keeps its own locks
-        counting_s=12.0 * needs.limit_min,  # a fifth of the job's time for each count leaves enough for the rest
+        increments=locks.INCREMENTS if needs.server is None else 0,  # a database server does its own locking
+        counting_s=12.0 * needs.limit_min,  # a fifth of the job's time for each of the two counts
         sha256=node.write_random(scratch / node.FROM_LOGIN),
         paths=needs.settings.data_folders,
         database=needs.server,
@@ -144,7 +144,7 @@ def _prepare(needs: Needs, scratch: Path) -> None:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block in the same way as Ctrl-C, so that the job is cancelled."""
+    """Raise SystemExit in the block on SIGTERM, so that the job is cancelled as after Ctrl-C."""
 
     def leave(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
@@ -157,7 +157,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _wait(job: ProbeJob, limit_min: int, wait_s: float, say: Say) -> tuple[ProbeState, str | None]:
-    """Wait until the job is over. Returns its last state, and why it must be ended (None: it ended by itself)."""
+    """Wait until the job is over. Returns its last state, and why it must be cancelled (None: it ended by itself)."""
     queued_at = time.monotonic()
     started_at: float | None = None
     told = ProbeState(None)
@@ -171,7 +171,7 @@ def _wait(job: ProbeJob, limit_min: int, wait_s: float, say: Say) -> tuple[Probe
         if state.state not in (None, "PENDING", "CONFIGURING") and started_at is None:
             started_at = now
         if started_at is not None and now - started_at > 60 * limit_min + OVER_S:
-            return state, f"it was not over {limit_min} min after its start"
+            return state, f"it was still running {limit_min} min after its start"
         if started_at is None and state.reason in HOPELESS and now - queued_at > HOPELESS_AFTER_S:
             return state, f"it would never start: {state.reason}"
         if started_at is None and now - queued_at > wait_s:
@@ -181,7 +181,7 @@ def _wait(job: ProbeJob, limit_min: int, wait_s: float, say: Say) -> tuple[Probe
 
 
 def _collect(needs: Needs, scratch: Path, nodes: int, last: ProbeState, stopped: str | None) -> TestOutcome:
-    """Read what the tasks wrote. Files that other nodes wrote may take a while to appear here."""
+    """Read the tasks' files, which may take a while to appear on this machine."""
     well = stopped is None and last.state in ("", "COMPLETED")
     end = time.monotonic() + (APPEAR_S if well else APPEAR_S / 10)
     while True:
@@ -211,14 +211,14 @@ def _file_problem(scratch: Path, report: node.NodeReport) -> str | None:
         same = node.sha256_of(path) == report.written_sha256
     except OSError as error:
         return f"{path.name}: {error}"
-    return None if same else f"{path.name} has other bytes than were written on {report.host}"
+    return None if same else f"{path.name} differs from the file written on {report.host}"
 
 
 # --- findings
 
 
 def judge(outcome: TestOutcome, needs: Needs) -> list[Finding]:
-    """Everything that the nodes reported, or why they reported nothing."""
+    """Judge everything that the nodes reported, or explain why they reported nothing."""
     reports = outcome.received
     if not reports:
         return [_judge_silence(outcome)]
@@ -229,21 +229,21 @@ def judge(outcome: TestOutcome, needs: Needs) -> list[Finding]:
     findings += _judge_needs(reports, needs)
     unfinished = [report.host for report in reports if not report.done]
     if unfinished or len(reports) < len(outcome.reports):
-        how = outcome.stopped or f"it ended {outcome.ended or '(how is not known)'}"
-        what = f"the job did not come to its end on {_and(unfinished) or 'one node'}: {how}"
-        do = "if this happens again, locks hang or a node is broken: " + ELSEWHERE
+        how = outcome.stopped or f"its final state is {outcome.ended or 'not known'}"
+        what = f"the job did not finish on {_and(unfinished) or 'one node'}: {how}"
+        do = f"if this happens again, locks hang or a node is broken: {ELSEWHERE}"
         findings.append(Finding("error", TOPIC, what, do))
     return findings
 
 
 def _judge_silence(outcome: TestOutcome) -> Finding:
     if outcome.stopped:
-        do = "try again with a longer --wait, or with another slurm.partition or qos, or ask for less (slurm.gpus)"
-        return Finding("warning", TOPIC, f"nothing was tried: the job was cancelled, {outcome.stopped}", do)
-    what = f"the job ended ({outcome.ended or 'how is not known'}) and left nothing in the runs folder"
+        do = "try again with a longer --wait, with another slurm.partition or slurm.qos, or with fewer slurm.gpus"
+        return Finding("warning", TOPIC, f"nothing was tested: the job was cancelled because {outcome.stopped}", do)
+    what = f"the job ended (final state: {outcome.ended or 'not known'}) and left nothing in the runs folder"
     do = (
-        "do the nodes see the runs folder and this Python environment? `srun ls -d RUNS_DIR; srun which python` shows "
-        "it. Put the runs on a file system that the nodes share (--runs-dir)"
+        "check with `srun ls -d RUNS_DIR; srun which python` that the nodes see the runs folder and this Python "
+        "environment; put the runs on a file system that the nodes share (--runs-dir)"
     )
     return Finding("error", "runs folder", what, do)
 
@@ -254,36 +254,36 @@ def _judge_folder(outcome: TestOutcome) -> list[Finding]:
     if wrong or outcome.wrong_files:
         what = f"the runs folder is not the same on all nodes: {'; '.join((*wrong, *outcome.wrong_files))}"
         return [Finding("error", "runs folder", what, "put it on a file system that all nodes share (--runs-dir)")]
-    what = f"{_and(hosts)} and this machine see each other's files, byte for byte"
+    what = f"{_and(hosts)} and this machine see each other's files with the same contents"
     findings = [Finding("ok", "runs folder", what)]
     if any(report.met is False for report in reports):
         what = f"the tasks on {_and(hosts)} did not see each other's new files within {node.MEETING_S:.0f} s"
         findings.append(Finding("error", "runs folder", what, ELSEWHERE))
     if outcome.nodes > 1 and len(hosts) < 2 and len(reports) > 1:
-        what = f"both tasks were on {hosts[0]}"
-        findings.append(Finding("warning", TOPIC, what, "try again: a lock between two nodes was not tested"))
+        what = f"both tasks were on {hosts[0]}, so locks between nodes were not tested"
+        findings.append(Finding("warning", TOPIC, what, "try again"))
     return findings
 
 
 def _judge_submission(reports: Sequence[node.NodeReport], refused_here: bool) -> list[Finding]:
-    topic, keep = "successors", "let `orch keep RUN` run on a login node: it queues the successors"
+    topic, keep = "successors", "run `orch keep RUN` on a login node: it queues the successors"
     tried = [(report, report.can_submit) for report in reports if report.can_submit]
     for report, answer in tried:
         if not answer.taken and refused_here:
-            what = "whether jobs can queue their successors is not known: sbatch refuses these jobs here, too"
-            return [Finding("note", topic, what, "change the settings so that sbatch takes them, and test again")]
+            what = "could not test whether jobs can queue their successors: sbatch refuses these jobs here, too"
+            return [Finding("note", topic, what, "change the settings so that sbatch accepts the jobs, and test again")]
         if answer.refusal not in (None, Refusal.NO_ROOM):
             what = f"a job on {report.host} can't queue its successor: {answer.said[-300:]}"
             return [Finding("warning", topic, what, keep)]
         if not report.squeue:
-            what = f"squeue does not answer on {report.host}: workers there can't tell which jobs are gone"
+            what = f"squeue does not answer on {report.host}: workers there can't find out which jobs have ended"
             return [Finding("warning", topic, what, keep)]
     what = f"jobs on {_and([report.host for report, _ in tried])} can queue their successors"
     return [Finding("ok", topic, what)] if tried else []
 
 
 def _judge_mounts(reports: Sequence[node.NodeReport]) -> list[Finding]:
-    """The mount's options on the nodes, which may differ from those on a login node."""
+    """Judge the mount options on the nodes, which may differ from those on the login node."""
     findings = []
     for report in reports:
         advice = lock_advice(report.mount.fstype, report.mount.options) if report.mount else None
@@ -293,7 +293,7 @@ def _judge_mounts(reports: Sequence[node.NodeReport]) -> list[Finding]:
 
 
 def _judge_counts(outcome: TestOutcome) -> list[Finding]:
-    """Only the counts that every task has made: otherwise the sum is not known."""
+    """Judge the counts that every task has finished: without all tasks, the expected sum is not known."""
     where = f"between {_and(outcome.hosts)}" if len(outcome.hosts) > 1 else f"on {outcome.hosts[0]} alone"
     findings = []
     for kind, final in outcome.counted.items():
@@ -304,7 +304,7 @@ def _judge_counts(outcome: TestOutcome) -> list[Finding]:
 
 
 def locks_hold(outcome: TestOutcome) -> bool | None:
-    """Between nodes. None: not known, for example since both tasks were on one node."""
+    """Return whether locks hold between nodes; None: not known, for example because both tasks were on one node."""
     reports = outcome.received
     if not outcome.counted or not reports:
         return None
@@ -319,11 +319,11 @@ def _judge_needs(reports: Sequence[node.NodeReport], needs: Needs) -> list[Findi
     findings = []
     unread = _hosts_by((path, report.host) for report in reports for path in report.missing or ())
     for path, hosts in unread.items():
-        do = "put it where all nodes can read it, and name it by that path"
+        do = "move the data to a path that all nodes can read, and set that path in the settings"
         findings.append(Finding("error", "data", f"{path}: can't be read on {hosts}", do))
     silent = _hosts_by((report.database_problem, report.host) for report in reports if report.database_problem)
     for why, hosts in silent.items():
-        do = 'does the server of "database" take connections from compute nodes? Ask its administrator, or use SQLite'
+        do = 'ask the administrator whether the "database" server accepts connections from compute nodes, or use SQLite'
         findings.append(Finding("error", "database", f"on {hosts}: {why}", do))
     answered = sorted({report.host for report in reports if report.database_answers})
     if answered and not silent:
@@ -335,7 +335,7 @@ def _judge_needs(reports: Sequence[node.NodeReport], needs: Needs) -> list[Findi
 
 
 def _hosts_by(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """{value: "n1 and n2"} from (value, host)."""
+    """Convert pairs of (value, host) to {value: "n1 and n2"}."""
     hosts: dict[str, set[str]] = {}
     for value, host in pairs:
         hosts.setdefault(value, set()).add(host)

@@ -1,1 +1,1 @@
-"""Which lock around the SQLite database holds on which file system, and the proof that it does."""
+"""The locks around the SQLite database: which lock works on which file system, and tests that prove it."""

@@ -1,7 +1,7 @@
-"""Which lock protects a run's SQLite database: chosen and proven at launch, and recorded with the run.
+"""Choose the lock that protects a run's SQLite database; it is tested at launch and recorded with the run.
 
-The choice is written beside the database (`NAME.lock.json`) before the database is made, and each process reads it
-before it takes any lock: mixing lock kinds gives no protection.
+The choice is written beside the database (`NAME.lock.json`) before the database is created, and each process reads it
+before it acquires any lock, because mixing lock kinds gives no protection.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from orchestrator.locking.proof import LOCKS, prove, sqlite_locks_work
 from orchestrator.records import LockKind, WantedLock
 
 NAMES: Mapping[LockKind, str] = {"flock": "fair flock", "soft": "soft lock (files)"}
-UNKNOWN = LockFacts("unsure", True, "this kernel does not say which file system it is")
+UNKNOWN = LockFacts("unsure", True, "the kernel does not show which file system this is")
 INSTEAD = (
-    'What helps: a PostgreSQL database, which needs no lock on files ("database": '
-    '"postgresql+psycopg://user@host/name"), or runs on another file system (--runs-dir)'
+    'Use a PostgreSQL database, which needs no file lock ("database": "postgresql+psycopg://user@host/name"), '
+    "or put the runs on another file system (--runs-dir)"
 )
 
 
@@ -33,21 +33,21 @@ class Choice:
 
     kind: LockKind
     why: str
-    sqlite_locks: bool = True  # does the mount accept SQLite's own locks (fcntl) too?
+    sqlite_locks: bool = True  # does the file system also accept SQLite's own locks (fcntl)?
 
     def __str__(self) -> str:
         return f"{NAMES[self.kind]}, {self.why}"
 
 
 _proven: set[tuple[int, LockKind]] = set()  # (device, kind) that this process has proven
-UNRECORDED = Choice("flock", "as no other choice is recorded")
+UNRECORDED = Choice("flock", "the default, as no choice is recorded")
 
 
 def choose(folder: Path, several_nodes: bool, wanted: WantedLock) -> Choice:
-    """Prove locks in this folder until one protects. Takes some tenths of a second.
+    """Test kinds of lock in this folder until one protects. Takes some tenths of a second.
 
-    several_nodes: may processes of the run be on more than one machine? Raises LockError if no lock protects, OSError
-    where the folder can't be written or no process can be started.
+    several_nodes: whether processes of the run may be on more than one machine. Raises LockError if no lock protects,
+    OSError if the folder can't be written or no process can be started.
     """
     mount = mount_here(folder.resolve())
     return decide(mount, several_nodes, wanted, lambda kind: _prove_once(folder, kind), sqlite_locks_work(folder))
@@ -60,15 +60,15 @@ def decide(
     problem_of: Callable[[LockKind], str | None],
     sqlite_locks: bool = True,
 ) -> Choice:
-    """The first lock that protects. problem_of: tries a kind on this machine; None: it protects, else why not.
+    """Return the first lock that protects. problem_of: tests a kind of lock on this machine; see `prove`.
 
-    Raises LockError, which names each lock's problem and what to do.
+    Raises LockError if no lock protects; the message names each lock's problem and what to do.
     """
     facts = lock_facts(mount.fstype, mount.options) if mount else UNKNOWN
     where = str(mount) if mount else "this file system"
     kinds = _candidates(facts, several_nodes, wanted)
     if not kinds:
-        links = ", which is made of hard links" if wanted == "soft" else ""
+        links = ", which needs hard links" if wanted == "soft" else ""
         reason = "" if wanted == "auto" else f'"lock" is "{wanted}"{links}, but '
         raise LockError(f"{where}: {reason}{facts.what}. {INSTEAD}")
     problems = []
@@ -82,17 +82,17 @@ def decide(
 
 
 def _candidates(facts: LockFacts, several_nodes: bool, wanted: WantedLock) -> tuple[LockKind, ...]:
-    """The kinds of lock to prove, the best first; empty if none can protect.
+    """Return the kinds of lock to test, the best first; empty if none can protect.
 
-    A proof on one machine shows nothing about two, so with several nodes flock is tried only where the file system is
-    known to keep it on its servers, or where the settings ask for it and nothing speaks against it.
+    A test on one machine shows nothing about two, so with several nodes flock is tested only if the servers of the file
+    system are known to manage it, or if the settings ask for it and the mount does not rule it out.
     """
     if wanted == "flock":
         known_bad = several_nodes and not facts.local and facts.flock in ("machine", "nowhere")
         return () if known_bad else ("flock",)
     if wanted == "auto" and (facts.local or facts.flock == "nodes"):
         return ("flock", "soft")
-    # The soft lock comes first even if all workers are on one machine: the run may be looked at from another.
+    # The soft lock comes first even if all workers are on one machine: commands may run on another.
     soft: tuple[LockKind, ...] = ("soft",) if facts.links else ()
     if wanted == "auto" and not several_nodes and facts.flock != "nowhere":
         return (*soft, "flock")
@@ -100,7 +100,7 @@ def _candidates(facts: LockFacts, several_nodes: bool, wanted: WantedLock) -> tu
 
 
 def _prove_once(folder: Path, kind: LockKind) -> str | None:
-    """`prove`, once for each mount: a sweep launches many runs on one."""
+    """Call `prove` once per file system, as a sweep launches many runs on the same one."""
     place = (folder.stat().st_dev, kind)
     problem = None if place in _proven else prove(folder, kind)
     if problem is None:
@@ -122,14 +122,14 @@ def write_record(database: Path, choice: Choice) -> None:
 
 
 def read_record(database: Path) -> Choice:
-    """The lock that every process takes around this database. Raises LockError where that is not known."""
+    """Return the lock that every process uses for this database. Raises LockError if it is not known."""
     path = record_path(database)
     try:
         choice = Choice(**json.loads(path.read_bytes()))
         if choice.kind not in LOCKS:
-            problem = f"{str(choice.kind)[:80]!r} is not a kind of lock that this version of orch has"
+            problem = f"{str(choice.kind)[:80]!r} is not a kind of lock that this version of orch knows"
         elif not isinstance(choice.why, str) or not isinstance(choice.sqlite_locks, bool):
-            problem = '"why" must be a text and "sqlite_locks" true or false'
+            problem = '"why" must be a string and "sqlite_locks" must be true or false'
         else:
             return choice
     except FileNotFoundError:
@@ -141,7 +141,7 @@ def read_record(database: Path) -> Choice:
     except (ValueError, TypeError, RecursionError) as error:
         problem = str(error)[:200]
     raise LockError(
-        f"{path}: {problem}. It says which lock the processes of this run take. Put it back from a backup, or, when no "
+        f"{path}: {problem}. This file names the lock of the run's processes. Put it back from a backup; or, if no "
         'process of the run is alive on any node, write {"kind": "flock", "why": "by hand"} ("soft" for the soft lock)'
     )
 

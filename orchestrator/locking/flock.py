@@ -1,4 +1,4 @@
-"""The lock around the SQLite database: filelock's API, but processes get the lock in the order in which they asked."""
+"""The lock around the SQLite database: like filelock's, but processes get it in the order in which they asked."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from filelock import Timeout
 from orchestrator.files.run_folder import LOCK_SUFFIX
 
 LOCK_TIMEOUT_S = 300.0
-# The first in the queue tries the lock again after a tenth of the time that it has waited, within these bounds.
+# The first process in the queue retries after a tenth of the time that it has waited, within these bounds.
 FIRST_POLL_S, LAST_POLL_S = 0.0001, 0.01
 
 
 class Lock(ABC):
-    """A lock around a file, to be used in a `with` block."""
+    """A lock on a file, to be used in a `with` block."""
 
     def __init__(self, lock_file: str | os.PathLike[str], timeout: float) -> None:
-        """timeout: of `acquire`, in seconds; below 0: without limit."""
+        """timeout: how long `acquire` waits by default, in seconds; below 0: without limit."""
         self.lock_file = str(lock_file)
         self.timeout = timeout
 
     @abstractmethod
     def acquire(self, timeout: float | None = None) -> Self:
-        """Wait for at most `timeout` seconds, by default the lock's. Raises filelock.Timeout, LockError and OSError."""
+        """Wait at most `timeout` seconds (None: the lock's timeout). Raises filelock.Timeout, LockError and OSError."""
 
     @abstractmethod
     def release(self) -> None: ...
@@ -44,13 +44,13 @@ class Lock(ABC):
 
 
 class FairFileLock(Lock):
-    """flock on the same file as `filelock.FileLock`, so that the two exclude each other, but behind a queue.
+    """A queue in front of flock on the same file as `filelock.FileLock`, so that the two classes exclude each other.
 
-    FileLock polls, so under contention the order is left to chance: with 64 processes the p99 of the waits was 1.8 s,
-    against 0.27 s in the kernel's own queue of blocked flock calls. Here a process first blocks in flock on a second
-    file (`NAME.queue`). While it holds that, it polls for the lock itself, so that only one process polls and can do
-    so often. It releases the queue when it has the lock: the kernel wakes the next process in the meantime, which
-    takes half as long as a short transaction.
+    FileLock polls, so under contention the order is random: with 64 processes the p99 of the waits was 1.8 s, against
+    0.27 s in the kernel's own queue of blocked flock calls. Here a process first blocks in flock on a second file
+    (`NAME.queue`). While it holds the queue file, it polls for the lock itself; only one process polls, so it can poll
+    often. It releases the queue file once it has the lock, so that the kernel wakes the next process during the
+    transaction (waking takes half as long as a short transaction).
 
     The kernel releases both files when their holder dies. Neither is ever released because of its age.
     """
@@ -81,7 +81,7 @@ class FairFileLock(Lock):
         return self
 
     def _take(self) -> bool:
-        """Without waiting. False: a process that does not use the queue has the lock, or has just removed its file."""
+        """Try to lock without waiting. False: another process has the lock, or has just removed the file."""
         fd = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,15 +103,15 @@ class FairFileLock(Lock):
 
 
 def _unlock(fd: int) -> None:
-    fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough if a forked child has it open, too
+    fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough if a forked child also has the file open
     os.close(fd)
 
 
 def _flock_within(fd: int, timeout: float, lock_file: str) -> None:
-    """Lock fd exclusively, blocked in the kernel's queue. Closes fd if that fails. Raises Timeout and OSError.
+    """Lock fd exclusively, in the kernel's queue. If that fails, closes fd and raises Timeout or OSError.
 
-    flock has no time limit, so a thread waits. If the limit is reached first, the thread stays blocked, and closes fd
-    as soon as it gets the lock.
+    flock has no timeout, so a thread waits. After the timeout the thread stays blocked, and closes fd as soon as it has
+    the lock.
     """
     if timeout < 0:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -124,7 +124,7 @@ def _flock_within(fd: int, timeout: float, lock_file: str) -> None:
     except OSError:
         os.close(fd)
         raise
-    outcome: Future[OSError | None] = Future()  # once it is cancelled, fd belongs to the thread
+    outcome: Future[OSError | None] = Future()  # after cancellation, the thread closes fd
 
     def wait_for_lock() -> None:
         error: OSError | None = None
@@ -140,7 +140,7 @@ def _flock_within(fd: int, timeout: float, lock_file: str) -> None:
     try:
         threading.Thread(target=wait_for_lock, name="flock", daemon=True).start()
         wait([outcome], timeout=min(timeout, threading.TIMEOUT_MAX))
-    except BaseException:  # Ctrl-C: the thread must not keep a lock that is no longer waited for
+    except BaseException:  # such as Ctrl-C: the thread must not keep a lock that this process no longer wants
         if not outcome.cancel():
             os.close(fd)
         raise

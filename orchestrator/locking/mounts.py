@@ -1,4 +1,4 @@
-"""Which file system a folder is on, and how far its locks reach. Pure except for `mount_here`."""
+"""Find out which file system a folder is on, and how far its locks reach. Pure except for `mount_here`."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-# How far a lock reaches. nodes: between all nodes that mount it. machine: between the processes of one node. unsure: it
-# depends on the server or its configuration, which a mount does not show. nowhere: locks fail or have no effect.
+# How far a lock reaches. nodes: all nodes that mount the file system. machine: only the processes of one node. unsure:
+# the mount does not show it; the server or its configuration decides. nowhere: locks fail or have no effect.
 Reach = Literal["nodes", "machine", "unsure", "nowhere"]
 
-# File systems of one machine: its kernel keeps the locks, and no other node sees the files.
+# File systems of one machine: the kernel manages the locks, and no other node sees the files.
 LOCAL = (
     "aufs", "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "reiserfs", "tmpfs", "xfs",
     "zfs",
 )  # fmt: skip
-# Shared file systems whose servers keep flock.
+# Shared file systems whose servers manage flock.
 COHERENT = {
     "ceph": "CephFS", "fuse.ceph-fuse": "CephFS", "gfs2": "GFS2", "ocfs2": "OCFS2", "fuse.glusterfs": "GlusterFS",
 }  # fmt: skip
 SMB = ("cifs", "smb3", "smb2")
-# Object stores and servers without locks; hard links are missing, or two processes can make the same one.
+# Object stores and servers without locks. They have no hard links, or two processes can create the same hard link.
 LOCKLESS = (
     "fuse.gcsfuse", "fuse.goofys", "fuse.rclone", "fuse.s3fs", "fuse.mount-s3", "fuse.sshfs", "fuse.blobfuse2", "pvfs2",
     "orangefs",
 )  # fmt: skip
-# Options of 9p with which a node caches a folder's names.
+# Mount options of 9p that let a node cache the names in a folder.
 LOOSE_9P = ("cache=loose", "cache=fscache", "cache=mmap", "cache=readahead")
 
-POSTGRES = 'set "database" to a PostgreSQL URL, which needs no locks of files'
+POSTGRES = 'set "database" to a PostgreSQL URL, which needs no file locks'
 ELSEWHERE = f"put the runs on another file system (--runs-dir), or {POSTGRES}"
 PROVE = "`orch doctor --two-node` shows whether they hold between nodes"
 
@@ -42,7 +42,7 @@ class Mount:
     point: str
     fstype: str
     source: str
-    options: tuple[str, ...]  # of the mount and of the file system
+    options: tuple[str, ...]  # the options of the mount, then those of the file system
 
     def __str__(self) -> str:
         return f"{self.fstype} on {self.point}"
@@ -50,17 +50,17 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class LockFacts:
-    """What is known of locks on a file system."""
+    """What is known about the locks of a file system."""
 
     flock: Reach
-    links: bool  # is a hard link made at most once, and visible to every node at once? The soft lock needs this
+    links: bool  # is a hard link created by one process only, and seen by all nodes at once, as the soft lock needs?
     what: str
-    do: str = ""  # what a user can do; empty: nothing
-    local: bool = False  # no other node sees the files
+    do: str = ""  # what the user can do; empty: nothing
+    local: bool = False  # True: no other node sees the files
 
 
 def mount_here(path: Path) -> Mount | None:
-    """The mount that a folder is on; None where the kernel does not show it."""
+    """Return the mount that a folder is on; None if the kernel does not show mounts."""
     try:
         text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
@@ -69,15 +69,15 @@ def mount_here(path: Path) -> Mount | None:
 
 
 def mount_of(mountinfo: str, path: str) -> Mount | None:
-    """The mount that an absolute path without symbolic links is on: the one with the longest mount point above it, and
-    the last one if several are at that point, since it hides the others. None if no line fits."""
-    mounts = map(_mount, mountinfo.split("\n"))  # not splitlines: the kernel escapes no other separator
+    """Return the mount with the longest mount point above `path`, which must be absolute and without symbolic links. Of
+    several mounts at the same point, the last hides the others. None if no line matches."""
+    mounts = map(_mount, mountinfo.split("\n"))  # splitlines also splits at unescaped characters
     above = [mount for mount in mounts if mount and PurePosixPath(path).is_relative_to(mount.point)]
     return max(reversed(above), key=lambda mount: len(mount.point), default=None)
 
 
 def _mount(line: str) -> Mount | None:
-    """ID PARENT MAJOR:MINOR ROOT POINT OPTIONS [FIELD...] - TYPE SOURCE OPTIONS; see proc(5)."""
+    """Parse ID PARENT MAJOR:MINOR ROOT POINT OPTIONS [FIELD...] - TYPE SOURCE OPTIONS; see proc(5)."""
     left, separator, right = line.partition(" - ")
     before, after = left.split(" "), right.split(" ")  # the source may be empty
     if not separator or len(before) < 6 or len(after) < 3:
@@ -87,43 +87,43 @@ def _mount(line: str) -> Mount | None:
 
 
 def _unescaped(text: str) -> str:
-    r"""The kernel writes a space as \040, and a tab, a newline, a backslash and # in the same way. Names are bytes."""
+    r"""Replace the kernel's octal escapes: \040 is a space; tab, newline, backslash and # are escaped too."""
     raw = text.encode("utf-8", "surrogateescape")
     raw = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 255]), raw)
     return raw.decode("utf-8", "surrogateescape")
 
 
 def lock_facts(fstype: str, options: Sequence[str]) -> LockFacts:
-    """How far locks reach on a file system. fstype and options: as in /proc/self/mountinfo.
+    """Return how far locks reach on a file system. fstype and options: as in /proc/self/mountinfo.
 
-    What the options promise is not a proof: `locking.proof` tries the locks on this machine, the doctor's two-node test
-    between two.
+    The options do not prove that locks work: `locking.proof` tests the locks on this machine, and the doctor's two-node
+    test between two nodes.
     """
     if fstype in LOCAL:
         what = f"{fstype} is a local file system: its locks hold between processes of one machine"
-        do = "fine for one machine; the nodes of a cluster need a folder that they share"
+        do = "fine for one machine; on a cluster, use a folder that all nodes share"
         return LockFacts("machine", True, what, do, local=True)
     if fstype in ("nfs", "nfs4"):
         return _nfs(fstype, options)
     if fstype == "lustre":
         return _lustre(options)
     if fstype in COHERENT:
-        return LockFacts("nodes", True, f"{COHERENT[fstype]} keeps flock on its servers: it holds between nodes")
+        return LockFacts("nodes", True, f"{COHERENT[fstype]} manages flock on its servers: it holds between nodes")
     if fstype == "gpfs":
-        what = "GPFS keeps locks by its token manager, across nodes"
+        what = "GPFS has a token manager, which makes locks hold between nodes"
         return LockFacts("nodes", True, what, f"nothing, unless locks are slow or lost: {PROVE}")
     if fstype in LOCKLESS:
         return LockFacts("nowhere", False, f"{fstype} has no locks that hold between nodes", ELSEWHERE)
     if fstype in SMB and ("nobrl" in options or "nolock" in options):
-        what = f"{fstype} is mounted with nobrl: locks hold on one node only, and two nodes would both write"
+        what = f"{fstype} is mounted with nobrl: locks hold on one node only, so two nodes could write at once"
         return LockFacts("machine", False, what, ELSEWHERE)
     if fstype in ("beegfs", "fhgfs"):
-        what = "BeeGFS checks locks between nodes only with tuneUseGlobalFileLocks=true, and false is its default"
+        what = "BeeGFS locks hold between nodes only with tuneUseGlobalFileLocks=true, and the default is false"
         do = f"`grep -h tuneUseGlobalFileLocks /proc/fs/beegfs/*/config`; if it is 0 or false, {ELSEWHERE}. {PROVE}"
         return LockFacts("unsure", True, what, do)
     what, links = {
         **dict.fromkeys(SMB, (f"{fstype}: whether locks hold between nodes depends on its server", False)),
-        "afs": ("AFS: whether locks hold between nodes depends on its flock= mode; with local they do not", True),
+        "afs": ("AFS: whether locks hold between nodes depends on its flock= mode; with flock=local they do not", True),
         "9p": ("9p: whether locks hold between machines depends on its server", not set(LOOSE_9P) & set(options)),
     }.get(fstype, (f"orch does not know the file system {fstype}: its locks may not hold between nodes", True))
     return LockFacts("unsure", links, what, f"{PROVE}; if not, {ELSEWHERE}")
@@ -135,23 +135,23 @@ def _nfs(fstype: str, options: Sequence[str]) -> LockFacts:
     local = named.get("local_lock", "none")
     if "nolock" in options or local in ("all", "flock"):
         option = "nolock" if "nolock" in options else f"local_lock={local}"
-        what = f"NFS {version} is mounted with {option}: locks hold on one node only, and two nodes would both write"
+        what = f"NFS {version} is mounted with {option}: locks hold on one node only, so two nodes could write at once"
         return LockFacts("machine", True, what, f"{ELSEWHERE}; or ask for a mount without {option}")
     if version.startswith("4"):
-        return LockFacts("nodes", True, f"NFS {version}: locks are kept by the server and hold between nodes")
-    what = f"NFS {version} keeps locks with a separate service (lockd), on the server and on every node"
-    do = f"{PROVE}; if they hang or fail with ENOLCK, {POSTGRES}, or mount it with vers=4"
+        return LockFacts("nodes", True, f"NFS {version}: the server manages locks, so they hold between nodes")
+    what = f"NFS {version} needs a separate service for locks (lockd), on the server and on every node"
+    do = f"{PROVE}; if they hang or fail with ENOLCK, {POSTGRES}, or ask for a mount with vers=4"
     return LockFacts("nodes", True, what, do)
 
 
 def _lustre(options: Sequence[str]) -> LockFacts:
     if "localflock" in options:
-        what = "Lustre is mounted with localflock: locks hold on one node only, and two nodes would both write"
+        what = "Lustre is mounted with localflock: locks hold on one node only, so two nodes could write at once"
         return LockFacts("machine", True, what, f"{POSTGRES}; or ask for a mount with flock")
     if "noflock" in options:
         what = "Lustre is mounted with noflock: every lock fails"
         return LockFacts("nowhere", True, what, f"{POSTGRES}; or ask for a mount with flock")
     if "flock" in options:
         return LockFacts("nodes", True, "Lustre is mounted with flock: locks hold between nodes")
-    what = "Lustre shows no flock option; without it, older clients refuse every lock"
+    what = "Lustre is mounted with no flock option, and older clients then refuse every lock"
     return LockFacts("unsure", True, what, f"{PROVE}; if not, {POSTGRES}, or ask for a mount with flock")

@@ -1,8 +1,8 @@
-"""Does a lock protect? Processes increase one number, each time under the lock. Two holders at once lose an update,
-which the final number shows.
+"""Test whether a lock protects: processes increment a shared counter under the lock. If two processes hold the lock at
+once, updates are lost and the final number is too small.
 
-`prove` tries this on one machine in a fraction of a second, before a run starts; the doctor's two-node test does it
-between two nodes, for longer.
+`prove` runs the test on one machine in a fraction of a second, before a run starts; the doctor's two-node test runs it
+for longer, between two nodes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from orchestrator.locking.soft_lock import SoftLock
 from orchestrator.records import LockKind
 
 Counted = Literal["lock", "database"]
-Access = tuple[Callable[[], int], Callable[[int], object]]  # read and write the number, while the lock is held
+Access = tuple[Callable[[], int], Callable[[int], object]]  # (read, write) of the number, to be called under the lock
 LOCKS: Mapping[LockKind, Callable[..., Lock]] = {"flock": FairFileLock, "soft": SoftLock}
 
-PAUSE_S = 0.001  # between reading and writing: without protection, another process writes in this time
-DIGITS = 12  # of the number in the file: overwriting always the same bytes never leaves a part of a number
+PAUSE_S = 0.001  # between reading and writing, so that without protection another process writes in between
+DIGITS = 12  # of the number in the file, zero-padded: each write then replaces the old number completely
 GIVE_UP_AFTER = 5  # errors in a row
-INCREMENTS = 25  # of each of the two processes that prove a lock
+INCREMENTS = 25  # how often each of the two processes of `prove` increments the number
 _PACKAGE_PARENT = str(Path(__file__).parents[2])  # so that a child finds orchestrator even if it is not installed
-ANSWER_S = 20.0  # for a process to answer: a busy machine starts Python slowly; a lock that hangs never answers
+ANSWER_S = 20.0  # how long to wait for a child's answer: a busy machine starts Python slowly, and a lock may hang
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class Tally:
     kind: Counted
     wanted: int
     done: int
-    switches: int  # how often another process had counted since its last increment
-    waits_s: tuple[float, ...]  # for the lock or for the transaction to begin
+    switches: int  # how often another process had changed the number since this process's last increment
+    waits_s: tuple[float, ...]  # how long each increment waited for the lock or for its transaction to start
     errors: tuple[str, ...]
     busy: int = 0  # how many of the errors are SQLite's SQLITE_BUSY
 
@@ -61,9 +61,9 @@ def count(
     limit_s: float,
     is_busy: Callable[[Exception], bool] = lambda error: False,
 ) -> Tally:
-    """Increase the number, each time within `opened()`. limit_s: start no increment after it.
+    """Increment the number `times` times, each within `opened()`. limit_s: no increment starts after this time.
 
-    Stops early after GIVE_UP_AFTER errors in a row. is_busy: which errors count as SQLITE_BUSY.
+    Stops early after GIVE_UP_AFTER errors in a row. is_busy: returns whether an error is SQLITE_BUSY.
     """
     end = time.monotonic() + limit_s
     done = switches = busy = failures = 0
@@ -100,11 +100,11 @@ def counted_in_file(path: Path) -> int:
 
 
 def count_in_file(path: Path, lock: AbstractContextManager[object], times: int, limit_s: float) -> Tally:
-    """Increase the number in the file, each time under the lock."""
+    """Increment the number in the file, each time under the lock."""
 
     @contextlib.contextmanager
     def opened() -> Iterator[Access]:
-        with lock, open(path, "r+b") as file:  # opened under the lock: NFS asks the server then
+        with lock, open(path, "r+b") as file:  # opening the file makes NFS fetch its current content
 
             def write(number: int) -> None:
                 file.seek(0)
@@ -116,7 +116,7 @@ def count_in_file(path: Path, lock: AbstractContextManager[object], times: int, 
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest of these values with at least this share of them at or below it; 0 if there are none."""
+    """Return the smallest value with at least this share of all values at or below it; 0 if there are no values."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
 
 
@@ -124,10 +124,10 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def prove(folder: Path, kind: LockKind) -> str | None:
-    """Why a lock of this kind gives no protection in this folder, between processes of this machine. None: it does.
+    """Return why a lock of this kind does not protect processes of this machine in this folder; None: it does.
 
-    One process holds the lock while another must be refused; then both count under it. Takes about 0.3 s and removes
-    what it writes. Raises OSError where no process can be started or nothing can be written.
+    While one process holds the lock, another must be refused; then both count under it. Takes about 0.3 s and removes
+    the files that it writes. Raises OSError if no process can be started or no file can be written.
     """
     scratch = tempfile.TemporaryDirectory(prefix=".lock-proof-", dir=folder, ignore_cleanup_errors=True)
     counter, lock_file = Path(scratch.name, "counter"), Path(scratch.name, "lock")
@@ -137,23 +137,23 @@ def prove(folder: Path, kind: LockKind) -> str | None:
         try:
             return _find_problem(children, counter)
         except TimeoutError:
-            return f"a process that asks for it hangs ({ANSWER_S:.0f} s without an answer)"
+            return f"a process that asked for the lock hangs (no answer for {ANSWER_S:.0f} s)"
         except LockError as error:
             return str(error)
 
 
 def _find_problem(children: Sequence[_Child], counter: Path) -> str | None:
-    """Raises TimeoutError, and LockError for a problem that a child reports."""
+    """Test the lock; see `prove`. Raises TimeoutError, and LockError for a problem that a child reports."""
     first, second = children
     if _ask(first, "hold") != "held":
-        return f"it could not be taken within {ANSWER_S:.0f} s although no process held it"
+        return f"the lock could not be acquired within {ANSWER_S:.0f} s although no process held it"
     if _ask(second, "try") == "held":
         return "two processes got it at the same time"
     _ask(first, "release")
     for child in children:
         child.tell("count")
     done, counted = sum(int(child.answer()) for child in children), counted_in_file(counter)
-    return None if counted == done else f"{done - counted} of {done} updates under it were lost"
+    return None if counted == done else f"{done - counted} of {done} updates were lost"
 
 
 def _ask(child: _Child, order: str) -> str:
@@ -162,27 +162,27 @@ def _ask(child: _Child, order: str) -> str:
 
 
 class _Child:
-    """A process that carries out orders. Each order and each answer is one line: "held", "refused", "released", a
-    number of increments, or "problem" and its text."""
+    """A process that carries out orders. Each order and each answer is one line. The answers are "held", "refused",
+    "released", a number of increments, or "problem" followed by a description."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
     def tell(self, order: str) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # then `answer` reports that it died
+        with contextlib.suppress(BrokenPipeError):  # `answer` reports that the process died
             self._process.stdin.write(f"{order}\n".encode())
             self._process.stdin.flush()
 
     def answer(self) -> str:
-        """Raises TimeoutError, and LockError for a problem."""
+        """Return the next answer. Raises TimeoutError, and LockError for a problem."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
             raise TimeoutError
         line = self._process.stdout.readline().decode(errors="replace").strip()
         answer, _, text = line.partition(" ")
         if not line or answer == "problem":
-            raise LockError(text or "a process that tried it died")
+            raise LockError(text or "a process that tested the lock died")
         return answer
 
 
@@ -234,7 +234,7 @@ def obey() -> None:
 
 
 def sqlite_locks_work(folder: Path) -> bool:
-    """Does the file system accept the locks that SQLite itself sets on its file (fcntl, not flock)?"""
+    """Return whether the file system accepts the locks that SQLite itself sets on its file (fcntl, not flock)."""
     with tempfile.NamedTemporaryFile(prefix=".lock-proof-", dir=folder) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

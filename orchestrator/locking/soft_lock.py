@@ -1,12 +1,12 @@
 """A lock made of files, for file systems whose flock does not reach every node.
 
-filelock's `StrictSoftFileLock` decides which process holds it: each publishes a claim under a unique name by a hard
-link, which a server makes once or not at all. filelock never breaks such a claim. Here a claim is removed when its
-process is proven dead: it ran on this host, since this boot, and no process has its pid and its start time. Each name
-is used once, so several processes may remove the same dead claim, and none of them can remove a live one. A claim from
-another host is never removed, and none is removed because of its age.
+filelock's `StrictSoftFileLock` decides which process holds the lock: each process publishes a claim under a unique name
+with a hard link, which the server creates atomically. filelock never breaks a claim. `SoftLock` removes a claim if its
+process is proven dead: it ran on this host, since this boot, and no process has its pid and its start time. Claim names
+are never reused, so several processes may remove the same dead claim, and none of them can remove a live one. A claim
+from another host is never removed, and no claim is removed because of its age.
 
-Processes do not get it in order, and it takes some milliseconds: flock is better where it works.
+Waiting processes get the lock in no particular order, after some milliseconds: flock is better where it works.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from filelock import SoftFileLockProtocolError, StrictSoftFileClaim, StrictSoftF
 from orchestrator.errors import LockError
 from orchestrator.locking.flock import Lock
 
-DEAD_CHECK_S = 0.5  # between two checks for dead claims, while waiting
+DEAD_CHECK_S = 0.5  # the time between two checks for dead claims, while waiting
 POLL_S = 0.01
-_TICK_BITS = 64  # of a claim's start: the lower bits are clock ticks since the boot, the upper bits the boot's id
+_TICK_BITS = 64  # the lower 64 bits of a claim's start are clock ticks since the boot; the upper bits, the boot's id
 
 
 class HeldError(Timeout):
-    """Another process held the lock for the whole wait. The text says which one, and what to do."""
+    """Another process held the lock for the whole wait. The message names the process and says what to do."""
 
     def __init__(self, lock_file: str, advice: str = "") -> None:
         super().__init__(lock_file)
@@ -42,7 +42,7 @@ class HeldError(Timeout):
 
 
 class SoftLock(Lock):
-    """A lock made of files; see the module."""
+    """A lock made of files; see the module's docstring."""
 
     def __init__(self, lock_file: str | os.PathLike[str], timeout: float) -> None:
         super().__init__(lock_file, timeout)
@@ -53,7 +53,7 @@ class SoftLock(Lock):
         return self._inner.is_locked
 
     def acquire(self, timeout: float | None = None) -> Self:
-        """Raises HeldError, LockError where the lock's files are damaged or hard links are missing, and OSError."""
+        """Raises HeldError, LockError if the lock's files are damaged or hard links do not work, and OSError."""
         timeout = self.timeout if timeout is None else timeout
         end = None if timeout < 0 else time.monotonic() + timeout
         while True:
@@ -75,10 +75,10 @@ class SoftLock(Lock):
         self._inner.release()
 
     def _remove_dead_claims(self) -> bool:
-        """Remove the claims of processes that are proven dead. True if one was removed."""
+        """Remove the claims of processes that are proven dead. Returns whether a claim was removed."""
         removed = False
         for claim in filter(is_dead, self._claims()):
-            # Removed already, or another user's: only that user's processes can remove it.
+            # FileNotFoundError: already removed. PermissionError: only processes of the claim's user can remove it.
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 self._inner.force_break(claim.name)
                 removed = True
@@ -88,27 +88,27 @@ class SoftLock(Lock):
         try:
             return self._inner.claims
         except SoftFileLockProtocolError:
-            return ()  # the next acquisition raises it
+            return ()  # the next attempt to acquire the lock raises this error
 
     def _advice(self, waited_s: float) -> str:
-        """Which process holds the lock, and what to do."""
+        """Say which process holds the lock, and what to do."""
         claims = self._claims()
         held = [claim for claim in claims if claim.state == "held"] or claims
         if not held:
-            return f"{self.lock_file} could not be taken within {waited_s:.0f} s: many processes ask for it; try again"
+            return f"{self.lock_file} could not be acquired within {waited_s:.0f} s: many processes want it; try again"
         holder = held[0]
         files = Path(f"{self.lock_file}.filelock") / "claims" / f"*{holder.token}.claim"
         return (
             f"{self.lock_file} was held for {waited_s:.0f} s by process {holder.pid} on {holder.hostname}. A lock is "
-            "never broken by its age. Is that process stopped? If it is dead "
+            "never removed because of its age. Check whether that process is stopped. If it is dead "
             f"(`ssh {holder.hostname.partition('?')[0]} ps -p {holder.pid}`; is its job still in squeue?), remove its "
             f"claim: rm {files}"
         )
 
 
 def is_dead(claim: StrictSoftFileClaim) -> bool:
-    """Is the process that made this claim proven dead? That can't be proven for another host, boot or namespace of
-    pids, or without a known start time."""
+    """Return whether the process that made this claim is proven dead. That is impossible for another host, boot or pid
+    namespace, or without a known start time."""
     own = _own_claim(os.getpid())
     if claim.hostname != own.hostname or claim.start is None or own.start is None:
         return False
@@ -128,7 +128,7 @@ def is_dead(claim: StrictSoftFileClaim) -> bool:
 
 @functools.cache
 def _own_claim(pid: int) -> StrictSoftFileClaim:
-    """What filelock writes in a claim of this process. pid: the cache's key, which differs in a forked child."""
+    """Return a claim of this process, as filelock writes it. pid: only the cache's key, so that a fork gets its own."""
     with tempfile.TemporaryDirectory(prefix="orch-") as folder:
         lock = StrictSoftFileLock(Path(folder) / "lock", timeout=10)
         with lock:

@@ -134,7 +134,9 @@ def test_a_foreign_host_that_holds_the_lock_is_named_to_the_user(tmp_path):
         lines = claim.read_text().split("\n")
         claim.write_text("\n".join([*lines[:2], "4711", b"node17".hex(), *lines[4:]]))
     run.leaderboard.database._lock.timeout = 0.1
-    with pytest.raises(Exception, match=r"process 4711 on node17.*never broken by its age.*ssh node17 ps -p 4711"):
+    with pytest.raises(
+        Exception, match=r"process 4711 on node17.*never removed because of its age.*ssh node17 ps -p 4711"
+    ):
         run.summary()
     held.release()
 

@@ -28,6 +28,6 @@ def test_the_two_node_test_tries_the_lock_that_a_run_would_take(cluster: DevClus
         finding.what: finding.level
         for finding in examine(tmp_path / "soft.json", tmp_path / "runs", two_nodes=True, say=lambda _: None)
     }
-    assert any(what.startswith("a run takes this lock: soft lock (files), proven on") for what in said)
+    assert any(what.startswith("a run uses this lock: soft lock (files), proven on") for what in said)
     counted = [what for what in said if "updates, 0 lost" in what]
     assert [what.partition(",")[0] for what in counted] == ["file lock", "SQLite database"]

@@ -18,7 +18,7 @@ ORCH = Path(sys.executable).with_name("orch")
 
 @pytest.mark.parametrize("level", ["note", "warning", "error"])
 def test_a_finding_that_is_not_ok_says_what_to_do(level):
-    with pytest.raises(ValueError, match="says what to do"):
+    with pytest.raises(ValueError, match="must say what to do"):
         Finding(level, "disk", "full")
     assert Finding(level, "disk", "full", "free some").do
 

@@ -54,7 +54,7 @@ def judged(wanted: str | None, eon_lifetime: float = 2400, **slurm: Any) -> list
         ("short", {}, "error", "42 min, and short allows 10 min"),
         ("short", {"time_min": 10}, "ok", "at most 10 min"),
         ("dead", {"gpus": 0}, "warning", "1 down*"),
-        ("closed", {}, "warning", "login[1-2] only"),
+        ("closed", {}, "warning", "only accepts jobs submitted from login[1-2]"),
     ],
 )
 def test_does_a_job_fit_its_partition(wanted, slurm, level, words):

@@ -20,8 +20,8 @@ ONE, SEVERAL = False, True
 Problems = Mapping[LockKind, str | None]
 HOLD: Problems = {"flock": None, "soft": None}
 NO_LINKS: Problems = {"flock": None, "soft": "hard links unavailable"}
-NO_FLOCK: Problems = {"flock": "7 of 50 updates under it were lost", "soft": None}
-NOTHING: Problems = {"flock": "7 of 50 updates under it were lost", "soft": "hard links unavailable"}
+NO_FLOCK: Problems = {"flock": "7 of 50 updates were lost", "soft": None}
+NOTHING: Problems = {"flock": "7 of 50 updates were lost", "soft": "hard links unavailable"}
 
 
 def decided(fstype: str, options: str, several: bool, wanted: str = "auto", proofs: Problems = HOLD) -> str:
@@ -78,7 +78,7 @@ def test_the_lock_that_each_file_system_gets(fstype, options, one_node, several_
         pytest.param("nfs4", "rw,vers=4.2", SEVERAL, "auto", NO_FLOCK, "soft", id="on NFS too"),
         pytest.param("nfs", "rw,nolock", ONE, "auto", NO_LINKS, "flock", id="no links, one node: flock will do"),
         pytest.param("nfs", "rw,nolock", SEVERAL, "auto", NO_LINKS, "hard links unavailable", id="no links, more"),
-        pytest.param("ext4", "rw", ONE, "auto", NOTHING, "7 of 50 updates under it were lost", id="nothing holds"),
+        pytest.param("ext4", "rw", ONE, "auto", NOTHING, "7 of 50 updates were lost", id="nothing holds"),
         pytest.param("ext4", "rw", ONE, "flock", NO_FLOCK, "7 of 50 updates", id="what was asked for does not hold"),
         pytest.param("ext4", "rw", ONE, "soft", HOLD, "soft", id="the soft lock was asked for"),
         pytest.param("ext4", "rw", ONE, "soft", NO_LINKS, "hard links unavailable", id="and does not hold"),
@@ -87,7 +87,7 @@ def test_the_lock_that_each_file_system_gets(fstype, options, one_node, several_
         pytest.param("nfs", "rw,nolock", SEVERAL, "flock", HOLD, "mounted with nolock", id="known to be wrong"),
         pytest.param("lustre", "rw,localflock", SEVERAL, "flock", HOLD, "localflock", id="known to be wrong, Lustre"),
         pytest.param("nfs", "rw,nolock", ONE, "flock", HOLD, "flock", id="on one node it is right"),
-        pytest.param("fuse.s3fs", "rw", ONE, "soft", HOLD, "made of hard links", id="there are none"),
+        pytest.param("fuse.s3fs", "rw", ONE, "soft", HOLD, "which needs hard links", id="there are none"),
     ],
 )
 def test_the_proof_and_the_setting_decide_too(fstype, options, several, wanted, proofs, expected):

@@ -108,7 +108,7 @@ def test_lost_updates_are_counted(tmp_path):
             return self.said.pop(0)
 
     children = [Answers("held", "released", "25"), Answers("refused", "25")]
-    assert proof._find_problem(children, tmp_path / "counter") == "7 of 50 updates under it were lost"
+    assert proof._find_problem(children, tmp_path / "counter") == "7 of 50 updates were lost"
 
 
 def test_where_flock_does_nothing_the_soft_lock_is_chosen(broken):

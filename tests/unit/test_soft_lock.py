@@ -148,7 +148,7 @@ def test_a_holder_is_not_broken_by_its_age(spawn, path):
 def test_a_holder_that_is_stopped_is_alive(spawn, path):
     holder = holder_of(spawn)
     holder.send_signal(signal.SIGSTOP)
-    with pytest.raises(HeldError, match="Is that process stopped"):
+    with pytest.raises(HeldError, match="Check whether that process is stopped"):
         SoftLock(path, timeout=0.7).acquire()
 
 
@@ -233,7 +233,7 @@ def test_a_process_that_can_t_be_seen_from_here_keeps_its_lock_even_killed(path,
     assert done.stdout == "held\n", done.stderr
     before = claims(path)
     assert len(before) == 2
-    with pytest.raises(HeldError, match="never broken by its age"):
+    with pytest.raises(HeldError, match="never removed because of its age"):
         SoftLock(path, timeout=1.2).acquire()
     assert claims(path) == before
 
