@@ -16,7 +16,7 @@ def doctor(
         Path | None, typer.Argument(metavar="[SETTINGS]", help="A settings file (JSON).", show_default=False)
     ] = None,
     two_node: Annotated[
-        bool, typer.Option("--two-node", help="Run a short job on two nodes that tries the locks and what a job needs.")
+        bool, typer.Option("--two-node", help="Run a short job on two nodes that tests the locks and what a job needs.")
     ] = False,
     wait: Annotated[float, typer.Option(metavar="MIN", help="Minutes that job may wait to start.", min=0.1)] = 15,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
