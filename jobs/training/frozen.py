@@ -150,7 +150,7 @@ def _compare(model: nn.Module, part: nn.Module, inputs: Tensor, outputs: Tensor)
         _bypass(part, False)
     model.train(was)
     if not isinstance(expected, Tensor) or not torch.allclose(bypassed, expected, rtol=1e-2, atol=1e-3):
-        raise JobError("frozen_part: the result changes; the part must be the first thing that the model does")
+        raise JobError("frozen_part: bypassing it changes the result; the part must be the first thing the model does")
 
 
 def _bypass(part: nn.Module, on: bool) -> None:

@@ -112,8 +112,8 @@ def open_short(trial: Trial) -> ShortSession:
 
 def break_points(steps_per_epoch: int, epochs_per_chunk: int, chunks: int, wanted: int) -> list[int]:
     """Return the steps after which to interrupt, ascending. The first four are where interruptions matter most: in the
-    middle of the first epoch, between two chunks, before the very last step, and between two epochs. Any further
-    ones fill the largest gaps."""
+    middle of the first epoch, between two chunks, before the very last step, and between two epochs. Further
+    interruptions fill the largest gaps."""
     per_chunk = steps_per_epoch * epochs_per_chunk
     total = per_chunk * chunks
     chosen: list[int] = []

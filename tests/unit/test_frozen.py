@@ -310,7 +310,7 @@ class NoPairs(Frozen):
         (Flipped, "the training images are augmented"),
         (WithDropout, "is a dropout layer, whose output is random"),
         (WithStatistics, "uses batch statistics in training; keep it in eval mode"),
-        (NotFirst, "the part must be the first thing that the model does"),
+        (NotFirst, "the part must be the first thing the model does"),
         (NoPairs, r"batches must be \(inputs, targets\), two tensors"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
