@@ -1,4 +1,4 @@
-"""Loggers: where a run's curves go. The setting "loggers" names them: built in, or "my_module:MyLogger"."""
+"""Loggers write a run's curves. The setting "loggers" lists them: built-in names, or "my_module:MyLogger"."""
 
 from __future__ import annotations
 

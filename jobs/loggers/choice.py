@@ -1,4 +1,4 @@
-"""From the names in the settings to loggers. Each logger's library is imported by that logger's thread, not here."""
+"""Create loggers from the names in the settings. Each logger's library is imported later, in that logger's thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jobs.loggers.recorder import Channels, Makers, Recorder, series_of_tested
 from orchestrator.records import LockKind
 from orchestrator.settings.settings import Settings
 
-# By name: the class, the package that it needs, and what to install for it.
+# Built-in loggers by name: the class, the package it needs, and what to pass to `pip install`.
 BUILT_IN = {
     "tensorboard": ("jobs.loggers.tensorboard:TensorBoard", "tensorboard", "tensorboard"),
     "wandb": ("jobs.loggers.wandb:WeightsAndBiases", "wandb", "'orch[wandb]'"),
@@ -24,7 +24,7 @@ BUILT_IN = {
 
 
 def check_loggers(names: Iterable[str]) -> None:
-    """Raises JobError for a built-in logger whose package is not installed, and for a name that is not a logger."""
+    """Check that each name is a logger, and that the packages of built-in loggers are installed. Raises JobError."""
     for name in names:
         if name not in BUILT_IN:
             find_logger(name)
@@ -32,24 +32,24 @@ def check_loggers(names: Iterable[str]) -> None:
             _, package, install = BUILT_IN[name]
             raise JobError(
                 f"loggers: {name!r} needs the package {package}, which is not installed here. Run: pip install "
-                f'{install}; or take {name!r} out of "loggers"'
+                f'{install}; or remove {name!r} from "loggers"'
             )
 
 
 def find_logger(name: str) -> type[Logger]:
-    """The class of a built-in logger, or of the user's own, which "module:Class" names. Raises JobError."""
+    """Return the class of a logger: a built-in one, or the user's own ("module:Class"). Raises JobError."""
     what = f"loggers: {name!r}"
     logger = find_class(BUILT_IN[name][0] if name in BUILT_IN else name, what)
     if not issubclass(logger, Logger):
         raise JobError(
             f"{what} is not derived from jobs.loggers.Logger; allowed are {', '.join(BUILT_IN)} and "
-            '"module:Class" with such a class'
+            '"module:Class", where Class is derived from it'
         )
     return logger
 
 
 def makers(settings: Settings, run_folder: Path) -> Makers:
-    lock: LockKind = "flock" if settings.lock == "flock" else "soft"  # "auto": flock was not proven to hold
+    lock: LockKind = "flock" if settings.lock == "flock" else "soft"  # "auto" means that flock is unproven
     place = Place(settings.name, run_folder / "logs", lock)
     return {name: partial(_make, name, place) for name in settings.loggers}
 
@@ -59,8 +59,8 @@ def _make(name: str, place: Place) -> Logger:
 
 
 def log_tests(settings: Settings, run_folder: Path, tests: Mapping[str, tuple[int, Mapping[str, float]]]) -> None:
-    """Tell the run's loggers which models were tested. tests: by checkpoint file, the last step of its lineage
-    (jobs.training.states.last_step) and the metrics. A logger that fails logs a warning; it raises nothing."""
+    """Report test results to the run's loggers. tests: for each checkpoint file, the last step of its lineage
+    (jobs.training.states.last_step) and the metrics. If a logger fails, a warning is logged and no error is raised."""
     channels = Channels(makers(settings, run_folder))
     for file, (step, metrics) in tests.items():
         series = series_of_tested(settings.name, run_folder / "checkpoints", file, step)
@@ -77,7 +77,7 @@ def _report_test(logger: Logger, series: Series, metrics: Mapping[str, float]) -
 
 
 def observer(settings: Settings, run_folder: Path | None) -> Observer:
-    """What a session reports its training to. run_folder: None where there is no run, so nothing is logged."""
+    """Return the observer for a session's training. run_folder: None if there is no run, so nothing is logged."""
     if run_folder is None or not settings.loggers:
         return Observer()
     return Recorder(settings.name, run_folder / "checkpoints", settings.select_on, makers(settings, run_folder))

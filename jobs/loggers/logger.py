@@ -1,4 +1,4 @@
-"""What a logger is: built in or a user's own. Derive from Logger; every method has a default that does nothing."""
+"""The base class of loggers, built in or a user's own. Every method has a default."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ TRAIN_LOSS, LEARNING_RATE = "train/loss", "train/learning_rate"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a logger is given when it is made."""
+    """Where a logger writes: the argument of its constructor."""
 
     run: str  # the run's name
-    folder: Path  # the run's logs; a logger makes a folder of its own in it
-    lock: LockKind = "soft"  # the kind that holds on this file system, for files that several workers write
+    folder: Path  # the run's log folder, shared by all its loggers
+    lock: LockKind = "soft"  # the lock that works on this file system, for files shared by several workers
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """The curves of one chunk. Their x axis is the lineage's optimizer steps, so a chunk's curves begin where those of
-    its parent end."""
+    """The curves of one chunk. The x axis is the lineage's optimizer steps, so a chunk's curves start where its
+    parent's curves end."""
 
     name: str  # chunk-00000012
     chunk: int
     tags: Mapping[str, str | int]  # the lineage: run, chunk, parent_chunk, founder, profile, worker, ...
-    step: int  # the first that is written now
-    new: bool = True  # False: an earlier job began it
-    rewrites: bool = False  # True: a job that died may have written steps from `step` on, which are trained again
+    step: int  # the first step to be written
+    new: bool = True  # False: an earlier job started this series
+    rewrites: bool = False  # True: a job that died may already have logged some steps from `step` on
 
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """Values at some steps, which ascend. Each of `values` is as long as `steps`."""
+    """Values at ascending steps. Each sequence in `values` has one value per step."""
 
     steps: Sequence[int]
     times: Sequence[float]  # Unix seconds
@@ -46,8 +46,8 @@ class Points:
 
 
 class Logger:
-    """Where curves go. All methods are called in one thread, which is not the training's: waiting in them delays
-    nothing, and an error in one of them turns this logger off for the rest of the job.
+    """Writes curves. All methods are called in one thread, separate from the training thread: blocking in them does
+    not delay the training. An error in one of them turns this logger off for the rest of the job.
 
     Import slow libraries inside the methods, not at the top of the module.
     """
@@ -58,35 +58,35 @@ class Logger:
         self.lock = place.lock
 
     def begin(self, series: Series) -> None:
-        """A chunk begins, or continues (not series.new)."""
+        """Start the series of a chunk, or continue it if series.new is False."""
 
     def log(self, points: Points) -> None:
-        """Points of the chunk that was begun last."""
+        """Log points of the most recently started chunk."""
 
     def judge(self, promoted: bool) -> None:
-        """The chunk's model was admitted to the board or not."""
+        """Record whether the chunk's model was admitted to the board."""
 
     def test(self, step: int, metrics: Mapping[str, float]) -> None:
-        """`orch evaluate` tested this chunk's model. By default the metrics are logged as points."""
+        """Log the metrics that `orch evaluate` measured for this chunk's model. The default logs them as points."""
         self.log(Points([step], [time.time()], {f"test/{name}": [value] for name, value in metrics.items()}))
 
     def end(self) -> None:
-        """The chunk is over or suspended: write what is left."""
+        """Write all remaining data: the chunk is finished or suspended."""
 
     def close(self) -> None:
-        """The process ends; the last chunk was ended."""
+        """Clean up before the process ends. The last chunk has already been ended."""
 
 
 def run_id(folder: Path) -> str:
-    """Eight characters that identify the run, also among runs of the same name, for services that keep many runs in
-    one place. The first worker that asks writes them down. Raises OSError."""
+    """Return eight characters that identify the run, even among runs with the same name, for services that store many
+    runs in one place. The first worker that needs them writes them to folder/run-id. Raises OSError."""
     path = folder / "run-id"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         mine = folder / f".run-id-{secrets.token_hex(8)}"
         mine.write_text(secrets.token_hex(4))
         try:
-            os.link(mine, path)  # atomic, also between nodes
+            os.link(mine, path)  # atomic, even between nodes
         except FileExistsError:
             pass
         finally:

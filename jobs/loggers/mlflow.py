@@ -1,5 +1,5 @@
-"""MLflow: a run for each chunk, in an experiment named after the orch run. Without MLFLOW_TRACKING_URI they are all
-in one SQLite file of the run."""
+"""MLflow: one MLflow run per chunk, in an experiment named after the orch run. Without MLFLOW_TRACKING_URI, all of
+them are stored in one SQLite file in the run's log folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FILE = "mlflow.db"
-MOST_METRICS = 1000  # in one call, by MLflow's own limit
+MOST_METRICS = 1000  # per call: MLflow's own limit
 SERIES_TAG = "orch.series"
 
 
 class MLflow(Logger):
-    """Several workers write to one SQLite file, and SQLite's own locks do not hold on every shared file system: each
-    group of calls is made under the lock that was proven there at launch, and no connection is kept."""
+    """Several workers may write to one SQLite file, and SQLite's own locks do not work on every shared file system. So
+    each group of calls holds a lock that was proven to work at launch, and no connection stays open in between."""
 
     _client: MlflowClient
     _experiment: str
@@ -37,7 +37,7 @@ class MLflow(Logger):
             self._locked: Callable[[], Any] = self._file_locked
         else:
             self._locked = nullcontext
-        self._last: dict[str, int] = {}  # the last step of each metric that an earlier job wrote
+        self._last: dict[str, int] = {}  # by metric: the last step logged by an earlier job
         self._open()
 
     def _open(self) -> None:
@@ -52,7 +52,7 @@ class MLflow(Logger):
                 try:
                     self._experiment = self._client.create_experiment(self.run, artifacts)
                     return
-                except MlflowException:  # another worker has just made it, on a server
+                except MlflowException:  # on a server, another worker may just have created it
                     experiment = self._client.get_experiment_by_name(self.run)
                     if experiment is None:
                         raise
@@ -88,7 +88,7 @@ class MLflow(Logger):
         return max(int(point.step) for point in self._client.get_metric_history(self._run_id, metric))
 
     def log(self, points: Points) -> None:
-        """Steps that a job that died has written already are not written again."""
+        """Log points, skipping steps that an earlier job already logged before it died."""
         from mlflow.entities import Metric
 
         metrics = [

@@ -1,4 +1,4 @@
-"""What is told about the training of a chunk while it runs: loggers derive from it."""
+"""The interface through which a session reports its training. `Recorder` forwards the reports to loggers."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from orchestrator.records import EpochResult, Work
 
 
 class Observer:
-    """Ignores everything. Its methods are called in this order, in the process of rank 0; none changes the training."""
+    """Ignores all reports. Methods are called in this order, in rank 0's process; they must not affect the training."""
 
     def chunk(self, work: Work) -> None:
-        """A chunk begins, or (work.suspended) continues where it was interrupted."""
+        """A chunk starts, or (work.suspended) continues where it was interrupted."""
 
     def step(self, step: int, loss: Tensor, learning_rate: float) -> None:
         """An optimizer step is done.
 
-        step: counted from 1 over the whole lineage. loss: the batch's mean, a scalar on the device; reading its value
-        here would make the training wait for the GPU. learning_rate: of the first parameter group, as used.
+        step: counted from 1 over the whole lineage. loss: mean over the batch, a scalar on the device; reading its
+        value here would make the training wait for the GPU. learning_rate: the first parameter group's, in this step.
         """
 
     def epoch(self, result: EpochResult) -> None:
         """An epoch was trained and validated."""
 
     def judged(self, promoted: bool) -> None:
-        """The chunk was finished, and its model was admitted to the board or not."""
+        """The chunk is finished. promoted: whether its model was admitted to the board."""
 
     def close(self) -> None:
-        """The process ends: write what is left."""
+        """Write all remaining data: the process is about to end."""

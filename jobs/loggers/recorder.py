@@ -1,7 +1,7 @@
-"""The observer behind all loggers: it collects what the training reports and hands it to a thread of each logger.
+"""The observer that serves all loggers: it collects the training's reports and passes them to each logger's thread.
 
-The training never waits for it. Losses stay on the device until a logger's thread fetches many of them at once. A
-logger that is too slow or fails is turned off; nothing else is affected.
+The training never waits for a logger. Losses stay on the device until a logger's thread fetches many of them at once.
+A logger that fails or is too slow is turned off; nothing else is affected.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from jobs.loggers.observer import Observer
 from orchestrator.files.checkpoint_record import CheckpointRecord, lineage
 from orchestrator.records import EpochResult, Work
 
-EVERY_S = 10.0  # between two hand-overs of points; they are also handed over at the end of each epoch
-MOST_POINTS = 1024  # that are collected before a hand-over: each holds some memory of the device
-MOST_WAITING = 1000  # calls in a logger's queue; a logger with more of them is too slow
-CLOSE_S = 20.0  # for all loggers together to write what is left when the job ends; Slurm grants 30 s (KillWait)
+EVERY_S = 10.0  # how often points are passed to the loggers; this also happens at the end of each epoch
+MOST_POINTS = 1024  # points collected at most before passing them on: each one occupies device memory
+MOST_WAITING = 1000  # maximum length of a logger's queue; a logger with a longer queue counts as too slow
+CLOSE_S = 20.0  # how long all loggers together may keep writing when the job ends; Slurm allows 30 s (KillWait)
 
 log = logging.getLogger("orch")
 T = TypeVar("T")
-Makers = Mapping[str, Callable[[], Logger]]  # what makes each logger, by its name
+Makers = Mapping[str, Callable[[], Logger]]  # functions that create the loggers, by name
 
 
 class Once(Generic[T]):
-    """A value that several threads share. The first thread that asks for it computes it."""
+    """A value shared by several threads, computed by the first one that asks for it."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make: Callable[[], T] | None = make
@@ -45,12 +45,12 @@ class Once(Generic[T]):
         with self._lock:
             if self._make is not None:
                 self._value = self._make()
-                self._make = None  # frees what it was made of
+                self._make = None  # frees the objects that the function refers to
             return self._value
 
 
 class Channel:
-    """One logger and its thread. The logger is imported and made in that thread, which starts with the first call."""
+    """One logger and its thread. The thread starts with the first call, and imports and creates the logger."""
 
     def __init__(self, name: str, make: Callable[[], Logger]) -> None:
         self.name = name
@@ -61,7 +61,7 @@ class Channel:
         self._turning_off = Lock()
 
     def put(self, call: Callable[[Logger], None]) -> None:
-        """Queue a call of the logger; never waits."""
+        """Queue a call to the logger; never blocks."""
         if self.off:
             return
         if self._calls.qsize() >= MOST_WAITING:
@@ -73,11 +73,11 @@ class Channel:
             self._thread.start()
 
     def finish(self) -> None:
-        """No call comes after this."""
+        """Mark the end of the queue; `put` must not be called afterwards."""
         self._calls.put(None)
 
     def wait(self, deadline: float) -> None:
-        """Wait until everything is written, or until this time.monotonic()."""
+        """Wait until everything is written, or until time.monotonic() reaches the deadline."""
         if self._thread is None or self.off:
             return
         self._thread.join(max(0.0, deadline - time.monotonic()))
@@ -91,7 +91,7 @@ class Channel:
                 if self.off:
                     return
                 call(logger)
-                del call  # frees the tensors that it holds
+                del call  # frees its tensors
             logger.close()
         except BaseException as error:  # a library may even call exit()
             self._turn_off(f"{type(error).__name__}: {error}")
@@ -100,7 +100,7 @@ class Channel:
         with self._turning_off:
             if not self.off:
                 log.warning("logger %s is off for the rest of this job: %s", self.name, reason)
-                self.off = True  # after the warning: `wait` lets the process end once this is set
+                self.off = True  # set after the warning, because `wait` may then let the process end
 
 
 class Channels:
@@ -114,7 +114,7 @@ class Channels:
             channel.put(call)
 
     def close(self) -> None:
-        """Takes CLOSE_S at most."""
+        """Close all loggers. Takes CLOSE_S at most."""
         deadline = time.monotonic() + CLOSE_S
         for channel in self._channels:
             channel.finish()
@@ -128,19 +128,19 @@ class Recorder(Observer):
     def __init__(
         self, run: str, folder: Path, select_on: str, makers: Makers, clock: Callable[[], float] = time.time
     ) -> None:
-        """folder: of the checkpoints. select_on: the split that each epoch is evaluated on."""
+        """folder: the checkpoints folder. select_on: the split on which each epoch is evaluated."""
         self._run = run
         self._checkpoints = folder
         self._select_on = select_on
         self._channels = Channels(makers)
         self._clock = clock
         self._work: Work | None = None
-        self._begun = False  # have the loggers begun the chunk's series?
+        self._begun = False  # has the chunk's series been started?
         self._last_step: int | None = None
         self._handed_over_at = 0.0
-        self._steps: list[tuple[int, float, Tensor, float]] = []  # number, time, loss, learning rate
+        self._steps: list[tuple[int, float, Tensor, float]] = []  # (step, time, loss, learning rate)
 
-    # --- reports of the training
+    # --- reports from the training
 
     def chunk(self, work: Work) -> None:
         self._end()
@@ -155,7 +155,7 @@ class Recorder(Observer):
             self._hand_over()
 
     def epoch(self, result: EpochResult) -> None:
-        """For a job's own loop, which reports no steps, the x axis is epochs."""
+        """Log an epoch's metrics at its last step, or at its number if the job's own loop reports no steps."""
         self._hand_over()
         step = result.number if self._last_step is None else self._last_step
         names = {name: f"{self._select_on}/{name}" for name in result.metrics} | {"train_loss": "train/epoch_loss"}
@@ -172,7 +172,7 @@ class Recorder(Observer):
         self._end()
         self._channels.close()
 
-    # --- calls of the loggers
+    # --- calls to the loggers
 
     def _hand_over(self) -> None:
         self._handed_over_at = self._clock()
@@ -184,7 +184,7 @@ class Recorder(Observer):
     def _log(self, first_step: int, points: Points | Once[Points]) -> None:
         if not self._begun:
             self._begun = True
-            assert self._work is not None, "a chunk begins before its first step"
+            assert self._work is not None, "chunk() must be called before step()"
             work = self._work
             series = Once(lambda: series_of(self._run, self._checkpoints, work, first_step))
             self._channels.put(lambda logger: logger.begin(series()))
@@ -198,7 +198,7 @@ class Recorder(Observer):
 
 
 def series_of(run: str, checkpoints_folder: Path, work: Work, first_step: int) -> Series:
-    """The series of a chunk that begins or continues. Tags that the records do not tell are left out."""
+    """Return the series of a chunk that starts or continues. Tags that the records don't determine are left out."""
     tags = _tags(
         run,
         lineage(checkpoints_folder, work.parent_file),
@@ -214,7 +214,7 @@ def series_of(run: str, checkpoints_folder: Path, work: Work, first_step: int) -
 
 
 def series_of_tested(run: str, checkpoints_folder: Path, file: str, step: int) -> Series | None:
-    """The series of the chunk that made this checkpoint; None if its record is gone. step: the last of its lineage."""
+    """Return the series of the chunk that wrote this checkpoint; None without its record. step: its lineage's last."""
     line = lineage(checkpoints_folder, file)
     if not line:
         return None
@@ -227,7 +227,7 @@ def series_of_tested(run: str, checkpoints_folder: Path, file: str, step: int) -
 def _tags(
     run: str, parents: Sequence[CheckpointRecord], *, chunk: int, parent_file: str | None, **others: str | int
 ) -> dict[str, str | int]:
-    """parents: the known ones, the founder first."""
+    """Return a series' tags. parents: the known ancestors, founder first."""
     founder = chunk if parent_file is None else parents[0].chunk if parents else None
     parent = parents[-1].chunk if parents else None
     line = {"founder": founder, "parent_chunk": parent, "parent_checkpoint": parent_file}
@@ -240,7 +240,7 @@ def series_name(chunk: int) -> str:
 
 
 def _points(steps: list[tuple[int, float, Tensor, float]]) -> Points:
-    """Fetches all losses in one transfer from the device."""
+    """Convert steps to points, fetching all losses from the device in one transfer."""
     numbers, times, losses, rates = zip(*steps, strict=True)
     values: list[float] = torch.stack([loss.detach().reshape(()) for loss in losses]).tolist()
     return Points(numbers, times, {TRAIN_LOSS: values, LEARNING_RATE: rates})

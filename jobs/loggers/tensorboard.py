@@ -1,4 +1,4 @@
-"""TensorBoard: a folder for each chunk, with one file of events for each job that trained it."""
+"""TensorBoard: one folder per chunk, with one event file for each job that trained the chunk."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class TensorBoard(Logger):
-    """`tensorboard --logdir RUN/logs/tensorboard`."""
+    """Writes event files. View them with `tensorboard --logdir RUN/logs/tensorboard`."""
 
     _writer: SummaryWriter
 
     def begin(self, series: Series) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # From purge_step on, TensorBoard forgets what a job that died has written.
+        # TensorBoard drops an earlier job's events from purge_step on.
         purge_step = series.step if series.rewrites else None
         self._writer = SummaryWriter(str(self.folder / "tensorboard" / series.name), purge_step=purge_step)
         self._tags, self._step = series.tags, series.step
@@ -32,7 +32,7 @@ class TensorBoard(Logger):
     def log(self, points: Points) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        # One event for each step takes half the time of add_scalar's one for each value.
+        # Writing one event per step takes half the time of add_scalar, which writes one event per value.
         names, columns = list(points.values), list(points.values.values())
         file_writer: Any = self._writer.file_writer
         for step, at, *row in zip(points.steps, points.times, *columns, strict=True):

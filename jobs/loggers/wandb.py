@@ -1,5 +1,5 @@
-"""Weights & Biases: a run for each chunk, in a group named after the orch run. Offline unless WANDB_MODE is set:
-compute nodes often have no internet, and `wandb sync` uploads later."""
+"""Weights & Biases: one W&B run per chunk, in a group named after the orch run. Offline unless WANDB_MODE is set,
+because compute nodes often have no internet; `wandb sync` uploads the curves later."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class WeightsAndBiases(Logger):
-    """W&B's own step is the lineage's optimizer step. W&B ignores steps up to the last one that it has: what a job that
-    died has written stays, and the same steps, trained again, are not repeated."""
+    """W&B's own step is the lineage's optimizer step. W&B ignores values at steps that are already logged: if a job
+    dies and its last steps are trained again, the first values stay."""
 
     _run: wandb.Run
 
@@ -25,7 +25,7 @@ class WeightsAndBiases(Logger):
         super().__init__(place)
         self._mode = os.environ.setdefault("WANDB_MODE", "offline")
         if self._mode == "offline":
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # error reports need the internet
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # sending error reports needs internet access
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, series: Series) -> None:
@@ -41,7 +41,7 @@ class WeightsAndBiases(Logger):
             config=dict(series.tags),
             dir=os.environ.get("WANDB_DIR", str(self.folder)),
             resume="allow",
-            reinit="create_new",  # do not touch a run of the user's own in this process
+            reinit="create_new",  # do not touch a W&B run opened by the user's code in this process
             settings=wandb.Settings(
                 silent=True, console="off", symlink=False, disable_git=True, disable_code=True, x_disable_meta=True,
                 x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
@@ -58,13 +58,13 @@ class WeightsAndBiases(Logger):
         config.update({"promoted": promoted}, allow_val_change=True)
 
     def test(self, step: int, metrics: Mapping[str, float]) -> None:
-        """In the run's summary: W&B would ignore points at a step that it has already."""
+        """Write the metrics to the run's summary, because W&B would ignore points at a step already logged."""
         self._run.summary.update({f"test/{name}": value for name, value in metrics.items()})
 
     def end(self) -> None:
         folder = Path(self._run.dir).parent
         self._run.finish()
-        if self._run.offline:  # one file holds everything that is uploaded
+        if self._run.offline:  # all data to upload are in one other file
             for name in ("files", "logs", "tmp"):
                 shutil.rmtree(folder / name, ignore_errors=True)
 

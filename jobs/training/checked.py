@@ -1,5 +1,5 @@
-"""Checks of what a job's own methods return, before torch gets it. No tensor's value is read, which would wait for the
-GPU."""
+"""Check the return values of a job's own methods before torch gets them. No tensor's value is read, because that would
+wait for the GPU."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from jobs.job import Job
 
 
 def checked_data(job: Job, data: Any, split: str) -> Dataset[Any]:
-    """What `data` returned for a split. Raises JobError unless it has a length and examples by index."""
+    """Return `data`, a split's data set. Raises JobError unless it has __len__ and __getitem__."""
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        allowed = "a torch Dataset with a length, whose examples have an index"
+        allowed = "a torch Dataset with __len__ and __getitem__"
         raise JobError(f"{type(job).__name__}.data({split!r}) returned {_described(data)}; allowed is {allowed}")
     return data  # type: ignore[no-any-return]  # any class with these methods will do
 
 
 def checked_model(job: Job, model: Any) -> nn.Module:
-    """What `model` returned. Raises JobError unless it is a module."""
+    """Return `model`. Raises JobError unless it is a module."""
     if not isinstance(model, nn.Module):
         raise JobError(f"{type(job).__name__}.model() returned {_described(model)}; allowed is a torch.nn.Module")
     return model
 
 
 def checked_loss(job: Job, loss: Any) -> Tensor:
-    """The loss of a training batch, as a scalar. Raises JobError unless it is one number with a gradient."""
+    """Return the loss of a training batch as a scalar. Raises JobError unless it is one number with a gradient."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         allowed = "a tensor of one number, the mean over the batch"
         raise JobError(f"{_named(job, 'training_loss', 'loss')} returned {_described(loss)}; allowed is {allowed}")
@@ -44,20 +44,20 @@ def checked_loss(job: Job, loss: Any) -> Tensor:
 
 
 def checked_metrics(job: Job, metrics: Any) -> Mapping[str, Any]:
-    """The metrics of an evaluation batch. Raises JobError unless they are numbers by name."""
+    """Return `metrics`, of an evaluation batch. Raises JobError unless they map names to numbers."""
     method, allowed = _named(job, "evaluation_metrics", "metrics"), 'one number for each name, such as {"mse": 0.1}'
     if not isinstance(metrics, Mapping):
         raise JobError(f"{method} returned {_described(metrics)}; allowed is a dict with {allowed}")
     for name, value in metrics.items():
         if not isinstance(name, str):
-            raise JobError(f"{method} returned a dict with the key {name!r:.60}; allowed are names, which are strings")
+            raise JobError(f"{method} returned a dict with the key {name!r:.60}; allowed are names (strings)")
         if not _is_number(value):
             raise JobError(f"{method} returned {_described(value)} for {name!r}; allowed is {allowed}")
     return metrics
 
 
 def _named(job: Job, method: str, part: str) -> str:
-    """The method that the user wrote: `method`, or, if its default is in use, the `part` that the default calls."""
+    """Name the method that the user wrote: `method` if the job overrides it, else `part`, called by the default."""
     written = part if getattr(type(job), method) is getattr(Job, method) else method
     return f"{type(job).__name__}.{written}()"
 

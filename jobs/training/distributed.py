@@ -1,6 +1,6 @@
-"""One worker on several GPUs: rank 0 is the worker, and its followers train the same chunks in step with it.
+"""One worker on several GPUs: rank 0 is the worker, and its followers train the same chunks in lockstep with it.
 
-If a rank fails, all ranks end and the job ends: only fresh processes are known to agree.
+If a rank fails, all ranks and the job end: only newly started processes are sure to have the same state.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ log = logging.getLogger("orch")
 
 @dataclass(frozen=True)
 class Opening:
-    """What every rank needs to open the job."""
+    """Everything a rank needs to open the job."""
 
     settings: Settings
-    cores: int  # of each rank
+    cores: int  # per rank
     import_paths: Sequence[str] = ()
-    gpus: str | None = None  # this worker's, as a value of CUDA_VISIBLE_DEVICES; None: each rank has its own already
+    gpus: str | None = None  # the worker's GPUs, as in CUDA_VISIBLE_DEVICES; None: each rank sees only its own GPU
 
 
-OPENING, WORK = TypeAdapter(Opening), TypeAdapter(Work)  # as JSON between ranks
+OPENING, WORK = TypeAdapter(Opening), TypeAdapter(Work)  # convert to and from JSON, to send to other ranks
 
 
 class DistributedSession:
@@ -68,16 +68,16 @@ class DistributedSession:
 def lead(
     ranks: Ranks, opening: Opening, on_failure: Callable[[], None], run_folder: Path | None = None
 ) -> DistributedSession:
-    """Rank 0: open the job on all ranks. on_failure: called when the ranks can't be used any more. run_folder: where
-    loggers write."""
+    """Open the job on all ranks (called on rank 0). on_failure: called when the ranks can no longer be used.
+    run_folder: where loggers write."""
     with _fatal_to_all(ranks, on_failure):
         ranks.tell(do="open", opening=OPENING.dump_python(opening, mode="json"))
         return DistributedSession(_open(ranks, opening, run_folder), ranks, on_failure)
 
 
 def follow(ranks: Ranks) -> str:
-    """Any other rank: do what rank 0 says until it says stop or is gone. Returns how it ended. It raises no error that
-    it can report: Slurm would kill the other processes, and rank 0 still has to record the failure."""
+    """Follow rank 0's commands until "stop", or until rank 0 is lost (called on all other ranks). Returns how it ended.
+    Errors are reported to rank 0, not raised: Slurm would kill all processes before rank 0 records the failure."""
     session: Session | OwnLoop | None = None
     failed = True
     try:
@@ -89,35 +89,35 @@ def follow(ranks: Ranks) -> str:
             if command["do"] == "open":
                 session = _open(ranks, OPENING.validate_python(command["opening"]))
             else:
-                assert session is not None, "a job is opened before a chunk is trained"
+                assert session is not None, "rank 0 must open the job before training a chunk"
                 session.train(WORK.validate_python(command["work"]), lambda: False, lambda _result: None)
     except RankLostError as error:
         return f"another rank is gone: {error}"
     except Exception as error:  # the user's model, data or device
         log.error("%s", traceback.format_exc())
         reason = f"{type(error).__name__}: {error}"
-        _try(lambda: ranks.report_failure(reason))
+        _ignore_errors(lambda: ranks.report_failure(reason))
         return f"failed: {reason}"
     finally:
-        _try(lambda: ranks.close(at_once=failed))
+        _ignore_errors(lambda: ranks.close(at_once=failed))
 
 
 def dismiss(ranks: Ranks) -> None:
-    """Rank 0: end all followers."""
-    _try(lambda: ranks.tell(do="stop"))
-    _try(lambda: ranks.close(at_once=False))
+    """End all followers (called on rank 0)."""
+    _ignore_errors(lambda: ranks.tell(do="stop"))
+    _ignore_errors(lambda: ranks.close(at_once=False))
 
 
 @contextmanager
 def _fatal_to_all(ranks: Ranks, on_failure: Callable[[], None]) -> Iterator[None]:
-    """On rank 0, an error inside ends all ranks. If another rank is lost, the error is the one that it reported."""
+    """On rank 0, end all ranks if the block raises. If another rank was lost, raise with that rank's reason."""
     try:
         yield
     except BaseException as error:
         on_failure()
         failures = ranks.failures() if isinstance(error, RankLostError) else []
-        _try(lambda: ranks.tell(do="stop"))
-        _try(lambda: ranks.close(at_once=True))
+        _ignore_errors(lambda: ranks.tell(do="stop"))
+        _ignore_errors(lambda: ranks.close(at_once=True))
         if isinstance(error, RankLostError):
             reason = "; ".join(failures) or f"another process of this job died or hangs ({error})"
             raise RankLostError(reason) from error
@@ -134,13 +134,13 @@ def _open(ranks: Ranks, opening: Opening, run_folder: Path | None = None) -> Ses
 
 
 def own_gpu(gpus: Sequence[str], rank: int, count: int) -> str:
-    """The GPU that this rank uses of those that it sees; "", which means the CPU, if it sees none. If
-    there are fewer GPUs than ranks, each rank sees its own GPU alone, or there are too few, which Ranks.use tells."""
+    """Return the GPU for this rank. gpus: those visible to this rank; with none, returns "" (train on the CPU). If gpus
+    is shorter than count, each rank sees only its own GPU, or there are too few GPUs, which Ranks.use detects."""
     return gpus[rank] if len(gpus) >= count else "".join(gpus[:1])
 
 
-def _try(step: Callable[[], None]) -> None:
-    """At the end, a connection that is broken already does not matter."""
+def _ignore_errors(step: Callable[[], None]) -> None:
+    """Run a shutdown step and ignore its errors: the connection may already be broken."""
     try:
         step()
     except Exception as error:

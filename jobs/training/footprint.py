@@ -1,4 +1,4 @@
-"""How large a job's checkpoints are, without training: from its model and its optimizer's state after one step."""
+"""Estimate a job's checkpoint size without training, from its model and its optimizer's state after one step."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from jobs.training.opening import load_job
 from orchestrator.records import Profile
 from orchestrator.settings.settings import Settings
 
-# Measured: the random states of Python, numpy and torch, and the archive itself.
+# Measured: the random states of Python, numpy and torch, plus an empty archive.
 STATE_BYTES = 22_000
-TENSOR_BYTES = 250  # of the archive, for each tensor in it
+TENSOR_BYTES = 250  # archive overhead per tensor
 
 
 def checkpoint_bytes(settings: Settings) -> int:
-    """About the bytes of one checkpoint. The model is made without memory for its tensors (on torch's meta device) or,
-    if the job's code needs their values, on the CPU. Raises JobError, and whatever the job's own code raises."""
-    # An optimizer without momentum may keep no state, so take the profile that needs the most.
+    """Estimate the size of one checkpoint in bytes. The model is created without memory for its tensors (on torch's
+    meta device) or, if the job's code needs their values, on the CPU. Raises JobError and errors of the job's code."""
+    # An optimizer without momentum may keep no state, so use the profile with the highest momentum.
     profile = max(settings.training_profiles, key=lambda profile: profile.momentum)
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as the one that weights loaded to the meta device are dropped
+            warnings.simplefilter("ignore")  # for example, that weights loaded to the meta device are dropped
             return _bytes_of(load_job(settings), profile)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, JobError):  # code that needs the values
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, JobError):  # the job's code needs the values
         return _bytes_of(load_job(settings), profile)
 
 

@@ -1,4 +1,4 @@
-"""Layers at the beginning of a model that are not trained: each example goes through them once, not once an epoch."""
+"""Frozen layers at the start of a model: their outputs are computed once per example instead of once per epoch."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ log = logging.getLogger("orch")
 
 
 class FrozenParts:
-    """The outputs of a job's `frozen_part` for each example of a split. They are kept on the device while its weights
-    are the same, and computed again for another founder with other frozen weights."""
+    """The outputs of a job's `frozen_part` for each example of a split. They stay on the device while the part's
+    weights are unchanged, and are recomputed for a founder with different frozen weights."""
 
     def __init__(self, job: Job, speed: Speed) -> None:
         self._job, self._speed = job, speed
-        self._outputs: dict[str, tuple[str, _Outputs]] = {}  # by split, with the hash of the weights
-        self._hashed: tuple[Any, str] = (None, "")  # what was hashed last, and its hash
+        self._outputs: dict[str, tuple[str, _Outputs]] = {}  # by split: the weights' hash, the outputs
+        self._hashed: tuple[Any, str] = (None, "")  # the last hashed weights, and their hash
 
     def feed(self, model: nn.Module, split: Split, feed: Feed, arranged: Callable[[Any], Any]) -> Feed:
-        """The batches to call this model with until the next call of this method: those of the feed, or (outputs of
-        the frozen part, targets); the frozen part then returns its input. arranged: puts a batch into the model's
-        layout. Raises JobError if the part is trained, draws at random, collects statistics or is not what the model
-        does first, or if the training examples are augmented."""
+        """Return the batches for this model until the next call of this method: the feed's own, or (outputs of the
+        frozen part, targets); in the second case the part is made to return its input. arranged: converts a batch to
+        the model's memory layout. Raises JobError if the part is trained, draws random numbers, collects statistics
+        or is not the first thing that the model does, or if the training examples are augmented."""
         part = self._job.frozen_part(model)
         if part is None:
             return feed
@@ -44,10 +44,10 @@ class FrozenParts:
             return feed
         _check(part, model)
         if split == "train" and feed.augmented:
-            raise JobError("frozen_part: the training images are augmented, so its outputs are not always the same")
+            raise JobError("frozen_part: the training images are augmented, so its outputs differ from epoch to epoch")
         key = self._hash(part)
         if split not in self._outputs or self._outputs[split][0] != key:
-            self._outputs.pop(split, None)  # before the new ones need the memory
+            self._outputs.pop(split, None)  # free the memory before computing the new outputs
             outputs = self._compute(model, part, feed, arranged)
             if outputs is None:
                 return feed
@@ -56,13 +56,13 @@ class FrozenParts:
         return feed.instead(self._outputs[split][1])
 
     def _allows(self, split: Split) -> bool:
-        """Does the model get the inputs as they are? A method that the job overrides could change them first."""
+        """Return whether the model gets its inputs unchanged. A method overridden by the job might change them."""
         names = ["training_loss"] if split == "train" else ["predict", "evaluation_metrics"]
         return all(getattr(type(self._job), name) is getattr(Job, name) for name in names)
 
     def _hash(self, part: nn.Module) -> str:
         tensors = [*part.parameters(), *part.buffers()]
-        state = (part, [(id(t), t._version) for t in tensors])  # _version counts changes in place
+        state = (part, [(id(t), t._version) for t in tensors])  # _version counts in-place changes
         if self._hashed[0] != state:
             digest = hashlib.sha256()
             for tensor in tensors:
@@ -75,7 +75,7 @@ class FrozenParts:
     def _compute(
         self, model: nn.Module, part: nn.Module, feed: Feed, arranged: Callable[[Any], Any]
     ) -> _Outputs | None:
-        """None, and a line in the log, if the outputs would take too much memory."""
+        """Compute the outputs of all examples. Logs a line and returns None if they would take too much memory."""
         kept: _Outputs | None = None
         for batch in feed.in_order():
             inputs, targets = arranged(_pair(batch))
@@ -94,14 +94,14 @@ class FrozenParts:
 
 
 class _Outputs(Feed):
-    """Outputs and targets on the device. The outputs keep their memory layout, because a dropout layer that follows
-    draws in the order of memory."""
+    """Outputs and targets on the device. The outputs keep their memory layout, because a later dropout layer generates
+    its random mask in memory order."""
 
     def __init__(self, outputs: Tensor, targets: Tensor, feed: Feed, device: torch.device) -> None:
-        """Allocates memory for a whole feed. outputs, targets: those of its first batch."""
+        """Allocate memory for a whole feed. outputs, targets: of the feed's first batch."""
         super().__init__(feed.batch_size, feed.count)
         self._device = device
-        self._order = [0, *sorted(range(1, outputs.ndim), key=outputs.stride, reverse=True)]  # of dimensions, in memory
+        self._order = [0, *sorted(range(1, outputs.ndim), key=outputs.stride, reverse=True)]  # as in memory
         self._outputs = outputs.new_empty(feed.count, *outputs.permute(self._order).shape[1:])
         self._targets = targets.new_empty(feed.count, *targets.shape[1:])
         self._filled = 0
@@ -125,7 +125,7 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check(part: nn.Module, model: nn.Module) -> None:
-    """Raises JobError unless the part returns the same output for an example each time."""
+    """Check that the part always returns the same output for the same example. Raises JobError."""
     trained = [name for name, parameter in part.named_parameters() if parameter.requires_grad]
     if trained:
         raise JobError(f"frozen_part: {', '.join(trained[:5])} are trained; call requires_grad_(False) on the part")
@@ -133,14 +133,14 @@ def _check(part: nn.Module, model: nn.Module) -> None:
     model.train()
     for name, layer in part.named_modules():
         if layer.training and isinstance(layer, _DropoutNd) and layer.p > 0:
-            raise JobError(f"frozen_part: {name} is a dropout, which draws at random; leave it out of the part")
+            raise JobError(f"frozen_part: {name} is a dropout layer, whose output is random; leave it out of the part")
         if layer.training and isinstance(layer, _NormBase):
-            raise JobError(f"frozen_part: {name} normalises by its batch in training; keep it in eval mode")
+            raise JobError(f"frozen_part: {name} uses batch statistics in training; keep it in eval mode")
     model.train(was)
 
 
 def _compare(model: nn.Module, part: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-    """Raises JobError unless the model returns the same for the part's outputs as for its inputs, for one batch."""
+    """Check on one batch that the model returns the same for the part's outputs as for its inputs. Raises JobError."""
     was = model.training
     model.eval()
     with randomness.random_state_kept():
@@ -150,13 +150,13 @@ def _compare(model: nn.Module, part: nn.Module, inputs: Tensor, outputs: Tensor)
         _bypass(part, False)
     model.train(was)
     if not isinstance(expected, Tensor) or not torch.allclose(bypassed, expected, rtol=1e-2, atol=1e-3):
-        raise JobError("frozen_part: the model returns something else without it; it must be what the model does first")
+        raise JobError("frozen_part: bypassing it changes the result; the part must be the first thing the model does")
 
 
 def _bypass(part: nn.Module, on: bool) -> None:
-    """Make a part return its input. A Sequential may be a slice of the model's own, so this changes its layers."""
+    """Make a part return its input, or undo that. A Sequential may be a slice of the model's, so change its layers."""
     for layer in part if isinstance(part, nn.Sequential) else [part]:
         if on:
-            layer.forward = lambda inputs: inputs  # hides the class's own
+            layer.forward = lambda inputs: inputs  # hides the class's forward
         else:
             layer.__dict__.pop("forward", None)

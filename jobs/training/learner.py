@@ -20,34 +20,34 @@ from orchestrator.records import Metric, Profile
 
 
 class Predictor:
-    """A model of a job on its device, laid out and compiled as the settings say, for evaluation alone."""
+    """A job's model on its device, for evaluation only, with the settings' memory layout and compilation."""
 
     def __init__(self, job: Job, speed: Speed, group: Alone) -> None:
-        """The model has initial weights."""
+        """Create the model with its initial weights."""
         self.job = job
         self.speed = speed
         self.model = group.adopt(checked_model(job, job.model()).to(speed.device))
         self._channels_last = speed.lay_out(self.model)
-        self.running = speed.compiled(self.model)  # the module to call; it has the same weights
+        self.running = speed.compiled(self.model)  # the module to call; it shares the model's weights
 
     @property
     def evaluated(self) -> tuple[nn.Module, nn.Module]:
-        """The model whose metrics count, twice: with the job's own names of the weights, and the module to call."""
+        """The model to evaluate, twice: with the job's own names for the weights, and as the module to call."""
         return self.model, self.running
 
     def arranged(self, batch: Any) -> Any:
-        """A batch in the model's memory layout."""
+        """Return a batch in the model's memory layout."""
         return arrange(batch) if self._channels_last else batch
 
 
 class Learner(Predictor):
-    """A model in training. `state` is all of its state, and `restore` continues from it."""
+    """A model in training. `state` returns its complete state, and `restore` continues from one."""
 
     def __init__(
         self, job: Job, profile: Profile, speed: Speed, group: Alone, steps_per_epoch: int, metric: Metric
     ) -> None:
         super().__init__(job, speed, group)
-        self.steps = 0  # of the whole lineage
+        self.steps = 0  # optimizer steps of the whole lineage
         self._group = group
         self._profile = profile
         self._optimizer = job.optimizer(self.model, profile)
@@ -59,7 +59,7 @@ class Learner(Predictor):
 
     @property
     def learning_rate(self) -> float:
-        """Of the first parameter group, for the next step."""
+        """The first parameter group's learning rate for the next step."""
         rate: float = self._optimizer.param_groups[0]["lr"]
         return rate
 
@@ -88,7 +88,7 @@ class Learner(Predictor):
         self._schedule.after_epoch(metrics)
 
     def state(self) -> dict[str, Any]:
-        """The tensors are those of the training, not copies."""
+        """Return the complete state. Its tensors are the ones in use, not copies."""
         return {
             "steps": self.steps,
             "model": self.model.state_dict(),
@@ -101,8 +101,8 @@ class Learner(Predictor):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Under an equal profile everything continues. Under another profile the schedule begins, and the optimizer
-        keeps its state (momentum and the like) if its class is the same."""
+        """Continue from a state. With an equal profile everything continues. With a different profile the schedule
+        starts anew, and the optimizer keeps its state (such as momentum) if its class is the same."""
         self.steps = state["steps"]
         self.model.load_state_dict(state["model"])
         if self._average is not None and state["average"] is not None:
@@ -123,7 +123,7 @@ class Average:
     def __init__(self, model: nn.Module, averaging: Averaging, speed: Speed) -> None:
         self._every = averaging.every_steps
         update = get_ema_multi_avg_fn(averaging.decay)  # type: ignore[no-untyped-call]  # torch has no types for it
-        # No device is given, so the count of updates stays on the CPU: reading it does not wait for the GPU.
+        # Without a device argument the update count stays on the CPU, where reading it does not wait for the GPU.
         self._average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
         self.model: nn.Module = self._average.module
         self.running = speed.compiled(self.model)

@@ -1,4 +1,4 @@
-"""From settings to a job that is ready to train."""
+"""Open the job given in the settings, ready to train."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.settings.settings import Settings
 
 
 def load_job(settings: Settings, device: torch.device | None = None, cores: int = 1) -> Job:
-    """The settings' job as an object. Raises JobError if it can't be imported or is not a Job."""
+    """Create the settings' job. Raises JobError if its class can't be imported or is not derived from Job."""
     job_class = find_class(settings.job, f"job {settings.job}")
     if not issubclass(job_class, Job):
         raise JobError(f"job {settings.job}: its class is not derived from jobs.job.Job")
@@ -29,8 +29,7 @@ def load_job(settings: Settings, device: torch.device | None = None, cores: int 
 def open_session(
     settings: Settings, cores: int, group: Alone = ALONE, run_folder: Path | None = None
 ) -> Session | OwnLoop:
-    """The settings' job, ready to train in this process. group: the processes that train together. run_folder: where
-    loggers write; None: nothing is logged."""
+    """Open the settings' job for training. group: the processes that train together. run_folder: None: no logging."""
     job = load_job(settings, set_up(settings, cores), cores)
     observer = choice.observer(settings, run_folder if group.rank == 0 else None)
     return (OwnLoop if has_own_loop(job) else Session)(job, group, observer)
@@ -41,15 +40,16 @@ def has_own_loop(job: Job) -> bool:
 
 
 def check_job(settings: Settings, download: bool = False) -> list[str]:
-    """Check everything of the job that can be checked before a launch. Returns lines for the user. Raises JobError."""
+    """Check what can be checked about the job before a launch. Returns lines for the user. Raises JobError."""
     choice.check_loggers(settings.loggers)
     job = load_job(settings)
     own, metric = type(job), settings.metric
     mistakes = []
     if not has_own_loop(job):
         missing = [name for name in ("model", "data") if getattr(own, name) is getattr(Job, name)]
-        mistakes = [f"{own.__name__} has no {name}; see docs/your-own-job.md for what it returns" for name in missing]
-        # The names of a job's own metrics are known only once they are measured.
+        where = "see docs/your-own-job.md for what it must return"
+        mistakes = [f"{own.__name__} has no {name}; {where}" for name in missing]
+        # The names of metrics computed by the job's own method are known only after a call.
         known = (own.metrics, own.evaluation_metrics) == (Job.metrics, Job.evaluation_metrics)
         if known and metric.name not in Job.METRICS:
             allowed = ", ".join(Job.METRICS)
@@ -65,11 +65,11 @@ def check_job(settings: Settings, download: bool = False) -> list[str]:
 
 
 def set_up(settings: Settings, cores: int) -> torch.device:
-    """Set threads and determinism of this process. Returns the device: a GPU if there is one, else the CPU."""
+    """Configure this process's threads and determinism. Returns the device: a GPU if there is one, else the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(max(1, cores))
     if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses (torch's docs)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS (torch's docs)
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not settings.deterministic
     return device

@@ -1,4 +1,4 @@
-"""The long form: a chunk is trained by the job's own loop, from a whole state to a whole state."""
+"""Train a chunk with the job's own loop, which gets a complete state and returns a complete state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from orchestrator.records import EpochResult, Finished, Interrupted, Work
 
 
 def checked_state(state: Any) -> Mapping[str, Any]:
-    """Raises JobError for a state that could be saved but not read again: reading executes no code of the file."""
+    """Return `state`. Raises JobError if it could be saved but not loaded: loading never executes code in the file."""
     if not isinstance(state, Mapping):
         raise JobError(f"train_chunk returned a state that is a {type(state).__name__}; allowed is a dict")
     shape, written = map_tensors(state, lambda tensor: tensor.detach().new_empty(0)), io.BytesIO()
@@ -34,7 +34,7 @@ def checked_state(state: Any) -> Mapping[str, Any]:
         torch.save(dict(shape), written)
         written.seek(0)
         torch.load(written, weights_only=True)
-    except Exception as error:  # pickle can raise whatever the objects in it raise
+    except Exception as error:  # pickle can raise anything that the pickled objects raise
         raise JobError(
             f"train_chunk returned a state that can't be kept: {why_unreadable(error)}; allowed are dicts, lists, "
             "tensors and plain values, such as a state_dict()"
@@ -45,15 +45,15 @@ def checked_state(state: Any) -> Mapping[str, Any]:
 class OwnLoop(JobTrainer):
     """Trains a job that overrides train_chunk."""
 
-    _own: Mapping[str, Any] | None = None  # what the job's loop returned
+    _own: Mapping[str, Any] | None = None  # the state returned by the job's loop
 
     def train(
         self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
     ) -> Finished | Interrupted:
-        """Raises JobError if the loop does not report what it must, and whatever the loop raises."""
+        """Train one chunk. Raises JobError if the loop's reports or result are invalid, and any error of the loop."""
         state, cut = self._begin(work)
         results = [EpochResult(**result) for result in cut["results"]]
-        spent = cut["seconds"]  # on the epoch that was interrupted
+        spent = cut["seconds"]  # spent on the interrupted epoch
         started = time.monotonic()
         self._observer.chunk(work)
 
@@ -103,11 +103,11 @@ class OwnLoop(JobTrainer):
         score = results[-1].metrics[self.metric.name] if results else math.nan
         if len(results) != work.epochs and math.isfinite(score):  # a loop may stop early when its loss is NaN
             reported = f"{len(results)} of {counted(work.epochs, 'epoch')}"
-            raise JobError(f"train_chunk reported {reported}; call context.report(metrics) after each")
+            raise JobError(f"train_chunk reported {reported}; call context.report(metrics) after each epoch")
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
 
     def _begin(self, work: Work) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
-        """The job's own state to continue from, and what was reported of this chunk before."""
+        """Return the job's own state to continue from (None for a founder), and earlier reports on this chunk."""
         state = self._load(work)
         if state is None:
             return None, fresh_cut()
@@ -125,11 +125,11 @@ class OwnLoop(JobTrainer):
         return {"own": dict(self._own or {})}
 
     def evaluate_file(self, checkpoint: Path, split: Split) -> dict[str, float]:
-        """Metrics by the job's `model` and `data`, with the weights that the state has under "model"."""
+        """Compute metrics with the job's `model` and `data`, using the weights stored in the state under "model"."""
         return self._session.evaluate_file(checkpoint, split)
 
     def feed(self, split: Split) -> Feed:
-        """The batches of a split of the job's `data`. It is made once; the data stay loaded."""
+        """Return the batches of a split of the job's `data`. The feed is created once; the data stay loaded."""
         return self._session.feed(split)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What makes the same training faster on a device: half precision, memory layout, compilation."""
+"""Faster training on a device: half precision, memory layout, compilation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class Speed:
-    """The settings "precision", "channels_last" and "compile", for one device.
+    """Applies the settings "precision", "channels_last" and "compile" on one device.
 
     Weights, gradients and the optimizer's state stay in float32; matrix products and convolutions are computed in the
-    chosen precision (torch.autocast). fp16 has a loss scale (torch.amp.GradScaler), whose state the caller keeps.
+    chosen precision (torch.autocast). fp16 needs a loss scale (torch.amp.GradScaler), whose state the caller saves.
     """
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
@@ -28,16 +28,16 @@ class Speed:
         self._settings = settings
 
     def autocast(self) -> torch.autocast:
-        """The context for everything from a batch to its loss or its metrics."""
+        """Return the context in which to compute a batch's loss or metrics."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
     def scaler(self) -> GradScaler:
-        """The loss scale of fp16; for other precisions one that does nothing."""
+        """Return the loss scaler for fp16; for other precisions, a disabled one."""
         return GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def lay_out(self, model: nn.Module) -> bool:
-        """Put the model's weights into channels_last if the settings say so or (auto) it has 2D convolutions. Returns
-        whether it did; then its batches need `arrange`."""
+        """Convert the model's weights to channels_last if the settings say so or (auto) it has 2D convolutions. Returns
+        True if they were converted; the model's batches then need `arrange`."""
         wanted = self._settings.channels_last
         if wanted == "auto":
             wanted = any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in model.modules())
@@ -46,19 +46,19 @@ class Speed:
         return wanted
 
     def compiled(self, model: nn.Module) -> nn.Module:
-        """The model to call: torch.compile's if the settings say so. Models of the same class and shapes share
-        kernels."""
+        """Return the model to call: compiled (torch.compile) if the settings say so. Models of the same class and
+        shapes share kernels."""
         if not self._settings.compile:
             return model
-        # Otherwise torch compiles a kernel for any size when it sees a second size: the kernel of a batch would then
-        # depend on the batches before it, perhaps in another process.
+        # With dynamic=None, torch compiles a kernel for all sizes once it sees a second size: the kernel used for a
+        # batch would then depend on earlier batches, which another process may have trained.
         dynamic = False if self._settings.deterministic else None
         compiled: nn.Module = torch.compile(model, dynamic=dynamic)  # type: ignore[assignment]  # typed as Callable
         return compiled
 
 
 def arrange(batch: Any) -> Any:
-    """A batch whose images (floating point, 4 dimensions) are in channels_last."""
+    """Convert a batch's images (floating-point tensors with 4 dimensions) to channels_last."""
 
     def channels_last(tensor: Tensor) -> Tensor:
         images = tensor.ndim == 4 and tensor.is_floating_point()
@@ -68,8 +68,8 @@ def arrange(batch: Any) -> Any:
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype that "auto", "fp32", "bf16" or "fp16" means on a device. auto: bf16 if the hardware computes it,
-    otherwise fp16 on a GPU and fp32 on a CPU. Raises JobError for bf16 on a GPU that can't compute it."""
+    """Return the dtype for "auto", "fp32", "bf16" or "fp16" on a device. auto: bf16 if the hardware supports it,
+    otherwise fp16 on a GPU and fp32 on a CPU. Raises JobError for bf16 on a GPU that does not support it."""
     if wanted != "auto":
         if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             name = torch.cuda.get_device_name(device)
@@ -81,7 +81,7 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_computes_bf16() -> bool:
-    """Has this CPU instructions for products of bfloat16? Without them torch converts, which is slower than fp32."""
+    """Return whether this CPU can multiply in bfloat16. Without it torch converts, which is slower than fp32."""
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))

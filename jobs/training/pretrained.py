@@ -1,4 +1,4 @@
-"""Pretrained weights: a file, or one of torchvision's names, whose file `orch prepare` downloads."""
+"""Pretrained weights: a file, or a torchvision name, whose file is downloaded by `orch prepare`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torchvision.models import WeightsEnum
 from jobs.errors import JobError
 from jobs.training.states import why_unreadable
 
-# Mean and standard deviation of ImageNet's training set; torchvision's weights expect input normalised by them.
+# Mean and standard deviation of ImageNet's training set; torchvision's weights expect inputs normalised with them.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def weights_file(wanted: str, known: type[WeightsEnum], setting: str, download: bool = False) -> Path:
-    """The file that the value of a setting names. wanted: the value, a path or one of the known names, whose files are
-    in torch's hub folder ($TORCH_HOME). download: fetch a missing one. Raises JobError, naming the setting, if the file
-    is missing or can't be fetched."""
+    """Return the weights file chosen by a setting. wanted: the setting's value, either a path or one of the known
+    names, whose files are in torch's hub folder ($TORCH_HOME). download: fetch the file if it is missing. Raises
+    JobError, naming the setting, if the file is missing or can't be fetched."""
     if Path(wanted).expanduser().is_file():
         return Path(wanted).expanduser()
     if wanted not in known.__members__:
@@ -45,14 +45,14 @@ def weights_file(wanted: str, known: type[WeightsEnum], setting: str, download: 
 
 
 def read_weights(file: Path, setting: str) -> dict[str, Tensor]:
-    """The tensors of a file by name, on the CPU. Executes no code in the file. Raises JobError, naming the setting."""
+    """Load a file's tensors by name, on the CPU. Executes no code in the file. Raises JobError, naming the setting."""
     again = (
-        "fetch it again (torchvision's: delete it, then `orch prepare SETTINGS`), or name another file that "
-        "torch.save(model.state_dict(), file) wrote"
+        "fetch it again (a torchvision file: delete it and run `orch prepare SETTINGS`), or name another file "
+        "written by torch.save(model.state_dict(), file)"
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of files that it did not write
+            warnings.simplefilter("ignore")  # torch warns about files that it did not write
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes can make the unpickler raise almost anything
         if isinstance(error, MemoryError):
@@ -63,7 +63,7 @@ def read_weights(file: Path, setting: str) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise JobError(f"{setting}: {file} holds no weights, but a {type(state).__name__}; {again}")
     if "model" in state and "format" in state:
-        raise JobError(f"{setting}: {file} is a checkpoint of orch's own; `orch export` writes the weights of one")
+        raise JobError(f"{setting}: {file} is an orch checkpoint; extract its weights with `orch export`")
     if not any(isinstance(value, Tensor) for value in state.values()):
         names = ", ".join(f"{name!r:.40}" for name in list(state)[:5]) or "nothing"
         raise JobError(f"{setting}: {file} holds no weights by name, but {names}; {again}")

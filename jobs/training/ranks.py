@@ -1,7 +1,7 @@
-"""The processes of one worker, one for each GPU, and their communication. A process without others needs none.
+"""The processes (ranks) of one worker, one per GPU, and their communication. A single process does not communicate.
 
-Rank 0 leads. Its commands and the followers' failures go through a TCP store in its own process. What all ranks do
-together, step by step, are collectives: NCCL between GPUs, gloo between CPUs and for everything small.
+Rank 0 leads. Its commands and the followers' failures go through a TCP store in its own process. Operations that all
+ranks perform together in a step are collectives: NCCL between GPUs, gloo between CPUs and for all small values.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from jobs.errors import JobError
 from orchestrator.files import atomic
 
 HOST = "127.0.0.1"  # all ranks are on one node
-MEETING_S = 300.0  # for every rank to start; importing torch from a cold network folder takes minutes
-STEP_S = 300.0  # how long a rank may be behind the others, while it loads its data or compiles its model
-COMMAND_WAIT = timedelta(days=1)  # rank 0 may be busy for long; if it is gone, the broken connection shows at once
+MEETING_S = 300.0  # how long to wait for every rank to start; importing torch from a cold network folder takes minutes
+STEP_S = 300.0  # how long a rank may lag behind the others, for example while it loads data or compiles its model
+COMMAND_WAIT = timedelta(days=1)  # rank 0 may be busy for hours; if it dies, the connection breaks at once
 
 
 class RankLostError(Exception):
@@ -39,43 +39,43 @@ class RankLostError(Exception):
 
 
 class Alone:
-    """The group of a process that trains by itself: everything stays as it is."""
+    """The group of a process that trains alone. Its methods change nothing."""
 
     rank = 0
     count = 1
 
     def adopt(self, model: nn.Module) -> nn.Module:
-        """A new model, ready for training by all ranks: each has rank 0's weights."""
+        """Prepare a new model for training on all ranks, with rank 0's weights, and return it."""
         return model
 
     def fetch(self, checkpoint: Path) -> Path | IO[bytes]:
-        """A checkpoint's content, which rank 0 alone reads from its file."""
+        """Return a checkpoint's content, on every rank. Only rank 0 reads the file."""
         return checkpoint
 
     def same(self, number: int) -> int:
-        """Rank 0's number."""
+        """Return rank 0's number, on every rank."""
         return number
 
     def agree(self, should_stop: Callable[[], bool]) -> bool:
-        """What rank 0 decides, at the same step on all ranks."""
+        """Return rank 0's decision, at the same step on every rank."""
         return should_stop()
 
     def reseed(self, seed: int, step: int) -> None:
-        """Give every rank but 0 random numbers of its own for this step of the epoch with this seed."""
+        """Give every rank except 0 its own random numbers for one step. seed: the epoch's seed."""
 
     def share(self, batch: Any, size: int) -> Any:
-        """This rank's part of a batch of `size` examples. All parts together are the batch, in order."""
+        """Return this rank's part of a batch of `size` examples. The parts of all ranks, in order, form the batch."""
         return batch
 
     def merge(self, loss: Tensor, model: nn.Module) -> Tensor:
-        """The mean loss of the whole batch, a scalar; the gradients of the model's parameters become those of it."""
+        """Return the mean loss over the whole batch (a scalar); set the parameters' gradients to its gradients."""
         return loss
 
     def align(self, model: nn.Module) -> None:
-        """Give all ranks rank 0's buffers, which differ because no gradient keeps them the same."""
+        """Copy rank 0's buffers to all ranks: unlike the weights, buffers can become different in training."""
 
     def total(self, sums: dict[str, float]) -> dict[str, float]:
-        """The sums over all ranks, by name."""
+        """Return the sums over all ranks, by name."""
         return sums
 
 
@@ -83,31 +83,31 @@ ALONE = Alone()
 
 
 class Ranks(Alone):
-    """This process and the others. Every method is called on all ranks, in the same order. Raises RankLostError."""
+    """A group of several processes. All ranks call its collective methods in the same order. Raises RankLostError."""
 
     def __init__(self, rank: int, count: int, store: TCPStore, step_s: float) -> None:
         self.rank, self.count = rank, count
         self._store = store
         self._step = timedelta(seconds=step_s)
         self._device = torch.device("cpu")
-        self._tensors: dist.ProcessGroup | None = None  # None: torch's default group, which is gloo
+        self._tensors: dist.ProcessGroup | None = None  # None: torch's default group (gloo)
         self._weight = 1.0  # this rank's share of the current batch
-        self._masks: dict[tuple[bool, ...], Tensor] = {}  # which parameters have a gradient, on the device
+        self._masks: dict[tuple[bool, ...], Tensor] = {}  # by which parameters have a gradient
         self._commands = 0
 
     # --- commands
 
     def tell(self, **command: Any) -> None:
-        """Rank 0: send the next command, of JSON values."""
+        """Send the next command (called on rank 0). Its values must be JSON values."""
         self._commands += 1
-        with _in_contact():
+        with _connection_errors():
             self._store.set(f"command {self._commands}", json.dumps(command))
 
     def hear(self) -> dict[str, Any]:
-        """The other ranks: wait for the next command."""
+        """Wait for the next command (called on all ranks except 0)."""
         self._commands += 1
         key = f"command {self._commands}"
-        with _in_contact():
+        with _connection_errors():
             while not self._store.check([key]):
                 with suppress(dist.DistStoreError):  # COMMAND_WAIT has passed
                     self._store.wait([key], COMMAND_WAIT)
@@ -115,21 +115,21 @@ class Ranks(Alone):
         return command
 
     def report_failure(self, reason: str) -> None:
-        """Not rank 0: say why this rank ends."""
-        with _in_contact():
+        """Report why this rank ends (called on any rank except 0)."""
+        with _connection_errors():
             self._store.set(f"failed {self.rank}", reason)
-            self._store.get(f"failed {self.rank}")  # it has arrived when this returns
+            self._store.get(f"failed {self.rank}")  # returns only once rank 0 has the report
 
     def failures(self) -> list[str]:
-        """Rank 0: the failures that other ranks could report."""
+        """Return the failures reported by other ranks (called on rank 0)."""
         reported = [rank for rank in range(1, self.count) if self._store.check([f"failed {rank}"])]
         return [f"rank {rank}: {self._store.get(f'failed {rank}').decode()}" for rank in reported]
 
     def use(self, device: torch.device) -> None:
-        """Train on this device from now on. Raises JobError unless each rank has a GPU of its own or none has one."""
+        """Train on this device from now on. Raises JobError unless every rank has its own GPU or none has one."""
         own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
         gpus: list[str] = [""] * self.count
-        with _in_contact():
+        with _connection_errors():
             dist.all_gather_object(gpus, own)
         self._device = device
         if not any(gpus):
@@ -138,33 +138,33 @@ class Ranks(Alone):
             seen = ", ".join(f"rank {rank} has {gpu or 'none'}" for rank, gpu in enumerate(gpus))
             raise JobError(f"gpus_per_worker is {self.count}, but there is no GPU for each: {seen}")
         if self._tensors is None:
-            with _in_contact():
+            with _connection_errors():
                 self._tensors = dist.new_group(backend="nccl", timeout=self._step)
 
     def close(self, at_once: bool) -> None:
-        """Leave. at_once: in the middle of a chunk; ranks that wait for this one get RankLostError."""
+        """Leave the group. at_once: even in the middle of a chunk; ranks waiting for this one get RankLostError."""
         if dist.is_initialized():
             if at_once and self._tensors is not None:
-                with suppress(Exception):  # it may be broken already
-                    self._tensors.abort()  # otherwise leaving could wait for a GPU that waits for a dead rank
+                with suppress(Exception):  # the connection may already be broken
+                    self._tensors.abort()  # so as not to wait for a GPU that waits for a dead rank
             dist.destroy_process_group()
 
     # --- the model
 
     def adopt(self, model: nn.Module) -> nn.Module:
-        if self._device.type == "cuda":  # torch has SyncBatchNorm for GPUs only
+        if self._device.type == "cuda":  # SyncBatchNorm works only on GPUs
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self._tensors)  # type: ignore[no-untyped-call]  # torch
-        self._spread([*model.parameters(), *model.buffers()])
+        self._broadcast([*model.parameters(), *model.buffers()])
         return model
 
     def align(self, model: nn.Module) -> None:
-        self._spread(model.buffers())
+        self._broadcast(model.buffers())
 
-    def _spread(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite them with rank 0's."""
+    def _broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors with rank 0's values."""
         for tensor in tensors:
             whole = tensor.detach().contiguous()
-            with _in_contact():
+            with _connection_errors():
                 dist.broadcast(whole, 0, group=self._tensors)
             tensor.detach().copy_(whole)
 
@@ -172,7 +172,7 @@ class Ranks(Alone):
         read = bytearray(checkpoint.read_bytes() if self.rank == 0 else b"")
         size = self.same(len(read))
         content = torch.frombuffer(read, dtype=torch.uint8) if self.rank == 0 else torch.empty(size, dtype=torch.uint8)
-        with _in_contact():
+        with _connection_errors():
             dist.broadcast(content, 0)
         return io.BytesIO(content.numpy().data)
 
@@ -180,30 +180,30 @@ class Ranks(Alone):
 
     def same(self, number: int) -> int:
         shared = torch.tensor(number)
-        with _in_contact():
+        with _connection_errors():
             dist.broadcast(shared, 0)
         return int(shared.item())
 
     def agree(self, should_stop: Callable[[], bool]) -> bool:
         stop = torch.tensor(int(self.rank == 0 and should_stop()))
-        with _in_contact():
-            dist.all_reduce(stop, dist.ReduceOp.MAX)  # rank 0 hears from all ranks, so it notices if one is gone
+        with _connection_errors():
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # not a broadcast, so that rank 0 notices if a rank is gone
         return bool(stop.item())
 
     def reseed(self, seed: int, step: int) -> None:
-        if self.rank > 0:  # rank 0's random state is in the checkpoint; these are computed again from the step
+        if self.rank > 0:  # rank 0's random state is in the checkpoint; the others' is recomputed from the step
             seed_all(hash_seed(seed, step, self.rank))
 
     def share(self, batch: Any, size: int) -> Any:
         first, end = size * self.rank // self.count, size * (self.rank + 1) // self.count
         self._weight = (end - first) / size
-        if first == end:  # fewer examples than ranks: take part in the step with an example of weight 0
+        if first == end:  # fewer examples than ranks: join the step with one example of weight 0
             first, end = 0, 1
         return part(batch, size, first, end)
 
     def merge(self, loss: Tensor, model: nn.Module) -> Tensor:
-        """Gradients are summed in one tensor per dtype, always in the same layout: a resumed chunk adds in the same
-        order."""
+        """Sum the gradients in one tensor per dtype, always with the same layout, so that a resumed chunk adds them in
+        the same order."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         by_dtype = sorted(range(len(parameters)), key=lambda i: str(parameters[i].dtype))
         mask = tuple(p.grad is not None for p in parameters)
@@ -213,33 +213,33 @@ class Ranks(Alone):
             flat = self._sum(torch.cat([g.reshape(-1) for g in grads]).mul_(self._weight))
             for p, grad, merged in zip(some, grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
                 p.grad = grad.copy_(merged.view_as(grad))
-        if mask not in self._masks:  # kept, because copying it to the GPU would wait for the GPU
+        if mask not in self._masks:  # cached, because a copy to the GPU would wait for the GPU
             self._masks[mask] = torch.tensor(mask, dtype=torch.float64, device=self._device)
         total = self._sum(torch.cat([loss.detach().double().reshape(1) * self._weight, self._masks[mask]]))
-        if not all(mask):  # a parameter that no rank used stays without a gradient, as it would in one process
+        if not all(mask):  # a parameter unused by all ranks stays without a gradient, as in a single process
             for p, used in zip(parameters, total[1:].tolist(), strict=True):
                 p.grad = p.grad if used else None
         return total[0]
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        with _in_contact():
+        with _connection_errors():
             dist.all_reduce(tensor, group=self._tensors)
         return tensor
 
     def total(self, sums: dict[str, float]) -> dict[str, float]:
         gathered: list[dict[str, float]] = [{}] * self.count
-        with _in_contact():
+        with _connection_errors():
             dist.all_gather_object(gathered, sums)
         return {name: sum(one.get(name, 0.0) for one in gathered) for part in gathered for name in part}
 
 
 def meet(rank: int, count: int, place: Path, meeting_s: float = MEETING_S, step_s: float = STEP_S) -> Ranks:
-    """Find the other ranks of this job on this node. Raises RankLostError if they don't come. place: a file of this
-    start of this job alone, in which rank 0 writes the port that it listens on, which the system chooses. meeting_s,
-    step_s: how long to wait for the other ranks, at the meeting and in a step (seconds)."""
+    """Connect to the other ranks of this job, on the same node. place: a file used only by this start of this job, to
+    which rank 0 writes the port that the system chose for it. meeting_s, step_s: how many seconds to wait for the
+    other ranks to connect, and for each step. Raises RankLostError if another rank does not connect in time."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     meeting = timedelta(seconds=meeting_s)
-    with _in_contact():
+    with _connection_errors():
         if rank == 0:
             listener = socket.create_server((HOST, 0))
             port, fd = int(listener.getsockname()[1]), listener.detach()
@@ -266,9 +266,9 @@ def _port(place: Path, meeting_s: float) -> int:
 
 
 @contextmanager
-def _in_contact() -> Iterator[None]:
-    """An error inside is one of the connection."""
+def _connection_errors() -> Iterator[None]:
+    """Raise errors of torch's communication in this block as RankLostError."""
     try:
         yield
-    except RuntimeError as error:  # torch has no class of its own for gloo's errors
+    except RuntimeError as error:  # torch has no error class for gloo
         raise RankLostError(str(error).partition("\n")[0]) from error

@@ -1,4 +1,4 @@
-"""The training loop: one chunk at a time, from a whole state to a whole state."""
+"""The training loop. It trains one chunk at a time, from a complete state to the next complete state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from orchestrator.records import EpochResult, Finished, Interrupted, Work
 
 
 class JobTrainer:
-    """What orch's loop and a job's own loop have in common as an orchestrator.worker.trainer.Trainer."""
+    """The parts of an orchestrator.worker.trainer.Trainer shared by orch's loop and a job's own loop."""
 
     def __init__(self, job: Job, group: Alone = ALONE, observer: Observer | None = None) -> None:
         self.job = job
@@ -39,12 +39,12 @@ class JobTrainer:
         self.settings = job.context.settings
         self.device = job.context.device
         self.metric = self.settings.metric
-        self.epochs = 0  # of the whole lineage
+        self.epochs = 0  # trained in the whole lineage
         self._observer = observer or Observer()
         self._cut: dict[str, Any] | None = None  # where an interrupted chunk stopped
 
     def _load(self, work: Work) -> dict[str, Any] | None:
-        """The state to continue from; None for a founder, for which this seeds the random numbers."""
+        """Return the state to continue from. For a founder, seed the random generators and return None."""
         self._cut = None
         source = work.suspended or work.parent
         if source is None:
@@ -56,7 +56,7 @@ class JobTrainer:
         return state
 
     def state(self) -> dict[str, Any]:
-        """The whole training state. Its tensors are those of the training, not copies."""
+        """Return the complete training state. Its tensors are the ones in use, not copies."""
         head = {"format": FORMAT, "epochs": self.epochs}
         return {**head, **self._state(), "rng": random_state(), "cut": self._cut}
 
@@ -64,7 +64,7 @@ class JobTrainer:
         raise NotImplementedError
 
     def save(self, target: IO[bytes]) -> None:
-        """Write the whole training state to a file, from front to back."""
+        """Write the complete training state to a file, sequentially (without seeking)."""
         torch.save(self.state(), target)
 
     def judged(self, promoted: bool) -> None:
@@ -75,7 +75,7 @@ class JobTrainer:
 
 
 class Session(JobTrainer):
-    """Orch's training loop: the model in training, and the data, which stay loaded from chunk to chunk."""
+    """Orch's training loop. Holds the model in training, and the data, which stay loaded between chunks."""
 
     def __init__(self, job: Job, group: Alone = ALONE, observer: Observer | None = None) -> None:
         super().__init__(job, group, observer)
@@ -101,12 +101,12 @@ class Session(JobTrainer):
             self._observer.epoch(result)
             on_epoch(result)
             cut = fresh_cut()
-            lost = not math.isfinite(result.metrics["train_loss"])  # training can't recover from that
+            lost = not math.isfinite(result.metrics["train_loss"])  # training can't recover from a NaN loss
         score = math.nan if lost else results[-1].metrics[self.metric.name]  # NaN is never admitted to the board
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
 
     def _begin(self, work: Work) -> tuple[Learner, dict[str, Any]]:
-        """The learner as the chunk begins or continues, and the place in its epoch."""
+        """Return the learner with which the chunk starts or continues, and the position in the current epoch."""
         batches = self.feed("train").batches
         state = self._load(work)
         with randomness.random_state_kept() if state else nullcontext():  # a founder draws its initial weights
@@ -120,7 +120,7 @@ class Session(JobTrainer):
     def _train_epoch(
         self, learner: Learner, cut: dict[str, Any], should_stop: Callable[[], bool]
     ) -> EpochResult | None:
-        """One epoch, or the rest of one. None if it was interrupted; `cut` then says where."""
+        """Train one epoch, or the rest of one. Returns None if interrupted; `cut` then holds the position."""
         started = time.monotonic()
         feed, group = self._batches(learner, learner.model, "train"), self.group
         if cut["seed"] is None:
@@ -141,7 +141,7 @@ class Session(JobTrainer):
             loss_sum.add_(loss, alpha=size)
             cut["step"] += 1
             self._observer.step(learner.steps, loss, rate)
-        next(batches, None)  # lets the loader see the end of the epoch
+        next(batches, None)  # lets the loader finish the epoch
         metrics = {"train_loss": loss_sum.item() / feed.count}
         metrics |= self._evaluate(learner, self.settings.select_on)
         learner.after_epoch(metrics)
@@ -149,13 +149,13 @@ class Session(JobTrainer):
         return EpochResult(self.epochs, cut["seconds"] + time.monotonic() - started, metrics)
 
     def evaluate(self, split: Split) -> dict[str, float]:
-        """Metrics of the model in training."""
+        """Return metrics of the model in training."""
         assert self._learner is not None
         return self._evaluate(self._learner, split)
 
     def _evaluate(self, predictor: Predictor, split: Split) -> dict[str, float]:
-        """The job's metrics, each the mean over a split's examples. Raises JobError if the settings' metric is not
-        among them."""
+        """Return the job's metrics, each a mean over the split's examples. Raises JobError if they do not include the
+        settings' metric."""
         model, running = predictor.evaluated
         feed, job = self._batches(predictor, model, split), self.job
         sums: dict[str, Tensor] = {}
@@ -176,7 +176,7 @@ class Session(JobTrainer):
         return {name: value / feed.count for name, value in totals.items()}
 
     def evaluate_file(self, checkpoint: Path, split: Split) -> dict[str, float]:
-        """Metrics of a checkpoint's model."""
+        """Return metrics of a checkpoint's model."""
         state = read(checkpoint)
         with randomness.random_state_kept():
             predictor = Predictor(self.job, self._speed, self.group)
@@ -184,14 +184,14 @@ class Session(JobTrainer):
         return self._evaluate(predictor, split)
 
     def _batches(self, predictor: Predictor, model: nn.Module, split: Split) -> Feed:
-        """The batches to call this model with from now on."""
+        """Return the batches to call this model with from now on."""
         return self._frozen.feed(model, split, self.feed(split), predictor.arranged)
 
     def feed(self, split: Split) -> Feed:
-        """The batches of a split. It is made once; the data stay loaded."""
+        """Return the batches of a split. The feed is created once; the data stay loaded."""
         if split not in self._feeds:
-            # Loading the data draws no random numbers of the training, since a process that resumes loads them again.
-            # All splits have one seed, so "train" and "validation" are the same examples where a job draws them.
+            # Loading the data must not change the training's random state, since a resuming process loads them again.
+            # All splits use one seed, so "train" and "validation" are parts of the same data if a job generates them.
             with randomness.random_state_kept():
                 randomness.seed_cpu(self.settings.seed)
                 source = checked_data(self.job, self.job.data(split), split)
@@ -201,9 +201,9 @@ class Session(JobTrainer):
         return self._feeds[split]
 
     def _indices(self, split: Split, source: Dataset[Any]) -> list[int]:
-        """The examples that are used of what the job gives for this split."""
+        """Return the indices of this split's examples in `source`, the data set that the job returned for it."""
         if split == "test" or self.settings.select_on == "test":
-            return list(range(len(source)))  # type: ignore[arg-type]  # checked_data has checked that it has a length
+            return list(range(len(source)))  # type: ignore[arg-type]  # checked_data made sure that it has a length
         parts = splits.split(source, self.settings.validation_fraction, self.settings.seed)
         return parts[split == "validation"]
 
@@ -213,7 +213,7 @@ class Session(JobTrainer):
 
 
 def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
-    """Set the random state that the chunk continues with; a repeat gets one of its own. Returns the place in its
+    """Set the random state with which the chunk continues; a repeat gets its own. Returns the position in the current
     epoch."""
     if work.suspended:
         set_random_state(state["cut"]["rng"])
@@ -225,5 +225,5 @@ def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
 
 
 def fresh_cut() -> dict[str, Any]:
-    """The place of a chunk that has not begun."""
+    """Return the position of a chunk that has not started."""
     return {"seed": None, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "results": [], "rng": None}

@@ -1,4 +1,4 @@
-"""Reading checkpoints: whole states, and the model in them."""
+"""Read checkpoints, and extract the model's weights from them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ FORMAT = 2
 
 
 def read(path: Path | IO[bytes]) -> dict[str, Any]:
-    """A checkpoint's state. No code in the file is executed. All tensors are on the CPU: some belong there, and the
-    others are copied to their device when they are restored. Raises JobError if it is not a checkpoint of this format,
+    """Load a checkpoint's state. No code in the file is executed. All tensors are on the CPU: some belong there, and
+    the others are copied to their device when restored. Raises JobError if the file is not a checkpoint of this format,
     OSError if it can't be opened."""
     name = path if isinstance(path, Path | str) else "the checkpoint that rank 0 sent"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes can make the unpickler raise almost anything
-        truncated = isinstance(error, OSError) and error.errno == errno.EINVAL  # it seeks to before the start
+        # On a truncated file, torch.load seeks to a negative offset.
+        truncated = isinstance(error, OSError) and error.errno == errno.EINVAL
         if isinstance(error, OSError | MemoryError) and not truncated:
             raise
         raise JobError(f"{name}: not a checkpoint of format {FORMAT}: {why_unreadable(error)}") from error
@@ -36,30 +37,29 @@ def read(path: Path | IO[bytes]) -> dict[str, Any]:
 
 
 def last_step(path: Path) -> int:
-    """A checkpoint's place on the x axis of its lineage's curves: optimizer steps, or epochs if the job has a loop of
-    its own. Tensors are not read."""
+    """Return a checkpoint's position on the x axis of its lineage's curves: optimizer steps, or epochs if the job has
+    its own loop. Tensors are not read."""
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return int(state.get("steps", state["epochs"]))
 
 
 def why_unreadable(error: Exception) -> str:
-    """An error of torch.load, in short."""
+    """Describe an error of torch.load briefly."""
     code = re.search(r"Unsupported (?:global|class)\S* \S+( \S+)?", str(error))
     if code:
-        return f"it holds more than tensors and plain values, and orch executes no code in a file ({code[0]})"
+        return f"it contains more than tensors and plain values, and orch executes no code from files ({code[0]})"
     return f"it is damaged, or torch.save did not write it ({type(error).__name__})"
 
 
 def weights(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The state_dict that a checkpoint's metrics were measured with: the average of the weights if the job keeps one.
-
-    Raises JobError if the job has a loop of its own whose state has no model."""
+    """Return the state_dict with which a checkpoint's metrics were measured (averaged weights, if the job keeps them).
+    Raises JobError if the job has its own loop and the state has no model."""
     if "own" in state:
         model = state["own"].get("model")
         if not isinstance(model, Mapping):
             raise JobError(
-                'the state that train_chunk returned has no "model"; put the state_dict() of the model there, so that '
-                "it can be evaluated and exported"
+                'the state returned by train_chunk has no "model"; set it to the model\'s state_dict(), so that the '
+                "model can be evaluated and exported"
             )
         return model
     average = state["average"]
@@ -68,6 +68,6 @@ def weights(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 
 def export(checkpoint: Path, target: IO[bytes]) -> None:
-    """Write only the model's weights (or their average, if the job keeps one), on the CPU, as
-    `model.load_state_dict(torch.load(file))` takes them."""
+    """Write only the model's weights (averaged, if the job averages them), on the CPU, in the form expected by
+    `model.load_state_dict(torch.load(file))`."""
     torch.save(weights(read(checkpoint)), target)

@@ -1,1 +1,1 @@
-"""Is interrupted training bit for bit the uninterrupted one?"""
+"""Check that interrupted training equals uninterrupted training, bit for bit."""

@@ -1,5 +1,5 @@
-"""Is resume exact for a job, on this machine? A short training runs twice: once without a break, once interrupted
-several times and resumed in fresh processes. All states in between must be the same, bit for bit."""
+"""Check that resuming is exact for a job on this machine. A short training runs twice: once uninterrupted, and once
+interrupted several times and resumed in fresh processes. All intermediate states must be equal, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ RunLink = Callable[[Trial, Path, str, int, int | None], dict[str, Any]]
 class Inexact:
     """Where the interrupted training differs from the uninterrupted one."""
 
-    first: Difference  # of the states, in the order of a checkpoint; if they are the same, of metrics or batches
-    interrupted_after: int | None  # steps before the last interruption; None: before any interruption
-    found_after: int  # steps before the state in which the difference shows
-    first_batch: int | None  # the first step whose batch differs, counted from 1; None: all batches are the same
-    parts: list[str]  # those that differ: model, optimizer, rng, ...; or metrics; or batch
-    largest: float | None  # the largest absolute difference of all tensors and numbers
+    first: Difference  # of the states, in checkpoint order; if the states are equal, of the metrics or batches
+    interrupted_after: int | None  # step of the last interruption; None: no interruption yet
+    found_after: int  # step of the first state or metrics that differ
+    first_batch: int | None  # the first step whose batch differs, counted from 1; None: all batches are equal
+    parts: list[str]  # parts that differ: model, optimizer, rng, ...; or metrics; or batch
+    largest: float | None  # the largest absolute difference among all tensors and numbers
 
 
 @dataclass
@@ -70,14 +70,14 @@ class Verdict:
 
 
 def in_fresh_process(trial: Trial, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
-    """Run a link as a process that shares only files with the others, as a job of a chain does. Its output goes to
-    standard error. Raises JobError with the link's own message, or with how the process ended."""
+    """Run a link in a process that shares only files with the other links, like the jobs of a chain. Its output goes
+    to standard error. Raises JobError with the link's own message, or saying how the process ended."""
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if trial.device == "cpu" else {})
     arguments = [str(root), name, str(start), str(NO_STOP if stop is None else stop)]
     (root / RESULT).unlink(missing_ok=True)
     # -P: modules in the current folder must not replace orch's own
     command = [sys.executable, "-P", "-m", "jobs.verify_resume.link", *arguments]
-    # In a session of its own, so that Ctrl-C reaches this process only, which ends that one without a traceback.
+    # In its own session, so that Ctrl-C reaches only this process, which kills the link without a traceback.
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=2, check=False, start_new_session=True
     )
@@ -88,7 +88,7 @@ def in_fresh_process(trial: Trial, root: Path, name: str, start: int, stop: int 
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         raise JobError(
             f"job {trial.settings.job}: its process {how} while it trained from step {start} on. Is there enough "
-            f"memory, and enough room in {root.parent} (TMPDIR names another folder)?"
+            f"memory, and enough room in {root.parent} (set TMPDIR to use another folder)?"
         ) from error
     if "error" in result:
         raise JobError(result["error"])
@@ -96,8 +96,8 @@ def in_fresh_process(trial: Trial, root: Path, name: str, start: int, stop: int 
 
 
 def verify(trial: Trial, say: Callable[[str], None], run_link: RunLink = in_fresh_process) -> Verdict:
-    """Train, interrupt, resume and compare, up to the first state that differs, in a temporary folder that is removed.
-    say: gets a line for each stage. Raises JobError if the job can't be trained."""
+    """Train, interrupt, resume and compare, up to the first state that differs. All files are in a temporary folder,
+    which is removed. say: called with a line for each stage. Raises JobError if the job can't be trained."""
     started = time.monotonic()
     with _scratch() as root:
         write_plan(trial, root)
@@ -135,14 +135,14 @@ def verify(trial: Trial, say: Callable[[str], None], run_link: RunLink = in_fres
 def _compare(
     verdict: Verdict, root: Path, reference: dict[str, Any], link: dict[str, Any], start: int, stop: int
 ) -> Inexact | None:
-    """Compare the link from start to stop with the same steps of the reference, and remove the files compared. Metrics
-    follow from the state, so they are compared only if the states are the same."""
+    """Compare the link from start to stop with the same steps of the reference, and delete the compared files.
+    Metrics follow from the state, so they are compared only if the states are equal."""
     batches = zip(reference["batches"][start:stop], link["batches"], strict=True)
     first_batch = next((step for step, (one, other) in enumerate(batches, start + 1) if one != other), None)
     verdict.batches_compared += stop - start
     found_after, unequal = stop, list[Difference]()
     per_chunk = verdict.steps_per_epoch * verdict.epochs_per_chunk
-    for point in _between(start, stop, per_chunk):  # each has a checkpoint
+    for point in _between(start, stop, per_chunk):  # each of these steps has a checkpoint
         expected, resumed = (_state(root / name / f"{point}.pt") for name in (REFERENCE, RESUMED))
         (root / REFERENCE / f"{point}.pt").unlink()
         verdict.states_compared += 1
@@ -170,17 +170,17 @@ def _compare(
 
 
 def _between(start: int, stop: int, every: int) -> list[int]:
-    """The multiples of `every` between start and stop, and stop."""
+    """Return the multiples of `every` between start and stop (both excluded), and stop."""
     return [*range((start // every + 1) * every, stop, every), stop]
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """Without "cut", which only an interrupted chunk has; its effect shows in the metrics."""
+    """Read a state without "cut", which only an interrupted chunk has; its effect shows in the metrics."""
     return {key: value for key, value in read(path).items() if key != "cut"}
 
 
 def advice(verdict: Verdict) -> list[str]:
-    """The usual causes of such a difference, the likeliest first."""
+    """Return the most common causes of such a difference, most likely first."""
     inexact = verdict.inexact
     if inexact is None:
         return []
@@ -194,32 +194,32 @@ def advice(verdict: Verdict) -> list[str]:
 
 
 MODE_IS_OFF = (
-    'deterministic mode is off ("deterministic": false): kernels may add in another order each time, which alone can '
-    "be the cause. Check again with --set deterministic=true"
+    'deterministic mode is off ("deterministic": false): kernels may add in a different order each time, which may '
+    "be the only cause. Check again with --set deterministic=true"
 )
 NOT_EVEN_INTERRUPTED = (
-    "nothing had been interrupted yet: two processes that train from the beginning differ. Does the job depend on the "
+    "two processes that train from the start differ, without any interruption. Does the job depend on the "
     "clock, hash(), the order of a set, the order of files in a folder, or files of other processes?"
 )
 OTHER_BATCHES = (
-    "the data set draws from a generator of its own (random.Random, numpy.random.default_rng, torch.Generator), counts "
-    "its calls, or keeps an order of its own. Make an example depend on its index alone, and draw from the global "
+    "the data set draws from its own generator (random.Random, numpy.random.default_rng, torch.Generator), counts "
+    "its calls, or keeps its own order. Make each example depend only on its index, and draw from the global "
     "generators of random, numpy.random or torch, which orch seeds"
 )
 OTHER_METRICS = (
-    "the states are the same, the metrics are not: metrics() or the validation data draw from a generator of their "
-    "own, or keep something from one batch to the next"
+    "the states are the same, the metrics are not: metrics() or the validation data draw from their own generator, "
+    "or keep state between batches"
 )
 STATE_OUTSIDE = (
     "the batches are the same: something that the training depends on is kept outside the model and the optimizer (a "
-    "counter or a generator in the job, a scheduler or an average of its own, a buffer with persistent=False). A "
-    "checkpoint holds what state_dict() returns: make it a buffer of the model, or return it from a module's "
-    "get_extra_state(). For schedules use profiles, for an average averaging()"
+    "counter or a generator in the job, its own scheduler or average, a buffer with persistent=False). A checkpoint "
+    "contains what state_dict() returns, so make this state a buffer of the model, or return it from a module's "
+    "get_extra_state(). For schedules use profiles; for averaged weights, averaging()"
 )
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:
-    """For `--json`. An infinite difference is null there."""
+    """Convert a verdict for `--json`. Infinite differences become null."""
     report = {"exact": verdict.exact, "steps": verdict.steps, **asdict(verdict)}
     if verdict.inexact is not None:
         for part, name in ((report["inexact"]["first"], "max_abs_difference"), (report["inexact"], "largest")):
@@ -229,7 +229,7 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A temporary folder that is removed afterwards, also if a signal ends this process."""
+    """Create a temporary folder that is removed afterwards, even if a signal ends this process."""
 
     def end(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)

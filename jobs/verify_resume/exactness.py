@@ -1,4 +1,4 @@
-"""Are two training states the same, bit for bit? If not, where do they differ, and by how much?
+"""Compare two training states bit for bit, and show where they differ and by how much.
 
 A state is what a checkpoint holds: dicts, lists and tuples of tensors, NumPy arrays and plain values.
 """
@@ -24,16 +24,16 @@ class Difference:
 
     path: str  # "model.0.weight", "optimizer.state[3].momentum_buffer", "rng.torch"
     kind: str  # "value", "shape", "dtype", "type", "keys" or "length"
-    expected: str  # for people
+    expected: str  # for display
     found: str
-    max_abs_difference: float | None = None  # of tensors, arrays and numbers; infinite between NaN and a number
+    max_abs_difference: float | None = None  # for tensors, arrays and numbers; infinite between NaN and a number
 
 
 def differences(expected: Any, found: Any, path: str = "") -> Iterator[Difference]:
-    """Every place where two states differ, in the order of `expected`.
+    """Yield every place where two states differ, in the order of `expected`.
 
-    Two values are the same if their types, dtypes, shapes and bytes are. So a NaN is the same as a NaN with the same
-    bits, and 0.0 is not -0.0. Devices and the order of a dict's keys don't count. A list and a tuple always differ.
+    Two values are equal if their types, dtypes, shapes and bytes are equal. So two NaNs with the same bits are equal,
+    and 0.0 and -0.0 are not. Devices and the order of a dict's keys are ignored. A list never equals a tuple.
     """
     if type(expected) is not type(found) and not _alike(expected, found):
         yield Difference(path, "type", type(expected).__name__, type(found).__name__)
@@ -50,9 +50,9 @@ def differences(expected: Any, found: Any, path: str = "") -> Iterator[Differenc
         for index, (one, other) in enumerate(zip(expected, found, strict=False)):
             yield from differences(one, other, f"{path}[{index}]")
     elif isinstance(expected, Tensor | np.ndarray | np.generic):
-        yield from _of_tensors(expected, found, path)
+        yield from _tensor_differences(expected, found, path)
     elif isinstance(expected, float | complex):
-        yield from _of_tensors(np.array(expected), np.array(found), path)
+        yield from _tensor_differences(np.array(expected), np.array(found), path)
     elif expected != found:
         numbers = isinstance(expected, int) and not isinstance(expected, bool)
         distance = float(abs(expected - found)) if numbers else None
@@ -60,13 +60,13 @@ def differences(expected: Any, found: Any, path: str = "") -> Iterator[Differenc
 
 
 def count_tensors(state: Any) -> int:
-    """How many tensors and arrays a state holds."""
+    """Count the tensors and arrays in a state."""
     return sum(isinstance(leaf, Tensor | np.ndarray) for leaf in leaves(state))
 
 
 def digest(value: Any) -> str:
-    """SHA-256 (hex) over the dtypes, shapes and bytes of a nested batch. Two batches without `differences` have the
-    same digest, on any device."""
+    """Return the SHA-256 (hex) of the dtypes, shapes and bytes of a nested batch. Two batches without `differences`
+    have the same digest, on any device."""
     sha256 = hashlib.sha256()
     _digest(value, sha256)
     return sha256.hexdigest()
@@ -95,8 +95,8 @@ def _digest(value: Any, into: Any) -> None:
 # --- tensors and arrays
 
 
-def _of_tensors(expected: Any, found: Any, path: str) -> Iterator[Difference]:
-    """expected, found: two tensors, or two of NumPy's arrays or scalars."""
+def _tensor_differences(expected: Any, found: Any, path: str) -> Iterator[Difference]:
+    """Yield the differences between two tensors, or between two NumPy arrays or scalars."""
     for kind, name in (("dtype", "dtype"), ("shape", "shape"), ("type", "layout")):
         values = [str(tuple(v.shape) if kind == "shape" else getattr(v, name, "")) for v in (expected, found)]
         if values[0] != values[1]:
@@ -110,15 +110,15 @@ def _of_tensors(expected: Any, found: Any, path: str) -> Iterator[Difference]:
         expected, found = torch.from_numpy(np.array(expected)), torch.from_numpy(np.array(found))
     one, other = _dense(expected), _dense(found)
     if not torch.equal(_bytes(one), _bytes(other)):
-        yield _of_values(one, other, _bytes(one).ne(_bytes(other)).any(dim=1), path)
+        yield _largest_difference(one, other, _bytes(one).ne(_bytes(other)).any(dim=1), path)
 
 
-def _of_values(expected: Tensor, found: Tensor, differs: Tensor, path: str) -> Difference:
-    """expected, found: of one shape and dtype, with n values; differs: (n,) bool, which values have other bits."""
+def _largest_difference(expected: Tensor, found: Tensor, differs: Tensor, path: str) -> Difference:
+    """Return the largest difference of two tensors with the same shape, dtype and n values. differs: (n,), by bits."""
     wide = torch.complex128 if expected.is_complex() else torch.float64
     one, other = expected.reshape(-1).to(wide), found.reshape(-1).to(wide)
     distance = (one - other).abs()
-    distance[one == other] = 0.0  # equal infinities, whose difference is NaN
+    distance[one == other] = 0.0  # for equal infinities, whose subtraction gives NaN
     distance = distance.nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(~differs, -1.0)
     worst = int(distance.argmax())
     where = f" (value {worst} of {len(one)})" if expected.ndim else ""
@@ -128,12 +128,12 @@ def _of_values(expected: Tensor, found: Tensor, differs: Tensor, path: str) -> D
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """A dense tensor's values as bytes: (values, bytes of each) uint8."""
+    """Return a dense tensor's values as bytes: uint8 of shape (values, bytes per value)."""
     return tensor.reshape(-1, 1).view(torch.uint8)
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """A strided, contiguous copy on the CPU with every value in memory."""
+    """Return a strided, contiguous copy on the CPU, with every value in memory."""
     tensor = tensor.detach().cpu()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
@@ -146,7 +146,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Are both tensors (also a Parameter) or both mappings (also an OrderedDict)?"""
+    """Return whether both are tensors (including Parameters) or both are mappings (including OrderedDicts)."""
     return any(isinstance(one, kind) and isinstance(other, kind) for kind in (Tensor, Mapping))
 
 

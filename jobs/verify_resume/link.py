@@ -1,5 +1,5 @@
-"""One link of a check that resume is exact: some steps of a short training, from a file or from the start, to a file.
-It runs as a process of its own, which shares only that file with the link before it."""
+"""One link of the check that resuming is exact. A link trains some steps, from a saved state or from the start, and
+saves its state. It runs in its own process, which shares only files with the other links."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from orchestrator.records import EpochResult, Interrupted, Work
 from orchestrator.rules import claiming
 from orchestrator.settings.settings import Settings
 
-REFERENCE, RESUMED = "reference", "resumed"  # folders of states; each file is named after the steps before it
+REFERENCE, RESUMED = "reference", "resumed"  # folders of states; a file is named after the steps trained so far
 PLAN, RESULT = "plan.json", "link.json"
 NO_STOP = -1
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A short training: `chunks` chunks, each under the next profile of the cycle, with few batches an epoch."""
+    """A short training of `chunks` chunks, each under the next profile of the cycle, with few batches per epoch."""
 
     settings: Settings
     import_paths: list[str]
@@ -45,22 +45,22 @@ class Trial:
     device: str  # "auto", "cpu" or "cuda"
     chunks: int
     epochs_per_chunk: int
-    steps_per_epoch: int  # at most; fewer if there is less data
+    steps_per_epoch: int  # maximum; fewer if there is less data
     interruptions: int
 
 
-TRIAL = TypeAdapter(Trial)  # as JSON for the processes of the links
+TRIAL = TypeAdapter(Trial)  # converts to and from JSON, for the links' processes
 
 
 class ShortSession(Session):
-    """A Session whose epochs have few batches, and which records the content of each."""
+    """A Session with few batches per epoch, which records a digest of every batch."""
 
     def __init__(self, trial: Trial, device: torch.device) -> None:
         super().__init__(load_job(trial.settings, device, trial.cores))
         if has_own_loop(self.job):
             raise JobError(
                 f"job {trial.settings.job}: it has a loop of its own (train_chunk), whose steps orch can't count; "
-                "verify-resume is for jobs that orch's loop trains"
+                "verify-resume works only for jobs trained by orch's loop"
             )
         self._steps = trial.steps_per_epoch
         self.batches: list[str] = []  # digests, in the order of training
@@ -71,7 +71,7 @@ class ShortSession(Session):
         return super().feed(split)
 
     def _indices(self, split: Split, source: Dataset[Any]) -> list[int]:
-        """Spread over all examples, because data sets are often sorted by class."""
+        """Return indices spread over all examples, because data sets are often sorted by class."""
         indices = super()._indices(split, source)
         size = self.settings.max_batch_size
         count = min(len(indices), self._steps * size - size // 4)  # the last batch is smaller, as in most real epochs
@@ -79,7 +79,7 @@ class ShortSession(Session):
 
 
 class RecordedFeed(Feed):
-    """Another feed. It appends the digest of each batch that is used to a list."""
+    """Wraps a feed and appends the digest of each training batch to a list."""
 
     def __init__(self, feed: Feed, digests: list[str]) -> None:
         super().__init__(feed.batch_size, feed.count)
@@ -100,20 +100,20 @@ class RecordedFeed(Feed):
 
 
 def open_short(trial: Trial) -> ShortSession:
-    """Raises JobError if the job can't be opened, or there is no such device."""
+    """Open the job of a trial. Raises JobError if the job can't be opened or the device is not available."""
     device = set_up(trial.settings, trial.cores)
     if trial.device == "cuda" and device.type != "cuda":
         raise JobError(
             "--device cuda: torch sees no GPU here; run the check where the job will run, for example with "
-            "srun --gpus=1 in front of it, or use --device cpu"
+            "`srun --gpus=1 orch verify-resume ...`, or use --device cpu"
         )
     return ShortSession(trial, device)
 
 
 def break_points(steps_per_epoch: int, epochs_per_chunk: int, chunks: int, wanted: int) -> list[int]:
-    """After how many steps to interrupt, ascending. The first interruptions are where they matter most: in the middle
-    of the first epoch, between two chunks, before the very last step, and between two epochs. More of them are spread
-    between those."""
+    """Return the steps after which to interrupt, ascending. The first four are where interruptions matter most: in the
+    middle of the first epoch, between two chunks, before the very last step, and between two epochs. Further
+    interruptions fill the largest gaps."""
     per_chunk = steps_per_epoch * epochs_per_chunk
     total = per_chunk * chunks
     chosen: list[int] = []
@@ -130,12 +130,12 @@ def break_points(steps_per_epoch: int, epochs_per_chunk: int, chunks: int, wante
 def train_link(
     session: ShortSession, trial: Trial, folder: Path, start: int, stop: int | None, snapshots: Collection[int] = ()
 ) -> dict[str, Any]:
-    """Train from step `start` to step `stop` (None: to the end), as a job of a chain does.
+    """Train from step `start` to step `stop` (None: to the end), like a job of a chain.
 
-    Reads the state `folder/START.pt` unless start is 0. Writes a state at each chunk's end, where it stops, and at
-    each of the snapshots, where it does not stop. A stop at a chunk's end is a clean end; any other interrupts the
-    chunk. Returns the batches' digests, and metrics by the number of steps before them: at an epoch's end those of the
-    epoch, at a chunk's end those of all its epochs. Raises JobError if the loss becomes infinite or NaN.
+    Reads the state `folder/START.pt` unless start is 0. Writes a state at the end of each chunk, at `stop`, and
+    at each snapshot, where training continues. A stop at the end of a chunk finishes it; any other stop interrupts
+    the chunk. Returns the batches' digests, and metrics by step: at the end of an epoch, the metrics of that epoch; at
+    the end of a chunk, those of all its epochs. Raises JobError if the loss becomes infinite or NaN.
     """
     per_chunk = session.feed("train").batches * trial.epochs_per_chunk
     done = start
@@ -180,19 +180,19 @@ def train_link(
 
 
 def _save(session: Session, path: Path) -> None:
-    """Raises JobError if there is no room."""
+    """Save the state to a file. Raises JobError if it can't be written."""
     try:
         with path.open("wb") as target:
             session.save(target)
-    except (OSError, RuntimeError) as error:  # torch's writer may hide the system's error behind one of its own
+    except (OSError, RuntimeError) as error:  # torch's writer may replace the system's error with its own
         reason = str(error).partition("\n")[0]
         raise JobError(
-            f"the state can't be written to {path.parent}: {reason}. A few checkpoints need room there; TMPDIR names "
-            "another folder"
+            f"the state can't be written to {path.parent}: {reason}. That folder needs room for a few checkpoints; "
+            "set TMPDIR to use another folder"
         ) from error
 
 
-# --- as a process
+# --- the process of a link
 
 
 def write_plan(trial: Trial, root: Path) -> None:
@@ -202,7 +202,7 @@ def write_plan(trial: Trial, root: Path) -> None:
 
 
 def run(trial: Trial, folder: Path, start: int, stop: int | None) -> dict[str, Any]:
-    """One link of the trial. Raises whatever the job raises."""
+    """Run one link of the trial. Raises any error of the job."""
     look_first_in(trial.import_paths)
     session = open_short(trial)
     batches = session.feed("train").batches
@@ -217,8 +217,8 @@ def run(trial: Trial, folder: Path, start: int, stop: int | None) -> dict[str, A
 
 
 def explained(job: str, error: Exception) -> str | None:
-    """A message for an error that orch raised, or that names an operation without a deterministic implementation; None
-    for any other error of the job's code."""
+    """Return a message for an error raised by orch, or by torch for an operation without a deterministic
+    implementation; None for any other error."""
     if isinstance(error, JobError):
         return str(error)
     text = str(error)
@@ -229,19 +229,19 @@ def explained(job: str, error: Exception) -> str | None:
     return (
         f"job {job}: {operation} has no deterministic implementation on this device, and the settings say "
         f'"deterministic": true. Use another operation in the model, loss or metrics, or set '
-        f'"deterministic": false (--set deterministic=false), with which resume may be inexact'
+        f'"deterministic": false (--set deterministic=false); resuming may then be inexact'
     )
 
 
 def main(root: Path, name: str, start: int, stop: int) -> int:
-    """Write the result, or {"error": message}, to root/link.json. Returns the exit code."""
+    """Run a link and write its result, or {"error": message}, to root/link.json. Returns the exit code."""
     trial = TRIAL.validate_json((root / PLAN).read_bytes())
     result: dict[str, Any]
     try:
         result = run(trial, root / name, start, None if stop == NO_STOP else stop)
-    except Exception as error:  # whatever the user's job does
+    except Exception as error:  # anything the user's job raises
         message = explained(trial.settings.job, error)
-        if message is None:  # the traceback says where in the job's code it happened
+        if message is None:  # the traceback shows where in the job's code the error occurred
             traceback.print_exc()
             message = f"job {trial.settings.job}: {type(error).__name__}: {error}"
         result = {"error": message}

@@ -266,7 +266,7 @@ def test_a_difference_before_any_interruption_is_reported_as_such() -> None:
     assert verdict.inexact is not None
     assert verdict.inexact.first.path == "model.0.weight"
     assert (verdict.inexact.interrupted_after, verdict.inexact.found_after) == (None, 2)
-    assert ["two processes that train from the beginning differ" in line for line in verdict.advice] == [True]
+    assert ["two processes that train from the start differ" in line for line in verdict.advice] == [True]
 
 
 def test_with_deterministic_mode_off_a_difference_is_reported_with_that_as_a_cause() -> None:
@@ -322,7 +322,7 @@ def test_the_temporary_folder_is_removed_after_success_and_after_an_error(
 def test_a_temporary_folder_without_room_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "2.pt").symlink_to("/dev/full")
     with pytest.raises(
-        JobError, match=r"^the state can't be written to /.*\. A few checkpoints need room there; TMPDIR"
+        JobError, match=r"^the state can't be written to /.*\. That folder needs room for a few checkpoints; "
     ):
         link(plan_for(), tmp_path, 0, 2)
 

@@ -308,9 +308,9 @@ class NoPairs(Frozen):
     [
         (Trained, r"0\.weight, 0\.bias are trained; call requires_grad_\(False\)"),
         (Flipped, "the training images are augmented"),
-        (WithDropout, "is a dropout, which draws at random"),
-        (WithStatistics, "normalises by its batch in training; keep it in eval mode"),
-        (NotFirst, "it must be what the model does first"),
+        (WithDropout, "is a dropout layer, whose output is random"),
+        (WithStatistics, "uses batch statistics in training; keep it in eval mode"),
+        (NotFirst, "the part must be the first thing the model does"),
         (NoPairs, r"batches must be \(inputs, targets\), two tensors"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",

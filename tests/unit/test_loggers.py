@@ -366,8 +366,8 @@ def test_an_extra_that_is_not_installed_is_an_error_that_says_how(
     with pytest.raises(JobError) as caught:
         choice.check_loggers([name])
     assert str(caught.value) == (
-        f"loggers: {name!r} needs the package {name}, which is not installed here. Run: pip install {install}; or take "
-        f'{name!r} out of "loggers"'
+        f"loggers: {name!r} needs the package {name}, which is not installed here. Run: pip install {install}; or "
+        f'remove {name!r} from "loggers"'
     )
 
 

@@ -175,8 +175,8 @@ DAMAGED = r"it is damaged, or torch.save did not write it \(\w+Error\); fetch it
         ),
         pytest.param(
             {"format": 2, "model": {}},
-            "weights.pt is a checkpoint of orch's own; `orch export` writes the weights of one",
-            id="a checkpoint of orch's own",
+            "weights.pt is an orch checkpoint; extract its weights with `orch export`",
+            id="an orch checkpoint",
         ),
         pytest.param(
             {"conv1.weight": torch.ones(1)}, "does not hold weights of a ResNet-18: conv1.weight, ", id="not its"
