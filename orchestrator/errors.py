@@ -1,4 +1,4 @@
-"""Errors that a user can act on. `orch` prints their text without a traceback and exits with 2."""
+"""Errors that a user can correct. `orch` prints their text without a traceback and exits with code 2."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from enum import StrEnum
 
 
 class Refusal(StrEnum):
-    """Why a cluster did not take jobs."""
+    """Why a cluster refused jobs."""
 
-    UNREACHABLE = "unreachable"  # it does not answer; this never means that its jobs are gone
-    NO_ROOM = "no room"  # a submit limit; there may be room later
-    TOO_MANY_NODES = "too many nodes"  # more nodes than a job may have here
+    UNREACHABLE = "unreachable"  # the cluster does not answer; its jobs may still be running
+    NO_ROOM = "no room"  # a submit limit is reached; a later submission may succeed
+    TOO_MANY_NODES = "too many nodes"  # more nodes than the cluster allows for a job
     OTHER = "other"
 
 
 class OrchError(Exception):
-    """Something is wrong that the user can correct; the message says what and how."""
+    """An error that the user can correct; the message says what is wrong and how to correct it."""
 
 
 class SettingsError(OrchError):
-    """The settings are not valid; one line for each problem."""
+    """The settings are not valid; the message has one line for each problem."""
 
 
 class RunError(OrchError):
-    """The run is missing, damaged, or in a state that does not allow what was asked."""
+    """The run is missing, damaged, or in a state that does not allow the operation."""
 
 
 class LeaderboardError(OrchError):
@@ -31,7 +31,7 @@ class LeaderboardError(OrchError):
 
 
 class LockError(LeaderboardError):
-    """No lock can be taken around the database, or none that gives protection."""
+    """The database can't be locked, or the lock gives no protection."""
 
 
 class StaleClaimError(OrchError):
@@ -43,15 +43,15 @@ class CheckpointError(OrchError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """The file is missing, or its bytes are not those that were written."""
+    """The checkpoint's file is missing or its content has changed."""
 
 
 class NoSpaceError(CheckpointError):
-    """The run's disk budget leaves no room for a checkpoint, even after a collection."""
+    """The run's disk budget has no room for a checkpoint, even after unneeded files were deleted."""
 
 
 class SubmissionError(OrchError):
-    """The cluster did not take the jobs."""
+    """The cluster did not accept the jobs."""
 
     def __init__(self, message: str, *, refusal: Refusal = Refusal.OTHER) -> None:
         super().__init__(message)

@@ -12,12 +12,12 @@ GB = 1e9
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
-    """A number with its noun: 1 epoch, 2 epochs."""
+    """Return a number with its noun: 1 epoch, 2 epochs."""
     return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def gb(size_bytes: float) -> str:
-    """In GB, to three digits, rounded up so that a disk of the shown size is large enough."""
+    """Convert to GB with three digits, rounded up: a disk of the size shown is large enough."""
     if size_bytes <= 0:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(size_bytes / GB)))
@@ -25,22 +25,22 @@ def gb(size_bytes: float) -> str:
 
 
 def iso(at: float | None) -> str | None:
-    """A Unix time as ISO 8601 in UTC, to the second."""
+    """Format a Unix time as ISO 8601 in UTC, to the second."""
     return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
 
 
 def shown(text: str, limit: int = 80) -> str:
-    """For a message: on one line, at most `limit` characters, and without the password of a URL."""
+    """Make text fit for a message: one line, at most `limit` characters, no password from a URL."""
     text = _PASSWORD.sub(lambda match: f"{match[1]}:***" if match[1] is not None else f"{match[2]}***", text)
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def one_line(text: str, allowed: str = "") -> str:
-    """The text itself. Raises ValueError for line breaks, control characters and characters that UTF-8 can't encode."""
+    """Return the text. Raises ValueError for line breaks, control characters and characters that UTF-8 can't encode."""
     for character in _NOT_PRINTED.findall(text):
         if character not in allowed:
             raise ValueError(
-                f"it holds the character {character!r}; allowed is one line of text, without control characters"
+                f"it holds the character {character!r}; only one line of text without control characters is allowed"
             )
     return text

@@ -1,1 +1,1 @@
-"""The `orch` command: parse, wire, print. One module a command group."""
+"""The `orch` command: parses options, calls the code that does the work, prints. One module per group of commands."""

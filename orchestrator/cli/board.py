@@ -1,4 +1,4 @@
-"""orch leaderboard, status, runs: show what there is."""
+"""orch leaderboard, status, runs: show runs and their state."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def leaderboard(
     run: RunArgument = None,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     json: Json = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 2 seconds until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every 2 seconds until Ctrl-C.")] = False,
 ) -> None:
-    """The best models of a run."""
+    """Show the best models of a run."""
     from rich.live import Live
 
     from orchestrator.cli import tables
@@ -37,14 +37,14 @@ def leaderboard(
 
 
 def status(run: RunArgument = None, runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
-    """What a run is doing. Mends chains that are proven to be broken."""
+    """Show what a run is doing. Also restarts chains that are proven to be broken."""
     from orchestrator.cli import tables
 
     opened = open_run(run, runs_dir)
     try:
         done = opened.reconcile(time.time())
     except LeaderboardError as error:  # such as a full disk: the state can still be shown
-        say(f"orch: nothing could be mended: {error}")
+        say(f"orch: broken chains could not be mended: {error}")
         done = []
     state = opened.status()
     if json:
@@ -54,7 +54,7 @@ def status(run: RunArgument = None, runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: 
 
 
 def runs(runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: Json = False) -> None:
-    """All runs, newest first."""
+    """List all runs, newest first."""
     from orchestrator.cli import tables
     from orchestrator.errors import OrchError
     from orchestrator.files import permissions

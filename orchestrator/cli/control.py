@@ -1,4 +1,4 @@
-"""orch pause, resume, drain, cancel, amend, keep: change a run that exists. Each may be repeated."""
+"""orch pause, resume, drain, cancel, amend, keep: control an existing run. Repeating a command does no harm."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pause(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
 
 
 def resume(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
-    """Go on with a run that was paused, drained, cancelled, or has failed."""
+    """Continue a run that was paused, drained or cancelled, or that failed."""
     opened = open_run(run, runs_dir)
     for line in opened.resume(time.time()):
         print(line)
@@ -30,14 +30,14 @@ def resume(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
     if opened.queue.chains and not has_jobs(status):
         reasons = {worker["outcome"] for worker in status["workers"] if worker["outcome"]}
         raise RunError(
-            f"{opened.name} is active, but none of its workers has a job: {'; '.join(reasons) or 'none was taken'}. "
-            f"`orch resume {opened.name}` tries again"
+            f"{opened.name} is active, but none of its workers has a job: {'; '.join(reasons) or 'none was accepted'}. "
+            f"Run `orch resume {opened.name}` to try again"
         )
     print(f"{opened.name} is active")
 
 
 def drain(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR) -> None:
-    """Let running jobs finish their chunk; when the last has ended, the run is finished."""
+    """Let running jobs finish their chunk; when the last job has ended, the run is finished."""
     opened = open_run(run, runs_dir)
     _report(opened, opened.drain(time.time()), "running jobs finish their chunk")
 
@@ -71,11 +71,11 @@ def amend(
     if snapshot.state is not RunState.ACTIVE:
         print(f"{opened.name} is {snapshot.state}; `orch resume {opened.name}` continues it")
     elif stopping.lifetime_over(time.time(), snapshot.deadline):
-        print(f"{opened.name} has already lasted longer than its total_lifetime: it ends with the present chunks")
+        print(f"{opened.name} has already lasted longer than its total_lifetime: it ends after the current chunks")
 
 
 def _check_job(run: Run, changes: Sequence[str]) -> None:
-    """Let the job check changed profiles and loggers, as at launch. Takes seconds, since it imports torch."""
+    """Let the job check changed profiles and loggers, as at launch. Takes seconds, because this imports torch."""
     from orchestrator.settings import loading
     from orchestrator.worker import user_job
 
@@ -88,9 +88,9 @@ def _check_job(run: Run, changes: Sequence[str]) -> None:
 def keep(
     run: RunName,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
-    every: Annotated[float, typer.Option(help="Seconds between two checks.", min=1)] = 60,
+    every: Annotated[float, typer.Option(help="Seconds between checks.", min=1)] = 60,
 ) -> None:
-    """Mend a run's chains from a login node, for clusters whose compute nodes can't submit jobs. Ends with the run."""
+    """Restart broken chains from a login node until the run ends, for clusters whose compute nodes can't submit."""
     import logging
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -99,7 +99,7 @@ def keep(
         opened.keep(every, time.time, time.sleep)
     except KeyboardInterrupt:
         return
-    print(f"{opened.name} is over")
+    print(f"{opened.name} has ended")
 
 
 def _report(run: Run, trouble: Sequence[str], remark: str) -> None:

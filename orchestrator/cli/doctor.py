@@ -1,4 +1,4 @@
-"""orch doctor: is everything here fit to run?"""
+"""orch doctor: check that runs can work here."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def doctor(
         Path | None, typer.Argument(metavar="[SETTINGS]", help="A settings file (JSON).", show_default=False)
     ] = None,
     two_node: Annotated[
-        bool, typer.Option("--two-node", help="Run a short job on two nodes that tests the locks and what a job needs.")
+        bool, typer.Option("--two-node", help="Run a short job on two nodes that tests the locks and a job's needs.")
     ] = False,
-    wait: Annotated[float, typer.Option(metavar="MIN", help="Minutes that job may wait to start.", min=0.1)] = 15,
+    wait: Annotated[float, typer.Option(metavar="MIN", help="Minutes to wait for that job to start.", min=0.1)] = 15,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     json: Json = False,
 ) -> None:
-    """Is this cluster, file system and environment fit to run, with these settings? Exit code 1 if not."""
+    """Check whether this cluster, file system and environment can run these settings. Exit code 1 if not."""
     from orchestrator.cli import tables
     from orchestrator.doctor.examine import examine
     from orchestrator.doctor.findings import exit_code
@@ -30,7 +30,7 @@ def doctor(
     try:
         findings = examine(settings, runs_dir, two_node, 60 * wait, say)
     except KeyboardInterrupt:
-        say("stopped; nothing is left in the queue")
+        say("stopped; no job is left in the queue")
         raise typer.Exit(130) from None
     levels = [finding.level for finding in findings]
     errors, warnings = levels.count("error"), levels.count("warning")

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from orchestrator.settings.settings import Settings
 
 MEND_EVERY_S = 10.0
-PATIENCE_S = 300.0  # how long to wait for a database that can't be used; a job waits as long
+PATIENCE_S = 300.0  # how long to keep trying while the database can't be used; jobs wait equally long
 
 
 def launch(
     settings: SettingsFile,
     executor: Annotated[
-        str | None, typer.Option(help="slurm, local or inline. Default: slurm where sbatch is, else local.")
+        str | None, typer.Option(help="slurm, local or inline. Default: slurm if sbatch is installed, else local.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Chains that train at the same time.")] = None,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
@@ -34,12 +34,12 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; start nothing.")
     ] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Show the board until the run is over.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Show the board until the run ends.")] = False,
     json: Json = False,
 ) -> None:
-    """Launch a run. A run that exists already is continued.
+    """Launch a run. A run that already exists is continued.
 
-    First a lock is proven on the file system of the runs; if none works there, nothing is started.
+    First tests which lock works on the runs' file system; if none works, nothing is started.
     """
     from orchestrator.cli import tables
     from orchestrator.files import permissions
@@ -95,7 +95,7 @@ def _load(path: Path, overrides: list[str], workers: int | None, executor: str |
 
 
 def _disk(settings: Settings, folder: Path) -> float | None:
-    """Tell the user how many GB the checkpoints will take, about. Returns the number; None if it is unknown."""
+    """Print about how many GB the checkpoints will take. Returns this number, or None if it is unknown."""
     from orchestrator.files import disk_budget
     from orchestrator.worker.user_job import checkpoint_bytes
 
@@ -111,15 +111,15 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
     from orchestrator.errors import RunError
     from orchestrator.settings.loading import difference
 
-    if wanted.lock == "auto":  # the kind that the launch chose
+    if wanted.lock == "auto":  # then the launch chose the kind of lock
         wanted = wanted.model_copy(update={"lock": existing.settings.lock})
-    if wanted.database_schema is None:  # a launch gives each run its own
+    if wanted.database_schema is None:  # then the launch created a schema for the run
         wanted = wanted.model_copy(update={"database_schema": existing.settings.database_schema})
     changed = difference(existing.settings, wanted)
     if changed:
         raise RunError(
-            f"{existing.name} exists already, with other settings; `orch resume {existing.name}` continues it as it "
-            "is, `orch amend` changes it, --set name=... launches another:\n  " + "\n  ".join(changed)
+            f"{existing.name} already exists with other settings. `orch resume {existing.name}` continues it with its "
+            "own, `orch amend` changes them, --set name=... launches another run:\n  " + "\n  ".join(changed)
         )
 
 
@@ -151,13 +151,11 @@ def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float
     for key, value in plan.items():
         print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
     if script:
-        print(
-            f"\n# --- the script of the first jobs; a successor has --dependency=afterany:JOB and no --array\n{script}"
-        )
+        print(f"\n# --- script of the first jobs; successors have --dependency=afterany:JOB and no --array\n{script}")
 
 
 def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
-    """The script for sbatch, and the most that the run can cost."""
+    """Return the script for sbatch and upper limits of the run's cost."""
     from orchestrator.cluster.sbatch import gpu_count
     from orchestrator.cluster.slurm import SlurmQueue
     from orchestrator.worker.job_main import job_main
@@ -172,16 +170,16 @@ def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _wait(run: Run, quiet: bool) -> None:
-    """Wait until no job is left, and mend broken chains meanwhile. Ctrl-C ends the wait, not the run.
+    """Wait until no job is left; meanwhile restart broken chains. Ctrl-C ends only the wait, not the run.
 
-    Raises LeaderboardError if the database can't be used for PATIENCE_S (a full disk, a server that is down).
+    Raises LeaderboardError if the database can't be used for PATIENCE_S (full disk, server down).
     """
     from rich.console import Console
     from rich.live import Live
 
     console = Console(stderr=True, quiet=quiet)
     waiting = _Waiting(run, console)
-    look_every_s = 0.5 if run.queue.name == "local" else 5.0  # other users need the controller too
+    look_every_s = 0.5 if run.queue.name == "local" else 5.0  # spare Slurm's controller, which all users share
     answered_at = time.monotonic()
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -192,17 +190,17 @@ def _wait(run: Run, quiet: bool) -> None:
                     answered_at = time.monotonic()
                 except LeaderboardError as error:
                     if time.monotonic() - answered_at > PATIENCE_S:
-                        advice = f"The run continues where it can; `orch status {run.name}` mends the rest"
+                        advice = f"Workers that still run continue; `orch status {run.name}` restarts the others"
                         raise LeaderboardError(f"{error}. {advice}") from error
                     waiting.say(f"{error}; trying again")
                 time.sleep(look_every_s)
     except KeyboardInterrupt:
-        console.print(f"{run.name} continues without this command; `orch status {run.name}`, `orch cancel {run.name}`")
-        raise typer.Exit(130) from None  # a shell's exit code for Ctrl-C
+        console.print(f"{run.name} continues; `orch status {run.name}` shows it, `orch cancel {run.name}` ends it")
+        raise typer.Exit(130) from None  # the exit code that shells use for Ctrl-C
 
 
 class _Waiting:
-    """The wait for a run's end."""
+    """What `orch launch --wait` does until the run ends."""
 
     def __init__(self, run: Run, console: Console) -> None:
         self._run = run
@@ -211,7 +209,7 @@ class _Waiting:
         self._mended_at = time.time()
 
     def say(self, line: str) -> None:
-        """Print the line, unless it is the same as the last."""
+        """Print the line, unless it repeats the previous one."""
         if line != self._printed:
             self._console.print(line, highlight=False)
             self._printed = line
@@ -228,13 +226,13 @@ class _Waiting:
         else:
             self.say(_line(state))
         if not has_jobs(state):
-            return state["state"] in STOPPED or not self._mend()  # no job is left, and the rules want no new one
-        if time.time() - self._mended_at > MEND_EVERY_S:  # a killed job may have left a broken chain
+            return state["state"] in STOPPED or not self._mend()  # no job is left, and none has to be started
+        if time.time() - self._mended_at > MEND_EVERY_S:  # a killed job may have broken its chain
             self._mend()
         return False
 
     def _mend(self) -> bool:
-        """Returns whether there was anything to mend."""
+        """Restart broken chains. Returns whether any was broken."""
         self._mended_at = time.time()
         done = self._run.reconcile(self._mended_at)
         for line in done:

@@ -1,5 +1,5 @@
-"""`orch`: parse, call, print. Each group of commands has a module. A command imports what it needs when it is called,
-so that `orch --help` answers at once."""
+"""The entry point of `orch`. Each group of commands has a module. Commands import slow modules only when they are
+called, so that `orch --help` answers at once."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """The `orch` script. A mistake that the user can correct gives a message and exit code 2, not a traceback."""
+    """Run `orch`. An error that the user can correct gives a message and exit code 2, not a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may have bytes that the encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # file names may have bytes that can't be decoded
     try:
         app()
     except OrchError as error:
         print(f"orch: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `orch runs | head`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `orch runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""orch prepare, evaluate, export: the commands that need the job's code, and so torch."""
+"""orch prepare, evaluate, export: the commands that import the job's code, and therefore torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orchestrator.messages import counted
 
 
 def prepare(settings: SettingsFile, set_: Set = None) -> None:
-    """Fetch what a job needs from the internet (weights, data), for nodes without internet access."""
+    """Download the weights and data that a job needs, for nodes without internet access."""
     from orchestrator.settings.loading import load
     from orchestrator.worker.user_job import check_job
 
@@ -35,9 +35,9 @@ def evaluate(
     run: RunArgument = None,
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     json: Json = False,
-    again: Annotated[bool, typer.Option("--again", help="Test entries again that were tested before.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also test entries that have been tested already.")] = False,
 ) -> None:
-    """Test the models on the leaderboard on the test set, and record the results."""
+    """Evaluate the leaderboard's models on the test set and record the results."""
     from orchestrator.cli import tables
     from orchestrator.run.models import test_models
 
@@ -58,7 +58,7 @@ def export(
     ),
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
-    """Write a model's weights, as `model.load_state_dict(torch.load(file))` takes them."""
+    """Write a model's weights to a file for `model.load_state_dict(torch.load(file))`."""
     from orchestrator.files import permissions
     from orchestrator.run.models import export_entry
 

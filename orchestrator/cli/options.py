@@ -1,4 +1,4 @@
-"""Options that several commands share, and JSON output."""
+"""Options shared by several commands, and JSON output."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from orchestrator.run.run import Run
 
 RunArgument = Annotated[
-    str | None, typer.Argument(metavar="[RUN]", help="Name or path of a run. Left out: the newest.", show_default=False)
+    str | None, typer.Argument(metavar="[RUN]", help="Name or path of a run. Default: the newest.", show_default=False)
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of the run.")]
 SettingsFile = Annotated[Path, typer.Argument(metavar="SETTINGS", help="A settings file (JSON).")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; dots go deeper.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as slurm.nice=5.")
 ]
 RunsDir = Annotated[
-    Path, typer.Option("--runs-dir", envvar="ORCH_RUNS_DIR", help="Where the runs are.", file_okay=False)
+    Path, typer.Option("--runs-dir", envvar="ORCH_RUNS_DIR", help="The folder of all runs.", file_okay=False)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output.")]
 DEFAULT_RUNS_DIR = Path("runs")
 
 
@@ -38,7 +38,7 @@ def open_run(run: str | None, runs_dir: Path) -> Run:
 
 
 def say(line: str) -> None:
-    """Print on standard error, at once: standard output is for results."""
+    """Print on standard error, unbuffered; standard output is for results."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -47,7 +47,7 @@ def print_json(value: Any) -> None:
 
 
 def has_jobs(status: dict[str, Any]) -> bool:
-    """Does any worker have a job? status: see `Run.status`."""
+    """Return whether any worker has a job. status: the result of `Run.status`."""
     from orchestrator.rules.succession import WorkerState
 
     return any(worker["state"] in (WorkerState.QUEUED, WorkerState.RUNNING) for worker in status["workers"])

@@ -1,4 +1,4 @@
-"""orch repair, gc: for files that are damaged, lost, or not needed any more."""
+"""orch repair, gc: deal with files that are damaged, lost, or no longer needed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def repair(
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
     dry_run: DryRun = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Repair although jobs of the run may be alive: it can't be known.")
+        bool, typer.Option("--force", help="Repair even if jobs of the run may still be running.")
     ] = False,
     json: Json = False,
 ) -> None:
     """Check a run's database and checkpoints; rebuild a lost or damaged database from the checkpoints' records.
 
-    A healthy database stays as it is; entries with damaged files leave the board. Damaged files are kept under another
-    name. Refused while jobs of the run are alive.
+    A healthy database is not changed; entries with damaged files leave the board. Damaged files are renamed, not
+    deleted. Refused while the run has jobs.
     """
     from orchestrator.files import permissions
     from orchestrator.files.run_folder import find_run
@@ -60,10 +60,10 @@ def _print_repair(report: RepairReport) -> None:
 
 
 def gc(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False, json: Json = False) -> None:
-    """Delete files of a run that nothing refers to any more. Safe while its jobs work.
+    """Delete a run's files that are no longer needed. Safe while its jobs are running.
 
-    These are: checkpoints without an entry or a claim, temporary files, folders of old jobs (the last three of each
-    chain stay), curves of chunks that no model on the board comes from (after a day), and folders of killed launches.
+    Deletes checkpoints without an entry or a claim, temporary files, folders of old jobs (except the last three of each
+    chain), curves older than a day of chunks that led to no model on the board, and folders of killed launches.
     """
     from orchestrator.messages import gb
     from orchestrator.run.gc import collect

@@ -1,4 +1,4 @@
-"""Tables for a terminal, made from the values that --json prints."""
+"""Tables for the terminal, built from the same values that --json prints."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red
 
 
 def show(*views: RenderableType) -> None:
-    """Print on standard output."""
+    """Print the views on standard output."""
     Console().print(*views)
 
 
 def _table(*headings: str, title: str | None = None) -> Table:
-    """A narrow table, for 80 characters."""
+    """Make a table without borders, which fits in 80 characters."""
     return Table(
         *headings, title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left"
     )
 
 
 def _add_whole(table: Table, heading: str, cells: Sequence[str]) -> None:
-    """Add a column that is always shown whole: other columns shrink, and its heading is wrapped."""
+    """Add a column whose cells are never cut off: other columns shrink, and a long heading is wrapped."""
     width = max([min(len(heading), 10), *map(len, cells)])
     folded = Text(heading, no_wrap=False, overflow="fold")
     table.add_column(folded, justify="right", no_wrap=True, min_width=width, max_width=width)
@@ -71,7 +71,7 @@ def status(state: dict[str, Any]) -> Group:
         Text(f"{state['run']}: {state['state']}{why}", style="bold"),
         Text(f"best {_score(state['best'])}   epochs {state['epochs']}   training {state['train_seconds']:.0f} s"),
         Text(f"chunks: {chunks}"),
-        Text(f"ends at the latest {state['deadline']}"),
+        Text(f"ends at the latest at {state['deadline']}"),
         Text(f"lock: {state['lock']}"),
     ]
     if state["last_error"]:

@@ -1,4 +1,4 @@
-"""orch verify-resume: does interrupted training give the same bits as uninterrupted training, for this job here?"""
+"""orch verify-resume: check that interrupting this job's training here does not change the result by a single bit."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ def verify_resume(
     settings: SettingsFile,
     steps: Annotated[
         int,
-        typer.Option("--steps", min=1, metavar="N", help="Batches for each epoch, at most: a small part of the data."),
+        typer.Option("--steps", min=1, metavar="N", help="Limit each epoch to N batches, a small part of the data."),
     ] = 4,
     chunks: Annotated[
-        int, typer.Option("--chunks", min=1, metavar="N", help="Chunks of two epochs; each uses the next profile.")
+        int, typer.Option("--chunks", min=1, metavar="N", help="Number of 2-epoch chunks; each uses the next profile.")
     ] = 2,
     interruptions: Annotated[
         int,
-        typer.Option("--interruptions", min=1, metavar="N", help="How often to interrupt; each starts a new process."),
+        typer.Option("--interruptions", min=1, metavar="N", help="Number of interruptions; each starts a new process."),
     ] = 4,
     device: Annotated[
-        Device, typer.Option("--device", help="auto: a GPU if there is one, as in a job of a run.")
+        Device, typer.Option("--device", help="auto: a GPU if there is one, as in a run's jobs.")
     ] = Device.AUTO,
     set_: Set = None,
     json: Json = False,
 ) -> None:
-    """Check that resume is exact for a job on this machine.
+    """Check that a job resumes exactly on this machine.
 
-    Trains a few steps without interruption, then the same steps with interruptions, each resumed in a new process from
-    the written checkpoint. Compares all bits of the state: model, optimizer, random states, batches and metrics. It
-    works in a temporary folder (TMPDIR) and touches no run.
+    Trains a few steps without interruption, then the same steps with interruptions; after each one, a new process
+    resumes from the checkpoint. Compares every bit of the model, optimizer, random states, batches and metrics. Works
+    in a temporary folder (TMPDIR) and touches no run.
 
-    Exit code: 0 if exact, 1 if not, 2 for errors. With "deterministic": false, too, a difference is reported with exit
-    code 1: that mode allows it, but the training was not the same.
+    Exit code: 0 if exact, 1 if not, 2 for errors. A difference gives exit code 1 even with "deterministic": false,
+    although that mode allows differences.
     """
     from orchestrator.settings.loading import load
     from orchestrator.worker.user_job import verify_resume as verify

@@ -1,1 +1,1 @@
-"""What a run keeps on disk: checkpoints and their records, atomic writes, permissions, the disk budget."""
+"""A run's files on disk: checkpoints and their records, atomic writes, permissions, the disk budget."""

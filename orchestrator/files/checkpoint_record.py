@@ -1,4 +1,4 @@
-"""The record beside a checkpoint, as JSON: all that `orch repair` needs to rebuild the board without the database."""
+"""The JSON record next to each checkpoint: `orch repair` can rebuild the board from these records alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from orchestrator.errors import CheckpointError
 from orchestrator.rules.checkpoint_names import SUFFIX, checkpoint_stem, generation_of, is_file_name, record_name
 
-# Above what any run has: a damaged or forged record must not fill the database, nor overflow its integers.
+# Higher than in any real run: a damaged or forged record must not fill the database or overflow its integers.
 MOST_WORKERS, MOST_POSITIONS = 1_000_000, 100_000_000
-OF_THE_LAST = {"ancestors", "launched_at", "import_paths"}  # fields that ancestors need not repeat
+OF_THE_LAST = {"ancestors", "launched_at", "import_paths"}  # stored only for the latest record, not for its ancestors
 
 
 def _finite_or_none(value: Any) -> Any:
-    """JSON has neither NaN nor infinities: null stands for a measure that is not finite."""
+    """Replace a number that is not finite by None, because JSON has neither NaN nor infinities."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -39,7 +39,7 @@ class EpochRecord(BaseModel):
 
 
 class CheckpointRecord(BaseModel):
-    """Records of earlier versions lack the ancestors and the single epochs."""
+    """Records written by earlier versions have no ancestors and no results of single epochs."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -59,7 +59,7 @@ class CheckpointRecord(BaseModel):
     metrics: Metrics = {}
     results: tuple[EpochRecord, ...] = ()
     train_seconds: Seconds | None = None
-    step: Number | None = None  # of a suspended chunk: steps trained in the interrupted epoch
+    step: Number | None = None  # suspended chunks: number of steps trained in the interrupted epoch
     ancestors: tuple[CheckpointRecord, ...] = ()
     launched_at: Moment | None = None
     import_paths: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class CheckpointRecord(BaseModel):
         parent = self.parent_file
         if parent is not None:
             older = generation_of(parent) if parent.endswith(SUFFIX) and not parent.startswith(".") else None
-            if older is None or older >= self.generation:  # so a line of parents has an end
+            if older is None or older >= self.generation:  # rules out a cycle of parents
                 raise ValueError(f"its parent {parent[:100]!r} is not a checkpoint of an earlier claim")
         if (self.score is None and self.kind == "candidate") or not math.isfinite(self.score or 0.0):
             raise ValueError("it has no finite score")
@@ -79,12 +79,12 @@ class CheckpointRecord(BaseModel):
 
     @property
     def work(self) -> tuple[str, int]:
-        """The entry (by its file) and the position that the chunk consumed; for a founder its chunk."""
+        """The parent's file and the position that the chunk consumed; for a founder "" and its chunk."""
         return (self.parent_file, self.position) if self.parent_file else ("", self.chunk)
 
     @property
     def trained(self) -> tuple[EpochRecord, ...]:
-        """The known epochs of its chunk; the last one is always known."""
+        """The recorded epochs of this chunk: all of them, or in an old record only the last one."""
         return self.results or (EpochRecord(number=self.epochs, seconds=0.0, metrics=self.metrics),)
 
     def to_json(self) -> str:
@@ -93,8 +93,8 @@ class CheckpointRecord(BaseModel):
 
 
 def parse(raw: Any, file: str | None = None) -> CheckpointRecord:
-    """raw: from JSON. file: the checkpoint that the record lies beside. Raises CheckpointError if it is not the record
-    of a checkpoint, or of another one."""
+    """Check a record read from JSON. file: the checkpoint next to it. Raises CheckpointError if raw is not a record or
+    belongs to another checkpoint."""
     try:
         record = CheckpointRecord.model_validate(raw)
     except (ValidationError, RecursionError) as error:
@@ -105,14 +105,12 @@ def parse(raw: Any, file: str | None = None) -> CheckpointRecord:
             what = problem["msg"].removeprefix("Value error, ")
         raise CheckpointError(f"not a checkpoint's record: {where}{': ' if where else ''}{what}") from error
     if file not in (None, record.file):
-        raise CheckpointError(
-            f"not a checkpoint's record: its file is named {record.file!r}, and it lies beside {file}"
-        )
+        raise CheckpointError(f"not the record of {file}: its file is named {record.file!r}")
     return record
 
 
 def read_record(folder: Path, file: str) -> CheckpointRecord:
-    """The record beside a checkpoint. Raises CheckpointError if it is missing, or is not one."""
+    """Read the record of a checkpoint. Raises CheckpointError if it is missing or not valid."""
     if not is_file_name(file):
         raise CheckpointError(f"{file[:100]!r} does not name a file in {folder}; the database or a record is damaged")
     path = folder / record_name(file)
@@ -125,9 +123,9 @@ def read_record(folder: Path, file: str) -> CheckpointRecord:
 
 
 def lineage(folder: Path, file: str | None) -> tuple[CheckpointRecord, ...]:
-    """The known records of a checkpoint's line, its founder first and itself last.
+    """Return the known records of a checkpoint's lineage, from the founder to the checkpoint itself.
 
-    Each record holds those of its ancestors, whose own files are deleted when they have left the board.
+    Each record repeats the records of its ancestors, because an ancestor's files are deleted when it leaves the board.
     """
     if file is None:
         return ()

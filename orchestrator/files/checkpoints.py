@@ -1,4 +1,4 @@
-"""Immutable checkpoint files: write whole or not at all, verify, delete. Knows nothing about torch."""
+"""Immutable checkpoint files: write atomically, verify, delete. Independent of torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from orchestrator.files.checkpoint_record import CheckpointRecord
 from orchestrator.rules import collecting
 from orchestrator.rules.checkpoint_names import SUFFIX, is_file_name, record_name
 
-References = Callable[[], tuple[Collection[str], Collection[int]]]  # files that must stay, generations of live claims
+References = Callable[[], tuple[Collection[str], Collection[int]]]  # returns files to keep, generations of live claims
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A file that is complete and on the disk."""
+    """A checkpoint file that has been written completely and durably."""
 
     file: str  # its name inside the checkpoints folder
     sha256: str
@@ -28,16 +28,16 @@ class Written:
 
 
 class HashingWriter:
-    """A binary file for writing from front to back, which computes the checksum of what is written."""
+    """A binary file for sequential writing that computes the checksum of the data."""
 
     def __init__(self, target: IO[bytes]) -> None:
         self._target = target
         self._hash = hashlib.sha256()
         self.size_bytes = 0
-        self.error: OSError | None = None  # a serialiser may raise one of its own in its place
+        self.error: OSError | None = None  # kept here, since a serialiser may replace it by its own error
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        size = memoryview(data).nbytes  # len counts items, whatever their size
+        size = memoryview(data).nbytes  # in bytes; len would count items
         self._hash.update(data)
         self.size_bytes += size
         try:
@@ -58,10 +58,10 @@ class HashingWriter:
 def write(
     folder: Path, stem: str, save: Callable[[IO[bytes]], None], record: Callable[[Written], CheckpointRecord]
 ) -> Written:
-    """Publish a checkpoint and, beside it, its record.
+    """Publish a checkpoint and its record.
 
-    save is given a file to write to, from front to back; record is given what was written. Raises CheckpointError if
-    the disk is full or the folder can't be written to; then nothing is left of the checkpoint.
+    save: writes the checkpoint to the file that it is given, sequentially. record: makes the record of the written
+    file. Raises CheckpointError if the disk is full or the folder is not writable; then neither file is left.
     """
     file = stem + SUFFIX
     writers: list[HashingWriter] = []
@@ -82,15 +82,15 @@ def write(
             raise
         raise CheckpointError(
             f"{folder / file}: can't be written: {cause.strerror or cause}. Free some space (`orch gc`) or correct "
-            "the folder's permissions; nothing is lost, the chunk is trained again"
+            "the folder's permissions; nothing is lost, and the chunk is trained again"
         ) from error
     return written
 
 
 def verify(folder: Path, file: str, sha256: str) -> Path:
-    """The path of a checkpoint, whose checksum is this one.
+    """Check a checkpoint's checksum and return its path.
 
-    Raises DamagedCheckpointError if it is missing or differs, CheckpointError if it can't be read just now.
+    Raises DamagedCheckpointError if the file is missing or differs, CheckpointError if it can't be read at present.
     """
     path = folder / file
     if not is_file_name(file):
@@ -106,13 +106,13 @@ def verify(folder: Path, file: str, sha256: str) -> Path:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     if actual != sha256:
         raise DamagedCheckpointError(
-            f"{path}: its SHA-256 is {actual[:12]}..., recorded was {sha256[:12]}...; it is damaged"
+            f"{path} is damaged: its SHA-256 is {actual[:12]}..., but {sha256[:12]}... was recorded"
         )
     return path
 
 
 def remove(folder: Path, files: Collection[str]) -> None:
-    """Delete checkpoints and their records, if they exist. A path that leads out of the folder is ignored."""
+    """Delete checkpoints and their records, if they exist. Ignores paths that lead out of the folder."""
     for file in filter(is_file_name, files):
         for name in (file, record_name(file)):
             with contextlib.suppress(OSError):  # a file that can't be deleted now is collected later
@@ -120,7 +120,7 @@ def remove(folder: Path, files: Collection[str]) -> None:
 
 
 def collect(folder: Path, references: References) -> list[str]:
-    """Delete the files of claims that nothing refers to. Returns their names."""
+    """Delete checkpoint files that nothing refers to. Returns their names."""
     unneeded = collectable(folder, references)
     for name in unneeded:
         with contextlib.suppress(OSError):
@@ -129,8 +129,8 @@ def collect(folder: Path, references: References) -> list[str]:
 
 
 def collectable(folder: Path, references: References) -> list[str]:
-    """The names of the files that `collect` would delete. The folder is listed before the references are read, so a
-    file that is published meanwhile is safe."""
+    """Return the names of the files that `collect` would delete. Lists the folder before it reads the references, so
+    that a file published in between is safe."""
     listed = sorted(path.name for path in folder.iterdir())
     files, live_generations = references()
     keep = set(files) | {record_name(file) for file in files}

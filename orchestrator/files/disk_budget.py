@@ -1,4 +1,4 @@
-"""How much disk space a run takes, and whether its budget ("max_disk_gb") has room for another checkpoint."""
+"""The disk space that a run takes, and whether its budget ("max_disk_gb") has room for another checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.rules.checkpoint_names import SUFFIX
 
 
 def used_bytes(path: Path) -> int:
-    """The size of a file, or of everything in a folder. Files that are deleted meanwhile count nothing."""
+    """Return the size of a file, or of all files in a folder. Files deleted meanwhile count as 0."""
     if not path.is_dir():
         return _size(path)
     return sum(_size(Path(folder, name)) for folder, _, names in os.walk(path) for name in names)
@@ -32,7 +32,7 @@ def _size(path: Path) -> int:
 
 
 def needed_bytes(files: Path, save: Callable[[IO[bytes]], None]) -> int:
-    """The size of the next checkpoint: that of the largest one in the folder, or of what `save` would write."""
+    """Predict the size of the next checkpoint: the size of the largest one so far, else of the output of `save`."""
     largest = max((_size(path) for path in files.glob("*" + SUFFIX)), default=0)
     if largest:
         return largest
@@ -43,9 +43,9 @@ def needed_bytes(files: Path, save: Callable[[IO[bytes]], None]) -> int:
 
 
 def make_room(folder: Path, budget_gb: float, references: References, save: Callable[[IO[bytes]], None]) -> None:
-    """Make sure that one more checkpoint fits in the run's budget. Unreferenced files are deleted only if it would not.
+    """Make sure that one more checkpoint fits in the run's budget; delete unreferenced files only if it does not.
 
-    Raises NoSpaceError, which says how many GB the run would take.
+    Raises NoSpaceError, which says how many GB the run would need.
     """
     files = folder / CHECKPOINTS
     needed = needed_bytes(files, save)
@@ -57,7 +57,7 @@ def make_room(folder: Path, budget_gb: float, references: References, save: Call
         raise NoSpaceError(
             f"max_disk_gb is {budget_gb:g}: the run takes {gb(used)} GB and its next checkpoint {gb(needed)} GB, "
             f"{gb(used + needed)} GB in all. `orch amend {folder.name} --set max_disk_gb=...` allows more, `orch gc "
-            f"{folder.name}` deletes what is no longer needed; nothing is lost, the chunk is done again."
+            f"{folder.name}` deletes unneeded files; nothing is lost, and the chunk is trained again."
         )
 
 
@@ -67,13 +67,13 @@ def make_room(folder: Path, budget_gb: float, references: References, save: Call
 def demand(
     num_models: int, workers: int, budget_gb: float | None, checkpoint_bytes: int | str, folder: Path
 ) -> tuple[float | None, list[str]]:
-    """About how many GB the run's checkpoints will take, and lines to show to the user. None: not known, since the size
-    of a checkpoint is not (then checkpoint_bytes says why). folder: of the run, which need not exist.
+    """Return about how many GB the run's checkpoints will take (None: unknown) and lines to show to the user.
 
-    Raises SettingsError where max_disk_gb is less than that.
+    checkpoint_bytes: size of a checkpoint, or a text that says why it is unknown. folder: the run's folder, which need
+    not exist. Raises SettingsError if max_disk_gb is less than the result.
     """
     if isinstance(checkpoint_bytes, str):
-        return None, [f"disk: unknown, since {checkpoint_bytes}"]
+        return None, [f"disk: unknown, because {checkpoint_bytes}"]
     count = collecting.checkpoints_at_most(num_models, workers)
     wanted = count * checkpoint_bytes
     each = f"about {gb(checkpoint_bytes)} GB each"

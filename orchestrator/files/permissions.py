@@ -1,7 +1,7 @@
-"""Who may write to a run. Files in its folder are executed: jobs are pickles, and the settings name modules to import.
+"""Permissions of a run's files. Its folder contains code: jobs are pickles, and the settings name modules to import.
 
-Only its user can use a run's folder (0700, files 0600), or with "group" also that group (2770, 0660), whatever the
-umask is. A folder that every user may write, or that belongs to a user who is not trusted, is not opened.
+Only the run's user has access to its folder (0700, files 0600), with "group" also the members of that group (2770,
+0660), whatever the umask is. A run is not opened if every user can write its folder or an untrusted user owns it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pathlib import Path
 from orchestrator.errors import RunError, SettingsError
 from orchestrator.files.run_folder import PARTS, SETTINGS_NAME
 
-PRIVATE, SHARED = 0o700, 0o2770  # of the run folder; setgid: new files in it belong to its group
+PRIVATE, SHARED = 0o700, 0o2770  # modes of the run folder; setgid: new files in it belong to its group
 PRIVATE_UMASK, SHARED_UMASK = 0o077, 0o007
-_umask_at_start: int | None = None  # of this process, set once `use_umask` has changed it
+_umask_at_start: int | None = None  # this process's original umask, set when `use_umask` changes it
 
 
 def group_id(name: str) -> int:
-    """Raises SettingsError if this machine has no such group, or this process is not in it."""
+    """Return a group's number. Raises SettingsError if there is no such group or this process is not in it."""
     try:
         gid = grp.getgrnam(name).gr_gid
-    except (KeyError, ValueError):  # ValueError: not a possible name
+    except (KeyError, ValueError):  # ValueError: not a valid name
         raise SettingsError(f"group: there is no group {name!r} on this machine; yours are {_own_groups()}") from None
     if os.geteuid() != 0 and gid not in _own_group_ids():
         raise SettingsError(
-            f"group: you are not in the group {name!r}; yours are {_own_groups()} (a new membership counts from the "
-            "next login)"
+            f"group: you are not in the group {name!r}; yours are {_own_groups()} (a new membership takes effect at "
+            "the next login)"
         )
     return gid
 
@@ -52,7 +52,7 @@ def _own_group_ids() -> set[int]:
 
 
 def user_name(uid: int) -> str:
-    """The number if the user has no name."""
+    """Return a user's name, or the number if the user has no name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -63,9 +63,9 @@ def user_name(uid: int) -> str:
 
 
 def make_folder(folder: Path, group: str | None) -> None:
-    """Make the folder of a run. The folders above it get the user's own umask.
+    """Create the folder of a run. The user's own umask applies to missing folders above it.
 
-    Raises SettingsError for a group that can't be used, RunError where the file system keeps no permissions, OSError.
+    Raises SettingsError for an unusable group, RunError if the file system ignores permissions, OSError.
     """
     gid = group_id(group) if group is not None else -1
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,12 +98,12 @@ def _umask(mask: int) -> Iterator[None]:
 
 
 def files_of(folder: Path) -> AbstractContextManager[None]:
-    """Files that this process and its children make inside the block get the permissions of this run."""
+    """Inside the block, give new files of this process and its children the permissions of the run."""
     return _umask(_umask_of(folder))
 
 
 def use_umask(folder: Path) -> None:
-    """As `files_of`, for the rest of this process, which works only for this run."""
+    """Like `files_of`, but for the rest of this process, which works only for this run."""
     global _umask_at_start
     before = os.umask(_umask_of(folder))
     if _umask_at_start is None:
@@ -111,7 +111,7 @@ def use_umask(folder: Path) -> None:
 
 
 def users_umask() -> AbstractContextManager[None]:
-    """For files outside of runs, such as exported models: the umask that this process was started with."""
+    """Inside the block, use the umask that this process was started with: for files outside runs, such as exports."""
     return nullcontext() if _umask_at_start is None else _umask(_umask_at_start)
 
 
@@ -119,15 +119,15 @@ def users_umask() -> AbstractContextManager[None]:
 
 
 def owner(folder: Path) -> str | None:
-    """The user that a run's jobs belong to; None: this process's own user."""
+    """Return the user who owns a run's jobs; None: this process's own user."""
     uid = folder.stat().st_uid
     return None if uid == os.geteuid() else user_name(uid)
 
 
 def check_permissions(folder: Path, *others: Path) -> None:
-    """Check that no untrusted user can write the run's folder, or a file that is executed or that names what is.
+    """Check that no untrusted user can write the run's folder or a file that determines which code is executed.
 
-    others: files of the run in other places. Missing files are skipped. Raises RunError, which says what to do.
+    others: files of the run in other folders. Missing files are skipped. Raises RunError, which says what to do.
     """
     trusted_group = _declared_group(folder)
     for path in (folder, *(folder / part for part in PARTS), *others):
@@ -138,20 +138,20 @@ def check_permissions(folder: Path, *others: Path) -> None:
         if status.st_mode & stat.S_IWOTH:
             raise RunError(
                 f"{path} can be written by everybody, and orch executes files in a run's folder. Check that nobody has "
-                f"changed them, then: chmod -R o-w {folder}. (If chmod changes nothing, the file system keeps no "
+                f"changed them, then run: chmod -R o-w {folder}. (If chmod has no effect, the file system keeps no "
                 "permissions: choose another --runs-dir.)"
             )
         if status.st_uid not in (os.geteuid(), 0) and status.st_gid != trusted_group:
             other, me = user_name(status.st_uid), user_name(os.geteuid())
             raise RunError(
-                f"{path} belongs to {other}, and orch would execute what is in it as {me}. Let {other} run orch, or "
-                'launch the run with "group" set to a group that both of you are in. If the files should be yours: '
-                f"chown -R {me} {folder}"
+                f"{path} belongs to {other}, and orch would execute its contents as {me}. Let {other} run orch, or "
+                'launch the run with "group" set to a group that both of you are in. If the files should be yours, '
+                f"run: chown -R {me} {folder}"
             )
 
 
 def _declared_group(folder: Path) -> int | None:
-    """The group that a run was launched for, if this process is in it and the folder belongs to it."""
+    """Return the group named in the run's settings, if this process is in the group and the group owns the folder."""
     try:
         status = folder.stat()
         name = json.loads((folder / SETTINGS_NAME).read_bytes()).get("group")

@@ -1,4 +1,4 @@
-"""The names in a run's folder, and how a run is found by name or path below --runs-dir."""
+"""The names of the files in a run's folder, and finding a run by name or path."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from orchestrator.errors import RunError
 
 SETTINGS_NAME = "settings.json"
 DATABASE_NAME = "orch.db"
-LOCK_SUFFIX, LOCK_RECORD_SUFFIX = ".lock", ".lock.json"  # after the database's name
+LOCK_SUFFIX, LOCK_RECORD_SUFFIX = ".lock", ".lock.json"  # appended to the database's name
 CHECKPOINTS, JOBS, LOGS = "checkpoints", "jobs", "logs"  # folders
 FOLDERS = (CHECKPOINTS, JOBS, LOGS)
 PARTS = (SETTINGS_NAME, DATABASE_NAME, DATABASE_NAME + LOCK_RECORD_SUFFIX, *FOLDERS)
 
 
 def nearest_folder(path: Path) -> Path:
-    """The path itself, or the nearest existing folder above it; absolute."""
+    """Return the path itself if it is a folder, else the nearest existing folder above it, as an absolute path."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def all_runs(runs_dir: Path) -> list[Path]:
-    """The folders of runs, newest first. Raises RunError where runs_dir can't be listed."""
+    """Return the folders of all runs, newest first. Raises RunError if runs_dir can't be listed."""
     try:
         runs = [p for p in runs_dir.iterdir() if not p.name.startswith(".") and is_run(p)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except OSError as error:  # a name that is too long, or no right to list the folder
+    except OSError as error:  # the name is too long, or the folder is not readable
         raise RunError(f"--runs-dir {str(runs_dir)[:100]}: {error.strerror or error}") from error
     return sorted(runs, key=lambda p: (p / LOGS).stat().st_ctime_ns if (p / LOGS).exists() else 0, reverse=True)
 
@@ -37,7 +37,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_run(run: str | None, runs_dir: Path) -> Path:
-    """A run by name or path; None: the newest. Raises RunError, which names the runs that exist."""
+    """Find a run by name or path; None: the newest one. Raises RunError, which names the existing runs."""
     known = all_runs(runs_dir)
     if run is None:
         if not known:
@@ -53,11 +53,11 @@ def find_run(run: str | None, runs_dir: Path) -> Path:
 
 
 def without_its_files(folder: Path) -> str:
-    """The message for a folder with neither settings nor a database."""
+    """Return the message for a folder with neither settings nor a database."""
     message = f"{folder} is not a run: it has neither {SETTINGS_NAME} nor {DATABASE_NAME}"
     if not any((folder / CHECKPOINTS).glob("*.pt")):
         return f"{message}. Choose another name, or move the folder away"
     return (
-        f"{message}, but it has checkpoints. To get the run back, copy its settings file there as {SETTINGS_NAME}, "
+        f"{message}, but it has checkpoints. To recover the run, copy its settings file there as {SETTINGS_NAME}, "
         f'with the changes made by --set and "name": "{folder.name}", and run `orch repair {folder.name}`'
     )

@@ -1,1 +1,1 @@
-"""A settings file: JSON -> Settings, validated once."""
+"""Settings: reading, validating, changing and comparing them."""

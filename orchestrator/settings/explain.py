@@ -1,4 +1,4 @@
-"""The mistakes in settings as messages: a line for each."""
+"""Messages for mistakes in settings, one line for each mistake."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_LINES = 40  # a screen
 
 
 def explain(source: str, error: ValidationError, model: type[BaseModel]) -> str:
-    """A line for each mistake: the source, the key's path, the value, and what is allowed."""
+    """Return a line for each mistake: the source, the key's path, the value, and what is allowed."""
     details = error.errors(include_url=False)
     lines = list(dict.fromkeys(f"{source}: {_explain_one(detail, model)}" for detail in details))
     if len(lines) > MOST_LINES:
@@ -29,7 +29,7 @@ def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
     place, context = _place(detail["loc"]), detail.get("ctx") or {}
     if detail["type"] == "json_invalid":
         return f"not JSON: {context['error']}"
-    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # in a model or in a dataclass
         known = _keys_at(detail["loc"][:-1], model)
         near = get_close_matches(str(detail["loc"][-1])[:100], known, n=1, cutoff=0.5)
         allowed = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}"
@@ -56,7 +56,7 @@ def _place(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part not in ("bool", "list[bool]"):  # pydantic's names for the alternatives of a union
+        elif part not in ("bool", "list[bool]"):  # pydantic's names for the members of a union
             text += f".{shown(part, 60)}" if text else shown(part, 60)
     return text
 
@@ -71,7 +71,7 @@ def _keys_at(loc: tuple[int | str, ...], model: Any) -> list[str]:
 
 
 def _fields_of(kind: Any) -> list[str]:
-    """The sorted keys of an object in the settings; empty for a plain value."""
+    """Return the sorted keys of an object in the settings; an empty list for a plain value."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return sorted(kind.model_fields)
     return sorted(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else []

@@ -1,4 +1,4 @@
-"""Read a settings file, override and amend settings, and keep them with a run as JSON."""
+"""Read a settings file, override and amend settings, and convert them to the JSON that is stored with a run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from orchestrator.settings.changes import changes
 from orchestrator.settings.explain import explain
 from orchestrator.settings.settings import Settings
 
-# Keys of the original system that the database and the run folder have replaced.
+# Keys of the original system that have no use now that runs have a database and a folder.
 OBSOLETE = ("lock_file", "lock_timeout", "state_file", "log_file", "model_name_format")
 
 
 def freeze(settings: Settings) -> str:
-    """JSON with every default, so that the defaults of a later version change nothing."""
+    """Convert settings to JSON, including all defaults, so that a later version's defaults don't affect the run."""
     return settings.model_dump_json(indent=2)
 
 
 def thaw(text: str) -> Settings:
-    """The settings from `freeze`. Raises SettingsError."""
+    """Convert the JSON made by `freeze` back to settings. Raises SettingsError."""
     try:
         return Settings.model_validate_json(text)
     except ValidationError as error:
@@ -37,10 +37,10 @@ def thaw(text: str) -> Settings:
 
 
 def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Settings, list[str]]:
-    """Read a settings file. overrides: "key=value", with dots for depth and JSON values. fixed: values from options of
-    the command line, which take precedence; None: not given.
+    """Read a settings file. overrides: "key=value" texts, where a dot leads into an object and the value is JSON.
+    fixed: values of command-line options, which take precedence; None: not given.
 
-    Returns the settings (with absolute paths) and notes for the user. Raises SettingsError, a line for each mistake.
+    Returns settings (with absolute paths) and notes for the user. Raises SettingsError with a line for each mistake.
     """
     source = shown(str(path), 160)
     raw = _read_json(path)
@@ -55,9 +55,9 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
         if isinstance(raw.get(key), str) and raw[key]:
             try:
                 raw[key] = str(Path(raw[key]).expanduser().absolute())
-            except (RuntimeError, ValueError) as error:  # ~ of an unknown user, or not a possible path
+            except (RuntimeError, ValueError) as error:  # ~ of an unknown user, or an impossible path
                 raise SettingsError(f"{source}: {key}: {shown(raw[key])}: {shown(str(error), 200)}") from error
-    weights = raw.get("pretrained_weights")  # the name of torchvision's weights, or a file
+    weights = raw.get("pretrained_weights")  # a file, or the name of weights in torchvision
     if isinstance(weights, str) and os.path.isfile(weights):
         raw["pretrained_weights"] = str(Path(weights).absolute())
     settings = _validated(raw, source)
@@ -68,13 +68,13 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
             raise SettingsError(f"{source}: {error}") from error
     if settings.select_on == "test":
         notes.append(
-            f'{source}: select_on is "test": models are chosen by their scores on the test set, so these scores are '
-            'better than the models. "validation" keeps the test set for the end.'
+            f'{source}: select_on is "test": models are selected by their test scores, so these scores are too '
+            'optimistic. "validation" keeps the test set for the final evaluation.'
         )
     return settings, notes
 
 
-# Keys that may change during a run: earlier results do not depend on them.
+# Keys that may change during a run, because earlier results stay valid.
 AMENDABLE = (
     "training_profiles", "epochs_per_chunk", "workers", "cores_per_worker", "total_lifetime", "eon_lifetime",
     "stop_after_stale_cycles", "stop_at_score", "stop_after_epochs", "max_failures", "max_chunk_attempts",
@@ -83,7 +83,7 @@ AMENDABLE = (
 
 
 def amend(settings: Settings, overrides: Sequence[str]) -> Settings:
-    """Settings with "key=value" changes. Raises SettingsError for a key that can't change in a run."""
+    """Apply "key=value" changes to a run's settings. Raises SettingsError for a key that is fixed at launch."""
     raw = settings.model_dump(mode="json")
     for override in overrides:
         key = override.partition("=")[0].split(".")[0]
@@ -95,7 +95,7 @@ def amend(settings: Settings, overrides: Sequence[str]) -> Settings:
 
 
 def _validated(raw: dict[str, Any], source: str) -> Settings:
-    """Raises SettingsError. A run's settings are kept as JSON, so reading them back must give the same values."""
+    """Validate settings, and check that they can be stored as JSON without a change. Raises SettingsError."""
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
@@ -111,7 +111,7 @@ def _validated(raw: dict[str, Any], source: str) -> Settings:
 
 
 def difference(old: Settings, new: Settings) -> list[str]:
-    """A line for each value that differs, such as "slurm.partition: old -> new"."""
+    """Return a line for each value that differs, such as "slurm.partition: old -> new"."""
     return changes(old.model_dump(mode="json"), new.model_dump(mode="json"))
 
 
@@ -125,12 +125,12 @@ def _read_json(path: Path) -> Any:
         raise SettingsError(f"{source}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
     except SettingsError as error:  # a duplicate key
         raise SettingsError(f"{source}: {error}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, numbers of thousands of digits, nested too deep
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number with thousands of digits, nested too deeply
         raise SettingsError(f"{source}: not JSON: {shown(str(error), 120)}") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises SettingsError for a duplicate key: Python would silently take the last value."""
+    """Make a dict. Raises SettingsError for a duplicate key, of which json would silently use the last value."""
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
@@ -140,11 +140,11 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
-    """Set a value in raw, in place. Raises SettingsError."""
+    """Apply one "key=value" override to raw, in place. Raises SettingsError."""
     path, equals, text = override.partition("=")
     option = f"--set {shown(override, 180)!r}"
     if not equals or not path:
-        raise SettingsError(f"{option}: allowed is key=value, e.g. --set workers=4")
+        raise SettingsError(f"{option}: write key=value, e.g. --set workers=4")
     try:
         value = _read_json(Path(text[1:])) if text.startswith("@") else json.loads(text)
     except json.JSONDecodeError:

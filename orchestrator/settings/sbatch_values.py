@@ -1,4 +1,4 @@
-"""The allowed values in a batch script's #SBATCH lines, where a line break in a value would begin a new line. Pure."""
+"""Check values for a batch script's #SBATCH lines, where a line break in a value would start another command."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from orchestrator.messages import one_line, shown
 
-# orch sets these itself: it knows jobs by their names, and chains depend on the dependencies.
+# orch sets these itself: for example, it finds jobs by name and builds chains with dependencies.
 OWNED = {
     "job-name", "output", "error", "dependency", "array", "open-mode", "nodes", "ntasks", "ntasks-per-node", "parsable",
 }  # fmt: skip
-# orch computes leases and the end of each job's work from these.
+# Options with a settings key of their own, from which orch computes leases and when a job stops working.
 INSTEAD = {"time": "slurm.time_min", "signal": "slurm.signal_delay_s"}
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,59}")
 
@@ -22,12 +22,12 @@ def option_name(name: str) -> str:
 
 
 def is_owned(name: str) -> bool:
-    """sbatch accepts abbreviations of long options."""
+    """Return whether orch sets this option itself. sbatch also accepts abbreviated names of long options."""
     return any(owned.startswith(option_name(name)) for owned in OWNED) if name else False
 
 
 def checked_additional(options: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for an sbatch option or a value that settings can't have."""
+    """Return the options. Raises ValueError for an option or a value that is not allowed in settings."""
     for key, value in options.items():
         name = option_name(key)
         if is_owned(name):
@@ -39,7 +39,7 @@ def checked_additional(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_option(name: str, value: Any) -> None:
-    """Raises ValueError."""
+    """Raises ValueError if the option's name or value is not allowed."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"{shown(name, 60)!r} is not a long sbatch option; allowed are names such as 'reservation'")
     if isinstance(value, str):
@@ -47,15 +47,15 @@ def check_option(name: str, value: Any) -> None:
             one_line(value)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    elif not (isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max):  # false for NaN, too
-        raise ValueError(f"{name}: {type(value).__name__} is not allowed; an option is a text, a number or true")
+    elif not (isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max):  # false for NaN as well
+        raise ValueError(f"{name}: {type(value).__name__} is not allowed; an option is a string, a number or true")
 
 
 def checked_setup(lines: list[str]) -> list[str]:
-    """Raises ValueError for text of several lines, and for a line that sbatch would read."""
+    """Return the lines. Raises ValueError for a text with line breaks, and for a line that sbatch would parse."""
     for line in lines:
         one_line(line, allowed="\t")
         if line.startswith("#SBATCH"):
-            options = "sbatch would read it. Put options into slurm.additional_parameters"
+            options = "sbatch would parse it. Put options into slurm.additional_parameters"
             raise ValueError(f"{shown(line, 60)!r} is not a command: {options}")
     return lines

@@ -32,27 +32,27 @@ def _check_logger(name: str) -> str:
 
 
 def _check_database(url: str) -> str:
-    """Raises ValueError, whose text never holds the URL's password."""
+    """Return the URL. Raises ValueError; its message never contains the password."""
     one_line(url)
     try:
         parts = urlsplit(url)
         query = {key.lower() for key in parse_qs(parts.query, keep_blank_values=True)}
         password = parts.password or query & {"password", "sslpassword"}
-        parts.port  # noqa: B018  # raises ValueError if it is not a number
+        parts.port  # noqa: B018  # raises ValueError if the port is not a number
     except ValueError as error:  # also for brackets without an IPv6 address
         raise ValueError(f"not a URL: {str(error).split(':')[0]}") from error
     if parts.scheme == "sqlite":
         if parts.path in ("", "/", "/:memory:"):
-            raise ValueError("a database in memory ends with its process; allowed is sqlite:////folder/file.db")
+            raise ValueError("a database in memory is lost when its process ends; use sqlite:////folder/file.db")
     elif parts.scheme != POSTGRES:
         raise ValueError(
-            f"orch does not know the database {parts.scheme[:40]!r}; allowed are {POSTGRES}://user@host/name and "
+            f"orch does not support the database {parts.scheme[:40]!r}; allowed are {POSTGRES}://user@host/name and "
             "sqlite:////folder/file.db"
         )
     elif password:
         raise ValueError(
-            "the URL holds a password, which would be written to the run folder; leave it out, and set PGPASSWORD or "
-            "use ~/.pgpass"
+            "the URL contains a password, which would be written to the run folder; leave it out, and set PGPASSWORD "
+            "or use ~/.pgpass"
         )
     return url
 
@@ -61,93 +61,93 @@ DatabaseUrl = Annotated[str, AfterValidator(_check_database)]
 
 
 class SlurmSettings(Strict):
-    """What each job asks of Slurm. Unset keys take the value in slurm_file, else Slurm's default."""
+    """What each job requests from Slurm. For unset keys, slurm_file applies, else Slurm's default."""
 
     partition: Word | None = Field(None, description="partition, or several with commas between them")
-    account: Word | None = Field(None, description="account that the jobs are charged to")
+    account: Word | None = Field(None, description="account to charge the jobs to")
     qos: Word | None = Field(None, description="quality of service")
-    time_min: Count | None = Field(None, description="time limit in minutes; default: what eon_lifetime needs")
+    time_min: Count | None = Field(None, description="time limit in minutes; default: computed from eon_lifetime")
     gpus: int | None = Field(None, ge=0, le=MOST, description="GPUs of a worker; default: gpus_per_worker")
     gres: Word | None = Field(None, description="generic resources, such as gpu:a100:1")
     cpus: Count | None = Field(None, description="CPU cores of each task")
     mem_gb: Size | None = Field(None, description="memory of each node in GiB")
     nice: int | None = Field(None, ge=0, le=2**31, description="how much to lower the jobs' priority")
-    constraint: Word | None = Field(None, description="features that a node must have")
+    constraint: Word | None = Field(None, description="features that nodes must have")
     exclude: Word | None = Field(None, description="nodes that jobs must not run on")
     throttle: Count | None = Field(None, description="how many jobs of the first array may run at the same time")
-    signal_delay_s: Count | None = Field(None, description="seconds from warning to time limit; default: 60")
+    signal_delay_s: Count | None = Field(None, description="seconds between warning and time limit; default: 60")
     setup: Annotated[list[str], AfterValidator(checked_setup)] = Field(
-        [], description="shell commands that a job runs before it starts"
+        [], description="shell commands to run at the beginning of a job"
     )
     additional_parameters: Annotated[dict[str, Any], AfterValidator(checked_additional)] = Field(
-        {}, description="other long options of sbatch"
+        {}, description="other long sbatch options"
     )
 
 
 class Settings(Strict):
     """Everything that defines a run. Lifetimes are in seconds."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="the run and its folder")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="name of run and folder")
     job: str = Field(DEFAULT_JOB, pattern=JOB, max_length=300, description="module:Class of the model and its data")
     job_params: dict[str, Any] = Field({}, description="the job's own parameters")
 
     num_models: Count = Field(5, description="slots of the leaderboard")
     training_profiles: list[Profile] = Field(min_length=1, description="the cycle, in order; repeats are allowed")
     max_batch_size: Count = Field(100, description="examples in a batch")
-    epochs_per_chunk: Count = Field(1, description="epochs of a chunk, after which the board decides")
+    epochs_per_chunk: Count = Field(1, description="epochs of a chunk")
     metric: Metric = Field(Metric(), description="the number that orders the board; mode is max or min")
     select_on: Literal["validation", "test"] = Field(
-        "validation", description="the data that models are chosen on; with test, the scores are too good"
+        "validation", description="the data that models are selected on; with test, the scores are too optimistic"
     )
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training set, stratified by class")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the split and the initial weights")
     deterministic: bool = Field(False, description="use torch's deterministic algorithms, which are slower")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="number format of products and convolutions; auto: bf16, else fp16 on a GPU, fp32 on a CPU"
+        "auto", description="format of matrix products and convolutions; auto: bf16, else fp16 on a GPU, fp32 on a CPU"
     )
     channels_last: Literal["auto", True, False] = Field(
         "auto", description="memory layout of images; auto: channels last if the model has 2D convolutions"
     )
     compile: bool = Field(False, description="compile the model with torch.compile")
     loggers: list[Annotated[str, AfterValidator(_check_logger)]] = Field(
-        ["tensorboard"], description="where curves go: tensorboard, wandb, mlflow, or module:Class"
+        ["tensorboard"], description="where curves are written: tensorboard, wandb, mlflow, or module:Class"
     )
 
-    training_source_dir: FilePath | None = Field(None, description="folder of training images, one folder a class")
-    testing_source_dir: FilePath | None = Field(None, description="folder of test images, one folder a class")
+    training_source_dir: FilePath | None = Field(None, description="folder of training images, one subfolder per class")
+    testing_source_dir: FilePath | None = Field(None, description="folder of test images, one subfolder per class")
     pretrained_features: Flags = Field(False, description="AlexNet: which convolution layers start pretrained")
     pretrained_classifier: Flags = Field(False, description="AlexNet: which classifier layers start pretrained")
     trainable_features: Flags = Field(True, description="AlexNet: which convolution layers are trained")
     trainable_classifier: Flags = Field(True, description="AlexNet: which classifier layers are trained")
-    pretrained_weights: FilePath = Field("IMAGENET1K_V1", description="a name of torchvision's weights, or a file")
+    pretrained_weights: FilePath = Field("IMAGENET1K_V1", description="name of weights in torchvision, or a file")
 
-    workers: int = Field(1, ge=1, le=100_000, description="chains that train at the same time")
+    workers: int = Field(1, ge=1, le=100_000, description="number of chains that train at the same time")
     executor: Literal["slurm", "local", "inline"] | None = Field(
         None, description="where jobs run; default: slurm if sbatch is installed, else local"
     )
-    gpus_per_worker: Count = Field(1, description="processes of a worker that train together, with one GPU each")
-    cores_per_worker: Count | None = Field(None, description="CPU cores; default: what the job was given")
+    gpus_per_worker: Count = Field(1, description="processes of a worker that train together, one GPU each")
+    cores_per_worker: Count | None = Field(None, description="CPU cores; default: the cores allocated to the job")
     total_lifetime: Lifetime = Field(259200, description="seconds from launch to the end of the run")
     eon_lifetime: Lifetime = Field(2400, description="seconds of work in one job")
-    stop_after_stale_cycles: Count | None = Field(1, description="cycles without a promotion; null: never")
-    stop_at_score: float | None = Field(None, allow_inf_nan=False, description="of the best model, to end the run")
-    stop_after_epochs: Count | None = Field(None, description="the run ends after this many epochs in total")
+    stop_after_stale_cycles: Count | None = Field(1, description="end after cycles without a promotion; null: never")
+    stop_at_score: float | None = Field(None, allow_inf_nan=False, description="end when a model has this score")
+    stop_after_epochs: Count | None = Field(None, description="end after this many epochs in total")
     max_failures: Count = Field(5, description="failures in a row that end a chain")
     max_chunk_attempts: Count = Field(3, description="failures of a profile on a model before it is skipped")
     max_disk_gb: Size | None = Field(None, description="limit for the run's folder in GB (10^9 bytes)")
     slurm_file: FilePath | None = Field(None, description="an sbatch file whose options and setup lines are used")
-    slurm: SlurmSettings = Field(SlurmSettings(), description="what jobs ask of Slurm; overrides slurm_file")
+    slurm: SlurmSettings = Field(SlurmSettings(), description="what jobs request from Slurm; overrides slurm_file")
     database: DatabaseUrl | None = Field(None, description="PostgreSQL or SQLite URL; default: in the run's folder")
-    lock: WantedLock = Field("auto", description="the lock around the SQLite file; auto: one that is proven at launch")
+    lock: WantedLock = Field("auto", description="lock for the SQLite file; auto: one that passes a test at launch")
     group: Line | None = Field(None, description="a Unix group whose members may read and control the run")
     database_schema: str | None = Field(
-        None, pattern=r"^[a-z_][a-z0-9_]*$", max_length=63, description="PostgreSQL schema; default: one for each run"
+        None, pattern=r"^[a-z_][a-z0-9_]*$", max_length=63, description="PostgreSQL schema; default: a new one per run"
     )
 
     @field_validator("loggers")
     @classmethod
     def _check_loggers_are_distinct(cls, names: list[str]) -> list[str]:
-        """A logger that is named twice would write everything twice."""
+        """Refuse duplicates: a logger named twice would write everything twice."""
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"{shown(repr(name))} is named {names.count(name)} times; name each logger once")
@@ -173,7 +173,7 @@ class Settings(Strict):
 
     @property
     def uses_server(self) -> bool:
-        """Is the database a server? Then the tables need a schema, and no lock on a file."""
+        """Whether the database is a server, where the tables need a schema but no file lock."""
         return self.database is not None and not self.database.startswith("sqlite")
 
     @property
@@ -186,7 +186,7 @@ class Settings(Strict):
         return tuple(dict.fromkeys(path for path in (self.training_source_dir, self.testing_source_dir) if path))
 
     def policy(self, version: int) -> Policy:
-        """The part of the settings that the leaderboard needs."""
+        """Return the part of the settings that the leaderboard needs."""
         return Policy(
             version=version,
             metric=self.metric,
@@ -204,5 +204,5 @@ class Settings(Strict):
 
 
 def new_schema(run_name: str) -> str:
-    """A unique name that PostgreSQL accepts without quotes."""
+    """Make a unique schema name that PostgreSQL accepts without quotes."""
     return f"orch_{re.sub(r'[^a-z0-9_]', '_', run_name.lower())[:40]}_{secrets.token_hex(4)}"

@@ -1,4 +1,4 @@
-"""The commands of `python slurm/devcluster`: the methods of a DevCluster, from a shell."""
+"""The command line of `python slurm/devcluster`, which calls the methods of DevCluster."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from devcluster_config import Shape
 from devcluster_processes import DevClusterError, MissingPackagesError
 
 COMMANDS = {
-    "up": "start the cluster, or those of its daemons that do not run",
-    "down": "cancel every job and stop the cluster; its folder stays",
-    "wipe": "stop it and delete its folder",
-    "status": "its nodes, its queue and its processes; exit code 1 when it does not run",
-    "env": "the line that makes a shell talk to it",
-    "run": "run a command that talks to it: run -- sbatch --wrap hostname",
+    "up": "start the cluster's daemons, unless they run already",
+    "down": "cancel every job and stop the cluster; keep its folder",
+    "wipe": "stop the cluster and delete its folder",
+    "status": "show the cluster's nodes, queue and processes; exit code 1 if it does not run",
+    "env": "print the line that makes a shell use the cluster",
+    "run": "run a command that uses the cluster: run -- sbatch --wrap hostname",
     "kill-controller": "SIGKILL slurmctld",
-    "stop-controller": "end slurmctld",
+    "stop-controller": "stop slurmctld",
     "start-controller": "start slurmctld",
     "kill-node": "SIGKILL a node's slurmd and slurmstepds: kill-node node1",
     "start-node": "start a node's slurmd: start-node node1",
@@ -48,13 +48,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
     parser.add_argument("words", nargs="*", metavar="...", help="a node, or the command to run")
     parser.add_argument("--folder", type=Path, help=f"the cluster's folder: {default_folder()}")
-    up = parser.add_argument_group("up", "the default of an option is its last value in this folder")
-    up.add_argument("--nodes", type=int, help="4")
+    up = parser.add_argument_group("up", "options; the default is the last value used in this folder")
+    up.add_argument("--nodes", type=int, help="number of nodes: 4")
     up.add_argument("--cpus", type=int, help="declared CPUs of each node: 16")
     up.add_argument("--gpus", type=int, help="declared GPUs of each node: 2")
     up.add_argument("--no-accounting", dest="accounting", action="store_false", default=None)
-    up.add_argument("--faketime", metavar="SPEC", help="controller's clock: '+0 x10': ten times as fast")
-    up.add_argument("--port-base", type=int, help="the first of nodes + 2 ports; free ones are chosen")
+    up.add_argument("--faketime", metavar="SPEC", help="the controller's clock; '+0 x10' is ten times as fast")
+    up.add_argument("--port-base", type=int, help="the first of nodes + 2 ports; default: free ports")
     options = parser.parse_args(arguments)
     if options.command.endswith("-node") and len(options.words) != 1:
         parser.error(f"{options.command} needs a node's name")

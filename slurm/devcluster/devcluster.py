@@ -1,10 +1,10 @@
-"""A real Slurm cluster on one machine, as root or as a plain user: for the tests, and for trying things out.
+"""A real Slurm cluster on one machine for tests and experiments, run as root or as a plain user.
 
-    python slurm/devcluster up                start it, or do nothing if it runs
-    eval "$(python slurm/devcluster env)"     now sbatch, squeue and orch talk to it
-    python slurm/devcluster down              stop it (wipe: and delete its folder)
+    python slurm/devcluster up                start the cluster, if it does not run
+    eval "$(python slurm/devcluster env)"     make sbatch, squeue and orch use it
+    python slurm/devcluster down              stop it (`wipe` also deletes its folder)
 
-Everything is in one folder. README.md in this folder describes the cluster.
+All its files are in one folder. The README.md beside this file describes the cluster.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from devcluster_processes import (
 
 __all__ = ["DevCluster", "DevClusterError", "MissingPackagesError", "Process", "Shape", "wait_for"]
 
-# slurmstepd's socket, FOLDER/spool/node1/node1_123456.4294967291, must fit in the 107 bytes of such a path.
+# The path of slurmstepd's socket, FOLDER/spool/node1/node1_123456.4294967291, must fit in 107 bytes.
 LONGEST_FOLDER = 60
 LOCK = "lock"
 NODE_IS_UP = ("idle", "mixed", "allocated", "completing")
@@ -60,7 +60,7 @@ def default_folder() -> Path:
 
 
 class DevCluster(SlurmClient):
-    """One cluster in one folder. Several can run at the same time: each has its own ports and sockets."""
+    """A cluster in a folder. Several clusters can run at the same time, with their own ports and sockets."""
 
     def __init__(self, folder: Path | str | None = None, shape: Shape | None = None) -> None:
         super().__init__(Path(folder or default_folder()).resolve())
@@ -79,9 +79,9 @@ class DevCluster(SlurmClient):
     @classmethod
     @contextlib.contextmanager
     def temporary(cls, shape: Shape | None = None) -> Iterator[DevCluster]:
-        """A started cluster in a new folder, wiped at the end; only stopped if ORCH_DEVCLUSTER_KEEP is set.
+        """Start a cluster in a new folder and wipe it at the end, or only stop it if ORCH_DEVCLUSTER_KEEP is set.
 
-        Temporary clusters whose owner was killed before it could wipe them are wiped first.
+        First wipes temporary clusters whose owners were killed before they could do so.
         """
         shape = shape or Shape()
         check_packages(shape.accounting, shape.faketime is not None)
@@ -107,7 +107,7 @@ class DevCluster(SlurmClient):
     # --- the whole cluster
 
     def start(self) -> None:
-        """Start every daemon that does not run, and return when every node takes jobs."""
+        """Start all daemons that do not run, and return when every node accepts jobs."""
         check_packages(self.shape.accounting, self.shape.faketime is not None)
         with self._locked():
             stored, running = Stored.load(self.folder), self.processes()
@@ -139,26 +139,26 @@ class DevCluster(SlurmClient):
             self._end(lambda process: True)
 
     def wipe(self) -> None:
-        """Stop everything at once and delete the folder."""
+        """Stop all processes immediately and delete the folder."""
         if not self.folder.exists():
             return
         names = {path.name for path in self.folder.iterdir()}
         if names - {LOCK} and Stored.load(self.folder) is None:
             raise DevClusterError(f"{self.folder} is not deleted: it is not a cluster's folder")
         with self._locked():
-            self._cancel_before_stop()  # slurmstepd knows the processes of a job better than we do
+            self._cancel_before_stop()  # slurmstepd finds a job's processes more reliably
             self._end(lambda process: True, signal.SIGKILL)
             shutil.rmtree(self.folder)
 
     def processes(self) -> list[Process]:
-        """Every process of the cluster: daemons, slurmstepds and what the jobs run."""
+        """Return all processes of the cluster: daemons, slurmstepds and the processes of jobs."""
         self._children = [child for child in self._children if child.poll() is None]
         return find_processes(self.folder)
 
     def is_running(self, program: str = "slurmctld", node: str | None = None) -> bool:
         return any((process.program, process.node) == (program, node) for process in self.processes())
 
-    # --- its parts
+    # --- single daemons
 
     def start_controller(self) -> None:
         """Start slurmctld, if it does not run, and return when it answers."""
@@ -169,18 +169,18 @@ class DevCluster(SlurmClient):
         self._spawn("slurmctld", ["slurmctld", "-D"], answers, faketime_environment(self.shape.faketime))
 
     def stop_controller(self) -> None:
-        """End slurmctld as an administrator does: it saves its state first. Jobs run on."""
+        """Stop slurmctld as an administrator would, so that it saves its state. Jobs continue to run."""
         self._end(lambda process: process.program == "slurmctld")
 
     def kill_controller(self) -> None:
-        """SIGKILL slurmctld, as a crash does. What it has not saved is lost, such as a job of the last second."""
+        """SIGKILL slurmctld, to simulate a crash. Unsaved state is lost, such as a job submitted a second ago."""
         self._end(lambda process: process.program in ("slurmctld", "slurmscriptd"), signal.SIGKILL)
 
     def kill_node(self, name: str, stepd: bool = True, *, jobs: bool = False, detect: bool = False) -> None:
-        """SIGKILL a node's slurmd, its slurmstepds, and with `jobs` what they run; then declare it down.
+        """SIGKILL a node's slurmd, its slurmstepds and (with `jobs`) the processes of jobs; then declare it down.
 
-        Without `jobs` the batch scripts outlive their node, unknown to Slurm: for this case claims have generations.
-        With `detect` the node is not declared down: slurmctld finds out by itself, which takes about 30 s.
+        Without `jobs` the batch scripts keep running, unknown to Slurm: the case for which claims have generations.
+        With `detect` the node is not declared down; slurmctld detects the failure itself, which takes about 30 s.
         """
         self._check_node(name)
         doomed = {"slurmd"} | ({"slurmstepd"} if stepd else set()) | ({"job"} if jobs else set())
@@ -190,20 +190,20 @@ class DevCluster(SlurmClient):
         wait_for(lambda: self.node_states()[name].startswith("down"), 90, f"{name} to be down")
 
     def start_node(self, name: str) -> None:
-        """Start a node's slurmd, if it does not run, and return when the node takes jobs."""
+        """Start a node's slurmd, if it does not run, and return when the node accepts jobs."""
         self._check_node(name)
         self._spawn(f"slurmd-{name}", ["slurmd", "-D", "-N", name])
 
         def is_up() -> bool:
             state = self.node_states()[name]
-            if "drain" in state:  # Slurm drains a node when it finds a job twice on it
+            if "drain" in state:  # Slurm drains a node when a job is on it twice
                 self.run(["scontrol", "update", f"NodeName={name}", "State=RESUME"], check=False)
             return state in NODE_IS_UP
 
         wait_for(is_up, 60, f"{name} to be up")
 
     def clear(self) -> None:
-        """Cancel every job, and end the processes that jobs left on killed nodes."""
+        """Cancel every job, and kill the processes that jobs left on killed nodes."""
         self.cancel_all()
         self._end(lambda process: process.program == "job", signal.SIGKILL)
 
@@ -211,7 +211,7 @@ class DevCluster(SlurmClient):
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """One start or stop at a time in a folder."""
+        """Allow only one start or stop at a time in a folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -235,20 +235,20 @@ class DevCluster(SlurmClient):
             self._spawn("slurmdbd", ["slurmdbd", "-D"], lambda: listens((self._port or 0) + 1), variables)
             self._set_up_accounting()
         self.start_controller()
-        for name in self.node_names:  # all before waiting for the first
+        for name in self.node_names:  # start all nodes before waiting for the first one
             self._spawn(f"slurmd-{name}", ["slurmd", "-D", "-N", name])
         for name in self.node_names:
             self.start_node(name)
 
     def _set_up_accounting(self) -> None:
-        """The cluster and the user's account must be in the database before the controller starts."""
+        """Add the cluster and the user's account to the database, which must precede the controller's start."""
         done = self.folder / "mysql" / "set-up"
         if done.exists():
             return
         commands = "\n".join(accounting_set_up(self.user))
         result = self.run(["sacctmgr", "--immediate"], stdin=commands)
         account = self.run(["sacctmgr", "-n", "-P", "list", "user", self.user, "format=DefaultAccount"])
-        if account.stdout.strip() != ACCOUNT:  # which the last command sets
+        if account.stdout.strip() != ACCOUNT:  # the last command sets the default account
             raise DevClusterError(f"no accounting: sacctmgr: {result.stdout} {result.stderr}")
         done.touch()
 
@@ -261,8 +261,8 @@ class DevCluster(SlurmClient):
     ) -> None:
         """Start a daemon, unless it runs, and return when it is ready.
 
-        It stays a child of this process, so that its pid is known, in a session of its own, so that Ctrl-C in this
-        terminal does not reach it.
+        The daemon stays a child of this process, so that its pid is known, but gets a session of its own, so that
+        Ctrl-C in this terminal does not stop it.
         """
         program, _, node = name.partition("-")
         if self.is_running(program, node or None):
@@ -281,7 +281,7 @@ class DevCluster(SlurmClient):
             raise DevClusterError(f"{name} ended at once, exit {child.returncode} ({output}):\n{last_lines}")
 
     def _end(self, wanted: Callable[[Process], bool], number: signal.Signals = signal.SIGTERM) -> None:
-        """Signal the wanted processes and return when they have ended; SIGKILL for those that take too long."""
+        """Signal the wanted processes and return when they have ended; SIGKILL those that have not ended in 10 s."""
 
         def left() -> list[Process]:
             return [process for process in self.processes() if wanted(process)]
@@ -294,12 +294,12 @@ class DevCluster(SlurmClient):
                 break
         else:
             raise DevClusterError(f"not ended: {left()}")
-        for child in self._children:  # it has closed the files that identify it, but may still be ending
+        for child in self._children:  # a child is not in `left` once it has closed its log, but may not have exited
             if child.pid in ending:
                 child.wait(timeout=10)
 
     def _cancel_before_stop(self) -> None:
-        """Jobs end better by scancel than by our signals; a controller that does not answer is stopped anyway."""
+        """Cancel all jobs, which ends them more cleanly than signals do; ignore a controller that does not answer."""
         if self.is_running("slurmctld"):
             with contextlib.suppress(DevClusterError, subprocess.TimeoutExpired):
                 self.cancel_all(timeout_s=4)

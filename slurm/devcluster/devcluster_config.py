@@ -20,23 +20,23 @@ ACCOUNT = "research"
 
 @dataclass(frozen=True)
 class Shape:
-    """Saved in the cluster's folder, so that `down` and the next `up` need no options."""
+    """The options of a cluster. Saved in its folder, so that `down` and the next `up` need no options."""
 
     nodes: int = 4
-    cpus: int = 16  # of each node; declared, not counted: the machine may have fewer
-    gpus: int = 2  # of each node; not real, but CUDA_VISIBLE_DEVICES is set as for real ones
-    accounting: bool = True  # slurmdbd: sacct, accounts, QOS
+    cpus: int = 16  # per node; as declared to Slurm, since the machine may have fewer
+    gpus: int = 2  # per node; not real, but Slurm sets CUDA_VISIBLE_DEVICES for them
+    accounting: bool = True  # run slurmdbd, which sacct, accounts and QOS need
     faketime: str | None = None  # the controller's clock, as in faketime(1): '+0 x10' runs ten times as fast
-    port_base: int | None = None  # the first of nodes + 2 ports; None: free ones are chosen
+    port_base: int | None = None  # the first of nodes + 2 ports; None: choose free ports
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The file that marks a folder as a cluster's, and from which a later command finds the cluster."""
+    """The content of cluster.json, which identifies a cluster's folder and tells later commands how to use it."""
 
     shape: Shape
     port: int  # the first port in use
-    owner: str | None  # start_time() of the process a temporary cluster belongs to
+    owner: str | None  # for a temporary cluster: start_time() of the process that made it
 
     @classmethod
     def load(cls, folder: Path) -> Stored | None:
@@ -49,11 +49,11 @@ class Stored:
     def save(self, folder: Path) -> None:
         new = folder / "cluster.json.new"
         new.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        new.replace(folder / "cluster.json")  # complete at any time, for processes that look for abandoned clusters
+        new.replace(folder / "cluster.json")  # atomic: another process may be looking for abandoned clusters
 
 
 def write_files(folder: Path, shape: Shape, user: str, port: int) -> None:
-    """Write the files that the daemons do not write themselves."""
+    """Create the folders, configuration files, munge key and fake GPU devices that the daemons need."""
     for name in SUBFOLDERS:
         (folder / name).mkdir(exist_ok=True)
     values: dict[str, object] = asdict(shape) | {
@@ -65,7 +65,7 @@ def write_files(folder: Path, shape: Shape, user: str, port: int) -> None:
         "first_node_port": port + 2,
         "last_node_port": port + 1 + shape.nodes,
         "last_gpu": shape.gpus - 1,
-        # Only the controller has the fast clock: by it, nodes answer late and credentials are old when they arrive.
+        # By the controller's fast clock, nodes (which have the normal clock) answer late and credentials expire early.
         "cred_expire_s": 60 if shape.faketime else 5,
         "slurmd_timeout_s": 100 if shape.faketime else 10,
     }
@@ -77,7 +77,7 @@ def write_files(folder: Path, shape: Shape, user: str, port: int) -> None:
     values["accounting"] = filled("accounting.conf") if shape.accounting else no_accounting
     for name in ("slurm.conf", "slurmdbd.conf", "gres.conf", "cgroup.conf"):
         (folder / "etc" / name).write_text(filled(name) if name != "gres.conf" or shape.gpus else "")
-    (folder / "etc" / "slurmdbd.conf").chmod(0o600)  # slurmdbd insists on it
+    (folder / "etc" / "slurmdbd.conf").chmod(0o600)  # slurmdbd requires this mode
     for number in range(shape.gpus):
         with contextlib.suppress(FileExistsError):
             (folder / "dev" / f"gpu{number}").symlink_to("/dev/null")
@@ -95,14 +95,14 @@ def munged_command(folder: Path) -> list[str]:
         "seed-file": "run/munge.seed",
         "log-file": "log/munged.log",
     }
-    # --force: else munged refuses folders that do not belong to root or to the user munge.
+    # Without --force, munged refuses folders that belong to neither root nor the user munge.
     options = [f"--{name}={folder}/{path}" for name, path in files.items()]
     return ["munged", "--foreground", "--force", *options]
 
 
 def install_database_command(folder: Path, user: str) -> list[str]:
-    """The user of the cluster becomes the database's root, who is identified by the socket."""
-    # A server that starts deletes the temporary tables in its folder: in /tmp also those of other servers.
+    """Return the command that installs the database. The cluster's user becomes its root, who needs no password."""
+    # A server that starts deletes all temporary tables in its tmpdir; in /tmp these may belong to other servers.
     where = [f"--datadir={folder}/mysql", f"--tmpdir={folder}/tmp", f"--user={user}"]
     root = ["--auth-root-authentication-method=socket", f"--auth-root-socket-user={user}", "--skip-test-db"]
     return ["mariadb-install-db", "--no-defaults", *where, *root]
@@ -118,7 +118,7 @@ def mariadbd_command(folder: Path, user: str) -> list[str]:
     }
     options = [f"--{name}={folder}/{path}" for name, path in files.items()]
     options += [f"--user={user}", "--skip-networking", "--innodb-buffer-pool-size=64M"]
-    options += ["--innodb-flush-log-at-trx-commit=0"]  # a test's accounting may be lost with the machine
+    options += ["--innodb-flush-log-at-trx-commit=0"]  # losing data in a power cut is acceptable in tests
     options += ["--innodb-lock-wait-timeout=900"]  # slurmdbd requires it
     return ["mariadbd", "--no-defaults", *options]
 
@@ -129,17 +129,17 @@ def faketime_environment(faketime: str | None) -> dict[str, str]:
     return {
         "LD_PRELOAD": str(faketime_library()),
         "FAKETIME": faketime,
-        "FAKETIME_DONT_FAKE_MONOTONIC": "0",  # Slurm's timers use the monotonic clock: it must be as fast
+        "FAKETIME_DONT_FAKE_MONOTONIC": "0",  # fake it too, because Slurm's timers use it
     }
 
 
 def accounting_set_up(user: str) -> list[str]:
-    """The sacctmgr commands for a new database. Tests use the two QOS to have jobs refused."""
+    """Return the sacctmgr commands for a new database. With the two QOS, tests make Slurm refuse jobs."""
     return [
         f"add cluster {CLUSTER}",
         "add qos one MaxSubmitJobsPerUser=1",
         "add qos two MaxSubmitJobsPerUser=2",
         f"add account {ACCOUNT} Cluster={CLUSTER}",
         f"add user {user} Account={ACCOUNT} AdminLevel=Admin QOS=normal,one,two DefaultQOS=normal",
-        f"modify user {user} set DefaultAccount={ACCOUNT}",  # needed for root, who has an account already
+        f"modify user {user} set DefaultAccount={ACCOUNT}",  # needed for root, which has an account already
     ]

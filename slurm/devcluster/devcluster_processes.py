@@ -1,8 +1,8 @@
-"""Finding and signalling the processes of a development cluster, and finding ports for them. Linux only.
+"""Finds and signals the processes of a development cluster, and finds ports for them. Linux only.
 
-A process belongs to the cluster if /proc shows that it has a log file of the folder open (the daemons, slurmstepd) or
-that it runs inside a job of the folder's slurm.conf. No other process is ever signalled. So no pid file can be out of
-date, a daemon is recognised from its start, and so is slurmstepd, which has no pid file and overwrites its environment.
+A process belongs to the cluster if, according to /proc, it has a log file in the cluster's folder open (the daemons and
+slurmstepd) or its environment is that of a job of the cluster. No other process is ever signalled. Unlike pid files,
+/proc is never out of date, and it also shows slurmstepd, which has no pid file and overwrites its environment.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Debian keeps the daemons where a plain user's PATH does not look.
+# On Debian, the daemons are in folders that are not on a plain user's PATH.
 DAEMON_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 DAEMONS = ("slurmctld", "slurmscriptd", "slurmd", "slurmstepd", "slurmdbd", "mariadbd", "munged")
 
-# program -> the Debian package that has it
+# program -> its Debian package
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 ACCOUNTING_PACKAGES = {
     "slurmdbd": "slurmdbd",
@@ -34,12 +34,12 @@ ACCOUNTING_PACKAGES = {
 }
 FAKETIME_LIBRARIES = ("usr/lib/*/faketime/libfaketimeMT.so.1", "usr/lib*/faketime/libfaketimeMT.so.1")
 
-# Below Linux' usual ephemeral ports (32768 and up), which any client on the machine may hold for a moment.
+# Below Linux's usual ephemeral ports (from 32768), which any client on the machine may use for a moment.
 PORT_BASES = range(17000, 32000, 50)
 
 
 class DevClusterError(Exception):
-    """The development cluster could not do what was asked."""
+    """An operation on the development cluster failed."""
 
 
 class MissingPackagesError(DevClusterError):
@@ -48,15 +48,15 @@ class MissingPackagesError(DevClusterError):
 
 @dataclass(frozen=True)
 class Process:
-    """A running process of the cluster. Zombies do not count: they have no files and no environment."""
+    """A running process of the cluster. Zombies are excluded, because they have no open files and no environment."""
 
     pid: int
-    program: str  # one of DAEMONS, or "job" for what a batch script runs
-    node: str | None  # of slurmd, slurmstepd and jobs
+    program: str  # one of DAEMONS, or "job" for a process of a batch job
+    node: str | None  # set for slurmd, slurmstepd and jobs
 
 
 def wait_for(condition: Callable[[], T], timeout_s: float, what: str, every_s: float = 0.05) -> T:
-    """Poll until the condition is true and return its value; DevClusterError when the time is up."""
+    """Poll until the condition is true and return its value. Raises DevClusterError when the time is up."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         if time.monotonic() > deadline:
@@ -70,7 +70,7 @@ def faketime_library() -> Path | None:
 
 
 def check_packages(accounting: bool, faketime: bool) -> None:
-    """Raise MissingPackagesError, with the line that installs everything, when a program is missing."""
+    """Raise MissingPackagesError, which names the command to install the packages, if a program is missing."""
     wanted = PACKAGES | (ACCOUNTING_PACKAGES if accounting else {})
     missing = {name: package for name, package in wanted.items() if not shutil.which(name, path=DAEMON_PATH)}
     if faketime and faketime_library() is None:
@@ -83,7 +83,7 @@ def check_packages(accounting: bool, faketime: bool) -> None:
 
 
 def start_time(pid: int) -> str | None:
-    """The pid and its start in kernel ticks: no other process ever has the same two. None if it does not run."""
+    """Return the pid and its start in kernel ticks, which together are unique. None if the process does not run."""
     try:
         fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -92,13 +92,13 @@ def start_time(pid: int) -> str | None:
 
 
 def find_processes(folder: Path) -> list[Process]:
-    """All processes of the cluster in the folder, whoever started them."""
+    """Return all processes of the cluster in the folder, including those started by other processes."""
     pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     return [process for pid in pids if (process := identify(pid, folder))]
 
 
 def identify(pid: int, folder: Path) -> Process | None:
-    """The process, if it belongs to the cluster in the folder; else None."""
+    """Return the process if it belongs to the cluster in the folder, else None."""
     proc = Path("/proc", str(pid))
     try:
         name = (proc / "comm").read_text().strip()
@@ -107,7 +107,7 @@ def identify(pid: int, folder: Path) -> Process | None:
             node = log and re.match(r"slurmd-(\w+)\.", log)
             return Process(pid, name, node[1] if node else None) if log else None
         environment = (proc / "environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:  # it ended meanwhile, or belongs to someone else
+    except OSError:  # it has ended meanwhile, or belongs to another user
         return None
     variables = dict(item.split("=", 1) for item in environment if "=" in item)
     ours = variables.get("SLURM_CONF") == f"{folder}/etc/slurm.conf" and "SLURM_JOB_ID" in variables
@@ -116,7 +116,7 @@ def identify(pid: int, folder: Path) -> Process | None:
 
 
 def _open_log(proc: Path, folder: Path) -> str | None:
-    """The name of a log file of the folder that the process holds open."""
+    """Return the name of a log file in the folder that the process has open."""
     for descriptor in (proc / "fd").iterdir():
         with contextlib.suppress(OSError):
             target = os.readlink(descriptor)
@@ -126,7 +126,7 @@ def _open_log(proc: Path, folder: Path) -> str | None:
 
 
 def send_signal(processes: Iterable[Process], number: signal.Signals, folder: Path) -> None:
-    """Signal processes of the cluster. A pid that another process has got in the meantime is not signalled."""
+    """Signal processes of the cluster. A pid that was meanwhile reused by another process is not signalled."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             handle = os.pidfd_open(process.pid)
@@ -139,12 +139,12 @@ def send_signal(processes: Iterable[Process], number: signal.Signals, folder: Pa
 
 @contextlib.contextmanager
 def reserved_ports(count: int, preferred: int | None, fixed: bool) -> Iterator[int]:
-    """The first of `count` neighbouring free ports: the preferred ones if free, else (unless fixed) others.
+    """Yield the first of `count` consecutive free ports: the preferred ones if free, else (unless fixed) others.
 
-    Within the context no other cluster that starts on this machine gets them, since the daemons listen only seconds
-    later. The reservation is a name in Linux' abstract socket namespace, for all users; it ends with this process.
+    Within the context no other cluster on this machine chooses these ports, although the daemons listen only seconds
+    later. The reservation is a name in Linux's abstract socket namespace, for all users; it ends with this process.
     """
-    spread = os.getpid() % len(PORT_BASES)  # clusters that start at once begin to look in different places
+    spread = os.getpid() % len(PORT_BASES)  # clusters started at the same time begin at different ports
     others = [] if fixed else [*PORT_BASES[spread:], *PORT_BASES[:spread]]
     for base in ([] if preferred is None else [preferred]) + others:
         with socket.socket(socket.AF_UNIX) as reservation:
@@ -159,7 +159,7 @@ def reserved_ports(count: int, preferred: int | None, fixed: bool) -> Iterator[i
 
 
 def listens(address: int | Path) -> bool:
-    """Does a process take connections on the port of this machine, or on the unix socket?"""
+    """Return whether a process accepts connections on this local port or Unix socket."""
     family = socket.AF_INET if isinstance(address, int) else socket.AF_UNIX
     with socket.socket(family) as probe:
         return probe.connect_ex(("127.0.0.1", address) if isinstance(address, int) else str(address)) == 0
@@ -167,7 +167,7 @@ def listens(address: int | Path) -> bool:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Slurm does: closed connections may linger
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Slurm does; ignores lingering connections
         try:
             probe.bind(("", port))
         except OSError:

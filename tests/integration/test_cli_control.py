@@ -52,7 +52,7 @@ def test_an_amendment_that_ends_the_run_says_so(
     monkeypatch.setattr(Run, "reconcile", lambda *_: [])  # as while its jobs work
     code, out, _ = orch_call(tmp_path, "amend", "quick", "--set", "total_lifetime=0.001")
     assert code == 0
-    assert "quick has already lasted longer than its total_lifetime: it ends with the present chunks" in out
+    assert "quick has already lasted longer than its total_lifetime: it ends after the current chunks" in out
 
 
 # --- cancel

@@ -62,7 +62,7 @@ def test_a_model_that_can_not_be_made_here_is_reported_with_its_error(tmp_path: 
     file = write_settings(tmp_path, job="mine:Mine", job_params={})
     code, _, said = orch_call(tmp_path, "launch", file, "--dry-run")
     assert code == 0, "it may be there on a node with a GPU"
-    assert "disk: unknown, since the model can't be created here: ValueError: no such backbone" in said
+    assert "disk: unknown, because the model can't be created here: ValueError: no such backbone" in said
 
 
 def test_a_dry_run_reports_that_the_run_is_over(tmp_path: Path, orch_call: OrchCall) -> None:
@@ -148,7 +148,7 @@ def test_other_settings_under_the_same_name_are_refused_with_what_differs(folder
     before = (folder / "runs/quick/settings.json").read_text()
     done = orch(folder, "launch", write_settings(folder, num_models=3, max_batch_size=100))
     assert done.returncode == 2
-    assert done.stderr.startswith("orch: quick exists already, with other settings;")
+    assert done.stderr.startswith("orch: quick already exists with other settings.")
     assert done.stderr.splitlines()[1:] == ["  num_models: 2 -> 3", "  max_batch_size: 200 -> 100"]
     assert (folder / "runs/quick/settings.json").read_text() == before
     assert events(folder / "runs/quick", "state") == 1  # the run had finished

@@ -189,13 +189,13 @@ def test_a_database_that_can_t_be_used_is_one_clear_error(
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("postgresql+psycopg://me:secret@host/db", "holds a password"),
-        ("postgresql+psycopg://host/db?user=me&password=secret", "holds a password"),
-        ("postgresql://me:secret@host/db", "orch does not know the database 'postgresql'"),
-        ("mysql://me:secret@host/db", "does not know the database 'mysql'"),
+        ("postgresql+psycopg://me:secret@host/db", "contains a password"),
+        ("postgresql+psycopg://host/db?user=me&password=secret", "contains a password"),
+        ("postgresql://me:secret@host/db", "orch does not support the database 'postgresql'"),
+        ("mysql://me:secret@host/db", "does not support the database 'mysql'"),
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
-        ("secret", "does not know the database ''"),
+        ("secret", "does not support the database ''"),
     ],
 )
 def test_a_url_that_can_not_be_used_is_refused_without_repeating_its_password(

@@ -186,7 +186,7 @@ def test_a_folder_that_others_may_only_read_is_opened(tmp_path):
 def test_a_run_with_files_of_another_user_is_not_opened(tmp_path, part):
     run = launched(tmp_path)
     os.chown(run.folder / part, pwd.getpwnam("nobody").pw_uid, -1)
-    with pytest.raises(RunError, match=r"belongs to nobody, and orch would execute what is in it as root.*chown -R"):
+    with pytest.raises(RunError, match=r"belongs to nobody, and orch would execute its contents as root.*chown -R"):
         Run.open(run.folder)
 
 

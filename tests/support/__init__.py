@@ -1,1 +1,1 @@
-"""What several tests share: small runs, storages, invariants, jobs."""
+"""Code shared by several tests: small runs, storages, invariants, jobs."""

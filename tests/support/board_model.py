@@ -1,4 +1,4 @@
-"""A model of the board, of plain sets and dicts, to compare the database with."""
+"""A model of the board made of plain sets and dicts, for comparison with the database."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from orchestrator.records import ChainJob, Claim
 
 LIVE, SUSPENDED = "live", "suspended"
-EVENTS = {  # what must happen in some example
+EVENTS = {  # each of these must happen in at least one example
     *("link begun", "job requeued", "job ended", "running lost", "waiting lost", "both lost"),
     *("stale job refused", "claim taken", "suspended claim taken", "resumed by its worker"),
     *("resumed by another worker", "founder claimed", "child claimed", "position taken again"),
@@ -20,7 +20,7 @@ EVENTS = {  # what must happen in some example
 
 @dataclass
 class ModelEntry:
-    """A model that was admitted, by the name of its file."""
+    """A model that was admitted to the board, identified by its file name."""
 
     file: str
     score: float
@@ -33,12 +33,12 @@ class ModelEntry:
 
 @dataclass
 class ModelChunk:
-    """A claim on a position of an entry (None: a founder), and what has become of it."""
+    """A chunk: a position claimed on an entry (None: a founder), and its state."""
 
     entry: ModelEntry | None
     position: int
     state: str
-    claim: Claim  # the last one
+    claim: Claim  # the latest claim on this chunk
     job_id: int
     lease_until: float
     suspended_file: str | None = None
@@ -50,7 +50,7 @@ class ModelChunk:
 
 @dataclass
 class ModelWorker:
-    """A chain: the job that works, the one that waits, and all that ever were."""
+    """A chain: its running job, its waiting job, and all its earlier jobs."""
 
     waiting: ChainJob | None
     running: ChainJob | None = None

@@ -1,4 +1,4 @@
-"""A small board, and all that a worker may do with a claim on it."""
+"""A small board, and everything that a worker can do with a claim on it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def file_of(claim: Claim) -> str:
     return checkpoint_stem(claim.generation, claim.chunk_id) + SUFFIX
 
 
-# All that a worker may write with a claim.
+# Every kind of write that a worker can make with a claim.
 WRITES: dict[str, Callable[[Leaderboard, Claim, float], object]] = {
     "record a better score": lambda b, claim, now: b.board.record(claim, candidate(claim, 0.99), now),
     "record no file": lambda b, claim, now: b.board.record(claim, candidate(claim, 0.0, written=False), now),

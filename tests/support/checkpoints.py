@@ -1,4 +1,4 @@
-"""Checkpoints with a record, where a test does not care what the record holds."""
+"""Checkpoints with records, for tests in which most of a record's values do not matter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.rules.checkpoint_names import chunk_of, generation_of
 
 
 def record_of(**fields: Any) -> Callable[[Written], CheckpointRecord]:
-    """What `checkpoints.write` needs to make a record with these fields."""
+    """Return the function that `checkpoints.write` calls to make the record; it has these fields."""
 
     def record(written: Written) -> CheckpointRecord:
         values = {

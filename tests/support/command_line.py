@@ -1,4 +1,4 @@
-"""`orch` as a user calls it: settings and a job of the user's in a folder, a process or a call, and what it leaves."""
+"""Helpers to call `orch` as a user does: settings files, a user's own job, the process and its output, the events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 ORCH = Path(sys.executable).with_name("orch")
 
-# Seconds of training: the embedded digits, a narrow network, six epochs.
+# Trains in seconds: the digits of scikit-learn, a narrow network, six epochs.
 QUICK: dict[str, Any] = {
     "name": "quick",
     "job": "jobs.digits:Digits",
@@ -57,7 +57,7 @@ def write_settings(folder: Path, **changes: Any) -> str:
 
 
 def write_job(folder: Path, code: str) -> None:
-    """A module of the user's in the folder of the launch."""
+    """Write a user's own module, mine.py, to the folder from which a run is launched."""
     (folder / "mine.py").write_text(f"import os, sys, time\nfrom pathlib import Path\n{code}")
 
 
@@ -66,7 +66,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def events(folder: Path, kind: str) -> int:
-    """How many events of a kind the run in this folder has."""
+    """Count the events of a kind in a run's database."""
     with sqlite3.connect(folder / "orch.db") as database:
         (count,) = database.execute("SELECT count(*) FROM event WHERE kind = ?", (kind,)).fetchone()
     database.close()

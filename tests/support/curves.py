@@ -1,4 +1,4 @@
-"""What loggers have written, read by each one's own reader: {name: [(step, value), ...]}."""
+"""Read the curves written by loggers, with each logger's own library: {name: [(step, value), ...]}."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 def of_tensorboard(logs: Path, chunk: int) -> tuple[Curves, dict[str, str]]:
-    """The curves that TensorBoard shows, and the lineage."""
+    """Return the curves that TensorBoard shows, and the lineage."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(logs / "tensorboard" / f"chunk-{chunk:08d}"), size_guidance={"scalars": 0})
@@ -26,8 +26,8 @@ def of_tensorboard(logs: Path, chunk: int) -> tuple[Curves, dict[str, str]]:
 
 
 def of_wandb(logs: Path, chunk: int) -> tuple[Curves, dict[str, str]]:
-    """What `wandb sync` would upload: the files of a run in the order of their start. Steps that a run has already
-    are ignored by the server, and so here."""
+    """Return what `wandb sync` would upload: the files of a run, in the order in which they were started. A step that
+    the run already has is ignored, as by the server."""
     curves: Curves = {}
     summary: Curves = {}  # holds the last of each curve too
     config: dict[str, str] = {}
@@ -56,14 +56,14 @@ def of_wandb(logs: Path, chunk: int) -> tuple[Curves, dict[str, str]]:
 
 
 def _age(file: Path) -> tuple[str, int]:
-    """Folders that were made within one second are numbered."""
+    """Return a sort key for folders by age. Folders made in the same second have numbers."""
     start, _, rest = file.parent.name.removeprefix("offline-run-").partition("-")
     number = rest.rpartition("-")[2]
     return start, 0 if number.startswith("c") else int(number)
 
 
 def _records(file: Path) -> Iterator[Any]:
-    """A log of LevelDB's format: blocks of 32 KiB, in them pieces of records (checksum, length, kind)."""
+    """Read a log in LevelDB's format: blocks of 32 KiB that contain pieces of records (checksum, length, kind)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, place, pieces = file.read_bytes(), 7, b""
@@ -76,7 +76,7 @@ def _records(file: Path) -> Iterator[Any]:
         _, length, kind = struct.unpack_from("<IHB", content, place)
         pieces += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
+        if kind in (1, 4):  # the piece is a whole record or the last piece of one
             yield Record.FromString(pieces)
             pieces = b""
 
@@ -98,6 +98,6 @@ READERS = {"tensorboard": of_tensorboard, "wandb": of_wandb, "mlflow": of_mlflow
 
 
 def needed(logger: str) -> None:
-    """Skip where it is not installed."""
+    """Skip the test if the logger's package is not installed."""
     if logger != "tensorboard":
         pytest.importorskip(logger, reason=f"{logger} is not installed: pip install 'orch[{logger}]'")

@@ -1,6 +1,6 @@
-"""Workers of several processes, for tests: jobs, followers, and one process to compare with.
+"""Workers with several processes, for tests: jobs, followers, and a single process for comparison.
 
-Rank 0 is the test's own process; the followers are processes of their own, over gloo on the CPU.
+Rank 0 is the test's own process; the followers are separate processes, connected by gloo on the CPU.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from tests.support.settings import settings as common_settings
 
 ROOT = Path(__file__).parents[2]
 FAST = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.0005)
-STEPS = 6  # of an epoch, in batches of 200
-# A sum in another order differs in the last bit of a float32 (6e-8 of its value), and each step carries on the
-# errors of the earlier ones: in these tests 3e-8 to 2.4e-7 were measured, for weights and momentum up to 1. A weight
-# of 1/2 for parts of 74 and 75 examples gives more than 2e-5 already.
+STEPS = 6  # steps in an epoch, in batches of 200
+# Adding in another order changes the last bit of a float32 (6e-8 of its value), and the errors of all steps add up.
+# The differences measured in these tests are 3e-8 to 2.4e-7, for weights and momentum up to 1. Wrong weighting, such as
+# 1/2 each for parts of 74 and 75 examples, gives more than 2e-5.
 CLOSE = 2e-6
-AT_ONCE_S = 20.0  # that another process is dead shows in its sockets; the rest is a slow test machine
+AT_ONCE_S = 20.0  # a dead process is noticed immediately, since its sockets close; the time is for slow test machines
 
 
 # --- jobs
 
 
 class Plain(Digits):
-    """Without dropout, whose random numbers differ between processes. Records its batches."""
+    """The digits without dropout, whose random numbers differ between processes. Can record its batches."""
 
     Params: ClassVar[Any] = None
 
@@ -69,7 +69,7 @@ def rank() -> int:
 
 
 class Noise(Dataset[Any]):
-    """Digits with noise that is drawn when they are read."""
+    """Digits, with noise that is drawn whenever an example is read."""
 
     def __init__(self, source: TensorDataset) -> None:
         self.source = source
@@ -89,7 +89,7 @@ class Noisy(Plain):
 
 
 class Named(Dataset[Any]):
-    """Examples are dicts, with a name and a list in them."""
+    """Digits whose examples are dicts that contain a name and a list."""
 
     def __init__(self, source: TensorDataset) -> None:
         self.source = source
@@ -104,7 +104,7 @@ class Named(Dataset[Any]):
 
 
 class Dicts(Plain):
-    """Batches of another structure, and an average of the weights."""
+    """Uses batches that are dicts, and averages the weights."""
 
     def data(self, split: Split) -> Any:
         return Named(super().data(split))
@@ -122,7 +122,7 @@ class Dicts(Plain):
 
 
 class Together(Plain):
-    """A loop of its own, in which all processes take part."""
+    """Has its own training loop, in which all processes take part."""
 
     def train_chunk(self, context: ChunkContext) -> ChunkResult | ChunkInterrupted:
         for _ in range(context.epochs):
@@ -135,7 +135,7 @@ class Together(Plain):
 
 
 class Net(nn.Module):
-    """A layer that no batch uses, one that only some batches use, and a batch normalisation."""
+    """Has a layer that no batch uses, a layer that only some batches use, and a batch normalisation."""
 
     def __init__(self, normalise: bool) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Odd(Plain):
 
 
 class Unlucky(Plain):
-    """Something happens to rank 1 (or all) in step 3."""
+    """Fails in step 3, on rank 1 or on all ranks."""
 
     step = 0
 
@@ -172,7 +172,7 @@ class Unlucky(Plain):
 
 
 class Watched(Digits):
-    """Records what each process of a worker sees."""
+    """Records the environment and devices of each process of a worker."""
 
     Params: ClassVar[Any] = None
 
@@ -206,7 +206,7 @@ leave()
 
 
 class Team:
-    """Rank 0 here, and its followers."""
+    """Rank 0 in this process, and its followers."""
 
     def __init__(self, count: int, folder: Path, step_s: float = 60.0) -> None:
         place = folder / "meeting"
@@ -223,7 +223,7 @@ class Team:
         except BaseException:
             self.end(0.0)
             raise
-        assert not place.exists(), "it is removed after the meeting"
+        assert not place.exists(), "the file is removed when all processes are connected"
 
     def open(self, given: Settings) -> DistributedSession:
         def failed() -> None:
@@ -240,7 +240,7 @@ class Team:
                 follower.communicate()
 
     def endings(self) -> list[tuple[int, str]]:
-        """Exit code and output of each follower."""
+        """Return the exit code and the output of each follower."""
         said = [follower.communicate(timeout=AT_ONCE_S)[0].strip() for follower in self.followers]
         return [(f.returncode, word) for f, word in zip(self.followers, said, strict=True)]
 
@@ -267,7 +267,7 @@ def never() -> bool:
 
 
 def after(steps: int) -> Callable[[], bool]:
-    """For should_stop, which is called before each step: True after so many steps."""
+    """Return a should_stop function, which is called before each step and returns True after this many steps."""
     asked = iter(range(steps + 1))
     return lambda: next(asked) == steps
 
@@ -285,7 +285,7 @@ def interrupt(session: Session | DistributedSession, work: Work, steps: int, fil
 
 
 def saved(session: Session | DistributedSession, file: Path) -> dict[str, Any]:
-    """What a session writes, as it is read again; without the times."""
+    """Save a session's state to the file and return the state as it is read again, without times."""
     with file.open("wb") as target:
         session.save(target)
     state = read(file)
@@ -301,7 +301,7 @@ def alone(given: Settings) -> Session:
 
 
 def assert_close(left: dict[str, Any], right: dict[str, Any]) -> None:
-    """Weights and momentum are the same but for the order in which gradients were added."""
+    """Check that weights and momentum differ at most by rounding errors from the order of adding gradients."""
     torch.testing.assert_close(left["model"], right["model"], rtol=0, atol=CLOSE)
     torch.testing.assert_close(left["optimizer"]["state"], right["optimizer"]["state"], rtol=0, atol=CLOSE)
     if right["average"]:
@@ -314,10 +314,10 @@ def metrics(result: Finished) -> list[dict[str, float]]:
 
 
 def check_equal(team: Team, given: Settings, folder: Path, epochs: int = 1) -> None:
-    """The same chunk by one process and by all."""
+    """Train the same chunk with one process and with the team, and check that the results are equal."""
     one, all_ = alone(given), team.open(given)
     expected, result = train(one, founder(epochs=epochs)), train(all_, founder(epochs=epochs))
     assert_close(saved(all_, folder / "all.pt"), saved(one, folder / "one.pt"))
     for have, want in zip(metrics(result), metrics(expected), strict=True):
         assert have == pytest.approx(want, abs=1e-4)
-    assert result.score == pytest.approx(expected.score, abs=1 / 288 + 1e-9), "one example may tip over"
+    assert result.score == pytest.approx(expected.score, abs=1 / 288 + 1e-9), "one example may differ"

@@ -1,4 +1,4 @@
-"""What the tests of the doctor share: findings, settings, and the results of counting."""
+"""Code shared by the doctor's tests: findings, settings, and tallies of the lock test."""
 
 from __future__ import annotations
 

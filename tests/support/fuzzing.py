@@ -1,5 +1,5 @@
-"""Odd input for everything that orch reads and did not write itself. The examples are the same each time. With
-ORCH_FUZZ_EXAMPLES=20 (`make fuzz`), 20 times as many are tried, which are new each time."""
+"""Odd input for everything that orch reads but did not write itself. The examples are the same in every run; with
+ORCH_FUZZ_EXAMPLES=20 (`make fuzz`), there are 20 times as many, and they are new in every run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 TIMES = int(os.environ.get("ORCH_FUZZ_EXAMPLES", "1"))
 SECRET = "s3cret"
 
-# Text that json.dumps would not write; `to_json` copies it as it is.
+# Text that json.dumps would never write; `to_json` copies it unchanged.
 VERBATIM = ("NaN", "Infinity", "-Infinity", "1e999", "-0.0", "1" * 5000, "9" * 400, "[" * 300 + "]" * 300, "[" * 99_999)
 ODD_TEXT = (
     "", " ", "\x00", "a\nb", "gpu\n#SBATCH --dependency=singleton", "#SBATCH --array=0-9", "\r", "\u2028", "\x85",
@@ -27,7 +27,7 @@ ODD_NUMBERS = (0, -1, 1, 2**31, 2**63, 10**30, -(10**30), 1e-320, 1e300, -1e300,
 
 
 def examples(count: int) -> Callable[[Any], Any]:
-    """A decorator that sets the number of examples."""
+    """Return a decorator that sets the number of examples."""
     return settings(
         max_examples=count * TIMES,
         derandomize=TIMES == 1,
@@ -50,7 +50,7 @@ json_values = st.recursive(
 
 
 def to_json(value: Any) -> str:
-    """JSON, but {"VERBATIM": text} becomes that text, which need not be JSON."""
+    """Convert to JSON, but replace {"VERBATIM": text} by the text, which need not be valid JSON."""
     if isinstance(value, dict):
         if list(value) == ["VERBATIM"]:
             return str(value["VERBATIM"])
@@ -59,7 +59,7 @@ def to_json(value: Any) -> str:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a JSON value."""
+    """Return every (container, key) in a JSON value."""
     items = (
         list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
     )
@@ -67,7 +67,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def mutate(data: st.DataObject, value: Any, known_keys: tuple[str, ...] = (), values: Any = json_values) -> None:
-    """Make one change at a random place."""
+    """Change a JSON value at one random place."""
     container, key = data.draw(st.sampled_from(places(value)), label="place")
     how = data.draw(st.sampled_from(["replace", "delete", "insert", "copy"]), label="how")
     if how == "delete":

@@ -1,4 +1,4 @@
-"""The invariants of a run, checked in its database and its folder: they hold whatever process died."""
+"""Checks a run's database and folder for the invariants that hold whenever and wherever a process died."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from orchestrator.run.run import Run
 
 CONSUMED = ("promoted", "discarded")
 HELD = ("live", "suspended")
-CLOCK_S = 1.0  # the clock is read before the lock is taken, so two events this close may be in either order
+CLOCK_S = 1.0  # events this close may be in either order, because the clock is read before the lock is taken
 
 
 def violations(run: Run, over: bool = True) -> list[str]:
-    """A line for each invariant that does not hold. over: the run has ended, so that nothing may be open."""
+    """Return a line for each violated invariant. over: the run has ended, so no job may be open."""
     reader = run.leaderboard.reader
     tables = {name: reader.rows(name) for name in ("run", "job", "checkpoint", "entry", "chunk", "epoch", "event")}
     return [
@@ -32,7 +32,7 @@ def violations(run: Run, over: bool = True) -> list[str]:
 
 
 def _files(run: Run, tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """1 and 6: the files that the board and the claims refer to are complete, and a collection leaves no others."""
+    """Invariants 1 and 6: all files used by the board and claims are complete, and a collection leaves no others."""
     folder = run.folder / "checkpoints"
     problems = []
     by_id = {c["checkpoint_id"]: c for c in tables["checkpoint"]}
@@ -53,14 +53,14 @@ def _files(run: Run, tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     problems += [f"6: {name} is referred to and missing" for name in referenced if not (folder / name).exists()]
     checkpoints.collect(folder, run.leaderboard.reader.references)
     keep = {name for file in referenced for name in (file, record_name(file))}
-    # A claim whose job was killed stays live until a peer looks, and so do the files that it was writing.
+    # A killed job's claim stays live until another worker checks it; until then, the files it was writing are kept.
     left = [p.name for p in folder.iterdir() if p.name not in keep and generation_of(p.name) not in live]
     problems += [f"6: {name} was not collected" for name in left]
     return problems
 
 
 def _worst_never_falls(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """2, over the whole event log (for a metric where higher is better)."""
+    """Invariant 2, checked over the whole event log (for a metric where higher is better)."""
     problems = []
     last = None
     for event in tables["event"]:
@@ -75,7 +75,7 @@ def _worst_never_falls(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _positions(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """3, for every entry that ever was on the board."""
+    """Invariant 3, checked for every entry that was ever on the board."""
     problems = []
     by_checkpoint = {e["checkpoint_id"]: e for e in tables["entry"]}
     chunk_of = {c["chunk_id"]: c for c in tables["chunk"]}
@@ -108,7 +108,7 @@ def _positions_of(entry: dict[str, Any], work: list[dict[str, Any]]) -> list[str
     for position in range(start, max(taken, default=start)):
         if position not in taken and position not in given_back:
             problems.append(f"{name} skipped position {position}")
-    for lost in work:  # the next claim takes what was given back
+    for lost in work:  # the next claim takes the position that was given back
         if lost["state"] in ("expired", "failed"):
             later = [c for c in work if c["claimed_at"] > lost["finished_at"] + CLOCK_S]
             if later and min(later, key=lambda c: c["chunk_id"])["position"] > lost["position"]:
@@ -119,7 +119,7 @@ def _positions_of(entry: dict[str, Any], work: list[dict[str, Any]]) -> list[str
 
 
 def _generations(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """4."""
+    """Invariant 4: each claim has its own generation, one that the run has issued."""
     generations = [c["generation"] for c in tables["chunk"]]
     problems = [] if len(generations) == len(set(generations)) else ["4: two claims have the same generation"]
     if generations and max(generations) > tables["run"][0]["generation"]:
@@ -128,7 +128,7 @@ def _generations(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _chains(tables: dict[str, list[dict[str, Any]]], over: bool) -> list[str]:
-    """5: links without a gap, never two at work, none open at the end."""
+    """Invariant 5: a chain's links have no gap, at most one of its jobs runs, and none is open at the end."""
     problems = []
     for worker_id, jobs in itertools.groupby(
         sorted(tables["job"], key=lambda j: (j["worker_id"], j["link"])), key=lambda j: j["worker_id"]
@@ -146,7 +146,7 @@ def _chains(tables: dict[str, list[dict[str, Any]]], over: bool) -> list[str]:
 
 
 def _epochs(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """7: every epoch of a finished chunk is recorded once, and lineages add up."""
+    """Invariant 7: every epoch of a finished chunk is recorded once, and epochs of lineages and the run add up."""
     problems = []
     counted: dict[int, int] = defaultdict(int)
     for epoch in tables["epoch"]:

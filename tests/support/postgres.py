@@ -1,7 +1,7 @@
-"""A real PostgreSQL server for tests: a folder of its own, loopback only, a password, gone at the end.
+"""A real PostgreSQL server for tests, in a temporary folder, on the loopback interface, with a password.
 
-initdb and postgres refuse to run as root, so as root they run as another user. Where the server is not installed,
-tests that need it are skipped with this reason (Debian: apt install postgresql).
+initdb and postgres refuse to run as root, so root runs them as another user. Tests that need the server are skipped
+if it is not installed (Debian: apt install postgresql).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ USER, DATABASE = "orch", "orch"
 
 
 class MissingServerError(Exception):
-    """PostgreSQL's server is not installed, or there is no user to run it as."""
+    """PostgreSQL's server is not installed, or there is no unprivileged user to run it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,14 @@ class Postgres:
 
     @property
     def url(self) -> str:
-        """Without the password, as a settings file has it."""
+        """The URL without the password, as in a settings file."""
         return f"postgresql+psycopg://{USER}@127.0.0.1:{self.port}/{DATABASE}"
 
     def environment(self) -> dict[str, str]:
         return {"PGPASSWORD": self.password}
 
     def start(self) -> None:
-        options = (  # fsync=off: tests on the server do not cut the power
+        options = (  # fsync=off: no test simulates a power cut of the server
             f"-c listen_addresses=127.0.0.1 -p {self.port} -c unix_socket_directories= -c max_connections=200 "
             "-c fsync=off"
         )
@@ -79,8 +79,8 @@ class Postgres:
 
 @contextmanager
 def temporary() -> Iterator[Postgres]:
-    """A server that runs until the context ends. Raises MissingServerError."""
-    folder = Path(tempfile.mkdtemp(prefix="orch-postgres-", dir="/tmp"))  # where another user can get to
+    """Run a server until the context ends. Raises MissingServerError."""
+    folder = Path(tempfile.mkdtemp(prefix="orch-postgres-", dir="/tmp"))  # accessible to another user
     server = Postgres(folder, _bin(), _free_port(), secrets.token_urlsafe(12))
     try:
         server.create()
@@ -93,7 +93,7 @@ def temporary() -> Iterator[Postgres]:
 
 
 def _bin() -> Path:
-    """The folder of the server's programs, which Debian keeps off the PATH, by version."""
+    """Return the folder of the server's programs. On Debian it is not on the PATH; there is one for each version."""
     places = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
     if found := shutil.which("initdb"):
         places.append(Path(found).resolve().parent)

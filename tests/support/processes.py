@@ -1,4 +1,4 @@
-"""Processes that a test has started, and waiting for them."""
+"""Find the processes that a test has started, and wait for conditions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import psutil
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Those whose command line names the folder."""
+    """Return the processes whose command line contains the folder."""
     listed = psutil.process_iter(["cmdline"])
     return [process for process in listed if any(str(folder) in part for part in process.info["cmdline"] or ())]
 
 
 def until(what: str, condition: Callable[[], Any], timeout_s: float = 120) -> None:
-    """Return when the condition is true."""
+    """Wait until the condition is true."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, f"waited {timeout_s} s for: {what}"

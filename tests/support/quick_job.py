@@ -17,7 +17,7 @@ STEPS = 10
 
 
 class Quick(Trainer):
-    """job_params: {"seconds": of one epoch}. Its score depends only on the parent and the profile."""
+    """job_params: {"seconds": duration of an epoch}. The score depends only on the parent and the profile."""
 
     @staticmethod
     def open_trainer(settings: Settings, cores: int) -> Quick:

@@ -1,4 +1,4 @@
-"""Real data sets in torchvision's layout, unpacked from a folder beside this repository; without it a test skips."""
+"""Real data sets in torchvision's layout, unpacked from a folder beside this repository. Without it, tests skip."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ CACHE = Path(tempfile.gettempdir()) / f"orch-test-data-{os.getuid()}"
 
 
 def cifar10_root() -> Path:
-    """The folder that torchvision's CIFAR10(root) takes."""
+    """Return the root folder for torchvision's CIFAR10."""
     return _root("cifar10")
 
 
 def mnist_root() -> Path:
-    """The folder that torchvision's MNIST(root) takes."""
+    """Return the root folder for torchvision's MNIST."""
     return _root("mnist")
 
 
 def pets_root() -> Path:
-    """The folder that torchvision's OxfordIIITPet(root) takes: 370 of its pictures, 10 per breed."""
+    """Return the root folder for torchvision's OxfordIIITPet, with 370 of its pictures, 10 per breed."""
     return _root("pets")
 
 
 def _root(name: str) -> Path:
-    """Unpacked once on this machine, by whichever test process comes first."""
+    """Return the folder of a data set. The first test process on this machine unpacks it."""
     if not (UNPACK.is_file() and (UNPACK.parent / name).is_dir()):
         pytest.skip(f"no real data: {name} is not in {UNPACK.parent}")
     CACHE.mkdir(mode=0o700, exist_ok=True)

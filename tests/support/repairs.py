@@ -19,8 +19,8 @@ from tests.support.storage import Storage
 
 ORCH = Path(sys.executable).with_name("orch")
 SQLITE = Storage(None)
-MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # quicker than a disk
-# Founders, children, discarded ones; a board of three.
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # faster than a disk
+# Scores for a board with three slots: founders, promoted children and discarded children.
 SCRIPT = [0.3, 0.5, 0.4, 0.6, 0.1, 0.2, 0.7, 0.55, 0.65, 0.05, 0.75]
 
 
@@ -36,7 +36,7 @@ def repaired(folder: Path, dry_run: bool = False, force: bool = False) -> Repair
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """All files of a run but the locks."""
+    """Read all files of a run except the locks."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -104,7 +104,7 @@ DAMAGE = {
     "with orphans": _sql("PRAGMA foreign_keys=OFF", "DELETE FROM checkpoint WHERE checkpoint_id = 1"),
     "with an unknown state": _sql("UPDATE chunk SET state = 'sleeping'"),
     "with an unknown reason": _sql("UPDATE chunk SET expired_by = 'sleep'"),
-    "with a generation that was never given": _sql("UPDATE run SET generation = 1"),
+    "with a generation that was never issued": _sql("UPDATE run SET generation = 1"),
     "with a score that its record contradicts": _sql("UPDATE checkpoint SET score = 0.99"),
     "with settings that are not valid": _sql("UPDATE run SET settings = '{'"),
     "with metrics that are not JSON": _sql("UPDATE checkpoint SET metrics = '{'"),

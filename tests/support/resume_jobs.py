@@ -1,6 +1,6 @@
-"""Jobs that draw random numbers wherever a job can, and jobs with state outside their checkpoints.
+"""Jobs that draw random numbers wherever a job can, and jobs whose checkpoints lack some of their state.
 
-Copied into a folder, this file is also a user's own module.
+Tests also copy this file into a folder, where it is a user's own module.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from jobs.digits import Digits
 from jobs.digits import Params as DigitsParams
 from jobs.job import Averaging
 
-print("resume_jobs says hello")  # as a user's module may
+print("resume_jobs says hello")  # as a user's own module might
 
 
 class Params(DigitsParams):
-    examples: int = 50  # of the training set
-    trace: str = ""  # a file that gets the indices of each batch of training, a line each
+    examples: int = 50  # size of the training set
+    trace: str = ""  # a file for the indices of each training batch, one batch per line
 
 
 class NoisyPictures(Dataset[Any]):
-    """Each example differs each time: randomly shifted, noisy and darkened."""
+    """Pictures that are randomly shifted, darkened and made noisy each time they are read."""
 
     def __init__(self, pictures: Tensor, labels: Tensor) -> None:
         self.pictures, self.targets = pictures, labels
@@ -44,7 +44,7 @@ class NoisyPictures(Dataset[Any]):
 
 
 class Noisy(Digits):
-    """Dropout, batch normalisation, shuffling, and draws from python, numpy and torch, in the data and in the loss."""
+    """Uses dropout, batch norm, shuffling, and random numbers of python, numpy and torch in the data and the loss."""
 
     Params = Params
 
@@ -64,7 +64,7 @@ class Noisy(Digits):
         loss = super().loss(outputs, labels)
         if outputs.requires_grad:
             self.note(indices.tolist())
-            # One each, of generators that draw two at once and keep the second: that is part of their state.
+            # Both generators draw two normal numbers at a time and keep the second one as part of their state.
             loss = loss * (1 + 0.05 * random.gauss(0, 1) + 0.05 * float(np.random.normal()))
         return loss
 
@@ -82,7 +82,7 @@ class Noisy(Digits):
 
 
 class RandomSubset(Noisy):
-    """The examples are drawn when the data are loaded, as torch's random_split does."""
+    """Selects random examples when the data are loaded, like torch's random_split."""
 
     def data(self, split: Split) -> Any:
         pictures, labels = super(Noisy, self).data(split).tensors
@@ -95,7 +95,7 @@ class RandomSubset(Noisy):
 
 
 class OwnGenerator(Noisy):
-    """The loss draws from a generator of the job's own."""
+    """Draws random numbers for the loss from a generator of the job."""
 
     def __init__(self, context: Any) -> None:
         super().__init__(context)
@@ -110,7 +110,7 @@ _of_the_module = random.Random(1)
 
 
 class ModuleGenerator(Noisy):
-    """The loss draws from a generator of the module, which all objects share."""
+    """Draws random numbers for the loss from a generator of the Python module, shared by all objects."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = super().loss(outputs, targets)
@@ -139,7 +139,7 @@ class WarmingWithExtraState(Warming):
 
 
 class OwnCounter(Noisy):
-    """The model counts its batches where state_dict() does not see it."""
+    """Its model counts batches in an attribute that is not in state_dict()."""
 
     in_checkpoint = False
 
@@ -148,34 +148,34 @@ class OwnCounter(Noisy):
 
 
 class BufferedCounter(OwnCounter):
-    """The same, corrected."""
+    """Like OwnCounter, but corrected: the count is in a buffer."""
 
     in_checkpoint = True
 
 
 class ExtraState(OwnCounter):
-    """The same, corrected in the other way."""
+    """Like OwnCounter, but corrected: the count is in the module's extra state."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(WarmingWithExtraState(in_checkpoint=False), Noisy.model(self))
 
 
 class WithAdam(Noisy):
-    """An optimizer that counts its steps."""
+    """Uses an optimizer that counts its steps."""
 
     def optimizer(self, model: nn.Module, profile: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=profile.learning_rate, weight_decay=profile.weight_decay)
 
 
 class Averaged(Noisy):
-    """What is evaluated is an average of the weights."""
+    """Evaluates an average of the weights."""
 
     def averaging(self) -> Averaging:
         return Averaging(0.9, every_steps=2)
 
 
 class CountingPictures(NoisyPictures):
-    """Each example depends on how many were asked for before it."""
+    """Pictures that depend on the number of pictures read before."""
 
     def __init__(self, pictures: Tensor, labels: Tensor) -> None:
         super().__init__(pictures, labels)
@@ -193,7 +193,7 @@ class OwnAugmentation(Noisy):
 
 
 class OwnMetric(Noisy):
-    """The metrics depend on how often they were asked for."""
+    """Its metrics depend on the number of earlier calls."""
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         self.asked = getattr(self, "asked", 0) + 1
@@ -201,7 +201,7 @@ class OwnMetric(Noisy):
 
 
 class AnotherLength(Noisy):
-    """The data are not the same in two processes."""
+    """Its data set has a different length in another process."""
 
     made = itertools.count(1)
 
@@ -212,7 +212,7 @@ class AnotherLength(Noisy):
 
 
 class FromTheClock(Noisy):
-    """No two processes train the same."""
+    """Initializes a layer from the clock, so no two processes get the same result."""
 
     def model(self) -> nn.Module:
         net = super().model()

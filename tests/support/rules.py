@@ -23,12 +23,12 @@ def entry(entry_id: int, score: float = 0.5, **more: int) -> Entry:
 
 
 def cycle(names: str) -> list[Profile]:
-    """ "aab": three positions, two profiles."""
+    """Make a cycle with a letter for each position: "aab" has three positions and two profiles."""
     return [Profile(name, learning_rate=0.1, momentum=0.9, weight_decay=0.0) for name in names]
 
 
 metrics = st.sampled_from([ACCURACY, LOSS])
-# A few values, so that ties are common, and any float, so that NaN and infinities are too.
+# A few fixed values make ties common; arbitrary floats include NaN and infinities.
 scores = st.sampled_from([0.1, 0.2, 0.3]) | st.floats()
 finite_scores = st.sampled_from([0.1, 0.2, 0.3]) | st.floats(-1e9, 1e9)
 positions = st.integers(0, 30)

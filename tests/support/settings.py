@@ -1,4 +1,4 @@
-"""Settings in one line, for tests that need only a few of their values."""
+"""Settings for tests that need only a few particular values."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ PROFILE = {"name": "only", "learning_rate": 0.1, "momentum": 0.9, "weight_decay"
 
 
 def settings(**changes: Any) -> Settings:
-    """Valid settings named "test" with one profile, and these values in place of the defaults."""
+    """Return valid settings named "test" with one profile; the changes replace defaults."""
     return Settings.model_validate({"name": "test", "training_profiles": [PROFILE]} | changes)

@@ -1,4 +1,4 @@
-"""Settings for tests, and the messages of the mistakes in a settings file."""
+"""Settings for tests, and the messages about mistakes in a settings file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEAST: dict[str, Any] = {"training_profiles": [ALEX]}
 
 
 def mistakes(path: Path, *overrides: str, **fixed: Any) -> list[str]:
-    """The lines of the error, without the file's name at the beginning of each."""
+    """Return the lines of the error, without the file name at the beginning of each line."""
     with pytest.raises(SettingsError) as caught:
         load(path, overrides, **fixed)
     lines = str(caught.value).splitlines()

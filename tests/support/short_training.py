@@ -1,4 +1,4 @@
-"""Short trainings for tests: two jobs, one in memory and one of files, and what a process of a chain does with them."""
+"""Short training for tests: a job with data in memory, a job with files, and the steps of a chain's processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.settings import settings
 FAST = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.0005)
 PLAIN = Profile("plain", learning_rate=0.01, momentum=0.0, weight_decay=0.0)
 FINE = Profile("fine", learning_rate=0.002, momentum=0.5, weight_decay=0.01)
-STEPS = 6  # of an epoch of either job below, with the settings below
+STEPS = 6  # steps in an epoch of either job below, with the settings below
 
 Fresh = Callable[[], Session]
 
@@ -41,7 +41,7 @@ class PicturesParams(BaseModel):
 
 
 class Pictures(Job):
-    """PNG files that are read, cropped and mirrored again in each epoch."""
+    """A job on PNG files, which are read, randomly cropped and mirrored in each epoch."""
 
     Params = PicturesParams
 
@@ -62,7 +62,7 @@ class Pictures(Job):
 
 
 def draw_pictures(folder: Path, classes: int, each: int, seed: int) -> None:
-    """PNG files of 10x10 pixels: each class has a colour, each picture its own noise."""
+    """Write PNG files of 10x10 pixels; each class has a colour, and each picture has its own noise."""
     pixels = np.random.default_rng(seed)
     for label in range(classes):
         (folder / f"class{label}").mkdir(parents=True)
@@ -82,7 +82,7 @@ def digits_session(job: type[Job] = Digits, **changes: Any) -> Session:
 
 
 def picture_sessions(folder: Path) -> Fresh:
-    """Draws pictures in the folder, and makes Sessions that train on them."""
+    """Draw pictures in the folder, and return a factory of Sessions that train on them."""
     draw_pictures(folder / "train", classes=4, each=15, seed=0)
     draw_pictures(folder / "test", classes=4, each=5, seed=1)
     given = settings(seed=3, job_params={"folder": str(folder)}, validation_fraction=0.2, max_batch_size=8)
@@ -95,7 +95,7 @@ _processes = itertools.count(1000)
 
 
 def in_a_new_process() -> None:
-    """A new process knows nothing of the random state of the one before."""
+    """Simulate a new process, which does not have the previous one's random state."""
     randomness.seed_all(next(_processes))
 
 
@@ -104,7 +104,7 @@ def never() -> bool:
 
 
 def after(steps: int) -> Callable[[], bool]:
-    """For should_stop, which is called before each step: True after so many steps."""
+    """Return a should_stop function, which is called before each step and returns True after this many steps."""
     asked = iter(range(steps + 1))
     return lambda: next(asked) == steps
 
@@ -134,7 +134,7 @@ def save(session: Session, file: Path) -> Path:
 
 
 def differences(left: Any, right: Any, place: str = "state") -> list[str]:
-    """Where two states are not bit for bit the same."""
+    """Return a line for each place where two states are not bit-for-bit the same."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return [] if left.dtype == right.dtype and torch.equal(left, right) else [place]
     if isinstance(left, dict) and isinstance(right, dict):

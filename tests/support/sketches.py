@@ -1,4 +1,4 @@
-"""The alexnet job on a few small pictures, and its shipped settings files."""
+"""The alexnet job and its shipped settings files, with a few small pictures as data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.settings.settings import Settings
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
 CLASSES = 8
-SEED = 5  # of the founder in these tests
+SEED = 5  # the founder's seed in these tests
 ALEX = Profile("alex", learning_rate=0.01, momentum=0.9, weight_decay=0.0005)
 
 
@@ -35,7 +35,7 @@ def draw(folder: Path, each: int, seed: int, classes: int = CLASSES) -> None:
 
 
 def settings_of(part: str, sketches: Path, **changes: Any) -> Settings:
-    """The shipped settings file, with small pictures in small batches and these folders."""
+    """Load a shipped settings file, changed to use small pictures in small batches from these folders."""
     small = {
         "training_source_dir": str(sketches / "train"),
         "testing_source_dir": str(sketches / "test"),

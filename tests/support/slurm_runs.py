@@ -1,4 +1,4 @@
-"""Runs on the test cluster: launch them, wait, and read their state."""
+"""Launch runs on the test cluster, wait for them, and read their state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def launch(wanted: Settings, folder: Path) -> Run:
 
 
 def until(what: str, condition: Callable[[], Any], timeout_s: float = 60, every_s: float = 0.1) -> Any:
-    """Return the condition's value when it is true."""
+    """Wait until the condition is true, and return its value."""
     end = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < end, f"waited {timeout_s} s for: {what}"
@@ -44,7 +44,7 @@ def until(what: str, condition: Callable[[], Any], timeout_s: float = 60, every_
 
 
 def over(run: Run) -> bool:
-    """Has the run ended, with no job left? Mends broken chains first, as `orch status` does."""
+    """Return whether the run has ended with no job left. First restarts broken chains, as `orch status` does."""
     run.reconcile(time.time())
     snapshot = run.leaderboard.run_state.snapshot()
     return snapshot.state not in ("active", "draining") and not snapshot.open_jobs

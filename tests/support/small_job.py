@@ -1,4 +1,4 @@
-"""A small job with everything that has a state, and Sessions that train it, for tests of what a step depends on."""
+"""A small job with every kind of state, and Sessions that train it, for tests of what a training step depends on."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from orchestrator.records import Finished, Interrupted, Profile, Work
 from tests.support.settings import settings
 
 SGD = Profile("sgd", learning_rate=0.05, momentum=0.9, weight_decay=0.001)
-STEPS = 5  # of an epoch
+STEPS = 5  # steps in an epoch
 
 
 class Small(Job):
-    """Noise of three classes, and a model whose layers have every kind of state."""
+    """A job with noise in three classes as data, and a model whose layers have every kind of state."""
 
     def model(self) -> nn.Module:
         layers = (nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 3))
@@ -64,7 +64,7 @@ _processes = itertools.count(5000)
 
 
 def train(session: Session, work: Work, file: Path, steps: int | None = None) -> dict[str, Any]:
-    """The state after the chunk, or after so many steps of it, as its file holds it. A process of its own trains it."""
+    """Train a chunk, or `steps` steps of it, as a new process would, and return the state read from its file."""
     randomness.seed_all(next(_processes))
     asked = itertools.count()
     result = session.train(work, lambda: steps is not None and next(asked) >= steps, lambda _epoch: None)

@@ -1,4 +1,4 @@
-"""Runs made in milliseconds: a real leaderboard, real files and the real worker loop; the trainer follows a script."""
+"""Runs that take milliseconds: the leaderboard, files and worker loop are real; the trainer follows a script."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from orchestrator.worker.trainer import Ending, StopFlag, Trainer
 from tests.support.storage import Storage, do_not_wait_for_the_disk
 
 ROOT = Path(__file__).parents[2]
-CUT = "cut"  # instead of a score: the chunk is interrupted
+CUT = "cut"  # in a script, instead of a score: the chunk is interrupted
 CYCLE = ["a", "b", "a", "c"]
 
 
 class Scripted(Trainer):
-    """Returns one score after another, whatever it is asked to train; after the last it sets the stop flag."""
+    """Returns the script's scores one after another, whatever it trains; after the last score it sets the stop flag."""
 
     def __init__(self, script: Sequence[float | str], stop: StopFlag, size_bytes: int = 0) -> None:
         self.script = list(script)
@@ -61,7 +61,7 @@ class Scripted(Trainer):
 
 
 def make_run(storage: Storage, folder: Path, **changes: Any) -> Run:
-    """A run without any job."""
+    """Make a run without jobs."""
     rates = {"a": 0.1, "b": 0.01, "c": 0.001}
     place = {"database": storage.url, "database_schema": f"test_{secrets.token_hex(6)}"} if storage.url else {}
     profiles = [{"name": name, "learning_rate": rates[name]} for name in CYCLE]
@@ -83,13 +83,13 @@ def make_run(storage: Storage, folder: Path, **changes: Any) -> Run:
 
 def opened(folder: Path) -> Run:
     run = Run.open(folder)
-    if run.leaderboard.database.file:  # no test with these runs is about power cuts
+    if run.leaderboard.database.file:  # no test with these runs simulates a power cut
         sqlalchemy.event.listen(run.leaderboard.database._engine, "connect", do_not_wait_for_the_disk)
     return run
 
 
 def work(run: Run, script: Sequence[float | str], size_bytes: int = 0, worker_id: int = 0) -> Ending | None:
-    """One job of the run's worker, whose trainer follows the script."""
+    """Run one job of a worker; its trainer follows the script."""
     if not script:
         return None
     chains, now = run.leaderboard.chains, time.time()
@@ -106,7 +106,7 @@ def work(run: Run, script: Sequence[float | str], size_bytes: int = 0, worker_id
 
 
 def lose(run: Run) -> None:
-    """Delete the database, as a purge does, or a server that was set up again."""
+    """Delete the database, as when a file system is purged or a server is reinstalled."""
     database = run.leaderboard.database
     if database.file:
         database.file.unlink()
@@ -116,7 +116,7 @@ def lose(run: Run) -> None:
 
 
 def board_of(run: Run) -> list[dict[str, Any]]:
-    """What a repair must not change: files, scores and positions, sorted by file."""
+    """Return what a repair must not change: files, scores and positions, sorted by file."""
     keys = ("file", "sha256", "score", "epochs", "start_position", "profile", "worker", "metrics")
     rows = [{key: entry[key] for key in keys} for entry in run.leaderboard.reader.entries()]
     return sorted(rows, key=lambda row: str(row["file"]))

@@ -1,4 +1,4 @@
-"""The leaderboards of tests: on SQLite in their folder, or in schemas on a PostgreSQL server."""
+"""Leaderboards for tests: in SQLite files in the run's folder, or in schemas of a PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Storage:
     url: str | None  # None: SQLite
 
     def make(self, folder: Path, settings: Settings, durable: bool = True) -> Leaderboard:
-        """A new run's leaderboard. durable: whether commits wait for the disk, which takes minutes in some tests."""
+        """Make a new run's leaderboard. durable: commits wait for the disk, which takes minutes in some tests."""
         schema = f"test_{secrets.token_hex(6)}" if self.url else None
         Leaderboard.create(folder, self.url, schema, settings=settings, import_paths=[], now=0.0, deadline=1e12)
         board = Leaderboard.open(folder, self.url, schema)
@@ -35,7 +35,7 @@ class Storage:
         board.database.release_connection()
 
     def rows(self, board: Leaderboard, *names: str) -> list[list[dict[str, Any]]]:
-        """The rows of these tables, in the order of their keys (SQLite's are read directly, which is faster)."""
+        """Return the rows of these tables, ordered by key. SQLite is read directly, which is faster."""
         if self.url is None:
             assert board.database.file is not None
             with closing(sqlite3.connect(board.database.file)) as connection:
@@ -47,7 +47,7 @@ class Storage:
             return [[dict(r._mapping) for r in tx.execute(query)] for query in select]
 
     def contents(self, board: Leaderboard) -> list[list[dict[str, Any]]]:
-        """All rows of the database."""
+        """Return all rows of the database."""
         return self.rows(board, *TABLES)
 
 

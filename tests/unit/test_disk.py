@@ -143,7 +143,7 @@ def test_less_free_space_than_the_demand_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_an_unknown_checkpoint_size_is_reported(tmp_path: Path) -> None:
-    said = None, ["disk: unknown, since the job uses its own trainer"]
+    said = None, ["disk: unknown, because the job uses its own trainer"]
     assert demand(settings(max_disk_gb=1e-9), "the job uses its own trainer", tmp_path) == said
 
 

@@ -230,7 +230,7 @@ def test_a_board_chosen_on_the_test_set_is_noted(written):
     settings, notes = load(written(LEAST | {"select_on": "test"}))
     assert settings.select_on == "test"
     assert len(notes) == 1
-    assert "these scores are better than the models" in notes[0]
+    assert "these scores are too optimistic" in notes[0]
 
 
 @pytest.mark.parametrize(

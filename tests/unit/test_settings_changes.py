@@ -51,8 +51,8 @@ def test_a_later_override_wins_over_an_earlier_and_an_option_over_both(written):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        pytest.param("workers", "--set 'workers': allowed is key=value, e.g. --set workers=4", id="no value"),
-        pytest.param("=4", "--set '=4': allowed is key=value, e.g. --set workers=4", id="no key"),
+        pytest.param("workers", "--set 'workers': write key=value, e.g. --set workers=4", id="no value"),
+        pytest.param("=4", "--set '=4': write key=value, e.g. --set workers=4", id="no key"),
         pytest.param(
             "training_profiles.1.momentum=0",
             "--set 'training_profiles.1.momentum=0': there is nothing at 'training_profiles.1.momentum' to set",
