@@ -325,8 +325,6 @@ def _range(name: str, value: float | tuple[float, float]) -> tuple[float, float]
         low, high = middle - value, middle + value
         low = max(low, lowest) if value >= 0 and not hue else low
     if not lowest <= low <= high <= highest:
-        allowed = (
-            "from 0 to 0.5 or a (low, high) pair within -0.5 to 0.5" if hue else "0 or more, or a (low, high) pair"
-        )
+        allowed = "from 0 to 0.5, or a pair (low, high) in -0.5 to 0.5" if hue else "0 or more, or a pair (low, high)"
         raise JobError(f"ColorJitter: {name} {value} is not allowed; it must be {allowed}")
     return low, high
