@@ -250,7 +250,7 @@ def test_piecewise_linear_is_between_its_neighbouring_corners(
             r"schedule LambdaLR: it takes functions, which a settings file can't contain; use Piece",
         ),
         ({"name": "MultiplicativeLR"}, r"schedule MultiplicativeLR: it takes functions, .* derive your own class"),
-        ({"name": "SequentialLR"}, r"schedule SequentialLR: it takes other schedules, which .* derive a class of your"),
+        ({"name": "SequentialLR"}, r"schedule SequentialLR: it takes other schedules, which .* derive your own"),
         ({"name": "ChainedScheduler"}, r"schedule ChainedScheduler: it takes other schedules, which a settings file"),
         ({"name": "StepLR"}, r"schedule StepLR: .*missing 1 required positional argument: 'step_size'"),
         (
