@@ -289,7 +289,7 @@ def test_a_folder_that_others_can_open_is_refused(squares: list[Path], node: Pat
         decoded(squares, SIZE)
     folder.rmdir()
     folder.symlink_to(squares[0].parent)
-    with pytest.raises(JobError, match=r"must be a folder of your own"):
+    with pytest.raises(JobError, match=r"must be a folder that only you can open"):
         decoded(squares, SIZE)
 
 
