@@ -1,11 +1,11 @@
-"""Bookkeeping of chunks: claim + record through the leaderboard, by many processes at once, compared with other stores.
+"""Measure how fast many processes claim and record chunks through the leaderboard, compared with other stores.
 
     python benchmarks/bookkeeping.py                                  # orch, Optuna's two storages, raw sqlite3
-    python benchmarks/bookkeeping.py --history 10,1000,100000,1000000 # with this many finished chunks in the tables
+    python benchmarks/bookkeeping.py --history 10,1000,100000,1000000 # starting with this many finished chunks
     python benchmarks/bookkeeping.py --workers 8,64,512 --think-s 10  # workers that train between claim and record
 
-A latency is that of one chunk: its claim and its record, waits included, in seconds. Each figure is the median of
---rounds rounds, in which the contenders take turns. Peers: pip install 'orch[bench]'.
+A latency is the time in seconds to claim and record one chunk, including waits. Each figure is the median of --rounds
+rounds, in which the contenders alternate. To install the other stores: pip install 'orch[bench]'.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from contenders import Contender, OptunaJournal, OptunaRdb, Orch, RawSqlite  # n
 
 Figures = dict[str, Any]
 BUSY_PERCENT = 30.0
-PATIENCE_S = 300.0  # a process that is not ready after this time is broken
+PATIENCE_S = 300.0  # how long to wait for all processes to be ready
 
 
 # --- one measurement ---------------------------------------------------------------------------------
 
 
 def rest(longest_s: float) -> None:
-    """Wait until other programs use little of the machine, at most for this time."""
+    """Wait until CPU usage is low, for at most longest_s."""
     end = time.monotonic() + longest_s
     while time.monotonic() < end and psutil.cpu_percent(1.0) > BUSY_PERCENT:
         pass
 
 
 def measure(contender: Contender, disk: Path, processes: int, seconds: float, think_s: float = 0.0) -> Figures:
-    """Chunks per second of all processes together, and the time that one chunk's bookkeeping takes."""
+    """Measure the chunks per second of all processes together, and the bookkeeping time of one chunk."""
     folder = Path(tempfile.mkdtemp(prefix=f"{contender.name}-", dir=disk))
     try:
         contender.prepare(folder, processes)
-        context = multiprocessing.get_context("fork")  # so that modules are not imported 64 times
+        context = multiprocessing.get_context("fork")  # so that processes don't import modules again
         barrier = context.Barrier(processes)
         gc.collect()
-        gc.freeze()  # else each child's garbage collector copies shared memory
+        gc.freeze()  # otherwise garbage collection in each child copies shared memory
         children = [
             context.Process(target=_work, args=(contender, folder, number, barrier, seconds, think_s))
             for number in range(processes)
@@ -76,14 +76,14 @@ def measure(contender: Contender, disk: Path, processes: int, seconds: float, th
 
 
 def _work(contender: Contender, folder: Path, number: int, barrier: Barrier, seconds: float, think_s: float) -> None:
-    """One process: a chunk to warm up, then as many chunks as the time allows."""
+    """Run one process: one warm-up chunk, then as many chunks as the time allows."""
     begin, finish = contender.open(folder, number)
     finish(begin())
     draw = random.Random(number)
     waits_s, errors, counted = [], [], 0
     barrier.wait(PATIENCE_S)
     if think_s:
-        time.sleep(draw.uniform(0, think_s))  # workers of a real run are not synchronous
+        time.sleep(draw.uniform(0, think_s))  # workers of a real run are not in step
     started = time.monotonic()
     while (before := time.monotonic()) < started + seconds:
         try:
@@ -124,7 +124,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float | None:
 
 
 def median_of(rounds: Sequence[Figures]) -> Figures:
-    """The median of each figure, and the worst of the worst cases."""
+    """Return the median of each figure over the rounds; for chunk counts the extremes, for errors the sum."""
     merged: Figures = {}
     for key in rounds[0]:
         values = [r[key] for r in rounds if r.get(key) is not None]
@@ -142,7 +142,7 @@ def median_of(rounds: Sequence[Figures]) -> Figures:
 
 
 def compare(contenders: Sequence[Contender], options: argparse.Namespace) -> Figures:
-    """Every contender with every number of processes; in turn, so that a noisy minute affects all of them."""
+    """Measure every contender with every number of processes, alternating so that noise affects all contenders."""
     found: Figures = {}
     for processes in options.processes:
         rounds: dict[str, list[Figures]] = {c.name: [] for c in contenders}
@@ -224,7 +224,7 @@ def machine(disk: Path) -> Figures:
         "filesystem": mount.fstype if mount else None,
         "fsync_p50_s": _quantile(sorted(waits_s), 0.50),
         "fsync_p99_s": _quantile(sorted(waits_s), 0.99),
-        "load_before": round(os.getloadavg()[0], 2),  # by other programs; it lowers the figures
+        "load_before": round(os.getloadavg()[0], 2),  # load from other programs, which lowers the figures
         "python": sys.version.split()[0],
         "sqlite": sqlite3.sqlite_version,
     }
@@ -236,14 +236,14 @@ def _numbers(kind: Callable[[str], int] = int) -> Callable[[str], list[int]]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=_numbers(), help="default 1,4,16,64; with --history 16")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--processes", type=_numbers(), help="default: 1,4,16,64; with --history: 16")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--history", type=_numbers(), help="finished chunks, such as 10,1000,100000,1000000")
+    parser.add_argument("--history", type=_numbers(), help="numbers of finished chunks, such as 10,1000,100000,1000000")
     parser.add_argument("--workers", type=_numbers(), help="numbers of workers, such as 8,64,512; see --think-s")
-    parser.add_argument("--think-s", type=float, default=10.0, help="mean seconds of training in a chunk")
+    parser.add_argument("--think-s", type=float, default=10.0, help="mean training time of a chunk in seconds")
     parser.add_argument(
-        "--wait-idle-s", type=float, default=0.0, help="at most so long before each, for a quiet machine"
+        "--wait-idle-s", type=float, default=0.0, help="longest wait for an idle machine before each measurement"
     )
     parser.add_argument("--only", help="contenders by name, such as orch,raw-sqlite")
     parser.add_argument("--database", help="an SQLAlchemy URL for orch; default: SQLite in --dir")
@@ -270,7 +270,7 @@ def main() -> None:
         contenders: list[Contender] = [Orch(options.database), OptunaRdb(), OptunaJournal(), RawSqlite()]
         wanted = options.only.split(",") if options.only else [c.name for c in contenders]
         section, found = f"compare-{which}", compare([c for c in contenders if c.name in wanted], options)
-    # The file keeps the answers to the other questions.
+    # Keep the file's other sections.
     result = json.loads(options.out.read_text()) if options.out.exists() else {}
     result[section] = {"machine": facts, "seconds": options.seconds, "rounds": options.rounds, "figures": found}
     options.out.parent.mkdir(parents=True, exist_ok=True)

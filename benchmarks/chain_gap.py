@@ -1,9 +1,9 @@
-"""How long GPUs are idle between two links of a chain, and from launch to the first chunk, on a real Slurm.
+"""Measure how long GPUs are idle between two links of a chain, and from launch to the first chunk, on a real Slurm.
 
     python benchmarks/chain_gap.py [--links 8] [--out benchmarks/results/chain_gap.json]
 
-The gap is from a job's last word to its successor's first claim. Its limits, measured in the same run and just as
-many at a time: Slurm's own time between two jobs that do nothing (afterany), and Python's import of torch.
+The gap lasts from a job's last log line to its successor's first claim. Two lower bounds are measured in the same run
+with the same concurrency: Slurm's own gap between two empty jobs (afterany), and the time to import torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORKERS = 2
 
 
 def slurm_gaps_s(cluster: DevCluster, folder: Path, links: int) -> list[float]:
-    """The gaps in WORKERS chains of jobs that only write their start and end times."""
+    """Measure the gaps in WORKERS chains of jobs that only write their start and end times."""
     script = "#!/bin/bash\n#SBATCH --output=/dev/null\nsrun bash -c 'date +%s.%N >> {file}; date +%s.%N >> {file}'\n"
     files = [[folder / f"chain-{worker}-{link}" for link in range(links)] for worker in range(WORKERS)]
     for chain in files:
@@ -47,7 +47,7 @@ def slurm_gaps_s(cluster: DevCluster, folder: Path, links: int) -> list[float]:
 
 
 def import_torch_s(times: int) -> list[float]:
-    """The time of WORKERS processes at once."""
+    """Measure the time to import torch in WORKERS concurrent processes."""
     code = "import time; t = time.perf_counter(); import torch; print(time.perf_counter() - t)"
     seconds = []
     for _ in range(times):
@@ -57,7 +57,7 @@ def import_torch_s(times: int) -> list[float]:
 
 
 def run_gaps_s(folder: Path, links: int) -> tuple[list[float], float]:
-    """The gaps in a real run of digits, and the time from launch to every worker's first claim."""
+    """Measure the gaps in a real run of digits, and the time from launch to the last worker's first claim."""
     settings = Settings.model_validate(
         {
             "name": "gap", "job": "jobs.digits:Digits", "executor": "slurm", "workers": WORKERS, "eon_lifetime": 3,
@@ -82,7 +82,7 @@ def run_gaps_s(folder: Path, links: int) -> tuple[list[float], float]:
 
 
 def read_log(path: Path) -> list[tuple[float, str]]:
-    """(time, text) of each line; lines of a traceback have no time and are left out."""
+    """Return (time, text) of each INFO line; other lines, such as tracebacks, are skipped."""
     lines = []
     for line in path.read_text().splitlines():
         when, _, text = line.partition(" INFO ")
@@ -92,7 +92,7 @@ def read_log(path: Path) -> list[tuple[float, str]]:
 
 
 def gaps_in(log: list[tuple[float, str]]) -> list[float]:
-    """From each "job ends" to the next "chunk N (generation ...)", which is a claim."""
+    """Return the times from each "job ends" to the next "chunk N (generation ...)", which marks a claim."""
     gaps, ended = [], None
     for at, text in log:
         if text.startswith("job ends"):

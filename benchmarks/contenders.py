@@ -1,7 +1,7 @@
-"""What bookkeeping.py compares: the bookkeeping of one chunk by orch, and the same work by other stores.
+"""The stores that bookkeeping.py compares: orch, and other stores that do the same work for a chunk.
 
-`prepare` makes an empty store; `open`, in each process, returns the two halves of one chunk: before and after the
-training.
+`prepare` creates an empty store. `open`, called in each process, returns two functions: one to call before training a
+chunk, and one to call after it.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from orchestrator.records import Candidate, Claim, EpochResult, Started
 from orchestrator.rules.checkpoint_names import checkpoint_stem
 from orchestrator.settings.settings import Settings
 
-BOARD = 5  # models on the board
-PROMOTED = 0.1  # of all chunks
+BOARD = 5  # number of models on the board
+PROMOTED = 0.1  # share of chunks that are promoted
 LEASE_S = 3600.0
-BLOCK = 10_000  # chunks written at once as history
+BLOCK = 10_000  # chunks of history written per transaction
 
 Begin = Callable[[], Any]
 Finish = Callable[[Any], None]
 
 
 class Contender(Protocol):
-    """A store that many processes use."""
+    """A store used by many processes."""
 
     name: str
 
     def prepare(self, folder: Path, workers: int) -> None: ...
 
     def drop(self, folder: Path) -> None:
-        """Delete what is outside the folder."""
+        """Delete data that the store keeps outside the folder."""
         ...
 
     def open(self, folder: Path, number: int) -> tuple[Begin, Finish]:
-        """Open the store in a new process. number counts the processes from 0."""
+        """Open the store in a new process. number: index of the process, from 0."""
         ...
 
 
 @dataclass
 class Orch:
-    """As a worker does it: one transaction records a result and claims the next chunk. A chunk has one epoch; a tenth
-    of the chunks is promoted, on a full board."""
+    """Works like a worker: one transaction records a result and claims the next chunk. Chunks have one epoch each; a
+    tenth of them are promoted, on a full board."""
 
     url: str | None = None
-    history: int = 0  # finished chunks before the first
+    history: int = 0  # number of finished chunks at the start
     name: str = "orch"
     _jobs: list[Started] = field(default_factory=list)
     _schema_name: str | None = None
@@ -108,7 +108,7 @@ class Orch:
         def finish(claim: Claim) -> None:
             now = time.time()
             better = claim.bar is None or draw.random() < PROMOTED
-            score = now if better else 0.0  # each promoted score is better than all before it
+            score = now if better else 0.0  # each promoted score is higher than all earlier scores
             epochs = claim.parent_epochs + 1
             _, after = board.record_and_claim(
                 claim,
@@ -138,7 +138,7 @@ def metrics_of(score: float) -> dict[str, float]:
 
 @dataclass
 class OptunaRdb:
-    """ask, suggest_float and tell, drawn at random: the sampler reads no history."""
+    """Calls ask, suggest_float and tell with the random sampler, which reads no history."""
 
     name: str = "optuna-rdb"
 
@@ -175,7 +175,7 @@ class OptunaRdb:
 
 @dataclass
 class OptunaJournal(OptunaRdb):
-    """The same with a file to which records are only appended."""
+    """Like OptunaRdb, but with an append-only journal file."""
 
     name: str = "optuna-journal"
 
@@ -188,7 +188,7 @@ class OptunaJournal(OptunaRdb):
 
 @dataclass
 class RawSqlite:
-    """The lower bound: two durable transactions of one statement each, on a connection that stays open."""
+    """The minimum work: two durable transactions of one statement each, on a persistent connection."""
 
     name: str = "raw-sqlite"
 
@@ -223,9 +223,9 @@ class RawSqlite:
 
 
 def add_history(board: Leaderboard, chunks: int, now: float) -> None:
-    """Finished chunks with their epochs and events; every tenth was promoted, and has left the board since.
+    """Add finished chunks with their epochs and events. Every tenth chunk was promoted and has since left the board.
 
-    The entries of one block are what the next one works on. Nothing names its own id: the database counts from 1.
+    The entries of each block are the parents of the next block. The database assigns all ids, counting from 1.
     """
     done = entries = 0
     parents = range(0)
@@ -246,7 +246,7 @@ def add_history(board: Leaderboard, chunks: int, now: float) -> None:
         with board.database.transaction() as tx:
             tx.execute(insert(schema.job), [_job_row(link, now) for link in range(2, 3 + chunks // 100)])
             tx.execute(update(schema.run).values(generation=chunks, epochs=chunks))
-            if board.database.file is None:  # in a run of this length there were many autovacuums
+            if board.database.file is None:  # stands in for the autovacuums of a run of this length
                 tx.execute(text("ANALYZE"))
 
 

@@ -1,12 +1,12 @@
-"""How accurate davidnet is on the test set, over many seeds, and how long it takes: 94 % after 24 epochs is the goal.
+"""Measure davidnet's test accuracy and training time over many seeds; the goal is 94 % after 24 epochs.
 
     python benchmarks/davidnet_seeds.py --data FOLDER [--seeds 10] [--settings settings/davidnet.json]
         [--set job_params.cutout=12] [--compile] [--limit-s 450] [--at-least 0.94] [--out FILE.json] [--log FILE.log]
 
-FOLDER is torchvision's root of CIFAR-10. Each seed is one founder, trained for one chunk by the settings' first
-profile in the training loop that workers use, without a board: on all 50,000 training images, and tested after each
-epoch. Only the last epoch's figure counts; nothing is chosen by it. The exit code is 1 if the mean is less than
---at-least. On a CPU: --epochs 1 --images 5000; the schedule is then as much shorter.
+FOLDER is torchvision's root of CIFAR-10. Each seed is one founder, trained for one chunk under the settings' first
+profile, with the workers' training loop but without a board. It trains on all 50,000 training images and is tested
+after each epoch; only the last epoch's accuracy counts, and it selects nothing. The exit code is 1 if the mean is below
+--at-least. On a CPU use --epochs 1 --images 5000; the schedule is shortened accordingly.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """The complete settings: all training images are used for training, and the test set gives the accuracy."""
+    """Return settings that train on all training images and measure the accuracy on the test set."""
     overrides = list(options.set)
     if options.images:
         overrides += [f"job_params.train_images={options.images}"]
@@ -53,7 +53,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def first_profile(settings: Settings, epochs: int) -> Profile:
-    """The profile with its schedule shortened in the same ratio as the training."""
+    """Return the first profile, its schedule scaled to the number of epochs."""
     profile = settings.training_profiles[0]
     if profile.schedule is None or "epochs" not in profile.schedule:
         return profile
@@ -63,7 +63,7 @@ def first_profile(settings: Settings, epochs: int) -> Profile:
 
 
 def train(session: Session, profile: Profile, epochs: int, seed: int) -> dict[str, Any]:
-    """One founder. Its seconds are those of training and testing, without making the model and loading the data."""
+    """Train one founder. `seconds` covers training and testing, but not creating the model or loading the data."""
     results: list[EpochResult] = []
     began = time.perf_counter()
     outcome = session.train(Work(profile, epochs, seed, 0, None, None), lambda: False, results.append)
@@ -81,13 +81,13 @@ def train(session: Session, profile: Profile, epochs: int, seed: int) -> dict[st
 
 
 def train_all(session: Session, profile: Profile, options: argparse.Namespace, say: Say) -> list[dict[str, Any]]:
-    """As many seeds as were requested, or as the time allows."""
+    """Train the requested number of seeds, or fewer if the time limit is reached."""
     began = time.perf_counter()
     runs: list[dict[str, Any]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         spent = time.perf_counter() - began
         if runs and spent + max(run["wall_s"] for run in runs[-3:]) > options.limit_s:
-            say(f"{len(runs)} of {options.seeds} seeds in {spent:.0f} s; another does not fit into --limit-s")
+            say(f"{len(runs)} of {options.seeds} seeds in {spent:.0f} s; another would exceed --limit-s")
             break
         run = train(session, profile, options.epochs, seed)
         runs.append(run)
@@ -100,7 +100,7 @@ def train_all(session: Session, profile: Profile, options: argparse.Namespace, s
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """The seconds of the first seed count only if it is the only one, since it waits until kernels are chosen."""
+    """Summarise the runs. The first seed's time is excluded (unless it is the only one): it includes kernel tuning."""
     accuracies = [run["accuracy"] for run in runs]
     seconds = [run["seconds"] for run in runs[1:] or runs]
     return {
@@ -131,17 +131,17 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="torchvision's root of CIFAR-10")
     parser.add_argument("--settings", type=Path, default=ROOT / "settings/davidnet.json")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of orch launch")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in orch launch")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, help="of each seed; without it the settings' epochs_per_chunk")
-    parser.add_argument("--images", type=int, help="of the training set: the first of each class, so many in all")
-    parser.add_argument("--compile", action="store_true", help="torch.compile")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the CPU")
-    parser.add_argument("--limit-s", type=float, default=math.inf, help="no seed is begun that would end later")
-    parser.add_argument("--at-least", type=float, default=0.0, help="a lower mean accuracy is exit code 1")
+    parser.add_argument("--epochs", type=int, help="epochs per seed; default: the settings' epochs_per_chunk")
+    parser.add_argument("--images", type=int, help="total number of training images, the first ones of each class")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="number of CPU threads")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="start no seed that would end after this time")
+    parser.add_argument("--at-least", type=float, default=0.0, help="exit with code 1 if the mean accuracy is lower")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/davidnet_seeds.json")
-    parser.add_argument("--log", type=Path, help="without it, as --out, ending in .log")
+    parser.add_argument("--log", type=Path, help="default: --out with the suffix .log")
     return parser.parse_args()
 
 

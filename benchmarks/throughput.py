@@ -1,14 +1,14 @@
-"""Images per second of the training loop, compared with a plain loop: torchvision's transforms and a DataLoader.
+"""Measure the training loop's images per second against a plain loop (torchvision's transforms and a DataLoader).
 
     python benchmarks/throughput.py --data FOLDER                      # davidnet on CIFAR-10, FOLDER its root
     python benchmarks/throughput.py --only alexnet-part1,alexnet-part2 # on generated pictures
     python benchmarks/throughput.py --data FOLDER --images 5000 --rounds 3 --out
 
-The contenders take turns, a round each after the other, so that what else the machine does hits all of them; figures
-are medians over the rounds, ratios medians of each round's ratio. Of each: images a second of training (evaluation is
-not counted, decoding of pictures neither: it is done once and told as decode_s), and the test accuracy that the same
-number of images has led to. Of orch also the share of that time that is spent outside of forward, backward and the
-optimizer's step. plain-bf16 is the plain loop with the same autocast and channels_last as orch chooses.
+The contenders alternate, so that other load on the machine affects all of them. Figures are medians over the rounds;
+ratios are medians of the ratio in each round. For each contender: images per second of training (excluding evaluation,
+and orch's one-time decoding, which is part of ready_s) and the test accuracy after the same number of images. For orch
+also `outside`: the share of training time outside forward, backward and the optimizer's step. plain-bf16 is the plain
+loop with the autocast and channels_last that orch uses.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from orchestrator.settings.loading import load  # noqa: E402
 from orchestrator.settings.settings import Settings  # noqa: E402
 
 CONTENDERS = ("orch", "plain", "plain-bf16")
-CLASSES = 8  # of the generated pictures
-PICTURE = (375, 500)  # height and width in pixels, as of a usual photograph in a data set
+CLASSES = 8  # number of classes of the generated pictures
+PICTURE = (375, 500)  # height and width in pixels, typical of photographs in data sets
 Figures = dict[str, Any]
 
 
 @dataclass
 class Case:
-    """The complete settings of a job, and torchvision's own data sets of the same images."""
+    """The settings of a job, and torchvision data sets of the same images."""
 
     name: str
     settings: Settings
@@ -87,7 +87,7 @@ def davidnet(options: argparse.Namespace, folder: Path) -> Case:
 
 
 def alexnet(name: str, options: argparse.Namespace, folder: Path) -> Case:
-    """Part 1 trains all layers; part 2 only the classifier, on frozen features (here with random weights)."""
+    """Return the case of part 1 (all layers trained) or part 2 (only the classifier, on frozen random features)."""
     part = name.removeprefix("alexnet-")
     for side, count in (("train", options.images), ("test", max(CLASSES, options.images // 5))):
         if not (folder / side).exists():
@@ -117,7 +117,7 @@ CASES: dict[str, Callable[[argparse.Namespace, Path], Case]] = {
 
 
 def draw(folder: Path, count: int, seed: int) -> None:
-    """JPEG files: each class has a colour and a stripe's width, each picture its own phase and noise."""
+    """Write JPEG files. Each class has its own colour and stripe width, each picture its own phase and noise."""
     pixels = np.random.default_rng(seed)
     height, width = PICTURE
     for number in range(count):
@@ -141,7 +141,7 @@ def _settings(name: str, options: argparse.Namespace, **changes: Any) -> Setting
 
 
 class Timed(Session):
-    """Notes the seconds in forward, backward and step, and in evaluation."""
+    """Measures the seconds spent in forward, backward and step, and in evaluation."""
 
     steps_s = evaluation_s = 0.0
 
@@ -155,7 +155,7 @@ class Timed(Session):
         started, steps_s = self._now(), self.steps_s
         found = super()._evaluate(predictor, split)
         self.evaluation_s += self._now() - started
-        self.steps_s = steps_s  # without computing the outputs of frozen layers for evaluation
+        self.steps_s = steps_s  # excludes computing outputs of frozen layers for evaluation
         return found
 
     def _now(self) -> float:
@@ -180,7 +180,7 @@ def train_orch(case: Case, options: argparse.Namespace, seed: int) -> Figures:
     for split in ("train", "test"):
         session.feed(split)
     ready_s = time.perf_counter() - started
-    # Frozen layers make their forward passes once, when their outputs are computed.
+    # Count the forward passes of frozen layers, which run only once, when their outputs are cached.
     session._frozen._compute = session._timed(session._frozen._compute)  # type: ignore[method-assign]
     results: list[EpochResult] = []
     session.train(Work(case.profile, options.epochs, seed, 0, None, None), lambda: False, results.append)
@@ -272,18 +272,18 @@ def _summary(name: str, rounds: dict[str, list[Figures]]) -> Figures:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="torchvision's root of CIFAR-10, for davidnet")
-    parser.add_argument("--images", type=int, default=2048, help="of training, in an epoch")
-    parser.add_argument("--test-images", type=int, default=1000, help="that tell the accuracy, of davidnet")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels, of alexnet's input")
+    parser.add_argument("--images", type=int, default=2048, help="number of training images")
+    parser.add_argument("--test-images", type=int, default=1000, help="number of test images, for davidnet")
+    parser.add_argument("--image-size", type=int, default=224, help="side of alexnet's input in pixels")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, help="default: that of the job's settings file")
-    parser.add_argument("--only", default="davidnet", help=f"of {', '.join(CASES)}, with commas between")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="with commas between; default: all")
+    parser.add_argument("--batch-size", type=int, help="default: 512 for davidnet, 100 for alexnet")
+    parser.add_argument("--only", default="davidnet", help=f"comma-separated cases, from {', '.join(CASES)}")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated; default: all")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--loaders", type=int, help="processes of the plain loop's DataLoader; default: --cores")
     parser.add_argument(
-        "--out", type=Path, nargs="?", const=ROOT / "benchmarks/results/throughput.json", help="write JSON, there or to"
+        "--out", type=Path, nargs="?", const=ROOT / "benchmarks/results/throughput.json", help="write JSON to this file"
     )
     options = parser.parse_args()
     options.loaders = options.cores if options.loaders is None else options.loaders
@@ -296,7 +296,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     for name, known in ((options.only, CASES), (options.contenders, CONTENDERS)):
         unknown = [one for one in name if one not in known]
         if unknown:
-            parser.error(f"{unknown[0]!r} is none of {', '.join(known)}")
+            parser.error(f"{unknown[0]!r} is not one of {', '.join(known)}")
     if "davidnet" in options.only and options.data is None:
         parser.error("davidnet needs --data, torchvision's root of CIFAR-10")
 
@@ -307,7 +307,7 @@ def machine(options: argparse.Namespace) -> Figures:
         "cores": options.cores,
         "cpu": torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else None,
         "gpu": gpu,
-        "load_before": round(os.getloadavg()[0], 2),  # by other programs; it lowers the figures
+        "load_before": round(os.getloadavg()[0], 2),  # load from other programs, which lowers the figures
         "torch": torch.__version__,
     }
 
@@ -318,7 +318,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     result = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
-        os.environ["SLURM_TMPDIR"] = folder  # so that decoded images of an earlier run are not used
+        os.environ["SLURM_TMPDIR"] = folder  # so that no cached images of an earlier run are used
         for name in options.only:
             case = CASES[name](options, Path(folder) / "pictures")
             found = compare(case, options)

@@ -1,1 +1,1 @@
-"""What runs on the GPU: models, data and the training loop. Knows no cluster and no leaderboard."""
+"""Models, data and the training loop: the code that runs on the GPU, independent of cluster and leaderboard."""

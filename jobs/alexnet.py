@@ -1,5 +1,5 @@
-"""The report's job: torchvision's AlexNet (Krizhevsky 2014, "One weird trick") on folders of images. Its three parts
-differ in which of the 13 feature layers and 7 classifier layers start from pretrained weights and which are trained."""
+"""The report's job: torchvision's AlexNet (Krizhevsky 2014, "One weird trick") on folders of images. The report's three
+parts differ in which of the 13 feature and 7 classifier layers are pretrained and which are trained."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LAYERS = {"features": 13, "classifier": 7}
 
 
 class Params(PictureParams):
-    image_size: Annotated[int, Field(ge=63)] = 224  # pixels; AlexNet's convolutions need 63
+    image_size: Annotated[int, Field(ge=63)] = 224  # pixels; AlexNet's convolutions need at least 63
 
 
 class AlexNet(PictureJob):
-    """One folder per class in training_source_dir and in testing_source_dir."""
+    """training_source_dir and testing_source_dir each contain one folder per class."""
 
     Params = Params
 
@@ -43,7 +43,7 @@ class AlexNet(PictureJob):
         value: bool | list[bool] = getattr(self.context.settings, key)
         flags = [value] * LAYERS[part] if isinstance(value, bool) else value
         if len(flags) != LAYERS[part]:
-            raise JobError(f"{key}: {len(flags)} flags; AlexNet's {part} have {LAYERS[part]} layers, a flag each")
+            raise JobError(f"{key}: {len(flags)} flags; AlexNet's {part} part needs {LAYERS[part]}, one per layer")
         return flags
 
     def files(self, train: bool) -> Files:
@@ -51,7 +51,7 @@ class AlexNet(PictureJob):
         return [Path(path) for path, _ in folder.samples], folder.targets
 
     def _listed(self, train: bool) -> ImageFolder:
-        """The files and their classes. Raises JobError if a class has no file."""
+        """List the files and their classes. Raises JobError if a class has no file."""
         folder = self._folder(train)
         try:
             return ImageFolder(str(folder))
@@ -81,8 +81,8 @@ class AlexNet(PictureJob):
                     if key not in state or state[key].shape != value.shape:
                         shape = tuple(state[key].shape) if key in state else "none"
                         raise JobError(
-                            f"pretrained_{part}[{index}]: the weights' {key} has shape {shape}, this model's "
-                            f"{tuple(value.shape)}; the last classifier layer can't be pretrained for other classes"
+                            f"pretrained_{part}[{index}]: {key} has shape {shape} in the weights file, "
+                            f"{tuple(value.shape)} here; for other classes the last layer can't be pretrained"
                         )
                     with torch.no_grad():
                         value.copy_(state[key])
@@ -92,7 +92,7 @@ class AlexNet(PictureJob):
         return weights_file(wanted, models.AlexNet_Weights, "pretrained_weights", download)
 
     def frozen_part(self, model: nn.Module) -> nn.Module | None:
-        """The features, if none of them is trained and images are not augmented."""
+        """Return the feature layers if none of them is trained and images are not augmented."""
         features = model.get_submodule("features")
         if self.params.augment != "none" or any(p.requires_grad for p in features.parameters()):
             return None

@@ -1,12 +1,12 @@
 """DavidNet on CIFAR-10: D. Page's 9-layer residual network, 94 % in 24 epochs, with each trick of his "Bag of Tricks".
 
-"How to Train Your ResNet" (myrtle.ai, 2018-2019; code: github.com/davidcpage/cifar10-fast). Without any trick it is the
-network and recipe of post 4 and of the author's `dawn.py`; the tricks are the headings of post 8.
+Source: "How to Train Your ResNet" (myrtle.ai, 2018-2019; code: github.com/davidcpage/cifar10-fast). Without tricks this
+is the network and recipe of post 4 and of Page's `dawn.py`. The tricks are the headings of post 8.
 
-Page sums the loss over a batch of 512 and divides the learning rate by 512. The loss here is the mean, so his learning
-rate is 0.4 here, and his weight decay of 5e-4 * 512, multiplied with 0.4 / 512, is 5e-4. His momentum buffer holds
-steps, each with the learning rate of its time; torch's holds gradients, which all get the current one: with so smooth a
-schedule the two are about equal. He leaves out the incomplete batch at an epoch's end; here it is trained on.
+Page sums the loss over a batch of 512 and divides the learning rate by 512. This job averages the loss instead, so the
+equivalent learning rate is 0.4 and the equivalent weight decay 5e-4 (Page's 5e-4 * 512, divided by 512). Page's
+momentum buffer includes past learning rates; torch's is multiplied by the current learning rate. For a smooth schedule
+they are nearly equal. Page drops the incomplete last batch of an epoch; this job trains on it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from jobs.optim import optimizers
 from orchestrator.records import Profile
 
 Pool = Literal["after_activation", "before_activation", "before_norm"]
-PATCH = 3  # pixels: the side of a patch that is whitened, and of every other convolution
-WHITENING_IMAGES = 10_000  # whose patches give the covariance, as in his notebook
-WHITENING_EPSILON = 0.01  # added to the eigenvalues: the smallest are noise and must not be amplified
+PATCH = 3  # side of the whitened patches and of every other convolution kernel, in pixels
+WHITENING_IMAGES = 10_000  # number of images that the patch covariance is estimated from, as in Page's notebook
+WHITENING_EPSILON = 0.01  # added to the eigenvalues, so that noise (the smallest eigenvalues) is not amplified
 SIDE = 32  # pixels
 PADDING = 4
 
@@ -45,24 +45,24 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Params(Limits):
-    """The defaults are the network and the augmentation of post 4. In quotes: the headings of post 8."""
+    """The defaults are the network and augmentation of post 4. Comments quote post 8's headings and give its values."""
 
-    channels: tuple[Count, Count, Count, Count] = (64, 128, 256, 512)  # of prep, layer1, layer2, layer3
-    classifier_scale: Positive = 0.125  # factor of the logits; 1/16 with batchnorm_scale 1
+    channels: tuple[Count, Count, Count, Count] = (64, 128, 256, 512)  # of prep, layer1, layer2 and layer3
+    classifier_scale: Positive = 0.125  # factor applied to the logits; use 1/16 with batchnorm_scale 1
     flip: Literal["random", "alternating", "none"] = "random"
     cutout: Annotated[int, Field(ge=0, le=SIDE)] = 8  # pixels; 0: none
-    preprocessing: Literal["device", "loader"] = "device"  # "Preprocessing on the GPU"; loader: on the CPU
+    preprocessing: Literal["device", "loader"] = "device"  # "Preprocessing on the GPU", or a CPU DataLoader
     pool: Pool = "after_activation"  # "Moving max-pool layers": before_norm
-    label_smoothing: Share = 0.0  # 0.2
+    label_smoothing: Share = 0.0  # "Label smoothing": 0.2
     celu_alpha: Positive | None = None  # "CELU activations": 0.075, or 0.3 with batchnorm_scale 1; null: ReLU
     ghost_batch: Annotated[int, Field(ge=2)] | None = None  # "Ghost batch norm": 32 images
     batchnorm_scale: Positive | None = None  # "Frozen batch norm scales": 1 (or 0.25); null: learned
-    bias_lr_factor: Positive = 1.0  # of batch norm's biases: 64 with batchnorm_scale 1 (16 undoes the change of scale)
-    bias_weight_decay_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # 1/64
+    bias_lr_factor: Positive = 1.0  # for batch norm's biases; Page: 64 with batchnorm_scale 1 (16 offsets the scale)
+    bias_weight_decay_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # same biases; Page: 1/64
     whitening: bool = False  # "Input patch whitening"
-    ema_decay: Share | None = None  # "Exponential moving averages": 0.99 a step; null: none
-    ema_every: Count = 5  # steps between two updates of the average
-    test_flip: bool = False  # "Test-time augmentation": the mean over an image and its mirror image
+    ema_decay: Share | None = None  # "Exponential moving averages": 0.99 per step; null: none
+    ema_every: Count = 5  # number of steps between updates of the average
+    test_flip: bool = False  # "Test-time augmentation": average the logits of an image and its mirror image
 
 
 class DavidNet(ImageSetJob):
@@ -75,14 +75,14 @@ class DavidNet(ImageSetJob):
         return images.cifar10(root, train, download)
 
     def data(self, split: Split) -> Dataset[Any]:
-        """`ImageTensors` on the device; or, for a loader, single images that torchvision transforms."""
+        """Return `ImageTensors` on the device or, for a loader, single images transformed by torchvision."""
         pixels, targets = self.test_set if split == "test" else self.training_set
         if self.params.preprocessing == "loader":
             return Pictures(pixels, targets, self._transforms(augmented=split == "train"))
         return images.ImageTensors(pixels, targets, self._steps(augmented=split == "train"))
 
     def _steps(self, augmented: bool) -> list[augment.Step]:
-        """Padded by reflection, cropped, flipped, with a square in the mean colour, as Page does it."""
+        """Return Page's steps: pad by reflection, crop, flip, normalize, cut out a square in the mean colour."""
         normalize = augment.Normalize(*self.statistics)
         if not augmented:
             return [normalize]
@@ -91,11 +91,11 @@ class DavidNet(ImageSetJob):
         return [augment.PadCrop(SIDE, PADDING, "reflect"), *flips.get(self.params.flip, []), normalize, *cutout]
 
     def _transforms(self, augmented: bool) -> Callable[[Any], Tensor]:
-        """The same for single images."""
+        """Return equivalent torchvision transforms for single images."""
         from torchvision.transforms import v2
 
         if self.params.flip == "alternating":
-            raise JobError('job_params: flip "alternating" needs preprocessing "device"; a loader has no epochs')
+            raise JobError('job_params: flip "alternating" needs preprocessing "device"; loaders lack the epoch')
         share = (self.params.cutout / SIDE) ** 2
         crop = [v2.RandomCrop(SIDE, PADDING, padding_mode="reflect")]
         flip = [v2.RandomHorizontalFlip()] if self.params.flip == "random" else []
@@ -115,18 +115,18 @@ class DavidNet(ImageSetJob):
             whitening=params.whitening,
         )
         for module in net.modules():
-            if isinstance(module, PatchWhitening) and not module.weight.is_meta:  # meta: only sizes matter
+            if isinstance(module, PatchWhitening) and not module.weight.is_meta:  # on "meta" only shapes matter
                 module.set_filters(self._whitening)
         return net
 
     @cached_property
     def _whitening(self) -> Tensor:
-        """From the first training images, as in the notebook. A checkpoint brings its own filters."""
+        """Filters for the first training images, as in Page's notebook. Loading a checkpoint overwrites them."""
         first = self.training_set[0][:WHITENING_IMAGES]
         return whitening_filters(images.as_floats(augment.Normalize(*self.statistics).apply(first, {})))
 
     def optimizer(self, model: nn.Module, profile: Profile) -> torch.optim.Optimizer:
-        """SGD with Nesterov's momentum, unless the profile names an optimizer; biases have their own group."""
+        """Return SGD with Nesterov momentum, unless the profile names an optimizer; biases have their own group."""
         if profile.optimizer is None:
             nesterov = {"nesterov": profile.momentum > 0}
             profile = replace(profile, optimizer="SGD", optimizer_options=nesterov | dict(profile.optimizer_options))
@@ -143,7 +143,7 @@ class DavidNet(ImageSetJob):
         return functional.cross_entropy(outputs, targets, label_smoothing=self.params.label_smoothing)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """The loss is without label smoothing, so that runs can be compared."""
+        """Return accuracy and loss; the loss ignores label smoothing, so that runs can be compared."""
         return super().metrics(outputs, targets) | {"loss": functional.cross_entropy(outputs, targets)}
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
@@ -151,14 +151,14 @@ class DavidNet(ImageSetJob):
         return (outputs + model(inputs.flip(3))) / 2 if self.params.test_flip else outputs
 
     def averaging(self) -> Averaging | None:
-        """ema_decay is for one step; the average is updated every few steps."""
+        """Convert ema_decay, which is per step, to a decay per update of the average."""
         if self.params.ema_decay is None:
             return None
         return Averaging(self.params.ema_decay**self.params.ema_every, self.params.ema_every)
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Images and targets in memory, transformed one by one when they are read."""
+    """Images and targets in memory; each image is transformed when it is read."""
 
     def __init__(self, pixels: Tensor, targets: Tensor, transform: Callable[[Any], Tensor]) -> None:
         self.pixels, self.targets, self.transform = pixels, targets, transform
@@ -185,12 +185,11 @@ def network(
     whitening: bool = False,
     classes: int = 10,
 ) -> nn.Sequential:
-    """DavidNet for images (n, 3, 32, 32), giving logits (n, classes).
-
-    channels: of prep and of layer1 to layer3 (Page: 64, 128, 256, 512). scale: factor of the logits. pool: the place of
-    max-pool in a layer. activation and norm make these layers, norm from the number of channels. whitening: prep is a
-    frozen `PatchWhitening`, zero until its filters are set, and a 1x1 convolution.
-    """
+    """Return DavidNet, which maps images (n, 3, 32, 32) to logits (n, classes). channels: widths of prep and layer1 to
+    layer3 (Page: 64, 128, 256, 512). scale: factor applied to the logits. pool: position of max-pool in a layer.
+    activation: factory for activation layers. norm: factory for norm layers, called with the number of channels.
+    whitening: replace prep's convolution with a frozen `PatchWhitening` (all zeros until its filters are set) followed
+    by a 1x1 convolution."""
 
     def block(before: int, after: int, pooled: bool = False) -> OrderedDict[str, nn.Module]:
         layers: list[tuple[str, nn.Module]] = [
@@ -225,7 +224,7 @@ def network(
 
 
 class Residual(nn.Module):
-    """The input plus the output of its layers."""
+    """Adds the output of its layers to the input."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -237,7 +236,7 @@ class Residual(nn.Module):
 
 
 class Classifier(nn.Linear):
-    """Logits times a constant, in float32 under autocast too: in bf16 the best two would often be equal."""
+    """A linear layer with scaled logits, in float32 even under autocast: in bf16 the top two logits would often tie."""
 
     def __init__(self, width: int, classes: int, scale: float) -> None:
         super().__init__(width, classes, bias=False)
@@ -252,7 +251,7 @@ class Classifier(nn.Linear):
 
 
 def batch_norm(channels: int, ghost_batch: int | None = None, frozen_scale: float | None = None) -> nn.BatchNorm2d:
-    """Batch norm, over ghost batches if given; with frozen_scale its weight is that constant and is not trained."""
+    """Return batch norm, over ghost batches if ghost_batch is given. frozen_scale: constant weight, not trained."""
     norm = nn.BatchNorm2d(channels) if ghost_batch is None else GhostBatchNorm(channels, ghost_batch)
     if frozen_scale is not None:
         nn.init.constant_(norm.weight, frozen_scale)
@@ -261,10 +260,10 @@ def batch_norm(channels: int, ghost_batch: int | None = None, frozen_scale: floa
 
 
 class GhostBatchNorm(nn.BatchNorm2d):
-    """Batch norm with the statistics of parts of the batch, "ghost batches" (Hoffer et al. 2017, arXiv:1705.08741).
+    """Batch norm with separate statistics for parts of a batch, "ghost batches" (Hoffer et al. 2017, arXiv:1705.08741).
 
-    A batch is cut into groups of ghost_batch images; the remainder joins the last group. The running statistics, used
-    in evaluation, follow the mean over the groups. Parameters and buffers are those of nn.BatchNorm2d.
+    A batch is divided into groups of ghost_batch images; the remainder joins the last group. The running statistics,
+    used in evaluation, track the mean over the groups. Parameters and buffers are the same as in nn.BatchNorm2d.
     """
 
     def __init__(self, channels: int, ghost_batch: int) -> None:
@@ -288,8 +287,8 @@ class GhostBatchNorm(nn.BatchNorm2d):
         return output
 
     def _in_groups(self, input: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The normalised images, and each group's new running mean and variance, (groups, channels). Image i is in
-        group i % groups: a contiguous (n, c, h, w) is viewed as (n / groups, groups * c, h, w)."""
+        """Return the normalised images, and each group's new running mean and variance (groups, channels). Image i
+        belongs to group i % groups, because a contiguous (n, c, h, w) is viewed as (n / groups, groups * c, h, w)."""
         count, channels, height, width = input.shape
         layout = torch.contiguous_format if input.is_contiguous() else torch.channels_last
         mean = self.running_mean.repeat(groups)  # type: ignore[union-attr]  # as above
@@ -301,7 +300,7 @@ class GhostBatchNorm(nn.BatchNorm2d):
             self.weight.repeat(groups),
             self.bias.repeat(groups),
             training=True,
-            momentum=self.momentum,  # type: ignore[arg-type]  # None only if it is constructed so
+            momentum=self.momentum,  # type: ignore[arg-type]  # None only if set explicitly
             eps=self.eps,
         ).view(count, channels, height, width)
         output = output.contiguous(memory_format=layout)
@@ -309,10 +308,10 @@ class GhostBatchNorm(nn.BatchNorm2d):
 
 
 class PatchWhitening(nn.Conv2d):
-    """A frozen 3x3 convolution whose outputs are uncorrelated and of about equal scale over the training images.
+    """A frozen 3x3 convolution whose outputs over the training images are uncorrelated and have about equal variance.
 
-    Its filters are the eigenvectors of the covariance of 3x3 patches, each divided by the root of its eigenvalue (post
-    8, "Input patch whitening"; `whitening_filters`). They are zero until they are set, and part of the state.
+    The filters are the eigenvectors of the covariance of 3x3 patches, each divided by the square root of its eigenvalue
+    (post 8, "Input patch whitening"; `whitening_filters`). They are zero until set, and saved in the state_dict.
     """
 
     def __init__(self, channels: int) -> None:
@@ -326,22 +325,22 @@ class PatchWhitening(nn.Conv2d):
 
 
 def whitening_filters(images: Tensor, epsilon: float = WHITENING_EPSILON) -> Tensor:
-    """The filters (c*9, c, 3, 3), float32, that whiten the 3x3 patches of these images, largest variance first.
+    """Return the filters (c*9, c, 3, 3), float32, that whiten the 3x3 patches of these images, largest variance first.
 
-    images: (n, c, h, w), normalised, not padded. The output of a filter on the patches has the variance
-    eigenvalue / (eigenvalue + epsilon). The largest weight of each filter is positive.
+    images: (n, c, h, w), normalised, not padded. Over the patches, the output of a filter has variance
+    eigenvalue / (eigenvalue + epsilon). The weight with the largest magnitude in each filter is positive.
     """
     size = images.shape[1] * PATCH * PATCH
     total = torch.zeros(size, dtype=torch.float64, device=images.device)
     products = torch.zeros(size, size, dtype=torch.float64, device=images.device)
     count = 0
-    for part in torch.split(images, 100):  # patches take nine times the memory of the images
+    for part in torch.split(images, 100):  # patches need nine times as much memory as the images
         patches = functional.unfold(part.float(), PATCH)  # (images, size, places)
         total += patches.sum((0, 2))
         products += (patches @ patches.mT).sum(0)
         count += patches.shape[0] * patches.shape[2]
     mean = total / count
-    values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))  # ascending; vectors as columns
+    values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))  # ascending; vectors in columns
     values, vectors = values.flip(0).clamp(min=0), vectors.T.flip(0)
     vectors = vectors * vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
     filters: Tensor = vectors / (values + epsilon).sqrt()[:, None]

@@ -1,4 +1,4 @@
-"""A job for the first five minutes: scikit-learn's 1,797 handwritten digits, 8x8 pixels, fast on a CPU."""
+"""A quick-start job: scikit-learn's 1,797 handwritten digits, 8x8 pixels, fast on a CPU."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Digits(Job):
 
 @cache
 def _digits() -> dict[str, TensorDataset]:
-    """The test set is always the same stratified fifth, because the data set has no split of its own."""
-    package = find_spec("sklearn")  # importing it would take most of a second in every job
+    """Return both sets. The data set has no official split, so the test set is a fixed stratified fifth."""
+    package = find_spec("sklearn")  # importing scikit-learn would take most of a second in every job
     if package is None or package.origin is None:
         raise JobError("the digits are part of scikit-learn, which is not installed; run: pip install scikit-learn")
     table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",", dtype=np.int64)

@@ -1,7 +1,7 @@
-"""The error of the job side whose message is for the user."""
+"""The error that jobs raise to show the user a message."""
 
 from __future__ import annotations
 
 
 class JobError(Exception):
-    """The job can't be used as it is. The message says what is wrong or missing and what to do about it."""
+    """The job can't be used as it is. The message says what is wrong or missing and how to fix it."""

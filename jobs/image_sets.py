@@ -1,4 +1,4 @@
-"""What the jobs on torchvision's small data sets share: all images in memory, a subset for trials, statistics."""
+"""Shared by the jobs on torchvision's small data sets: images in memory, subsets for quick tests, statistics."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Limits(Strict):
-    """Params of a job whose data set can be cut down for trials."""
+    """Params of a job whose data set can be reduced for quick tests."""
 
-    train_images: Count | None = None  # this many in all, the first ones of each class
+    train_images: Count | None = None  # total number of images: the first ones of each class; None: all
     test_images: Count | None = None
 
 
 class ImageSetJob(Job):
-    """training_source_dir is the root of one of torchvision's data sets, which holds its test images too."""
+    """training_source_dir is the root of a torchvision data set, including its test images."""
 
-    NAME: ClassVar[str]  # of the data set, in messages
+    NAME: ClassVar[str]  # the data set's name in messages
 
     def open(self, root: str | Path, train: bool, download: bool = False) -> Examples:
-        """All training or all test examples. Raises JobError if they are not there."""
+        """Return all training or all test examples. Raises JobError if they are missing."""
         raise JobError(f"{type(self).__name__} has no open(root, train, download); it must return images and targets")
 
     @cached_property
@@ -45,7 +45,7 @@ class ImageSetJob(Job):
 
     @cached_property
     def statistics(self) -> Statistics:
-        """Mean and standard deviation of each channel over the training set, of values in [0, 1]."""
+        """Mean and standard deviation of each channel over the training set, with pixels scaled to [0, 1]."""
         return images.channel_statistics(self.training_set[0])
 
     def _examples(self, train: bool) -> Examples:
@@ -65,25 +65,25 @@ class ImageSetJob(Job):
 
 
 def limited(targets: Tensor, limits: Limits, train: bool) -> Tensor:
-    """first_of_each_class, as the limits say for the training or the test examples."""
+    """Apply first_of_each_class with the limit for the training or test examples."""
     count, name = (limits.train_images, "train") if train else (limits.test_images, "test")
     return first_of_each_class(targets, count, f"job_params: {name}_images")
 
 
 def first_of_each_class(targets: Tensor, count: int | None, setting: str) -> Tensor:
-    """Indices (int64, rising) of `count` examples (None: all), the first ones of each class and about equally many of
-    each. targets: int64 (n,). Raises JobError, naming the setting, if count is more than the examples or less than the
-    classes."""
+    """Return ascending indices (int64) of `count` examples (None: all): the first ones of each class, equally many per
+    class to within one. targets: int64 (n,). Raises JobError, naming the setting, if count exceeds the number of
+    examples or is below the number of classes."""
     if count is not None and count > len(targets):
         raise JobError(
-            f"{setting}: {count} is more than the {len(targets)} examples that there are; allowed is at most "
-            f"{len(targets)}, or leave it out to take them all"
+            f"{setting}: {count} is more than the {len(targets)} available examples; use at most "
+            f"{len(targets)}, or leave it out to use all"
         )
     if count is None or count == len(targets):
         return torch.arange(len(targets))
     classes = torch.unique(targets).tolist()
     if count < len(classes):
-        raise JobError(f"{setting}: {count} examples can't hold one of each of {len(classes)} classes")
+        raise JobError(f"{setting}: {count} is fewer than the {len(classes)} classes; use one per class or more")
     chosen = torch.zeros(len(targets), dtype=torch.bool)
     for number, label in enumerate(classes):
         wanted = count // len(classes) + (number < count % len(classes))

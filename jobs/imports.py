@@ -1,4 +1,4 @@
-"""Where the user's own modules are found, and the classes that settings name. Imports no torch."""
+"""Find the user's modules and the classes named in settings. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jobs.errors import JobError
 
 
 def look_first_in(folders: Iterable[str]) -> None:
-    """Search for modules in these folders before all others; folders that are searched already keep their place."""
+    """Prepend these folders to sys.path; folders already on it keep their position."""
     sys.path[:0] = [folder for folder in folders if folder not in sys.path]
 
 
 def find_class(spec: str, what: str) -> type[Any]:
-    """The class that "module:Class" names. what: the start of an error's message, such as "job mine:Mine".
-    Raises JobError if the module can't be imported, whatever it raises, or has no such class."""
+    """Return the class named by "module:Class". what: prefix of the error message, such as "job mine:Mine".
+    Raises JobError if importing the module raises any error, or if the module has no such class."""
     module_name, _, class_name = spec.partition(":")
     try:
         named = getattr(importlib.import_module(module_name), class_name, None)
@@ -29,5 +29,5 @@ def find_class(spec: str, what: str) -> type[Any]:
 
 
 def brings_own_trainer(spec: str) -> bool:
-    """Whether the job's class has a static method `open_trainer` of its own. Raises JobError as find_class does."""
+    """Return whether the job's class defines the static method `open_trainer`. Raises JobError like find_class."""
     return hasattr(find_class(spec, f"job {spec}"), "open_trainer")

@@ -1,9 +1,9 @@
 """LeNet-5 on MNIST (LeCun, Bottou, Bengio and Haffner 1998, "Gradient-Based Learning Applied to Document Recognition").
 
-The sizes are the paper's: 6 feature maps, 16, then 120, 84 and 10 units, on 28x28 pixels padded to 32x32; 61,706
-parameters. Unlike the paper, pooling has no trained coefficients, the second convolution sees all maps, and the end is
-logits with cross-entropy, not Euclidean distances. The paper's tanh and average pooling are job_params; the defaults
-are ReLU and max-pooling, with Adam.
+The layer sizes are the paper's: 6 and 16 feature maps, then 120, 84 and 10 units, on 28x28 pixels padded to 32x32;
+61,706 parameters. Unlike in the paper, pooling has no trained coefficients, the second convolution reads all maps, and
+the outputs are logits trained with cross-entropy, not Euclidean distances. job_params can select the paper's tanh and
+average pooling; the defaults are ReLU and max pooling, with Adam.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIDE = 28  # pixels
 class Params(Limits):
     activation: Literal["relu", "tanh"] = "relu"
     pooling: Literal["max", "average"] = "max"
-    shift: Annotated[int, Field(ge=0, le=8)] = 0  # pixels at most, in each direction, of training images
+    shift: Annotated[int, Field(ge=0, le=8)] = 0  # maximum random shift of training images, in pixels
 
 
 class LeNet5(ImageSetJob):
@@ -61,5 +61,5 @@ class LeNet5(ImageSetJob):
         normalize = augment.Normalize(*self.statistics)
         if split != "train" or not self.params.shift:
             return images.ImageTensors(*(self.test_set if split == "test" else self.training_set), [normalize])
-        # The new pixels are black, like the border of every digit.
+        # PadCrop adds black pixels, which match the border of every digit.
         return images.ImageTensors(*self.training_set, [augment.PadCrop(SIDE, self.params.shift), normalize])

@@ -1,4 +1,4 @@
-"""What the jobs on picture files share: decoding once on each node, crops, normalisation, pretrained weights."""
+"""Shared by the jobs on picture files: decoding once per node, crops, normalisation, pretrained weights."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from jobs.job import Job
 from jobs.training.pretrained import IMAGENET
 from orchestrator.settings.fields import Strict
 
-Files = tuple[list[Path], list[int]]  # pictures, and the class of each
+Files = tuple[list[Path], list[int]]  # picture files, and the class of each picture
 
 
 class PictureParams(Strict):
-    image_size: Annotated[int, Field(ge=32)] = 224  # pixels, of the square that the network sees
-    augment: Literal["random", "none"] = "random"  # crops and flips of the training images
-    memory_gb: Annotated[float, Field(ge=0)] | None = None  # for images on the device; see docs/data.md
+    image_size: Annotated[int, Field(ge=32)] = 224  # side of the square network input, in pixels
+    augment: Literal["random", "none"] = "random"  # "random": crop and flip training images at random
+    memory_gb: Annotated[float, Field(ge=0)] | None = None  # device memory for images, in GB; see docs/data.md
 
 
 class PictureJob(Job):
-    """Its Params derive from PictureParams. A subclass lists its files and says whether it uses pretrained weights."""
+    """Subclasses define `files`, set `uses_pretrained`, and derive their Params from PictureParams."""
 
-    uses_pretrained: bool  # set before `data` or `prepared` is called
+    uses_pretrained: bool  # must be set before `data` or `prepared` is called
 
     def files(self, train: bool) -> Files:
-        """The training pictures or the test pictures. Raises JobError if they are not there."""
+        """Return the training or the test pictures. Raises JobError if they are missing."""
         raise JobError(f"{type(self).__name__} has no files(train); it must return pictures and their classes")
 
     def weights_file(self, download: bool = False) -> Path:
-        """The file of pretrained weights, fetched first with download. Raises JobError if it is not there."""
+        """Return the file of pretrained weights; with `download`, fetch it first. Raises JobError if it is missing."""
         raise JobError(f"{type(self).__name__} has no weights_file(download); it must return a path")
 
     def data(self, split: Split) -> DecodedImages:
-        """Pictures with a shorter side of 8/7 of image_size, cropped to squares: at random or in the middle."""
+        """Return pictures resized to a shorter side of 8/7 * image_size, then cropped to squares (random or center)."""
         pictures, targets = self._test if split == "test" else self._train
         size = self.params.image_size
         random = split == "train" and self.params.augment == "random"
@@ -53,7 +53,7 @@ class PictureJob(Job):
 
     @cached_property
     def training_statistics(self) -> Statistics:
-        """Mean and standard deviation of each channel over the training set, of values in [0, 1]."""
+        """Mean and standard deviation of each channel over the training set, with pixels scaled to [0, 1]."""
         return self._train[0].statistics()
 
     @cached_property
@@ -66,10 +66,10 @@ class PictureJob(Job):
 
     def _decoded(self, train: bool) -> tuple[Decoded, list[int]]:
         paths, targets = self.files(train)
-        return decoded(paths, self.params.image_size * 8 // 7, self.context.cores), targets  # 256 pixels for 224
+        return decoded(paths, self.params.image_size * 8 // 7, self.context.cores), targets  # 256 for 224
 
     def prepared(self, targets: list[int], download: bool) -> list[str]:
-        """Check weights, model and validation split; targets: of training. Lines for the user. Raises JobError."""
+        """Check weights, model and validation split; targets: for training. Returns messages. Raises JobError."""
         lines = [f"pretrained weights: {self.weights_file(download)}"] if self.uses_pretrained else []
         self.model()
         settings = self.context.settings

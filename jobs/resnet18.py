@@ -1,5 +1,5 @@
-"""ResNet-18 (He et al. 2016, arXiv:1512.03385; torchvision's) on the Oxford-IIIT Pet data set, 37 breeds of cats and
-dogs (Parkhi et al. 2012). It starts from scratch or from pretrained weights; all layers are trained, or only the last.
+"""torchvision's ResNet-18 (He et al. 2016, arXiv:1512.03385) on the Oxford-IIIT Pet data set, 37 breeds of cats and
+dogs (Parkhi et al. 2012). It starts from scratch or from pretrained weights and trains all layers or only the last.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SETTING = "job_params: pretrained"
 
 
 class Params(Limits, PictureParams):
-    pretrained: Literal[False] | str = False  # a name that torchvision knows, or a file
+    pretrained: Literal[False] | str = False  # the name of torchvision weights, or a file
     train: Literal["all", "head"] = "all"
 
 
 class ResNet18(PictureJob):
-    """training_source_dir is the root of torchvision's OxfordIIITPet, whose trainval split is trained on."""
+    """training_source_dir is the root of torchvision's OxfordIIITPet. The job trains on its trainval split."""
 
     Params = Params
 
@@ -39,11 +39,11 @@ class ResNet18(PictureJob):
         if self.params.train == "head" and not self.uses_pretrained:
             raise JobError(
                 'job_params: train "head" needs pretrained weights, because all other layers stay as they are; '
-                'name some in pretrained, or train "all"'
+                'set "pretrained", or set train to "all"'
             )
 
     def files(self, train: bool, download: bool = False) -> Files:
-        """Those that train_images or test_images allow."""
+        """Return the files and classes, limited by train_images or test_images."""
         root: Any = self.context.settings.training_source_dir
         if not (download and root):
             root = local_path(root, "training_source_dir")
@@ -62,7 +62,7 @@ class ResNet18(PictureJob):
         return net
 
     def _load(self, net: nn.Module) -> None:
-        """Load all layers; the last one only if it fits. Raises JobError if another layer does not fit."""
+        """Load all layers, but skip the last one if its shape differs. Raises JobError if another shape differs."""
         own = net.state_dict()
         state = dict(read_weights(self.weights_file(), SETTING))
         if "fc.weight" in state and state["fc.weight"].shape != own["fc.weight"].shape:
@@ -71,7 +71,7 @@ class ResNet18(PictureJob):
         if wrong or len(state) != len(own):
             named = ", ".join([*wrong, *sorted(state.keys() - own.keys())][:3])
             raise JobError(
-                f"{SETTING}: {self.params.pretrained} does not hold weights of a ResNet-18: {named} do not fit"
+                f"{SETTING}: {self.params.pretrained} does not contain ResNet-18 weights: mismatch in {named}"
             )
         net.load_state_dict(state)
 
@@ -82,7 +82,7 @@ class ResNet18(PictureJob):
         return weights_file(self.params.pretrained, models.ResNet18_Weights, SETTING, download)
 
     def frozen_part(self, model: nn.Module) -> nn.Module | None:
-        """All layers but the last, if only that one is trained and images are not augmented."""
+        """Return all layers but the last if only the last one is trained and images are not augmented."""
         if self.params.train != "head" or self.params.augment != "none":
             return None
         return nn.Sequential(*(child for name, child in model.named_children() if name != "fc"))
@@ -95,7 +95,7 @@ class ResNet18(PictureJob):
 
 
 class _FrozenBody(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """All layers but the last stay in eval mode in training, so that batch norm keeps its statistics."""
+    """A ResNet that keeps all layers but the last in eval mode, so that batch norm does not update its statistics."""
 
     def train(self, mode: bool = True) -> _FrozenBody:
         super().train(mode)

@@ -1,1 +1,1 @@
-"""How examples become batches on the device: feeds, splits, random state, images."""
+"""Code that turns examples into batches on the device: feeds, splits, random state, images."""

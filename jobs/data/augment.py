@@ -1,8 +1,8 @@
-"""Augmentation of whole batches of images on the device that they are on.
+"""Augment whole batches of images on their device.
 
-Each step does to a batch what torchvision.transforms.v2 does to one image, with the same values for the same draw. All
-random numbers of an epoch are drawn at once, on the CPU and from a separate generator: they are the same on any device,
-and an epoch can go on at any batch from its seed alone. No step waits for a GPU.
+Each step changes a batch like torchvision.transforms.v2 changes one image, with equal results for equal random numbers.
+All random numbers of an epoch are drawn at once, on the CPU and from a separate generator. They are thus the same on
+any device, and an epoch can resume at any batch from its seed alone. No step synchronises with the GPU.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from torch import Tensor
 
 from jobs.errors import JobError
 
-BITS = 31  # of a drawn integer
+BITS = 31  # number of bits of a drawn integer
 BYTE = torch.tensor(255, dtype=torch.uint8)
-COPIED_ONE_BY_ONE = 96 * 96  # pixels: on a CPU, crops of at least this size are copied faster than gathered
+COPIED_ONE_BY_ONE = 96 * 96  # pixels; on a CPU, copying crops of this size or larger is faster than one gather
 GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601), rounded as in torchvision
 
-Drawn = dict[str, Tensor]  # by name, a row for each example
-Size = int | tuple[int, int]  # pixels: of both sides, or (height, width)
+Drawn = dict[str, Tensor]  # random numbers by name, one row per example
+Size = int | tuple[int, int]  # pixels: one number for both sides, or (height, width)
 Range = float | tuple[float, float] | None
 
 
 class Step:
-    """One change to each image of a batch: (n, channels, height, width) in torch.channels_last, uint8, or float32 after
+    """One operation on a batch of images (n, channels, height, width) in torch.channels_last: uint8, or float32 after
     `Normalize`."""
 
-    once = False  # True: it draws nothing and keeps uint8, so a leading step is done once, to the whole data set
+    once = False  # True: not random and keeps uint8, so a leading step can be applied once to the whole data set
 
     def parts(self) -> Sequence[Step]:
-        """The steps that this one is made of."""
+        """Return the steps that this step consists of."""
         return (self,)
 
     def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
-        """The random numbers for `count` examples, on the CPU. epoch: its number in the lineage, from 0."""
+        """Draw the random numbers for `count` examples, on the CPU. epoch: number in the lineage, from 0."""
         return {}
 
     def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
-        """The changed images. drawn: the rows from `draw` that belong to them, on their device."""
-        raise JobError(f"{type(self).__name__} does not say what it does to images: it has no apply(images, drawn)")
+        """Return the changed images. drawn: the rows from `draw` for these images, on the same device."""
+        raise JobError(f"{type(self).__name__} has no apply(images, drawn); it must return the changed images")
 
 
 class Pad(Step):
-    """More pixels on each side, as torchvision's Pad. mode: "constant" (black), "edge", "reflect" or "symmetric"."""
+    """Pad each side, like torchvision's Pad. mode: "constant" (black), "edge", "reflect" or "symmetric"."""
 
     once = True
     MODES = ("constant", "edge", "reflect", "symmetric")
@@ -54,7 +54,7 @@ class Pad(Step):
         if mode not in self.MODES:
             raise JobError(f"padding mode {mode!r} is not one of {', '.join(self.MODES)}")
         if padding < 0:
-            raise JobError(f"a padding of {padding} pixels is not possible; it must be 0 or more")
+            raise JobError(f"padding is {padding} pixels; it must be 0 or more")
         self.padding, self.mode = padding, mode
 
     def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
@@ -62,13 +62,13 @@ class Pad(Step):
 
         shorter = min(images.shape[2:])
         if self.padding > shorter - (self.mode == "reflect") and self.mode in ("reflect", "symmetric"):
-            raise JobError(f"images of {shorter} pixels can't be padded by {self.padding} in mode {self.mode!r}")
+            raise JobError(f"images of {shorter} pixels can't be padded by {self.padding} pixels in mode {self.mode}")
         padded: Tensor = functional.pad(images, [self.padding], padding_mode=self.mode)
         return padded
 
 
 class RandomCrop(Step):
-    """A part of the image; all places are equally likely."""
+    """Crop at a uniformly random position."""
 
     def __init__(self, size: Size) -> None:
         self.size = _both(size)
@@ -80,7 +80,7 @@ class RandomCrop(Step):
         (height, width), (count, channels, rows, columns) = self.size, images.shape
         if height > rows or width > columns:
             raise JobError(f"a crop of {height}x{width} pixels is larger than the images, {rows}x{columns}")
-        tops, lefts = rows - height + 1, columns - width + 1  # how many places there are
+        tops, lefts = rows - height + 1, columns - width + 1  # number of possible positions
         top, left = place(drawn["y"], tops), place(drawn["x"], lefts)
         pixels = images.permute(0, 2, 3, 1).contiguous()
         if images.device.type == "cpu" and height * width >= COPIED_ONE_BY_ONE:
@@ -89,7 +89,7 @@ class RandomCrop(Step):
                 target.copy_(source[y : y + height, x : x + width])
             return cropped.permute(0, 3, 1, 2)
         image, row, column, channel = pixels.stride()
-        # A view of every window of every image: one gather then copies the chosen windows, whole rows at a time.
+        # A view of all windows of all images; a single gather then copies the chosen windows, whole rows at a time.
         windows = pixels.as_strided(
             (count, tops, lefts, height, width, channels), (image, row, column, row, column, channel)
         )
@@ -97,7 +97,7 @@ class RandomCrop(Step):
 
 
 class PadCrop(RandomCrop):
-    """Pad once, then a random crop each time, as torchvision's RandomCrop(size, padding, padding_mode=mode)."""
+    """Pad once, then crop at random in each epoch, like torchvision's RandomCrop(size, padding, padding_mode=mode)."""
 
     def __init__(self, size: Size, padding: int, mode: str = "constant") -> None:
         super().__init__(size)
@@ -111,7 +111,7 @@ class PadCrop(RandomCrop):
 
 
 class CenterCrop(Step):
-    """The middle of the image, as torchvision's CenterCrop: a smaller image gets black sides."""
+    """Crop the center, like torchvision's CenterCrop; smaller images are padded with black."""
 
     once = True
 
@@ -126,7 +126,7 @@ class CenterCrop(Step):
 
 
 class Resize(Step):
-    """Bilinear, antialiased, as torchvision's Resize. A single number is the shorter side."""
+    """Resize (bilinear, antialiased), like torchvision's Resize. A single number sets the shorter side."""
 
     once = True
 
@@ -141,7 +141,7 @@ class Resize(Step):
 
 
 class Flip(Step):
-    """Mirror left and right with probability 1/2, as torchvision's RandomHorizontalFlip."""
+    """Mirror left and right with probability 1/2, like torchvision's RandomHorizontalFlip."""
 
     def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
         return {"flipped": torch.randint(2, (count,), generator=generator).bool()}
@@ -150,16 +150,16 @@ class Flip(Step):
         flipped = drawn["flipped"].view(-1, 1, 1, 1)
         if images.dtype != torch.uint8:
             return torch.where(flipped, images.flip(3), images)
-        # a ^ ((a ^ b) & mask) takes a fifth of the time of `where`, which handles bytes one by one.
+        # a ^ ((a ^ b) & mask) takes a fifth of the time of `where`, which processes bytes one by one.
         return images.flip(3).bitwise_xor_(images).bitwise_and_(flipped * BYTE).bitwise_xor_(images)
 
 
 class AlternatingFlip(Flip):
-    """Mirror each example in every second epoch, in the odd or in the even ones at random: two successive epochs show
-    it both ways (Jordan 2024, arXiv:2404.00498)."""
+    """Mirror each example in every second epoch, so that two successive epochs show it both ways. Whether this happens
+    in odd or even epochs is random for each example (Jordan 2024, arXiv:2404.00498)."""
 
     def __init__(self, seed: int = 0) -> None:
-        """seed: of the choice for the whole lineage."""
+        """seed: chooses odd or even epochs for each example, for the whole lineage."""
         self._seed = seed
 
     def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
@@ -168,12 +168,12 @@ class AlternatingFlip(Flip):
 
 
 class Cutout(Step):
-    """A square of zeros inside the image; all places are equally likely (DeVries and Taylor 2017, as in Page 2018).
-    Zero is black before `Normalize`, the data set's mean after it."""
+    """Set a square at a uniformly random position inside the image to 0 (DeVries and Taylor 2017, as in Page 2018).
+    Before `Normalize`, 0 is black; after it, 0 is the data set's mean."""
 
     def __init__(self, size: int) -> None:
         if size < 1:
-            raise JobError(f"a cutout of {size} pixels is not possible; it must be 1 or more")
+            raise JobError(f"cutout size is {size} pixels; it must be 1 or more")
         self.size = size
 
     def draw(self, count: int, generator: torch.Generator, epoch: int = 0) -> Drawn:
@@ -187,38 +187,38 @@ class Cutout(Step):
         return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
     def _covered(self, side: int, bits: Tensor) -> Tensor:
-        """Which rows (or columns) the square covers, (n, side) bool."""
+        """Return which rows (or columns) the square covers, (n, side) bool."""
         first = place(bits, side - self.size + 1)[:, None]
         pixels = torch.arange(side, device=bits.device)
         return (pixels >= first) & (pixels < first + self.size)
 
 
 class Normalize(Step):
-    """(value - mean) / std for each channel, of values in [0, 1]. uint8 images become float32, scaled to [0, 1]."""
+    """Compute (value - mean) / std for each channel. uint8 images are first scaled to float32 in [0, 1]."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Raises JobError unless both have a value for each channel and every std is positive."""
+        """Raises JobError unless mean and std have equal lengths and every std is positive."""
         if len(mean) != len(std) or not all(s > 0 for s in std):
-            raise JobError(f"mean {list(mean)}, std {list(std)}: each channel needs one of each, and std above 0")
+            raise JobError(f"mean {list(mean)}, std {list(std)}: each channel needs a mean and a std above 0")
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self._constants: dict[tuple[torch.device, bool], tuple[Tensor, Tensor]] = {}
 
     def apply(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
         if images.shape[1] != len(self.mean):
-            raise JobError(f"normalisation of {len(self.mean)} channels; the images have {images.shape[1]}")
+            raise JobError(f"Normalize has {len(self.mean)} channels, but the images have {images.shape[1]}")
         scale, shift = self._on(images.device, images.is_floating_point())
         channels_last = images.permute(0, 2, 3, 1).is_contiguous()
         if images.device.type == "cpu" and images.dtype in (torch.uint8, torch.float32) and channels_last:
-            # Whole rows of pixels at a time: a CPU is slow where neighbouring numbers have different factors.
+            # Multiply whole rows of pixels: on a CPU, broadcasting over the innermost (channel) dimension is slow.
             normalized = images.float() if images.dtype == torch.uint8 else images.clone()
             width = images.shape[3]
             rows = normalized.permute(0, 2, 3, 1).view(-1, width * len(self.mean))
             rows.mul_(scale.flatten().repeat(width)).add_(shift.flatten().repeat(width))
             return normalized
-        return images.mul(scale).add_(shift)  # two passes over the data, the conversion to float32 included
+        return images.mul(scale).add_(shift)  # two passes over the data, including the conversion to float32
 
     def _on(self, device: torch.device, floating: bool) -> tuple[Tensor, Tensor]:
-        """Factor and summand, (1, channels, 1, 1); kept, because a copy to a GPU for each batch would wait for it."""
+        """Return scale and shift, (1, channels, 1, 1). They are cached, because copying them to a GPU synchronises."""
         if (device, floating) not in self._constants:
             mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (self.mean, self.std))
             scale = 1 / std if floating else 1 / (255 * std)
@@ -227,19 +227,19 @@ class Normalize(Step):
 
 
 def place(bits: Tensor, places: int | Tensor) -> Tensor:
-    """Drawn integers as places from 0 to places - 1, equally likely (up to places / 2**31)."""
+    """Map drawn integers to 0, ..., places - 1 with equal probability (relative error up to places / 2**31)."""
     return (bits * places) >> BITS
 
 
 def _places(count: int, generator: torch.Generator) -> Drawn:
-    """Integers for `place`, because the size of the images is not known when they are drawn."""
+    """Draw integers for `place`, which maps them to positions once the size of the images is known."""
     return {name: torch.randint(2**BITS, (count,), generator=generator) for name in ("y", "x")}
 
 
 def _both(size: Size) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
-        raise JobError(f"a size of {height}x{width} pixels is not possible; both must be 1 or more")
+        raise JobError(f"size is {height}x{width} pixels; both must be 1 or more")
     return height, width
 
 
@@ -247,16 +247,16 @@ def _both(size: Size) -> tuple[int, int]:
 
 
 class ColorJitter(Step):
-    """Brightness, contrast, saturation and hue, as torchvision's ColorJitter changes a single uint8 image.
+    """Change brightness, contrast, saturation and hue, like torchvision's ColorJitter on a single uint8 image.
 
-    A number b means factors from max(0, 1 - b) to 1 + b (hue: shifts from -b to b of the circle), a pair gives the
-    lowest and the highest, None means no change. Images: uint8 of 1 or 3 channels (1: no saturation and no hue).
-    """
+    A number b means factors from max(0, 1 - b) to 1 + b (hue: shifts from -b to b, as fractions of the colour circle).
+    A pair gives the lowest and highest value, None means no change. Images are uint8 with 1 or 3 channels; with 1
+    channel, saturation and hue have no effect."""
 
     def __init__(
         self, brightness: Range = None, contrast: Range = None, saturation: Range = None, hue: Range = None
     ) -> None:
-        """Raises JobError for a negative number, a factor below 0 or a shift of more than half the circle."""
+        """Raises JobError for a negative number, a factor below 0 or a hue shift of more than half the circle."""
         given = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
         self._ranges = {name: _range(name, value) for name, value in given.items() if value is not None}
 
@@ -281,7 +281,7 @@ class ColorJitter(Step):
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    """By way of hue, saturation and value (Smith 1978)."""
+    """Shift the hue in HSV space (Smith 1978)."""
     if images.shape[1] == 1:
         return images
     red, green, blue = scaled = images.float().div_(255).unbind(dim=1)
@@ -290,9 +290,9 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     safe = torch.where(chroma == 0, 1.0, chroma)
     sixth = torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     sixth = torch.where(value == red, (green - blue) / safe, sixth) + 6 * shift[:, 0]
-    distance = [(number + sixth).remainder(6) for number in (5, 3, 1)]  # to each channel's colour on the circle
+    distance = [(number + sixth).remainder(6) for number in (5, 3, 1)]  # from each primary colour on the circle
     shifted = [value - chroma * torch.minimum(d, 4 - d).clamp_(0, 1) for d in distance]
-    # torchvision, too, multiplies by 255.999, so that each integer gets an equal share of [0, 1]
+    # like torchvision, multiply by 255.999, so that each integer gets an equal share of [0, 1]
     return torch.stack(shifted, dim=1).mul_(255.999).to(torch.uint8)
 
 
@@ -305,7 +305,7 @@ CHANGES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Luminance, rounded down, (n, 1, h, w) float32."""
+    """Return the luminance, rounded down, (n, 1, h, w) float32."""
     if images.shape[1] == 1:
         return images.float()
     red, green, blue = images.unbind(dim=1)
@@ -325,6 +325,6 @@ def _range(name: str, value: float | tuple[float, float]) -> tuple[float, float]
         low, high = middle - value, middle + value
         low = max(low, lowest) if value >= 0 and not hue else low
     if not lowest <= low <= high <= highest:
-        allowed = "a number from 0 to 0.5 or a pair within -0.5 to 0.5" if hue else "0 or more, or such a pair"
-        raise JobError(f"ColorJitter: {name} {value} is not allowed; it must be {allowed}, the lower first")
+        allowed = "from 0 to 0.5, or a pair (low, high) in -0.5 to 0.5" if hue else "0 or more, or a pair (low, high)"
+        raise JobError(f"ColorJitter: {name} {value} is not allowed; it must be {allowed}")
     return low, high

@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def map_tensors(batch: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same structure with each tensor changed; everything else stays."""
+    """Return the same structure with `change` applied to each tensor; other values stay the same."""
     return map_leaves(batch, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
 def map_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """The same structure with each value changed that is not a container. A list of strings counts as one value."""
+    """Return the same structure with `change` applied to each non-container value. A list of strings is one value."""
     if isinstance(batch, Mapping):
         changed = {key: map_leaves(value, change) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return changed
-        same = copy.copy(batch)  # keeps a class such as transformers' BatchEncoding
+        same = copy.copy(batch)  # preserves classes such as transformers' BatchEncoding
         same.update(changed)
         return same
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -35,7 +35,7 @@ def map_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def leaves(batch: Any) -> list[Any]:
-    """Every value of a batch that is not a container, in order."""
+    """Return all non-container values of a batch, in order."""
     listed: list[Any] = []
 
     def note(leaf: Any) -> Any:
@@ -51,7 +51,7 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 def part(batch: Any, whole: int, first: int, end: int) -> Any:
-    """The examples from first to end of a batch of `whole` examples. Values that are not per example stay."""
+    """Return examples first:end of a batch of `whole` examples. Values that are not per example are kept whole."""
 
     def cut(leaf: Any) -> Any:
         per_example = (isinstance(leaf, Tensor) and leaf.ndim > 0) or isinstance(leaf, list | tuple)

@@ -1,7 +1,7 @@
-"""Pictures that are decoded and resized once on each node, and kept as raw bytes on its own disk.
+"""Decode and resize pictures once per node, and cache them as raw bytes on the node's local disk.
 
-An entry of this cache is found by a hash of the files' paths, sizes and times and of how they were resized. One process
-builds it for all jobs of the node, with loader processes to help, and it appears whole or not at all.
+The key of a cache entry is a hash of the files' paths, sizes, modification times and the target size. One process (with
+loader processes) builds an entry for all jobs of the node, and publishes it atomically.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader
 from jobs.data.images import Statistics, statistics_of
 from jobs.errors import JobError
 
-VERSION = 1  # of an entry's format; part of the hash
-UNUSED_S = 7 * 86400.0  # entries that were not opened for this long are removed
-GROUP = 16  # pictures that a process decodes before it returns them
+VERSION = 1  # version of the entry format; part of the hash
+UNUSED_S = 7 * 86400.0  # entries not opened for this long are removed
+GROUP = 16  # number of pictures that a process decodes at a time
 PIXELS, INDEX, USED = "pixels.bin", "index.json", "used"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -47,49 +47,49 @@ class Decoded:
     """A list of RGB pictures, resized."""
 
     paths: Sequence[Path]
-    size: int  # pixels of the shorter side
+    size: int  # length of the shorter side in pixels
     shapes: Integers  # (n, 2), heights and widths
-    counts: Integers  # (3, 256), how often each value occurs in each channel
-    file: Path | None  # all pictures in order, each (height, width, 3) uint8; None: no room, so decode at each read
+    counts: Integers  # (3, 256), how often each pixel value occurs in each channel
+    file: Path | None  # all pictures in order, each (height, width, 3) uint8; None (disk full): decode at each read
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
     def equal(self) -> bool:
-        """Whether all pictures have one size."""
+        """Whether all pictures have the same size."""
         return bool(len(self) and (self.shapes == self.shapes[0]).all())
 
     @cached_property
     def offsets(self) -> Integers:
-        """Where each picture begins in the file, and the file's end, (n + 1,)."""
+        """Byte offset of each picture in the file, followed by the file's size, (n + 1,)."""
         return np.concatenate([[0], np.cumsum(self.shapes.prod(axis=1) * 3)])
 
     @cached_property
     def pixels(self) -> NDArray[np.uint8]:
-        """The file's content, flat, loaded as it is read. Writes to it do not reach the file."""
+        """The file's content as a flat memory map. Writes to the array do not change the file."""
         assert self.file is not None
         return np.memmap(self.file, dtype=np.uint8, mode="c") if self.file.stat().st_size else np.empty(0, np.uint8)
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        """One picture, (height, width, 3)."""
+        """Return one picture, (height, width, 3)."""
         if self.file is None:
             return decode(self.paths[index], self.size)
         start, end = self.offsets[index], self.offsets[index + 1]
         return self.pixels[start:end].reshape(*self.shapes[index], 3)
 
     def statistics(self) -> Statistics:
-        """Mean and standard deviation of each channel, of values in [0, 1]."""
+        """Return mean and standard deviation of each channel, with pixels scaled to [0, 1]."""
         return statistics_of(torch.from_numpy(self.counts).double())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the mapped file, which another process maps for itself."""
+        """Leave out the memory map; each process maps the file itself."""
         return {name: value for name, value in self.__dict__.items() if name != "pixels"}
 
 
 def decode(path: Path, size: int) -> NDArray[np.uint8]:
-    """A picture resized to a shorter side of `size` pixels, (height, width, 3), equal to torchvision's Resize.
-    Raises JobError, naming the file, if it can't be read."""
+    """Decode a picture and resize its shorter side to `size` pixels, exactly like torchvision's Resize. Returns
+    (height, width, 3). Raises JobError, naming the file, if it can't be read."""
     from PIL import Image
     from torchvision.transforms.v2 import functional
 
@@ -101,9 +101,9 @@ def decode(path: Path, size: int) -> NDArray[np.uint8]:
 
 
 def decoded(paths: Sequence[Path], size: int, cores: int = 1) -> Decoded:
-    """These pictures, resized to a shorter side of `size` pixels: from this node's cache, or decoded now by `cores`
-    processes and cached. If the disk has no room: a warning, and they are decoded each time they are read. Raises
-    JobError if a picture can't be read, or if others can write to the cache folder."""
+    """Return these pictures, resized to a shorter side of `size` pixels, from this node's cache. If they are not cached
+    yet, `cores` processes decode them. If the disk is full, logs a warning, and the pictures are decoded at each read.
+    Raises JobError if a picture can't be read, or if other users can access the cache folder."""
     paths = [Path(path) for path in paths]
     try:
         folder = _folder()
@@ -118,8 +118,8 @@ def decoded(paths: Sequence[Path], size: int, cores: int = 1) -> Decoded:
         shapes, counts = _decode_all(paths, size, cores)
         pictures = Decoded(paths, size, shapes, counts, None)
         log.warning(
-            "%d pictures can't be kept decoded (%.1f GB): %s. They are decoded at each read, which is slow; name a "
-            "folder with room in TMPDIR",
+            "%d decoded pictures (%.1f GB) can't be cached: %s. They are decoded at each read, which is slow; set "
+            "TMPDIR to a folder with enough space",
             len(paths),
             pictures.offsets[-1] / 1e9,
             error,
@@ -128,7 +128,7 @@ def decoded(paths: Sequence[Path], size: int, cores: int = 1) -> Decoded:
 
 
 def _key(paths: Sequence[Path], size: int) -> str:
-    """The entry's name: it depends on the files and on how they are decoded."""
+    """Return the entry's name, a hash of the files and of how they are decoded."""
     from PIL import __version__ as pillow
 
     digest = hashlib.sha256(f"{VERSION} {pillow} {size}\n".encode())
@@ -141,11 +141,11 @@ def _key(paths: Sequence[Path], size: int) -> str:
     return digest.hexdigest()[:32]
 
 
-# --- on the disk
+# --- cache files
 
 
 def _folder() -> Path:
-    """This user's own folder on a disk of this node: in SLURM_TMPDIR, else in TMPDIR, else in /tmp."""
+    """Return this user's private folder on a local disk: in SLURM_TMPDIR, else in TMPDIR, else in /tmp."""
     slurm = os.environ.get("SLURM_TMPDIR", "")
     parent = slurm if slurm and os.access(slurm, os.W_OK | os.X_OK) else tempfile.gettempdir()
     folder = Path(parent) / f"orch-pictures-{os.getuid()}"
@@ -153,12 +153,12 @@ def _folder() -> Path:
         folder.mkdir(mode=0o700)
     status = folder.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o170077 != 0o040000:
-        raise JobError(f"{folder} must be a folder of your own that nobody else can open; remove it, or set TMPDIR")
+        raise JobError(f"{folder} must be a folder that only you can open (mode 700); remove it, or set TMPDIR")
     return folder
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove entries that no job has opened for a week, and what dead builders have left."""
+    """Remove entries that no job has opened for a week, and unfinished entries of dead builders."""
     for entry in folder.iterdir():
         if entry.suffix == ".lock":
             continue
@@ -167,12 +167,12 @@ def _remove_unused(folder: Path) -> None:
             age_s = time.time() - (used if used.exists() else entry).stat().st_mtime
             if age_s < UNUSED_S and not entry.suffix:
                 continue
-            with FileLock(folder / f"{entry.stem}.lock", timeout=0):  # a living builder holds it
+            with FileLock(folder / f"{entry.stem}.lock", timeout=0):  # held by a running builder
                 shutil.rmtree(entry, ignore_errors=True)
 
 
 def _open(target: Path, paths: Sequence[Path], size: int) -> Decoded | None:
-    """The entry; None if there is none, or if it is not complete."""
+    """Open the entry; return None if it is missing or incomplete."""
     try:
         index = json.loads((target / INDEX).read_text(encoding="utf-8"))
         shapes, counts = (np.array(index[name], np.int64) for name in ("shapes", "counts"))
@@ -210,11 +210,11 @@ def _build(target: Path, paths: Sequence[Path], size: int, cores: int) -> Decode
 def _decode_all(
     paths: Sequence[Path], size: int, cores: int, file: IO[bytes] | None = None
 ) -> tuple[Integers, Integers]:
-    """Decode all pictures, in order, into the file. Returns their shapes and the counts of their values."""
+    """Decode all pictures, in order, into the file. Returns `shapes` and `counts` as in Decoded."""
     groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
     processes = min(cores, len(groups)) if cores > 1 else 0
     loader: DataLoader[Any] = DataLoader(
-        groups,  # type: ignore[arg-type]  # a list is a data set, too
+        groups,  # type: ignore[arg-type]  # DataLoader accepts a list as a data set
         batch_size=None,
         collate_fn=partial(_decode_group, size=size),
         num_workers=processes,
@@ -233,11 +233,11 @@ def _decode_all(
 
 
 def _decode_group(paths: Sequence[Path], size: int) -> list[Tensor] | str:
-    """The pictures, flat and in order; their shapes; counts of their values. Or a message, if one is damaged."""
+    """Return the flattened pixels, the shapes and the value counts; if a picture is damaged, an error message."""
     try:
         pictures = [decode(path, size) for path in paths]
     except JobError as error:
-        return str(error)  # if raised here, torch would put this process's traceback into the message
+        return str(error)  # if raised, torch would add this process's traceback to the message
     shapes = np.array([picture.shape[:2] for picture in pictures], np.int64)
     flat = np.concatenate([picture.ravel() for picture in pictures])
     counts = np.array([np.bincount(flat[channel::3], minlength=256) for channel in range(3)], np.int64)

@@ -1,4 +1,4 @@
-"""Pictures of any size, decoded and resized once (decode_cache): on the device if they fit there, else fetched."""
+"""Pictures of any size, decoded and resized once (decode_cache), kept on the device if they fit, else loaded."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from jobs.errors import JobError
 
 
 class DecodedImages(OwnFeed):
-    """Decoded pictures, a target for each, and the steps that make them the model's input.
+    """Decoded pictures with targets, and the steps that turn the pictures into model inputs.
 
-    Pictures of one size that fit into memory_bytes on the device become ImageTensors there. Processes fetch and crop
-    all others, and the later steps change whole batches on the device. Both ways give the same batches.
+    Pictures of equal size that fit into memory_bytes are kept on the device as ImageTensors. Otherwise loader processes
+    read and crop them, and the later steps run on whole batches on the device. Both ways give the same batches.
     """
 
     def __init__(
         self, pictures: Decoded, targets: Sequence[int], steps: Sequence[Step] = (), memory_bytes: float | None = None
     ) -> None:
-        """memory_bytes: None for `resident_bytes`. Raises JobError if there are not as many targets as pictures, or if
-        the sizes differ and the first step is not a RandomCrop or CenterCrop."""
+        """memory_bytes: None means `resident_bytes`. Raises JobError if the numbers of pictures and targets differ, or
+        if the pictures have different sizes and the first step is not a RandomCrop or CenterCrop."""
         if len(pictures) != len(targets):
             raise JobError(f"DecodedImages: {len(pictures)} pictures and {len(targets)} targets")
         self.pictures = pictures
@@ -43,7 +43,7 @@ class DecodedImages(OwnFeed):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One example as a feed would give it, drawn from torch's global random state."""
+        """Return one example as from a feed, augmented with torch's global random state."""
         image = torch.from_numpy(np.array(self.pictures[index])).permute(2, 0, 1)
         return one_example(image, self.steps), self.targets[index]
 
@@ -65,7 +65,7 @@ class DecodedImages(OwnFeed):
 
 
 class DecodedFeed(Feed):
-    """Processes that stay crop the batches, some ahead, into pinned memory; the other steps run on the device."""
+    """Persistent processes prefetch cropped batches into pinned memory; the other steps run on the device."""
 
     def __init__(
         self, data: DecodedImages, indices: Sequence[int], batch_size: int, device: torch.device, processes: int
@@ -88,13 +88,13 @@ class DecodedFeed(Feed):
         steps, rows = self._steps[1:], moved(drawn[1:], self._device)
         chunks = self._chunks(order, first_batch, every)
         self._plan[:] = [(chosen.numpy(), tops[chosen].numpy(), lefts[chosen].numpy()) for chosen in chunks]
-        for pixels, places in zip(self._loader, chunks, strict=False):  # the loader first: it has to see its end
+        for pixels, places in zip(self._loader, chunks, strict=False):  # loader first, so that it is exhausted
             chosen = places.to(self._device, non_blocking=True)
             images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
             yield apply_steps(images, steps, rows, chosen), self._targets[chosen]
 
     def _places(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
-        """The first row and the first column of each window, (n,) int64."""
+        """Return the first row and the first column of each crop window, (n,) int64."""
         height, width = self._crop.size
         room = self._shapes - torch.tensor(self._crop.size)
         if self.count and int(room.min()) < 0:
@@ -102,12 +102,12 @@ class DecodedFeed(Feed):
             raise JobError(f"a crop of {height}x{width} pixels is larger than a picture, {smallest[0]}x{smallest[1]}")
         if isinstance(self._crop, RandomCrop):
             return place(drawn["y"], room[:, 0] + 1), place(drawn["x"], room[:, 1] + 1)
-        middle = torch.round(room.double() / 2).long()  # as torchvision's center_crop rounds it
+        middle = torch.round(room.double() / 2).long()  # rounds like torchvision's center_crop
         return middle[:, 0], middle[:, 1]
 
 
 class _Windows(Dataset[Any]):
-    """A batch of windows, (n, height, width, 3) uint8."""
+    """Returns batches of crop windows, (n, height, width, 3) uint8."""
 
     def __init__(self, pictures: Decoded, indices: NDArray[np.int64], size: tuple[int, int]) -> None:
         self._pictures, self._indices, self._size = pictures, indices, size

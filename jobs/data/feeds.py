@@ -15,48 +15,48 @@ from jobs.errors import JobError
 
 
 class Epoch(NamedTuple):
-    """What the order and the augmentation of an epoch depend on."""
+    """Determines the order and the augmentation of an epoch."""
 
     seed: int
-    number: int  # in the lineage: 0 is the founder's first
+    number: int  # position in the lineage; 0 is the founder's first epoch
 
 
 class Feed:
-    """Some examples of a data set, in batches, on a device."""
+    """Provides selected examples of a data set in batches on a device."""
 
-    augmented = False  # True: known to give an example in another form each time
+    augmented = False  # True: random augmentation makes an example differ from epoch to epoch
 
     def __init__(self, batch_size: int, count: int) -> None:
         self.batch_size = batch_size
-        self.count = count  # of examples
+        self.count = count  # number of examples
 
     @property
     def batches(self) -> int:
         return -(-self.count // self.batch_size)
 
     def shuffled(self, seed: int, first_batch: int = 0, epoch: int = 0) -> Iterator[Any]:
-        """One epoch in the seed's order, from this batch on. epoch: how many the lineage had before."""
+        """Yield one epoch in the seed's order, from first_batch on. epoch: number of earlier epochs in the lineage."""
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
         return self._fetch(order, Epoch(seed, epoch), first_batch, 1)
 
     def in_order(self, first_batch: int = 0, every: int = 1) -> Iterator[Any]:
-        """The examples as they are listed: every `every`-th batch from this one on."""
+        """Yield batches in the data set's order: every `every`-th batch from first_batch on."""
         return self._fetch(torch.arange(self.count), Epoch(0, 0), first_batch, every)
 
     def instead(self, other: Feed) -> Feed:
-        """The feed to use when `other` could replace this one; it has the same examples."""
+        """Return the feed to use when `other`, which has the same examples, could replace this feed."""
         return other
 
     def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
         raise JobError(f"{type(self).__name__} has no _fetch(order, epoch, first_batch, every)")
 
     def _chunks(self, order: Tensor, first_batch: int, every: int) -> Sequence[Tensor]:
-        """The parts of the order that make up the wanted batches."""
+        """Return the slices of the order for the requested batches."""
         return torch.split(order, self.batch_size)[first_batch : self.batches : every]
 
 
 class TensorFeed(Feed):
-    """A TensorDataset: all of it lies on the device, and a batch is an index."""
+    """Feed for a TensorDataset, which is kept on the device; a batch is selected by index."""
 
     def __init__(self, data: TensorDataset, indices: Sequence[int], batch_size: int, device: torch.device) -> None:
         super().__init__(batch_size, len(indices))
@@ -70,7 +70,7 @@ class TensorFeed(Feed):
 
 
 class LoaderFeed(Feed):
-    """Any other data set: a DataLoader whose processes stay, and which seeds each batch separately."""
+    """Feed for any other data set: a DataLoader with persistent processes that seeds each batch separately."""
 
     def __init__(
         self, data: Dataset[Any], indices: Sequence[int], batch_size: int, device: torch.device, processes: int
@@ -89,21 +89,21 @@ class LoaderFeed(Feed):
 
 
 def plan_loader(batches: Dataset[Any], plan: list[Any], device: torch.device, processes: int) -> DataLoader[Any]:
-    """Reads whole batches in the plan's order, some of them ahead; its processes stay. plan: indices that the data set
-    understands, one for each batch; each epoch reads it anew."""
+    """Return a loader that prefetches whole batches in the plan's order, with persistent processes. plan: one index of
+    the data set per batch; the loader rereads the plan at each epoch."""
     return DataLoader(
         batches,
-        batch_size=None,  # the plan names whole batches
+        batch_size=None,  # each index in the plan is a whole batch
         sampler=plan,
         num_workers=processes,
         persistent_workers=processes > 0,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # without it each epoch would draw from the global random state
+        generator=torch.Generator(),  # the default would draw from the global random state
     )
 
 
 class _SeededBatches(Dataset[Any]):
-    """Each batch is read under its own seed, in whichever process."""
+    """Reads each batch under its own seed, so that the result does not depend on the process."""
 
     def __init__(self, data: Dataset[Any], indices: Sequence[int]) -> None:
         self._data = data
@@ -117,7 +117,7 @@ class _SeededBatches(Dataset[Any]):
 
 
 class OwnFeed(Dataset[Any]):
-    """A data set with a feed of its own, faster than a loader."""
+    """A data set that provides its own feed, faster than a loader."""
 
     def feed(self, indices: Sequence[int], batch_size: int, device: torch.device, cores: int) -> Feed:
         raise JobError(f"{type(self).__name__} has no feed(indices, batch_size, device, cores)")
@@ -132,10 +132,10 @@ def make_feed(data: Dataset[Any], indices: Sequence[int], batch_size: int, devic
 
 
 def resident_bytes(device: torch.device) -> float:
-    """How much memory a data set, or its kept features, may take on the device: a quarter of a GPU's, else 2 GB."""
+    """Return how much device memory a data set or its cached features may use: a quarter of a GPU's, else 2 GB."""
     return torch.cuda.get_device_properties(device).total_memory / 4 if device.type == "cuda" else 2e9
 
 
 def loader_processes(device: torch.device, cores: int) -> int:
-    """How many of a worker's cores fetch data; on a CPU the training itself needs the other half of them."""
+    """Return the number of loader processes; when training on a CPU, half of the cores are left for the training."""
     return cores // 2 if device.type == "cpu" else cores - 1

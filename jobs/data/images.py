@@ -1,4 +1,4 @@
-"""Images that fit into the device's memory: they all lie there as uint8; a batch is an index and its steps."""
+"""Images that fit into device memory: they are stored as uint8; a batch is gathered by index, then augmented."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from jobs.errors import JobError
 Examples = tuple[Tensor, Tensor]  # images, uint8 (n, channels, height, width); targets, int64 (n,)
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of each channel
 
-AT_ONCE = 1024  # images that a step copies at a time
-DRAWS = 1  # tells the seed of an epoch's augmentation from other uses of the epoch's seed
+AT_ONCE = 1024  # number of images processed at a time when preparing the whole data set
+DRAWS = 1  # hashed with an epoch's seed, so that augmentation does not reuse the seed of the order
 
 
 class ImageTensors(OwnFeed):
-    """Images of one size and a target for each, with the steps that make them the model's input."""
+    """Images of one size with targets, and the steps that turn the images into model inputs."""
 
     def __init__(self, images: Tensor, targets: Tensor, steps: Sequence[Step] = ()) -> None:
-        """images: uint8 (n, channels, height, width), any strides; targets: (n, ...), for classes int64 (n,).
-        steps: from jobs.data.augment, in order; images that are uint8 after the last one become float32 in [0, 1].
-        Raises JobError for other images, or for another number of targets."""
+        """images: uint8 (n, channels, height, width), any strides. targets: (n, ...); int64 (n,) for classes.
+        steps: from jobs.data.augment, in order. If images are still uint8 after the last step, they are scaled to
+        float32 in [0, 1]. Raises JobError for a wrong dtype or shape, or if images and targets differ in number."""
         if images.dtype != torch.uint8 or images.ndim != 4:
             given = f"{images.dtype} of shape {tuple(images.shape)}"
             raise JobError(f"ImageTensors: images are {given}; they must be torch.uint8 (n, channels, height, width)")
@@ -42,8 +42,8 @@ class ImageTensors(OwnFeed):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One example as a feed would give it, drawn from torch's global random state. For data sets built on this one,
-        such as a Subset; `feed` is many times faster."""
+        """Return one example as from a feed, augmented with torch's global random state. Meant for wrappers such as
+        Subset; `feed` is many times faster."""
         return one_example(self.images[index], self.steps), self.targets[index]
 
     def feed(self, indices: Sequence[int], batch_size: int, device: torch.device, cores: int) -> Feed:
@@ -51,8 +51,8 @@ class ImageTensors(OwnFeed):
 
 
 class ImageFeed(Feed):
-    """A batch is gathered on the device and goes through the steps there: float32, channels_last. Leading steps that
-    draw nothing (resizing, padding) are done once, to all images."""
+    """Gathers batches on the device and applies the steps there: float32, channels_last. Leading steps without
+    randomness (resizing, padding) are applied once to all images."""
 
     def __init__(self, data: ImageTensors, indices: Sequence[int], batch_size: int, device: torch.device) -> None:
         super().__init__(batch_size, len(indices))
@@ -72,17 +72,17 @@ class ImageFeed(Feed):
 
 
 def steps_of(steps: Sequence[Step]) -> list[Step]:
-    """Each in its parts."""
+    """Expand each step into its parts."""
     return [part for step in steps for part in step.parts()]
 
 
 def draws(steps: Sequence[Step]) -> bool:
-    """Whether any of them does something else to an example each time."""
+    """Return whether any step is random."""
     return any(step.draw(1, torch.Generator()) for step in steps)
 
 
 def draw_epoch(steps: Sequence[Step], count: int, epoch: Epoch) -> list[Drawn]:
-    """All random numbers of an epoch, for each step, on the CPU; row i is for example i, wherever it comes."""
+    """Draw an epoch's random numbers on the CPU, one set per step; row i is for the example with index i."""
     generator = torch.Generator().manual_seed(hash_seed(epoch.seed, DRAWS))
     return [step.draw(count, generator, epoch.number) for step in steps]
 
@@ -92,14 +92,14 @@ def moved(drawn: Sequence[Drawn], device: torch.device) -> list[Drawn]:
 
 
 def apply_steps(images: Tensor, steps: Sequence[Step], drawn: Sequence[Drawn], chosen: Tensor) -> Tensor:
-    """The model's input. drawn: of the whole epoch, for each step; chosen: which rows of it belong to these images."""
+    """Return the model's input. drawn: from draw_epoch; chosen: the rows of drawn for these images."""
     for step, rows in zip(steps, drawn, strict=True):
         images = step.apply(images, {name: values[chosen] for name, values in rows.items()})
     return as_floats(images)
 
 
 def one_example(image: Tensor, steps: Sequence[Step]) -> Tensor:
-    """uint8 (channels, height, width) as float32 after the steps, drawn from torch's global random state."""
+    """Apply the steps with torch's global random state: uint8 (channels, height, width) to float32."""
     images = image[None].contiguous(memory_format=torch.channels_last)
     for step in steps:
         if isinstance(step, AlternatingFlip):
@@ -109,16 +109,16 @@ def one_example(image: Tensor, steps: Sequence[Step]) -> Tensor:
 
 
 def as_floats(images: Tensor) -> Tensor:
-    """float32 in channels_last; uint8 is scaled to [0, 1]."""
+    """Return images as float32 in channels_last; uint8 is scaled to [0, 1]."""
     if images.dtype == torch.uint8:
         images = images.mul(1 / 255)
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def _prepared(images: Tensor, chosen: Tensor, steps: Sequence[Step], device: torch.device) -> Tensor:
-    """The chosen images after these steps, on the device: uint8 (n, height, width, channels), contiguous."""
+    """The selected images with `steps` applied, on the device: uint8 (n, height, width, channels), contiguous."""
     if not steps and torch.equal(chosen, torch.arange(len(images))):
-        return images.to(device).permute(0, 2, 3, 1).contiguous()  # does not copy images that lie like this already
+        return images.to(device).permute(0, 2, 3, 1).contiguous()  # no copy if the layout is already right
 
     def prepared(rows: Tensor) -> Tensor:
         some = images[rows.to(images.device)].to(device)
@@ -136,8 +136,8 @@ def _prepared(images: Tensor, chosen: Tensor, steps: Sequence[Step], device: tor
 
 
 def channel_statistics(images: Tensor) -> Statistics:
-    """Mean and standard deviation of each channel, of values in [0, 1], from exact sums. images: uint8 (n,
-    channels, height, width), of the training set only: the test set must not influence the model."""
+    """Return mean and standard deviation of each channel, for pixels scaled to [0, 1], from exact sums. images: uint8
+    (n, channels, height, width), from the training set only: the test set must not influence the model."""
     if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
         given = f"{images.dtype} of shape {tuple(images.shape)}"
         raise JobError(f"channel statistics of {given}: it must be torch.uint8 (n, channels, height, width), n above 0")
@@ -149,13 +149,13 @@ def channel_statistics(images: Tensor) -> Statistics:
 
 
 def statistics_of(counts: Tensor) -> Statistics:
-    """The same from how often each value occurs in each channel, (channels, 256)."""
+    """Return the same statistics from counts (channels, 256): how often each pixel value occurs in each channel."""
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(dim=1, keepdim=True)
     mean = share @ values
     variance = (share * (values - mean[:, None]) ** 2).sum(dim=1)
     if not (variance > 0).all():
-        raise JobError("all pixels of a channel have the same value; nothing can be learned from it, leave it out")
+        raise JobError("all pixels of a channel have the same value; remove the channel, which carries no information")
     return tuple(mean.tolist()), tuple(variance.sqrt().tolist())
 
 
@@ -163,7 +163,7 @@ def statistics_of(counts: Tensor) -> Statistics:
 
 
 def cifar10(root: str | Path, train: bool, download: bool = False) -> Examples:
-    """50,000 or 10,000 images (3, 32, 32). Raises JobError if they are not in the root and can't be fetched."""
+    """Return 50,000 or 10,000 images (3, 32, 32). Raises JobError if they are missing and can't be downloaded."""
     from torchvision.datasets import CIFAR10
 
     opened = open_set(CIFAR10, "CIFAR-10", root, train, download)
@@ -171,7 +171,7 @@ def cifar10(root: str | Path, train: bool, download: bool = False) -> Examples:
 
 
 def mnist(root: str | Path, train: bool, download: bool = False) -> Examples:
-    """60,000 or 10,000 images (1, 28, 28). Raises JobError if they are not in the root and can't be fetched."""
+    """Return 60,000 or 10,000 images (1, 28, 28). Raises JobError if they are missing and can't be downloaded."""
     from torchvision.datasets import MNIST
 
     opened = open_set(MNIST, "MNIST", root, train, download)
@@ -179,10 +179,10 @@ def mnist(root: str | Path, train: bool, download: bool = False) -> Examples:
 
 
 def open_set(kind: Callable[..., Any], name: str, root: str | Path, train: bool, download: bool) -> Any:
-    """kind(root, train=..., download=...), a class of torchvision's. Raises JobError, which names the data set."""
+    """Open the torchvision data set class `kind`. Raises JobError, naming the data set."""
     try:
         return kind(str(root), train=train, download=download)
-    except (RuntimeError, OSError) as error:  # RuntimeError: torchvision's for missing or damaged files
+    except (RuntimeError, OSError) as error:  # torchvision raises RuntimeError for missing or damaged files
         if download:
             raise JobError(
                 f"{name} can't be downloaded to training_source_dir {root}: {error}. Run `orch prepare SETTINGS` on a "

@@ -12,7 +12,7 @@ import torch
 
 
 def hash_seed(*parts: int) -> int:
-    """A seed below 2**63 from numbers that say what it is for (numpy's SeedSequence, O'Neill 2015)."""
+    """Return a seed below 2**63, hashed from numbers that identify its use (numpy's SeedSequence, O'Neill 2015)."""
     return int(np.random.SeedSequence([p & (2**63 - 1) for p in parts]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -22,14 +22,14 @@ def seed_all(seed: int) -> None:
 
 
 def seed_cpu(seed: int) -> None:
-    """Seed every generator but the GPUs': draws for the data must not change what the model draws."""
+    """Seed every generator except those of GPUs: drawing for the data must not affect the model's random numbers."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of Python, NumPy, torch and every GPU, in types that torch.load(weights_only=True) reads."""
+    """Return the state of Python, NumPy, torch and every GPU, in types that torch.load(weights_only=True) reads."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -41,7 +41,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what random_state returned. GPUs that it did not have keep their state."""
+    """Restore a state returned by random_state. GPUs missing from the state are left unchanged."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -53,7 +53,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Restore the CPU's random state at the end. GPUs are left alone, because loader processes must not use them."""
+    """Restore the CPU's random state on exit. GPUs are not touched, because loader processes must not use them."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which examples are trained on, and which are kept for validation."""
+"""Split the examples into training and validation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Split = Literal["train", "validation", "test"]
 
 
 def split(data: Dataset[Any], validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices for training and for validation: a share of each class, fixed by the seed. A data set without
+    """Return indices for training and for validation, stratified by class and fixed by the seed. A data set without
     readable labels counts as one class. Raises JobError if a class has too few examples for both sides."""
-    count = len(data)  # type: ignore[arg-type]  # a Dataset that we can index has a length
+    count = len(data)  # type: ignore[arg-type]  # map-style data sets have a length
     return split_labels(labels_of(data), count, validation_fraction, seed)
 
 
 def split_labels(
     labels: Sequence[int] | None, count: int, validation_fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """`split` for a data set of `count` examples with these labels (None: not known)."""
+    """Like `split`, but for `count` examples with these labels (None: unknown)."""
     groups = np.zeros(count, dtype=np.int64) if labels is None else np.asarray(labels)
     kept = stratified(groups, validation_fraction, seed)
     alone = np.setdiff1d(groups, np.intersect1d(groups[kept], groups[~kept]))
@@ -38,11 +38,11 @@ def split_labels(
 
 
 def stratified(groups: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which examples are in the sample: this fraction of each group, rounded, but at least one example, and at least
-    one left over. A group of one example gives none.
+    """Sample this fraction of each group, rounded, but at least one example and never the whole group. A group of one
+    example is not sampled.
 
-    groups: (n,), in any order; returns (n,) bool. Equal arguments always give equal results. (Importing scikit-learn,
-    0.8 s, takes longer than everything else that orch does between two jobs of a chain.)
+    groups: (n,), in any order. Returns (n,) bool: whether each example is sampled. Equal arguments always give equal
+    results. (scikit-learn is not used: its import takes 0.8 s, longer than all other work between two chained jobs.)
     """
     chosen = np.zeros(len(groups), dtype=np.bool_)
     generator = np.random.Generator(np.random.PCG64(seed))  # default_rng may change with NumPy
@@ -54,7 +54,7 @@ def stratified(groups: NDArray[np.int64], fraction: float, seed: int) -> NDArray
 
 
 def labels_of(data: Dataset[Any]) -> Sequence[int] | None:
-    """The classes of a data set, if it lists them: they are read without loading examples."""
+    """Return the classes of a data set if an attribute lists them. No examples are loaded."""
     listed = [getattr(data, name, None) for name in ("targets", "labels", "_labels")]
     if isinstance(data, TensorDataset) and len(data.tensors) > 1:
         listed.append(data.tensors[-1])

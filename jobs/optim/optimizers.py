@@ -1,4 +1,4 @@
-"""A profile's optimizer, and which part of its state is kept when the profile changes."""
+"""Create a profile's optimizer, and keep part of the optimizer's state when the profile changes."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from jobs.errors import JobError
 from jobs.imports import find_class
 from orchestrator.records import Profile
 
-# Keys of a parameter group: the profile's learning rate and weight decay are multiplied by them.
+# Parameter-group keys whose values multiply the profile's learning rate and weight decay.
 LR_FACTOR, DECAY_FACTOR = "lr_factor", "weight_decay_factor"
-# Torch's own classes that don't fit, and why.
+# torch's optimizers that orch's loop does not support, and why.
 UNFIT = {
-    "LBFGS": "it calls the model several times in one step, and orch's loop calls it once; write a loop of your own "
-    "(train_chunk), as docs/your-own-job.md shows for it"
+    "LBFGS": "it calls the model several times per step, but orch's loop calls it once; write your own loop "
+    "(train_chunk), like the LBFGS example in docs/your-own-job.md"
 }
-FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # on CPUs and GPUs
-# Hyperparameters that need no state, so that they can be switched on at any time.
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # have fused kernels for both CPUs and GPUs
+# Hyperparameters that need no optimizer state, so they can be turned on at any time.
 STATELESS = {"lr", "weight_decay", "nesterov", "maximize", "fused", "foreach", "capturable", "differentiable"}
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 def make(profile: Profile, parameters: Parameters, default: str = "SGD") -> Optimizer:
-    """The profile's optimizer; default: its class, if the profile names none. Raises JobError, naming the mistake, for
-    an unknown class, option or value.
+    """Return the profile's optimizer. default: the class to use if the profile names none. Raises JobError, naming the
+    mistake, for an unknown class, option or value.
 
-    parameters: tensors, or parameter groups as torch.optim takes them. Those that need no gradient are left out. The
-    profile's learning rate and weight decay are multiplied by a group's "lr_factor" and "weight_decay_factor". Its
-    momentum becomes the optimizer's `momentum`, or the first of its `betas` unless optimizer_options has them. Torch's
-    fused kernels are the default; sparse gradients need the option "fused": false.
+    parameters: tensors or parameter groups, as for torch.optim. Parameters that need no gradient are left out. A
+    group's "lr_factor" and "weight_decay_factor" multiply the profile's learning rate and weight decay. The profile's
+    momentum becomes the optimizer's `momentum`, or the first of its `betas` unless optimizer_options sets `betas`. By
+    default, torch's fused kernels are used; sparse gradients need the option "fused": false.
     """
     spec = profile.optimizer or default
     kind = find(spec, f"profile {profile.name!r}: optimizer {spec}", torch.optim, Optimizer, UNFIT, {})
@@ -45,7 +45,7 @@ def make(profile: Profile, parameters: Parameters, default: str = "SGD") -> Opti
     groups = _groups(parameters, profile)
     if not groups:
         raise JobError(
-            f"profile {profile.name!r}: no parameter of the model needs a gradient; there is nothing to train"
+            f"profile {profile.name!r}: no parameter of the model requires a gradient, so there is nothing to train"
         )
     try:
         optimizer: Optimizer = kind(groups, **options, **_fused(kind, options, groups))
@@ -55,13 +55,13 @@ def make(profile: Profile, parameters: Parameters, default: str = "SGD") -> Opti
 
 
 def given(options: Mapping[str, Any]) -> str:
-    """The options, for the end of a message that may not name the wrong value."""
+    """Format the options as a suffix for messages that may not name the wrong value."""
     return f" (given: {json.dumps(dict(options), default=str)})" if options else ""
 
 
 def complete(optimizer: Optimizer) -> Optimizer:
-    """Give every parameter a momentum buffer: torch's fused SGD fails if only some have one, because the others get
-    their first gradient later. A first step from zeros equals one without a buffer bit for bit."""
+    """Give every parameter a momentum buffer. torch's fused SGD fails if only some parameters have one, which happens
+    when others get their first gradient later. A zero buffer gives bitwise the same first step as no buffer."""
     if type(optimizer) is torch.optim.SGD:
         for group in optimizer.param_groups:
             for parameter in group["params"] if group["fused"] and group["momentum"] else ():
@@ -72,7 +72,7 @@ def complete(optimizer: Optimizer) -> Optimizer:
 
 
 def check_optimizer(profile: Profile, default: str = "SGD") -> Optimizer:
-    """The profile's optimizer for one parameter, which shows every mistake in the profile. Raises JobError."""
+    """Create the profile's optimizer for one dummy parameter. Raises JobError for any mistake in the profile."""
     return make(profile, [nn.Parameter(torch.zeros(2, 2, device="cpu"))], default)
 
 
@@ -81,9 +81,9 @@ def class_name(optimizer: Optimizer) -> str:
 
 
 def take_over(optimizer: Optimizer, state: Mapping[str, Any], of_class: str) -> bool:
-    """Give a new optimizer the per-parameter state (momentum and the like) of another profile's, but keep its numbers.
-    Returns False, and changes nothing, for another class or other parameter groups, or if the new profile switches on
-    what needs state that the other did not keep (momentum, amsgrad, centered). state: the other's state_dict()."""
+    """Load the per-parameter state (such as momentum) of an old optimizer, but keep the new hyperparameters. Returns
+    False and changes nothing if the class or the parameter groups differ, or if the new profile turns on an option that
+    needs missing state (momentum, amsgrad, centered). state, of_class: the old optimizer's state_dict() and class."""
     new_groups, old_groups = optimizer.state_dict()["param_groups"], state["param_groups"]
     if of_class != class_name(optimizer) or [g["params"] for g in new_groups] != [g["params"] for g in old_groups]:
         return False
@@ -96,9 +96,9 @@ def take_over(optimizer: Optimizer, state: Mapping[str, Any], of_class: str) -> 
 
 
 def find(spec: str, what: str, home: Any, base: type, unfit: Mapping[str, str], also: Mapping[str, type]) -> type[Any]:
-    """The class that "Name" (in torch's module `home`, or among also) or "package.module:Class" means. what:
-    the start of an error's message; unfit: classes of home that are refused, each with the reason. Raises JobError for
-    a class that is refused, missing, or not derived from base."""
+    """Return the class named by "Name" (in torch's module `home` or in `also`) or by "package.module:Class".
+    what: prefix of the error message. unfit: classes of `home` that are refused, and why. Raises JobError if the class
+    is refused, missing, or not derived from `base`."""
     module, colon, name = spec.rpartition(":")
     named = find_class(spec, what) if colon else also.get(name, getattr(home, name, None))
     for refused, why in unfit.items():
@@ -113,17 +113,17 @@ def find(spec: str, what: str, home: Any, base: type, unfit: Mapping[str, str], 
     by_lower = {n.lower(): n for n in reversed(known)}
     near = [by_lower[n] for n in get_close_matches(name.lower(), by_lower, n=1)]
     allowed = f"did you mean {near[0]!r}? Allowed is torch's" if near else f"allowed are {', '.join(known)}"
-    raise JobError(f'{what}: torch has none of that name that fits here; {allowed}, or "package.module:Class"')
+    raise JobError(f'{what}: torch has no suitable class of that name; {allowed}, or "package.module:Class"')
 
 
 def accepted(kind: Any) -> dict[str, inspect.Parameter]:
-    """The arguments of a class after the first one, by name."""
+    """Return the constructor parameters of a class after the first, by name."""
     parameters = list(inspect.signature(kind).parameters.values())
     return {p.name: p for p in parameters[1:]}
 
 
 def check_options(options: Iterable[str], kind: Any, what: str, taken: Sequence[str] = ()) -> None:
-    """Raises JobError for an option that the class does not accept, or that is among taken: those orch sets itself."""
+    """Raises JobError for an option that the class does not accept, or that orch sets itself (taken)."""
     known = accepted(kind)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
         return
@@ -136,7 +136,7 @@ def check_options(options: Iterable[str], kind: Any, what: str, taken: Sequence[
 
 
 def _options(profile: Profile, kind: Any) -> dict[str, Any]:
-    """The arguments of the class: the profile's numbers and its optimizer_options."""
+    """Return the keyword arguments of the optimizer: the profile's hyperparameters and its optimizer_options."""
     known = accepted(kind)
     what = f"profile {profile.name!r}: optimizer {kind.__name__}"
     check_options(profile.optimizer_options, kind, what, taken=("lr", "momentum", "weight_decay"))
@@ -150,13 +150,13 @@ def _options(profile: Profile, kind: Any) -> dict[str, Any]:
     elif profile.weight_decay:
         raise JobError(
             f"profile {profile.name!r}: weight_decay: {profile.weight_decay:g}, but the optimizer {kind.__name__} "
-            "has none; leave it out or set it to 0"
+            "does not support it; leave it out or set it to 0"
         )
     return {name: tuple(value) if name == "betas" else value for name, value in options.items()}
 
 
 def _groups(parameters: Parameters, profile: Profile) -> list[dict[str, Any]]:
-    """Parameter groups with only what needs a gradient, and with their own numbers; empty groups are left out."""
+    """Return non-empty groups of the parameters that need a gradient, with each group's factors applied."""
     listed: list[Any] = list(parameters)
     trained = []
     for group in listed if listed and isinstance(listed[0], dict) else [{"params": listed}]:
@@ -172,7 +172,7 @@ def _groups(parameters: Parameters, profile: Profile) -> list[dict[str, Any]]:
 
 
 def _fused(kind: Any, options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """The option for torch's fused kernels, if they fit: torch itself would refuse only at the first step."""
+    """Return the option for torch's fused kernels if supported; torch itself would fail only at the first step."""
     own_choice = {"fused", "foreach", "capturable", "differentiable"} & set(options)
     dampened = options.get("dampening")  # torch does not dampen the first step, but would after `complete`
     if kind not in FUSED or own_choice or dampened:

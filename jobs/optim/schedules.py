@@ -1,5 +1,5 @@
-"""The learning-rate schedule of one profile, and how far a lineage has come in it: successive chunks under
-equal profiles count on; under another profile a new schedule begins at its first step."""
+"""The learning-rate schedule of a profile, and a lineage's position in it. Successive chunks under equal profiles
+continue one schedule; a chunk under another profile starts that profile's schedule at its first step."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from jobs.errors import JobError
 from jobs.optim import optimizers
 from orchestrator.records import Metric, Profile
 
-# Schedules made for a step after each batch; all others are stepped once an epoch.
+# Schedules that are stepped after every batch; all others are stepped once per epoch.
 EACH_STEP = ("OneCycleLR", "CyclicLR", "PiecewiseLinear")
-_DERIVE = 'derive a class of your own from LRScheduler, and name it as "package.module:Class"'
-_FUNCTIONS = f"it takes functions, which a settings file can't hold; PiecewiseLinear takes corners, or {_DERIVE}"
-_SCHEDULES = f"it takes other schedules, which a settings file can't hold; {_DERIVE}"
-# Torch's own schedules that don't fit, and why.
+_DERIVE = 'derive your own class from LRScheduler and name it as "package.module:Class"'
+_FUNCTIONS = f"it takes functions, which a settings file can't contain; use PiecewiseLinear, or {_DERIVE}"
+_SCHEDULES = f"it takes other schedules, which a settings file can't contain; {_DERIVE}"
+# torch's schedules that settings can't use, and why.
 UNFIT = dict.fromkeys(("LambdaLR", "MultiplicativeLR"), _FUNCTIONS)
 UNFIT |= dict.fromkeys(("SequentialLR", "ChainedScheduler"), _SCHEDULES)
-# The argument that "epochs" sets, counted in the schedule's own steps.
+# The constructor argument that "epochs" is converted to, in units of the schedule's steps.
 LENGTH = dict.fromkeys(("LinearLR", "ConstantLR", "PolynomialLR"), "total_iters") | {"CosineAnnealingLR": "T_max"}
-# Arguments that are learning rates, one for each parameter group: a group's lr_factor applies to them too.
+# Arguments that are learning rates, one per parameter group; each is multiplied by its group's lr_factor.
 RATES = {"OneCycleLR": ("max_lr",), "CyclicLR": ("base_lr", "max_lr")}
 
 
 class PiecewiseLinear(LRScheduler):
-    """A factor of the learning rate that is linear between corners, such as the slanted triangle of Page ("How to
-    Train Your ResNet", 2018): epochs [0, 5, 24], factors [0, 1, 0]. It is constant outside the corners.
+    """Multiplies the learning rate by a factor interpolated between corners (and constant outside them), such as Page's
+    slanted triangle ("How to Train Your ResNet", 2018): epochs [0, 5, 24], factors [0, 1, 0].
 
-    epochs: of the corners, rising; factors: one for each corner, 0 or more; steps_per_epoch: calls of `step` in an
-    epoch. Step i (from 0) has the learning rate at i / steps_per_epoch epochs. Raises ValueError for other values.
+    epochs: positions of the corners, ascending. factors: one per corner, 0 or more. steps_per_epoch: calls of `step`
+    per epoch. Step i (from 0) uses the learning rate at i / steps_per_epoch epochs. Raises ValueError for other values.
     """
 
     def __init__(
@@ -46,26 +46,26 @@ class PiecewiseLinear(LRScheduler):
         if len(epochs) != len(factors):
             raise ValueError(f"epochs has {len(epochs)} corners, factors {len(factors)}; each corner needs both")
         if list(epochs) != sorted(set(epochs)) or min(factors) < 0:
-            raise ValueError(f"epochs must rise and factors be 0 or more; they are {list(epochs)} and {list(factors)}")
+            raise ValueError(f"epochs {list(epochs)} must be ascending, and factors {list(factors)} 0 or more")
         self.epochs = list(map(float, epochs))
         self.factors = list(map(float, factors))
         self.steps_per_epoch = steps_per_epoch
         super().__init__(optimizer)
 
     def get_lr(self) -> list[Any]:
-        """The learning rate of each parameter group at this step."""
+        """Return the learning rate of each parameter group at the current step."""
         factor = float(np.interp(self.last_epoch / self.steps_per_epoch, self.epochs, self.factors))
         return [rate * factor for rate in self.base_lrs]
 
 
 class Schedule:
-    """The schedule of a profile for an optimizer: a constant learning rate if the profile has none."""
+    """A profile's schedule for an optimizer; the learning rate is constant if the profile has no schedule."""
 
     def __init__(self, profile: Profile, optimizer: Optimizer, steps_per_epoch: int, metric: Metric) -> None:
-        """steps_per_epoch: batches; metric: for ReduceLROnPlateau. Raises JobError, naming the mistake."""
+        """steps_per_epoch: batches per epoch. metric: for ReduceLROnPlateau. Raises JobError, naming the mistake."""
         self._metric = metric.name
-        self._count = 0  # steps that were made
-        self._last: int | None = None  # the step after which the learning rate stays; None: never
+        self._count = 0  # number of schedule steps so far
+        self._last: int | None = None  # number of steps after which the learning rate stays constant; None: unlimited
         self._scheduler: LRScheduler | None = None
         self.each_step = False
         if profile.schedule is None:
@@ -78,18 +78,18 @@ class Schedule:
         if issubclass(kind, ReduceLROnPlateau):
             if options.setdefault("mode", metric.mode) != metric.mode:
                 raise JobError(
-                    f"{what}: mode: {options['mode']!r}, but it follows the metric {metric.name!r}, whose mode is "
+                    f"{what}: mode: {options['mode']!r}, but the metric {metric.name!r} that it follows has mode "
                     f'{metric.mode!r}; leave "mode" out'
                 )
             if self.each_step:
-                raise JobError(f'{what}: it follows {metric.name!r}, measured once an epoch; leave out "every"')
+                raise JobError(f'{what}: it follows {metric.name!r}, measured once per epoch; leave out "every"')
         try:
             per_epoch = steps_per_epoch if self.each_step else 1
             self._scheduler = self._made(kind, name, options, optimizer, per_epoch, what)
         except JobError:
             raise
         except Exception as error:  # torch notices a wrong type only where it uses the value
-            hint = '; "epochs" says how many epochs it takes' if name in (*LENGTH, "OneCycleLR") else ""
+            hint = '; set its length in epochs with "epochs"' if name in (*LENGTH, "OneCycleLR") else ""
             raise JobError(f"{what}: {_plain(error)}{optimizers.given(options)}{hint}") from error
 
     def _made(
@@ -102,8 +102,8 @@ class Schedule:
         other = "total_steps" if issubclass(kind, lr_scheduler.OneCycleLR) else length
         if options.get("epochs") is not None and other and options.get(other) is not None:
             raise JobError(
-                f"{what}: both 'epochs' and {other!r} say how long it is; leave out {other!r}: 'epochs' holds "
-                "whatever the number of batches"
+                f"{what}: both 'epochs' and {other!r} set its length; leave out {other!r}, because 'epochs' does not "
+                "depend on the number of batches"
             )
         if length and "epochs" in options:
             self._last = options[length] = max(1, round(options.pop("epochs") * per_epoch))
@@ -121,19 +121,19 @@ class Schedule:
         return scheduler
 
     def after_step(self) -> None:
-        """Call it after each optimizer step."""
+        """Step the schedule if it counts steps; call this after each optimizer step."""
         if self.each_step:
             self._step()
 
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
-        """Call it after each epoch, with its metrics."""
+        """Step the schedule if it counts epochs; call this after each epoch, with the epoch's metrics."""
         if not self.each_step:
             self._step(metrics)
 
     def _step(self, metrics: Mapping[str, float] | None = None) -> None:
         if self._scheduler is None or self._count == self._last:
             return
-        # In fp16 the first optimizer steps may be skipped; torch then warns that the schedule is stepped too early.
+        # In fp16 the first optimizer steps may be skipped; torch then warns that the schedule was stepped too early.
         with warnings.catch_warnings(action="ignore", category=UserWarning) if self._count == 0 else nullcontext():
             if isinstance(self._scheduler, ReduceLROnPlateau):
                 self._scheduler.step((metrics or {})[self._metric])
@@ -142,18 +142,18 @@ class Schedule:
         self._count += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the schedule, in plain values."""
+        """Return the position in the schedule as plain values."""
         return {"count": self._count, "scheduler": self._scheduler.state_dict() if self._scheduler else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there. The optimizer's state has to be restored separately."""
+        """Restore the position in the schedule. The optimizer's state must be restored separately."""
         self._count = state["count"]
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
 
 
 def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> None:
-    """Try the profile's optimizer and schedule on one parameter. Raises JobError, naming the mistake."""
+    """Test the profile's optimizer and schedule on one parameter. Raises JobError, naming the mistake."""
     optimizer = optimizers.check_optimizer(profile, default)
     schedule = Schedule(profile, optimizer, 2, metric)
     try:
@@ -171,11 +171,11 @@ def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> No
     for group in optimizer.param_groups:
         if not group["lr"] >= 0:
             raise JobError(
-                f"profile {profile.name!r}: its schedule makes the learning rate {group['lr']:g}; it must stay 0 or "
+                f"profile {profile.name!r}: its schedule sets the learning rate to {group['lr']:g}; it must stay 0 or "
                 f"more{optimizers.given(profile.schedule or {})}"
             )
 
 
 def _plain(error: Exception) -> str:
-    """The message without the name of a method that the user did not call."""
+    """Strip from the message the name of a method that the user did not call."""
     return str(error).replace(".__init__()", "").replace("__init__()", "it")

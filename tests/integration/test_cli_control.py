@@ -20,7 +20,7 @@ from tests.support.storage import Storage
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("training_profiles.0.optimizer=AdamWW", "optimizer AdamWW: torch has none of that name"),
+        ("training_profiles.0.optimizer=AdamWW", "optimizer AdamWW: torch has no suitable class of that name"),
         ('training_profiles.0.schedule={"name": "StepLR"}', "StepLR"),
         ('loggers=["nowhere:Mine"]', "nowhere"),
     ],

@@ -269,7 +269,7 @@ def test_a_full_disk_gives_a_warning_and_the_same_batches(
         pictures = decoded(mixed, SIZE)
     assert pictures.file is None
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert line.startswith("40 pictures can't be kept decoded (0.0 GB): ")
+    assert line.startswith("40 decoded pictures (0.0 GB) can't be cached: ")
     assert "No space left on device" in line
     assert "TMPDIR" in line
     assert kept(node) == [] if list(node.iterdir()) else True
@@ -285,11 +285,11 @@ def test_a_folder_that_others_can_open_is_refused(squares: list[Path], node: Pat
     folder = node / f"orch-pictures-{os.getuid()}"
     folder.mkdir()
     folder.chmod(0o755)
-    with pytest.raises(JobError, match=r"must be a folder of your own that nobody else can open"):
+    with pytest.raises(JobError, match=r"must be a folder that only you can open"):
         decoded(squares, SIZE)
     folder.rmdir()
     folder.symlink_to(squares[0].parent)
-    with pytest.raises(JobError, match=r"must be a folder of your own"):
+    with pytest.raises(JobError, match=r"must be a folder that only you can open"):
         decoded(squares, SIZE)
 
 

@@ -16,11 +16,13 @@ def test_the_first_of_each_class_are_taken_as_evenly_as_possible(labels: list[in
     targets = torch.tensor(labels)
     classes = sorted(set(labels))
     if count > len(labels):
-        with pytest.raises(JobError, match=rf"^train_images: {count} is more than the {len(labels)} examples"):
+        with pytest.raises(
+            JobError, match=rf"^train_images: {count} is more than the {len(labels)} available examples"
+        ):
             first_of_each_class(targets, count, "train_images")
         return
     if count < min(len(classes), len(labels)):
-        with pytest.raises(JobError, match=rf"^train_images: {count} examples .* of {len(classes)} classes"):
+        with pytest.raises(JobError, match=rf"^train_images: {count} is fewer than the {len(classes)} classes"):
             first_of_each_class(targets, count, "train_images")
         return
     chosen = first_of_each_class(targets, count, "train_images")
@@ -41,6 +43,6 @@ def test_no_limit_or_a_limit_as_large_as_the_data_set_takes_all(count: int | Non
 @pytest.mark.parametrize("side", ["train", "test"])
 def test_a_limit_larger_than_the_data_set_is_an_error_that_names_both_numbers(side: str) -> None:
     limits = Limits.model_validate({f"{side}_images": 4})
-    message = f"^job_params: {side}_images: 4 is more than the 3 examples that there are; allowed is at most 3"
+    message = f"^job_params: {side}_images: 4 is more than the 3 available examples; use at most 3"
     with pytest.raises(JobError, match=message):
         limited(torch.tensor([5, 5, 1]), limits, train=side == "train")

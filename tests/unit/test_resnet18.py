@@ -179,9 +179,11 @@ DAMAGED = r"it is damaged, or torch.save did not write it \(\w+Error\); fetch it
             id="an orch checkpoint",
         ),
         pytest.param(
-            {"conv1.weight": torch.ones(1)}, "does not hold weights of a ResNet-18: conv1.weight, ", id="not its"
+            {"conv1.weight": torch.ones(1)},
+            "does not contain ResNet-18 weights: mismatch in conv1.weight, ",
+            id="not its",
         ),
-        pytest.param({"extra": torch.ones(1)}, "does not hold weights of a ResNet-18: .*", id="of another model"),
+        pytest.param({"extra": torch.ones(1)}, "does not contain ResNet-18 weights: .*", id="of another model"),
     ],
 )
 def test_unusable_weights_are_an_error(content: Any, message: str, pets: Path, tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_unusable_weights_are_an_error(content: Any, message: str, pets: Path, t
 def test_weights_of_a_larger_model_are_an_error(pets: Path, tmp_path: Path) -> None:
     larger = models.resnet18().state_dict() | {"layer5.weight": torch.ones(1)}
     torch.save(larger, tmp_path / "larger.pt")
-    with pytest.raises(JobError, match=r"larger.pt does not hold weights of a ResNet-18: layer5.weight do not fit"):
+    with pytest.raises(JobError, match=r"larger.pt does not contain ResNet-18 weights: mismatch in layer5.weight"):
         job(pets, pretrained=str(tmp_path / "larger.pt")).model()
 
 

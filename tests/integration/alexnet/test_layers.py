@@ -107,7 +107,7 @@ def test_one_flag_applies_to_every_layer(flag: bool, expected: set[tuple[str, in
 def test_a_wrong_number_of_flags_is_an_error_that_names_the_right_one(
     kind: str, part: str, count: int, sketches: Path
 ) -> None:
-    message = f"^{kind}_{part}: {count} flags; AlexNet's {part} have {LAYERS[part]} layers, a flag each$"
+    message = f"^{kind}_{part}: {count} flags; AlexNet's {part} part needs {LAYERS[part]}, one per layer$"
     with pytest.raises(JobError, match=message):
         job_of("part1", sketches, **{f"{kind}_{part}": [True] * count})
 
@@ -119,8 +119,8 @@ def test_a_model_without_trained_layers_is_an_error(sketches: Path) -> None:
 
 def test_the_last_layer_can_not_be_pretrained_for_other_classes(sketches: Path, weights: Path) -> None:
     job = job_of("part3", sketches, pretrained_classifier=True, pretrained_weights=str(weights))
-    shapes = r"classifier.6.weight has shape \(1000, 4096\), this model's \(8, 4096\)"
-    with pytest.raises(JobError, match=rf"pretrained_classifier\[6\]: the weights' {shapes}"):
+    shapes = r"classifier.6.weight has shape \(1000, 4096\) in the weights file, \(8, 4096\) here"
+    with pytest.raises(JobError, match=rf"pretrained_classifier\[6\]: {shapes}"):
         job.model()
 
 
