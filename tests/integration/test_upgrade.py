@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.leaderboard.schema import SCHEMA_VERSION
 from orchestrator.run.repair import repair
 from orchestrator.run.run import Run
+from orchestrator.worker.job_main import job_main
 from tests.support.invariants import violations
 from tests.support.small_runs import CUT, board_of, make_run, opened, work
 from tests.support.storage import Storage
@@ -127,3 +129,8 @@ def test_a_database_of_an_unknown_version_is_refused(run: Run, unknown: int) -> 
     with pytest.raises(LeaderboardError, match=rf"written by orch 0\.0\.9 \(schema {unknown}\).*Use orch 0\.0\.9"):
         opened(run.folder)
     assert version(run) == unknown
+
+
+def test_a_job_that_was_queued_before_the_upgrade_finds_its_entry_point() -> None:
+    as_submitit_pickled_it = b"corchestrator.entry\njob_main\n."
+    assert pickle.loads(as_submitit_pickled_it) is job_main
