@@ -135,7 +135,7 @@ def judge_cluster(config: Mapping[str, str], workers: int) -> list[Finding]:
             findings.append(Finding("error", TOPIC, what, f"set workers to {max(1, size)} at most"))
     count = number(config.get("MaxJobCount"))
     if count is not None and count < workers:
-        what = f"MaxJobCount={count}: the whole cluster accepts no more jobs, but {workers} workers are asked for"
+        what = f"MaxJobCount={count}: the cluster accepts at most {count} jobs in all, and this run asks for {workers}"
         findings.append(Finding("error", TOPIC, what, f"set workers to {count} at most"))
     elif count is not None and count < 2 * workers:
         what = f"MaxJobCount={count} for the whole cluster: {LATER}"

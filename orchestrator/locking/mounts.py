@@ -108,7 +108,7 @@ def lock_facts(fstype: str, options: Sequence[str]) -> LockFacts:
     if fstype == "lustre":
         return _lustre(options)
     if fstype in COHERENT:
-        return LockFacts("nodes", True, f"{COHERENT[fstype]} manages flock on its servers: it holds between nodes")
+        return LockFacts("nodes", True, f"{COHERENT[fstype]} handles flock on its servers, so locks work between nodes")
     if fstype == "gpfs":
         what = "GPFS has a token manager, which makes locks hold between nodes"
         return LockFacts("nodes", True, what, f"nothing, unless locks are slow or lost: {PROVE}")
