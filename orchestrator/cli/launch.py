@@ -118,8 +118,8 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
     changed = difference(existing.settings, wanted)
     if changed:
         raise RunError(
-            f"{existing.name} already exists with other settings. `orch resume {existing.name}` continues it with its own "
-            "settings, `orch amend` changes them, and --set name=... launches a separate run. What differs:\n  "
+            f"{existing.name} already exists with other settings. `orch resume {existing.name}` continues it with its "
+            "own settings, `orch amend` changes them, and --set name=... launches a separate run. What differs:\n  "
             + "\n  ".join(changed)
         )
 
