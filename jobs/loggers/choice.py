@@ -24,7 +24,7 @@ BUILT_IN = {
 
 
 def check_loggers(names: Iterable[str]) -> None:
-    """Check that each name is a logger, and that the packages of built-in loggers are installed. Raises JobError."""
+    """Raise JobError unless each name is a built-in logger whose package is installed, or a user's logger class."""
     for name in names:
         if name not in BUILT_IN:
             find_logger(name)

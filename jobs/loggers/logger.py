@@ -1,4 +1,4 @@
-"""The base class of loggers, built in or a user's own. Every method has a default."""
+"""The base class of all loggers: the built-in ones and users' own. Every method has a default implementation."""
 
 from __future__ import annotations
 

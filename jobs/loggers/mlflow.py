@@ -1,5 +1,5 @@
-"""MLflow: one MLflow run per chunk, in an experiment named after the orch run. Without MLFLOW_TRACKING_URI, all of
-them are stored in one SQLite file in the run's log folder."""
+"""MLflow: one MLflow run per chunk, in an experiment named after the orch run. Without MLFLOW_TRACKING_URI, all
+chunks are stored in one SQLite file in the orch run's log folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SERIES_TAG = "orch.series"
 
 class MLflow(Logger):
     """Several workers may write to one SQLite file, and SQLite's own locks do not work on every shared file system. So
-    each group of calls holds a lock that was proven to work at launch, and no connection stays open in between."""
+    calls are made while holding a file lock, of a kind proven to work at launch, and each closes its connection."""
 
     _client: MlflowClient
     _experiment: str

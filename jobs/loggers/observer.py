@@ -8,7 +8,7 @@ from orchestrator.records import EpochResult, Work
 
 
 class Observer:
-    """Ignores all reports. Methods are called in this order, in rank 0's process; they must not affect the training."""
+    """Ignores all reports. The methods are called in this order, on rank 0 only. They must not affect the training."""
 
     def chunk(self, work: Work) -> None:
         """A chunk starts, or (work.suspended) continues where it was interrupted."""

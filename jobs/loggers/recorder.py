@@ -24,7 +24,7 @@ from orchestrator.files.checkpoint_record import CheckpointRecord, lineage
 from orchestrator.records import EpochResult, Work
 
 EVERY_S = 10.0  # how often points are passed to the loggers; this also happens at the end of each epoch
-MOST_POINTS = 1024  # points collected at most before passing them on: each one occupies device memory
+MOST_POINTS = 1024  # points are passed on when this many are collected, because they occupy device memory
 MOST_WAITING = 1000  # maximum length of a logger's queue; a logger with a longer queue counts as too slow
 CLOSE_S = 20.0  # how long all loggers together may keep writing when the job ends; Slurm allows 30 s (KillWait)
 
@@ -34,7 +34,7 @@ Makers = Mapping[str, Callable[[], Logger]]  # functions that create the loggers
 
 
 class Once(Generic[T]):
-    """A value shared by several threads, computed by the first one that asks for it."""
+    """A value shared by several threads. The first call computes it; later calls return the same value."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make: Callable[[], T] | None = make
@@ -50,7 +50,7 @@ class Once(Generic[T]):
 
 
 class Channel:
-    """One logger and its thread. The thread starts with the first call, and imports and creates the logger."""
+    """One logger and its thread. The first `put` starts the thread, which imports and creates the logger."""
 
     def __init__(self, name: str, make: Callable[[], Logger]) -> None:
         self.name = name
@@ -91,7 +91,7 @@ class Channel:
                 if self.off:
                     return
                 call(logger)
-                del call  # frees its tensors
+                del call  # frees the tensors that it refers to
             logger.close()
         except BaseException as error:  # a library may even call exit()
             self._turn_off(f"{type(error).__name__}: {error}")
@@ -100,7 +100,7 @@ class Channel:
         with self._turning_off:
             if not self.off:
                 log.warning("logger %s is off for the rest of this job: %s", self.name, reason)
-                self.off = True  # set after the warning, because `wait` may then let the process end
+                self.off = True  # set last: the process may end as soon as `wait` sees it
 
 
 class Channels:
@@ -155,7 +155,7 @@ class Recorder(Observer):
             self._hand_over()
 
     def epoch(self, result: EpochResult) -> None:
-        """Log an epoch's metrics at its last step, or at its number if the job's own loop reports no steps."""
+        """Log an epoch's metrics at the epoch's last step, or, if no steps were reported, at the epoch's number."""
         self._hand_over()
         step = result.number if self._last_step is None else self._last_step
         names = {name: f"{self._select_on}/{name}" for name in result.metrics} | {"train_loss": "train/epoch_loss"}
@@ -198,7 +198,7 @@ class Recorder(Observer):
 
 
 def series_of(run: str, checkpoints_folder: Path, work: Work, first_step: int) -> Series:
-    """Return the series of a chunk that starts or continues. Tags that the records don't determine are left out."""
+    """Return the series of a chunk that starts or continues. Tags whose values are not in the records are left out."""
     tags = _tags(
         run,
         lineage(checkpoints_folder, work.parent_file),
@@ -214,7 +214,7 @@ def series_of(run: str, checkpoints_folder: Path, work: Work, first_step: int) -
 
 
 def series_of_tested(run: str, checkpoints_folder: Path, file: str, step: int) -> Series | None:
-    """Return the series of the chunk that wrote this checkpoint; None without its record. step: its lineage's last."""
+    """Return the series of the chunk that wrote a checkpoint, or None without its record. step: the lineage's last."""
     line = lineage(checkpoints_folder, file)
     if not line:
         return None

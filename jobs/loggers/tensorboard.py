@@ -18,7 +18,7 @@ class TensorBoard(Logger):
     def begin(self, series: Series) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard drops an earlier job's events from purge_step on.
+        # TensorBoard hides events that an earlier job wrote for purge_step or later steps.
         purge_step = series.step if series.rewrites else None
         self._writer = SummaryWriter(str(self.folder / "tensorboard" / series.name), purge_step=purge_step)
         self._tags, self._step = series.tags, series.step

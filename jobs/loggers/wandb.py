@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class WeightsAndBiases(Logger):
-    """W&B's own step is the lineage's optimizer step. W&B ignores values at steps that are already logged: if a job
-    dies and its last steps are trained again, the first values stay."""
+    """The lineage's optimizer step is used as W&B's step. W&B ignores values for a step that is already logged, so if a
+    job dies and its last steps are trained again, the values logged first remain."""
 
     _run: wandb.Run
 
@@ -45,7 +45,7 @@ class WeightsAndBiases(Logger):
             settings=wandb.Settings(
                 silent=True, console="off", symlink=False, disable_git=True, disable_code=True, x_disable_meta=True,
                 x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
-            ),  # write only curves: shared file systems limit the number of files
+            ),  # write only the curves, in few files, because shared file systems limit the number of files
         )  # fmt: skip
 
     def log(self, points: Points) -> None:
@@ -64,7 +64,7 @@ class WeightsAndBiases(Logger):
     def end(self) -> None:
         folder = Path(self._run.dir).parent
         self._run.finish()
-        if self._run.offline:  # all data to upload are in one other file
+        if self._run.offline:  # everything to upload is in one .wandb file, so these folders are not needed
             for name in ("files", "logs", "tmp"):
                 shutil.rmtree(folder / name, ignore_errors=True)
 

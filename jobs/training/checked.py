@@ -1,5 +1,5 @@
-"""Check the return values of a job's own methods before torch gets them. No tensor's value is read, because that would
-wait for the GPU."""
+"""Check what a job's own methods return before it is passed to torch. Tensor values are not read, because reading them
+would wait for the GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def checked_loss(job: Job, loss: Any) -> Tensor:
 
 
 def checked_metrics(job: Job, metrics: Any) -> Mapping[str, Any]:
-    """Return `metrics`, of an evaluation batch. Raises JobError unless they map names to numbers."""
+    """Return `metrics`, measured on an evaluation batch. Raises JobError unless it maps names to numbers."""
     method, allowed = _named(job, "evaluation_metrics", "metrics"), 'one number for each name, such as {"mse": 0.1}'
     if not isinstance(metrics, Mapping):
         raise JobError(f"{method} returned {_described(metrics)}; allowed is a dict with {allowed}")
@@ -57,7 +57,7 @@ def checked_metrics(job: Job, metrics: Any) -> Mapping[str, Any]:
 
 
 def _named(job: Job, method: str, part: str) -> str:
-    """Name the method that the user wrote: `method` if the job overrides it, else `part`, called by the default."""
+    """Return the name of the user's method: `method` if the job overrides it, else `part`, which `method` calls."""
     written = part if getattr(type(job), method) is getattr(Job, method) else method
     return f"{type(job).__name__}.{written}()"
 

@@ -1,6 +1,6 @@
-"""One worker on several GPUs: rank 0 is the worker, and its followers train the same chunks in lockstep with it.
+"""One worker on several GPUs: rank 0 is the worker, and the other ranks (followers) train the same chunks in lockstep.
 
-If a rank fails, all ranks and the job end: only newly started processes are sure to have the same state.
+If a rank fails, all ranks end, and so does the job: only newly started ranks are certain to have equal states.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ def lead(
     ranks: Ranks, opening: Opening, on_failure: Callable[[], None], run_folder: Path | None = None
 ) -> DistributedSession:
     """Open the job on all ranks (called on rank 0). on_failure: called when the ranks can no longer be used.
-    run_folder: where loggers write."""
+    run_folder: where loggers write; None: log nothing."""
     with _fatal_to_all(ranks, on_failure):
         ranks.tell(do="open", opening=OPENING.dump_python(opening, mode="json"))
         return DistributedSession(_open(ranks, opening, run_folder), ranks, on_failure)
 
 
 def follow(ranks: Ranks) -> str:
-    """Follow rank 0's commands until "stop", or until rank 0 is lost (called on all other ranks). Returns how it ended.
-    Errors are reported to rank 0, not raised: Slurm would kill all processes before rank 0 records the failure."""
+    """Execute rank 0's commands until "stop" or a failure (called on all ranks except 0). Returns why it ended. Errors
+    are reported to rank 0, not raised: otherwise Slurm would kill rank 0 before it records the failure."""
     session: Session | OwnLoop | None = None
     failed = True
     try:
@@ -110,7 +110,7 @@ def dismiss(ranks: Ranks) -> None:
 
 @contextmanager
 def _fatal_to_all(ranks: Ranks, on_failure: Callable[[], None]) -> Iterator[None]:
-    """On rank 0, end all ranks if the block raises. If another rank was lost, raise with that rank's reason."""
+    """If the block raises on rank 0, end all ranks. If another rank failed, raise RankLostError with its error."""
     try:
         yield
     except BaseException as error:
@@ -134,8 +134,8 @@ def _open(ranks: Ranks, opening: Opening, run_folder: Path | None = None) -> Ses
 
 
 def own_gpu(gpus: Sequence[str], rank: int, count: int) -> str:
-    """Return the GPU for this rank. gpus: those visible to this rank; with none, returns "" (train on the CPU). If gpus
-    is shorter than count, each rank sees only its own GPU, or there are too few GPUs, which Ranks.use detects."""
+    """Return this rank's GPU, or "" to train on the CPU if there is none. gpus: the GPUs visible to this rank. If there
+    are fewer than `count`, the first is returned: each rank sees only its own, or else Ranks.use raises."""
     return gpus[rank] if len(gpus) >= count else "".join(gpus[:1])
 
 

@@ -21,12 +21,12 @@ TENSOR_BYTES = 250  # archive overhead per tensor
 
 def checkpoint_bytes(settings: Settings) -> int:
     """Estimate the size of one checkpoint in bytes. The model is created without memory for its tensors (on torch's
-    meta device) or, if the job's code needs their values, on the CPU. Raises JobError and errors of the job's code."""
+    meta device) or, if the job's code needs their values, on the CPU. Raises JobError, and any error of that code."""
     # An optimizer without momentum may keep no state, so use the profile with the highest momentum.
     profile = max(settings.training_profiles, key=lambda profile: profile.momentum)
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # for example, that weights loaded to the meta device are dropped
+            warnings.simplefilter("ignore")  # for example, about weights dropped because the device is meta
             return _bytes_of(load_job(settings), profile)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, JobError):  # the job's code needs the values
         return _bytes_of(load_job(settings), profile)

@@ -1,4 +1,4 @@
-"""Frozen layers at the start of a model: their outputs are computed once per example instead of once per epoch."""
+"""Frozen layers at the start of a model: compute their outputs once for each example, not again in every epoch."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ log = logging.getLogger("orch")
 
 
 class FrozenParts:
-    """The outputs of a job's `frozen_part` for each example of a split. They stay on the device while the part's
-    weights are unchanged, and are recomputed for a founder with different frozen weights."""
+    """Computes the outputs of a job's `frozen_part` for all examples of a split, and keeps them on the device. They are
+    recomputed when the part's weights change, for example because a founder has different frozen weights."""
 
     def __init__(self, job: Job, speed: Speed) -> None:
         self._job, self._speed = job, speed
         self._outputs: dict[str, tuple[str, _Outputs]] = {}  # by split: the weights' hash, the outputs
-        self._hashed: tuple[Any, str] = (None, "")  # the last hashed weights, and their hash
+        self._hashed: tuple[Any, str] = (None, "")  # identifies the weights hashed last; their hash
 
     def feed(self, model: nn.Module, split: Split, feed: Feed, arranged: Callable[[Any], Any]) -> Feed:
-        """Return the batches for this model until the next call of this method: the feed's own, or (outputs of the
-        frozen part, targets); in the second case the part is made to return its input. arranged: converts a batch to
-        the model's memory layout. Raises JobError if the part is trained, draws random numbers, collects statistics
-        or is not the first thing that the model does, or if the training examples are augmented."""
+        """Return the batches to call this model with until the next call of this method: either the feed's own batches,
+        or pairs (outputs of the frozen part, targets). For such pairs, the part is changed to return its input.
+        arranged: converts a batch to the model's memory layout. Raises JobError if the part is trained, is random, uses
+        batch statistics or is not the first thing that the model does, or if the training examples are augmented."""
         part = self._job.frozen_part(model)
         if part is None:
             return feed
@@ -56,7 +56,7 @@ class FrozenParts:
         return feed.instead(self._outputs[split][1])
 
     def _allows(self, split: Split) -> bool:
-        """Return whether the model gets its inputs unchanged. A method overridden by the job might change them."""
+        """Return whether inputs reach the model unchanged. A method overridden by the job might change them first."""
         names = ["training_loss"] if split == "train" else ["predict", "evaluation_metrics"]
         return all(getattr(type(self._job), name) is getattr(Job, name) for name in names)
 
@@ -75,7 +75,7 @@ class FrozenParts:
     def _compute(
         self, model: nn.Module, part: nn.Module, feed: Feed, arranged: Callable[[Any], Any]
     ) -> _Outputs | None:
-        """Compute the outputs of all examples. Logs a line and returns None if they would take too much memory."""
+        """Compute the part's outputs for all examples. If they would need too much memory, logs it and returns None."""
         kept: _Outputs | None = None
         for batch in feed.in_order():
             inputs, targets = arranged(_pair(batch))
@@ -94,14 +94,14 @@ class FrozenParts:
 
 
 class _Outputs(Feed):
-    """Outputs and targets on the device. The outputs keep their memory layout, because a later dropout layer generates
-    its random mask in memory order."""
+    """A feed of a frozen part's outputs and their targets, kept on the device. The outputs keep their memory layout,
+    because a later dropout layer generates its random mask in memory order."""
 
     def __init__(self, outputs: Tensor, targets: Tensor, feed: Feed, device: torch.device) -> None:
-        """Allocate memory for a whole feed. outputs, targets: of the feed's first batch."""
+        """Allocate memory for all examples of `feed`. outputs, targets: those of its first batch, for their shapes."""
         super().__init__(feed.batch_size, feed.count)
         self._device = device
-        self._order = [0, *sorted(range(1, outputs.ndim), key=outputs.stride, reverse=True)]  # as in memory
+        self._order = [0, *sorted(range(1, outputs.ndim), key=outputs.stride, reverse=True)]  # in memory order
         self._outputs = outputs.new_empty(feed.count, *outputs.permute(self._order).shape[1:])
         self._targets = targets.new_empty(feed.count, *targets.shape[1:])
         self._filled = 0
@@ -125,7 +125,7 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check(part: nn.Module, model: nn.Module) -> None:
-    """Check that the part always returns the same output for the same example. Raises JobError."""
+    """Raise JobError if the part might return different outputs for the same example."""
     trained = [name for name, parameter in part.named_parameters() if parameter.requires_grad]
     if trained:
         raise JobError(f"frozen_part: {', '.join(trained[:5])} are trained; call requires_grad_(False) on the part")
@@ -140,7 +140,7 @@ def _check(part: nn.Module, model: nn.Module) -> None:
 
 
 def _compare(model: nn.Module, part: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-    """Check on one batch that the model returns the same for the part's outputs as for its inputs. Raises JobError."""
+    """Check on one batch that the model returns the same result if the part is bypassed. Raises JobError if not."""
     was = model.training
     model.eval()
     with randomness.random_state_kept():
@@ -154,7 +154,7 @@ def _compare(model: nn.Module, part: nn.Module, inputs: Tensor, outputs: Tensor)
 
 
 def _bypass(part: nn.Module, on: bool) -> None:
-    """Make a part return its input, or undo that. A Sequential may be a slice of the model's, so change its layers."""
+    """Make a part return its input, or undo this. Of a Sequential, changes the layers: it may be a copy (a slice)."""
     for layer in part if isinstance(part, nn.Sequential) else [part]:
         if on:
             layer.forward = lambda inputs: inputs  # hides the class's forward

@@ -32,7 +32,7 @@ class Predictor:
 
     @property
     def evaluated(self) -> tuple[nn.Module, nn.Module]:
-        """The model to evaluate, twice: with the job's own names for the weights, and as the module to call."""
+        """The model to evaluate, as two modules with the same weights: as the job created it, and the one to call."""
         return self.model, self.running
 
     def arranged(self, batch: Any) -> Any:
@@ -41,7 +41,7 @@ class Predictor:
 
 
 class Learner(Predictor):
-    """A model in training. `state` returns its complete state, and `restore` continues from one."""
+    """A model in training. `state` returns its complete state, and `restore` continues from such a state."""
 
     def __init__(
         self, job: Job, profile: Profile, speed: Speed, group: Alone, steps_per_epoch: int, metric: Metric
@@ -70,7 +70,7 @@ class Learner(Predictor):
         return super().evaluated
 
     def step(self, batch: Any) -> Tensor:
-        """One optimizer step. Returns the mean loss of the whole batch, a scalar on the device."""
+        """Do one step. batch: this rank's part. Returns the mean loss of the whole batch, a scalar on the device."""
         self._optimizer.zero_grad(set_to_none=True)
         with self.speed.autocast():
             loss = checked_loss(self.job, self.job.training_loss(self.running, self.arranged(batch)))
@@ -101,8 +101,8 @@ class Learner(Predictor):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state. With an equal profile everything continues. With a different profile the schedule
-        starts anew, and the optimizer keeps its state (such as momentum) if its class is the same."""
+        """Continue from a state. If it was saved with another profile, the schedule starts anew, and the optimizer
+        takes over the saved optimizer's state (such as momentum) only if both have the same class."""
         self.steps = state["steps"]
         self.model.load_state_dict(state["model"])
         if self._average is not None and state["average"] is not None:

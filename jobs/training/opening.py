@@ -19,7 +19,7 @@ from orchestrator.settings.settings import Settings
 
 
 def load_job(settings: Settings, device: torch.device | None = None, cores: int = 1) -> Job:
-    """Create the settings' job. Raises JobError if its class can't be imported or is not derived from Job."""
+    """Create the job named in the settings. Raises JobError if its class can't be imported or does not extend Job."""
     job_class = find_class(settings.job, f"job {settings.job}")
     if not issubclass(job_class, Job):
         raise JobError(f"job {settings.job}: its class is not derived from jobs.job.Job")
@@ -29,7 +29,7 @@ def load_job(settings: Settings, device: torch.device | None = None, cores: int 
 def open_session(
     settings: Settings, cores: int, group: Alone = ALONE, run_folder: Path | None = None
 ) -> Session | OwnLoop:
-    """Open the settings' job for training. group: the processes that train together. run_folder: None: no logging."""
+    """Open the settings' job for training. group: the ranks that train together. run_folder: if None, log nothing."""
     job = load_job(settings, set_up(settings, cores), cores)
     observer = choice.observer(settings, run_folder if group.rank == 0 else None)
     return (OwnLoop if has_own_loop(job) else Session)(job, group, observer)
@@ -40,7 +40,7 @@ def has_own_loop(job: Job) -> bool:
 
 
 def check_job(settings: Settings, download: bool = False) -> list[str]:
-    """Check what can be checked about the job before a launch. Returns lines for the user. Raises JobError."""
+    """Check the job as far as possible before a launch. Returns lines to show to the user. Raises JobError."""
     choice.check_loggers(settings.loggers)
     job = load_job(settings)
     own, metric = type(job), settings.metric
@@ -69,7 +69,7 @@ def set_up(settings: Settings, cores: int) -> torch.device:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(max(1, cores))
     if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS (torch's docs)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not settings.deterministic
     return device

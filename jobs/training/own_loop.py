@@ -26,7 +26,7 @@ from orchestrator.records import EpochResult, Finished, Interrupted, Work
 
 
 def checked_state(state: Any) -> Mapping[str, Any]:
-    """Return `state`. Raises JobError if it could be saved but not loaded: loading never executes code in the file."""
+    """Return `state`. Raises JobError if orch could not load it after saving: orch loads only data, never code."""
     if not isinstance(state, Mapping):
         raise JobError(f"train_chunk returned a state that is a {type(state).__name__}; allowed is a dict")
     shape, written = map_tensors(state, lambda tensor: tensor.detach().new_empty(0)), io.BytesIO()
@@ -53,7 +53,7 @@ class OwnLoop(JobTrainer):
         """Train one chunk. Raises JobError if the loop's reports or result are invalid, and any error of the loop."""
         state, cut = self._begin(work)
         results = [EpochResult(**result) for result in cut["results"]]
-        spent = cut["seconds"]  # spent on the interrupted epoch
+        spent = cut["seconds"]  # seconds already spent on the interrupted epoch
         started = time.monotonic()
         self._observer.chunk(work)
 
@@ -107,7 +107,7 @@ class OwnLoop(JobTrainer):
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
 
     def _begin(self, work: Work) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
-        """Return the job's own state to continue from (None for a founder), and earlier reports on this chunk."""
+        """Return the job's own state to continue from (None for a founder), and the chunk's results so far."""
         state = self._load(work)
         if state is None:
             return None, fresh_cut()

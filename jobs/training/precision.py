@@ -36,8 +36,8 @@ class Speed:
         return GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def lay_out(self, model: nn.Module) -> bool:
-        """Convert the model's weights to channels_last if the settings say so or (auto) it has 2D convolutions. Returns
-        True if they were converted; the model's batches then need `arrange`."""
+        """Convert the model's weights to channels_last if the setting is true, or if it is "auto" and the model has 2D
+        convolutions. Returns whether they were converted; if so, convert the model's batches with `arrange`."""
         wanted = self._settings.channels_last
         if wanted == "auto":
             wanted = any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in model.modules())
@@ -46,12 +46,12 @@ class Speed:
         return wanted
 
     def compiled(self, model: nn.Module) -> nn.Module:
-        """Return the model to call: compiled (torch.compile) if the settings say so. Models of the same class and
-        shapes share kernels."""
+        """Return the module to call: the model compiled by torch.compile if the settings say so, else the model itself.
+        Compiled models of the same class and shapes share kernels."""
         if not self._settings.compile:
             return model
-        # With dynamic=None, torch compiles a kernel for all sizes once it sees a second size: the kernel used for a
-        # batch would then depend on earlier batches, which another process may have trained.
+        # With dynamic=None, torch compiles a kernel for all sizes once it sees a second batch size. The kernel used
+        # would then depend on the batches that this process trained before, so resuming would not be exact.
         dynamic = False if self._settings.deterministic else None
         compiled: nn.Module = torch.compile(model, dynamic=dynamic)  # type: ignore[assignment]  # typed as Callable
         return compiled
@@ -81,7 +81,7 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_computes_bf16() -> bool:
-    """Return whether this CPU can multiply in bfloat16. Without it torch converts, which is slower than fp32."""
+    """Return whether this CPU can multiply in bfloat16. If not, torch converts values, which is slower than fp32."""
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))

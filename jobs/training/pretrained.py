@@ -1,4 +1,4 @@
-"""Pretrained weights: a file, or a torchvision name, whose file is downloaded by `orch prepare`."""
+"""Pretrained weights, chosen by a file path or by a torchvision name. `orch prepare` downloads the file of a name."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def weights_file(wanted: str, known: type[WeightsEnum], setting: str, download: bool = False) -> Path:
-    """Return the weights file chosen by a setting. wanted: the setting's value, either a path or one of the known
-    names, whose files are in torch's hub folder ($TORCH_HOME). download: fetch the file if it is missing. Raises
-    JobError, naming the setting, if the file is missing or can't be fetched."""
+    """Return the path of the weights file chosen by a setting. wanted: the setting's value, either a path or a name in
+    `known`; the files of these names are in torch's hub folder (in $TORCH_HOME). setting: its name, for errors.
+    download: fetch the file if it is missing. Raises JobError if the file is missing or can't be fetched."""
     if Path(wanted).expanduser().is_file():
         return Path(wanted).expanduser()
     if wanted not in known.__members__:
@@ -45,7 +45,7 @@ def weights_file(wanted: str, known: type[WeightsEnum], setting: str, download: 
 
 
 def read_weights(file: Path, setting: str) -> dict[str, Tensor]:
-    """Load a file's tensors by name, on the CPU. Executes no code in the file. Raises JobError, naming the setting."""
+    """Load a file's tensors by name, on the CPU, without executing code in it. setting: its name, for errors."""
     again = (
         "fetch it again (a torchvision file: delete it and run `orch prepare SETTINGS`), or name another file "
         "written by torch.save(model.state_dict(), file)"

@@ -1,7 +1,7 @@
 """The processes (ranks) of one worker, one per GPU, and their communication. A single process does not communicate.
 
-Rank 0 leads. Its commands and the followers' failures go through a TCP store in its own process. Operations that all
-ranks perform together in a step are collectives: NCCL between GPUs, gloo between CPUs and for all small values.
+Rank 0 leads. It sends commands, and the other ranks report failures, through a TCP store in rank 0's process. Within a
+step the ranks use collective operations: NCCL's for tensors on GPUs, gloo's for tensors on CPUs and all small values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from orchestrator.files import atomic
 HOST = "127.0.0.1"  # all ranks are on one node
 MEETING_S = 300.0  # how long to wait for every rank to start; importing torch from a cold network folder takes minutes
 STEP_S = 300.0  # how long a rank may lag behind the others, for example while it loads data or compiles its model
-COMMAND_WAIT = timedelta(days=1)  # rank 0 may be busy for hours; if it dies, the connection breaks at once
+COMMAND_WAIT = timedelta(days=1)  # rank 0 may be busy for hours; if rank 0 dies, waiting fails at once
 
 
 class RankLostError(Exception):
@@ -39,7 +39,7 @@ class RankLostError(Exception):
 
 
 class Alone:
-    """The group of a process that trains alone. Its methods change nothing."""
+    """The group of a process that trains alone: it is rank 0 of 1. The methods are described for groups of any size."""
 
     rank = 0
     count = 1
@@ -49,33 +49,33 @@ class Alone:
         return model
 
     def fetch(self, checkpoint: Path) -> Path | IO[bytes]:
-        """Return a checkpoint's content, on every rank. Only rank 0 reads the file."""
+        """Return a checkpoint to load, on every rank. Only rank 0 reads the file, and sends it to the others."""
         return checkpoint
 
     def same(self, number: int) -> int:
-        """Return rank 0's number, on every rank."""
+        """Return, on every rank, the number that rank 0 passed."""
         return number
 
     def agree(self, should_stop: Callable[[], bool]) -> bool:
-        """Return rank 0's decision, at the same step on every rank."""
+        """Return, on every rank, what should_stop returns on rank 0, so that all stop at the same step."""
         return should_stop()
 
     def reseed(self, seed: int, step: int) -> None:
-        """Give every rank except 0 its own random numbers for one step. seed: the epoch's seed."""
+        """Seed the random generators of each rank except 0 differently, for one step. seed: the epoch's seed."""
 
     def share(self, batch: Any, size: int) -> Any:
         """Return this rank's part of a batch of `size` examples. The parts of all ranks, in order, form the batch."""
         return batch
 
     def merge(self, loss: Tensor, model: nn.Module) -> Tensor:
-        """Return the mean loss over the whole batch (a scalar); set the parameters' gradients to its gradients."""
+        """Return the mean loss of the whole batch (a scalar); set the parameters' gradients to those of this loss."""
         return loss
 
     def align(self, model: nn.Module) -> None:
-        """Copy rank 0's buffers to all ranks: unlike the weights, buffers can become different in training."""
+        """Copy rank 0's buffers to all ranks: unlike the weights, they may differ between ranks after training."""
 
     def total(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return the sums over all ranks, by name."""
+        """Return, for each name, the sum of all ranks' values."""
         return sums
 
 
@@ -83,7 +83,7 @@ ALONE = Alone()
 
 
 class Ranks(Alone):
-    """A group of several processes. All ranks call its collective methods in the same order. Raises RankLostError."""
+    """Several ranks. All must call the methods defined in Alone in the same order. Methods may raise RankLostError."""
 
     def __init__(self, rank: int, count: int, store: TCPStore, step_s: float) -> None:
         self.rank, self.count = rank, count
@@ -92,13 +92,13 @@ class Ranks(Alone):
         self._device = torch.device("cpu")
         self._tensors: dist.ProcessGroup | None = None  # None: torch's default group (gloo)
         self._weight = 1.0  # this rank's share of the current batch
-        self._masks: dict[tuple[bool, ...], Tensor] = {}  # by which parameters have a gradient
+        self._masks: dict[tuple[bool, ...], Tensor] = {}  # each key (has a gradient, per parameter) as a tensor
         self._commands = 0
 
     # --- commands
 
     def tell(self, **command: Any) -> None:
-        """Send the next command (called on rank 0). Its values must be JSON values."""
+        """Send the next command (called on rank 0). Its values must be convertible to JSON."""
         self._commands += 1
         with _connection_errors():
             self._store.set(f"command {self._commands}", json.dumps(command))
@@ -115,7 +115,7 @@ class Ranks(Alone):
         return command
 
     def report_failure(self, reason: str) -> None:
-        """Report why this rank ends (called on any rank except 0)."""
+        """Report to rank 0 why this rank ends (called on any rank except 0)."""
         with _connection_errors():
             self._store.set(f"failed {self.rank}", reason)
             self._store.get(f"failed {self.rank}")  # returns only once rank 0 has the report
@@ -126,7 +126,7 @@ class Ranks(Alone):
         return [f"rank {rank}: {self._store.get(f'failed {rank}').decode()}" for rank in reported]
 
     def use(self, device: torch.device) -> None:
-        """Train on this device from now on. Raises JobError unless every rank has its own GPU or none has one."""
+        """Train on this device from now on. Raises JobError unless every rank has its own GPU or no rank has one."""
         own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
         gpus: list[str] = [""] * self.count
         with _connection_errors():
@@ -142,11 +142,11 @@ class Ranks(Alone):
                 self._tensors = dist.new_group(backend="nccl", timeout=self._step)
 
     def close(self, at_once: bool) -> None:
-        """Leave the group. at_once: even in the middle of a chunk; ranks waiting for this one get RankLostError."""
+        """Leave the group. at_once: abort collectives in progress; ranks that wait for this rank get RankLostError."""
         if dist.is_initialized():
             if at_once and self._tensors is not None:
                 with suppress(Exception):  # the connection may already be broken
-                    self._tensors.abort()  # so as not to wait for a GPU that waits for a dead rank
+                    self._tensors.abort()  # else the next line may wait for a dead rank
             dist.destroy_process_group()
 
     # --- the model
@@ -187,11 +187,11 @@ class Ranks(Alone):
     def agree(self, should_stop: Callable[[], bool]) -> bool:
         stop = torch.tensor(int(self.rank == 0 and should_stop()))
         with _connection_errors():
-            dist.all_reduce(stop, dist.ReduceOp.MAX)  # not a broadcast, so that rank 0 notices if a rank is gone
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # not a broadcast, so that rank 0 notices if a rank has died
         return bool(stop.item())
 
     def reseed(self, seed: int, step: int) -> None:
-        if self.rank > 0:  # rank 0's random state is in the checkpoint; the others' is recomputed from the step
+        if self.rank > 0:  # only rank 0's random state is saved; the other ranks compute theirs from the step
             seed_all(hash_seed(seed, step, self.rank))
 
     def share(self, batch: Any, size: int) -> Any:
@@ -213,10 +213,10 @@ class Ranks(Alone):
             flat = self._sum(torch.cat([g.reshape(-1) for g in grads]).mul_(self._weight))
             for p, grad, merged in zip(some, grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
                 p.grad = grad.copy_(merged.view_as(grad))
-        if mask not in self._masks:  # cached, because a copy to the GPU would wait for the GPU
+        if mask not in self._masks:  # cached, because copying a mask to the GPU waits for the GPU
             self._masks[mask] = torch.tensor(mask, dtype=torch.float64, device=self._device)
         total = self._sum(torch.cat([loss.detach().double().reshape(1) * self._weight, self._masks[mask]]))
-        if not all(mask):  # a parameter unused by all ranks stays without a gradient, as in a single process
+        if not all(mask):  # a parameter that no rank used gets no gradient, as in a single process
             for p, used in zip(parameters, total[1:].tolist(), strict=True):
                 p.grad = p.grad if used else None
         return total[0]
@@ -234,9 +234,9 @@ class Ranks(Alone):
 
 
 def meet(rank: int, count: int, place: Path, meeting_s: float = MEETING_S, step_s: float = STEP_S) -> Ranks:
-    """Connect to the other ranks of this job, on the same node. place: a file used only by this start of this job, to
-    which rank 0 writes the port that the system chose for it. meeting_s, step_s: how many seconds to wait for the
-    other ranks to connect, and for each step. Raises RankLostError if another rank does not connect in time."""
+    """Connect to the other ranks of this job, on the same node. place: a file used only for this start of the job;
+    rank 0 writes its port there, chosen by the system. meeting_s: how many seconds to wait for all ranks to connect.
+    step_s: how many seconds to wait in each later operation. Raises RankLostError if a rank connects too late."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     meeting = timedelta(seconds=meeting_s)
     with _connection_errors():
@@ -267,7 +267,7 @@ def _port(place: Path, meeting_s: float) -> int:
 
 @contextmanager
 def _connection_errors() -> Iterator[None]:
-    """Raise errors of torch's communication in this block as RankLostError."""
+    """Convert errors of torch's communication in this block to RankLostError."""
     try:
         yield
     except RuntimeError as error:  # torch has no error class for gloo

@@ -41,7 +41,7 @@ class JobTrainer:
         self.metric = self.settings.metric
         self.epochs = 0  # trained in the whole lineage
         self._observer = observer or Observer()
-        self._cut: dict[str, Any] | None = None  # where an interrupted chunk stopped
+        self._cut: dict[str, Any] | None = None  # where the chunk was interrupted; None if it was not
 
     def _load(self, work: Work) -> dict[str, Any] | None:
         """Return the state to continue from. For a founder, seed the random generators and return None."""
@@ -75,7 +75,7 @@ class JobTrainer:
 
 
 class Session(JobTrainer):
-    """Orch's training loop. Holds the model in training, and the data, which stay loaded between chunks."""
+    """Orch's training loop. Keeps the model in training, and keeps the data loaded between chunks."""
 
     def __init__(self, job: Job, group: Alone = ALONE, observer: Observer | None = None) -> None:
         super().__init__(job, group, observer)
@@ -106,7 +106,7 @@ class Session(JobTrainer):
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
 
     def _begin(self, work: Work) -> tuple[Learner, dict[str, Any]]:
-        """Return the learner with which the chunk starts or continues, and the position in the current epoch."""
+        """Return the learner, ready to start or continue the chunk, and the position in the current epoch."""
         batches = self.feed("train").batches
         state = self._load(work)
         with randomness.random_state_kept() if state else nullcontext():  # a founder draws its initial weights
@@ -120,7 +120,7 @@ class Session(JobTrainer):
     def _train_epoch(
         self, learner: Learner, cut: dict[str, Any], should_stop: Callable[[], bool]
     ) -> EpochResult | None:
-        """Train one epoch, or the rest of one. Returns None if interrupted; `cut` then holds the position."""
+        """Train an epoch from position `cut` to its end. If interrupted, updates `cut` and returns None."""
         started = time.monotonic()
         feed, group = self._batches(learner, learner.model, "train"), self.group
         if cut["seed"] is None:
@@ -154,8 +154,8 @@ class Session(JobTrainer):
         return self._evaluate(self._learner, split)
 
     def _evaluate(self, predictor: Predictor, split: Split) -> dict[str, float]:
-        """Return the job's metrics, each a mean over the split's examples. Raises JobError if they do not include the
-        settings' metric."""
+        """Return the job's metrics, each a mean over the split's examples. Raises JobError if the metric chosen in the
+        settings is not among them."""
         model, running = predictor.evaluated
         feed, job = self._batches(predictor, model, split), self.job
         sums: dict[str, Tensor] = {}
@@ -190,8 +190,8 @@ class Session(JobTrainer):
     def feed(self, split: Split) -> Feed:
         """Return the batches of a split. The feed is created once; the data stay loaded."""
         if split not in self._feeds:
-            # Loading the data must not change the training's random state, since a resuming process loads them again.
-            # All splits use one seed, so "train" and "validation" are parts of the same data if a job generates them.
+            # Loading the data must not change the training's random state: a process that resumes a chunk loads it too.
+            # One seed for all splits: if the job generates its data, "train" and "validation" come from the same data.
             with randomness.random_state_kept():
                 randomness.seed_cpu(self.settings.seed)
                 source = checked_data(self.job, self.job.data(split), split)
@@ -213,8 +213,8 @@ class Session(JobTrainer):
 
 
 def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
-    """Set the random state with which the chunk continues; a repeat gets its own. Returns the position in the current
-    epoch."""
+    """Set the random state with which the chunk starts or continues. If work.repeat is set, the chunk starts with a
+    random state of its own. Returns the position in the current epoch."""
     if work.suspended:
         set_random_state(state["cut"]["rng"])
         return dict(state["cut"])

@@ -17,9 +17,9 @@ FORMAT = 2
 
 
 def read(path: Path | IO[bytes]) -> dict[str, Any]:
-    """Load a checkpoint's state. No code in the file is executed. All tensors are on the CPU: some belong there, and
-    the others are copied to their device when restored. Raises JobError if the file is not a checkpoint of this format,
-    OSError if it can't be opened."""
+    """Load a checkpoint's state, without executing any code in the file. All tensors are loaded to the CPU; those that
+    belong on another device are copied there when the state is restored. Raises JobError if the file is not a
+    checkpoint of this format, OSError if it can't be opened."""
     name = path if isinstance(path, Path | str) else "the checkpoint that rank 0 sent"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -38,13 +38,13 @@ def read(path: Path | IO[bytes]) -> dict[str, Any]:
 
 def last_step(path: Path) -> int:
     """Return a checkpoint's position on the x axis of its lineage's curves: optimizer steps, or epochs if the job has
-    its own loop. Tensors are not read."""
+    its own loop. The tensors' data are not read, so this is fast."""
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return int(state.get("steps", state["epochs"]))
 
 
 def why_unreadable(error: Exception) -> str:
-    """Describe an error of torch.load briefly."""
+    """Return a short description of an error raised by torch.load."""
     code = re.search(r"Unsupported (?:global|class)\S* \S+( \S+)?", str(error))
     if code:
         return f"it contains more than tensors and plain values, and orch executes no code from files ({code[0]})"
@@ -52,8 +52,8 @@ def why_unreadable(error: Exception) -> str:
 
 
 def weights(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Return the state_dict with which a checkpoint's metrics were measured (averaged weights, if the job keeps them).
-    Raises JobError if the job has its own loop and the state has no model."""
+    """Return the weights (a state_dict) with which a checkpoint's metrics were measured: the averaged weights if the
+    checkpoint has any, otherwise the trained weights. Raises JobError if a job's own loop saved no model."""
     if "own" in state:
         model = state["own"].get("model")
         if not isinstance(model, Mapping):
@@ -68,6 +68,6 @@ def weights(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 
 def export(checkpoint: Path, target: IO[bytes]) -> None:
-    """Write only the model's weights (averaged, if the job averages them), on the CPU, in the form expected by
+    """Write the weights of a checkpoint's model (as returned by `weights`) to a file. Load them on any machine with
     `model.load_state_dict(torch.load(file))`."""
     torch.save(weights(read(checkpoint)), target)

@@ -32,8 +32,8 @@ RunLink = Callable[[Trial, Path, str, int, int | None], dict[str, Any]]
 class Inexact:
     """Where the interrupted training differs from the uninterrupted one."""
 
-    first: Difference  # of the states, in checkpoint order; if the states are equal, of the metrics or batches
-    interrupted_after: int | None  # step of the last interruption; None: no interruption yet
+    first: Difference  # between states, in checkpoint order; if these are equal, between metrics or batches
+    interrupted_after: int | None  # step of the last interruption before the difference; None: there was none
     found_after: int  # step of the first state or metrics that differ
     first_batch: int | None  # the first step whose batch differs, counted from 1; None: all batches are equal
     parts: list[str]  # parts that differ: model, optimizer, rng, ...; or metrics; or batch
@@ -71,7 +71,7 @@ class Verdict:
 
 def in_fresh_process(trial: Trial, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
     """Run a link in a process that shares only files with the other links, like the jobs of a chain. Its output goes
-    to standard error. Raises JobError with the link's own message, or saying how the process ended."""
+    to standard error. Raises JobError with the link's error message or, if it left none, with how its process ended."""
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if trial.device == "cpu" else {})
     arguments = [str(root), name, str(start), str(NO_STOP if stop is None else stop)]
     (root / RESULT).unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def in_fresh_process(trial: Trial, root: Path, name: str, start: int, stop: int 
 
 
 def verify(trial: Trial, say: Callable[[str], None], run_link: RunLink = in_fresh_process) -> Verdict:
-    """Train, interrupt, resume and compare, up to the first state that differs. All files are in a temporary folder,
+    """Train, interrupt, resume and compare, until the first difference. All files are in a temporary folder,
     which is removed. say: called with a line for each stage. Raises JobError if the job can't be trained."""
     started = time.monotonic()
     with _scratch() as root:
@@ -136,7 +136,7 @@ def _compare(
     verdict: Verdict, root: Path, reference: dict[str, Any], link: dict[str, Any], start: int, stop: int
 ) -> Inexact | None:
     """Compare the link from start to stop with the same steps of the reference, and delete the compared files.
-    Metrics follow from the state, so they are compared only if the states are equal."""
+    Metrics depend on the state, so they are compared only if the states are equal."""
     batches = zip(reference["batches"][start:stop], link["batches"], strict=True)
     first_batch = next((step for step, (one, other) in enumerate(batches, start + 1) if one != other), None)
     verdict.batches_compared += stop - start
@@ -175,7 +175,7 @@ def _between(start: int, stop: int, every: int) -> list[int]:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """Read a state without "cut", which only an interrupted chunk has; its effect shows in the metrics."""
+    """Read a state without "cut", which only an interrupted chunk has. A wrong "cut" would show in the metrics."""
     return {key: value for key, value in read(path).items() if key != "cut"}
 
 

@@ -1,6 +1,6 @@
 """Compare two training states bit for bit, and show where they differ and by how much.
 
-A state is what a checkpoint holds: dicts, lists and tuples of tensors, NumPy arrays and plain values.
+A state is the content of a checkpoint: dicts, lists and tuples of tensors, NumPy arrays and plain values.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def count_tensors(state: Any) -> int:
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 (hex) of the dtypes, shapes and bytes of a nested batch. Two batches without `differences`
-    have the same digest, on any device."""
+    """Return the SHA-256 (hex) of the dtypes, shapes and bytes of a nested batch. If two batches have no
+    `differences`, their digests are equal, on any device."""
     sha256 = hashlib.sha256()
     _digest(value, sha256)
     return sha256.hexdigest()
@@ -114,7 +114,7 @@ def _tensor_differences(expected: Any, found: Any, path: str) -> Iterator[Differ
 
 
 def _largest_difference(expected: Tensor, found: Tensor, differs: Tensor, path: str) -> Difference:
-    """Return the largest difference of two tensors with the same shape, dtype and n values. differs: (n,), by bits."""
+    """Return the largest difference between two tensors of n values. differs: (n,), where their bits differ."""
     wide = torch.complex128 if expected.is_complex() else torch.float64
     one, other = expected.reshape(-1).to(wide), found.reshape(-1).to(wide)
     distance = (one - other).abs()

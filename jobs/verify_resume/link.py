@@ -133,8 +133,8 @@ def train_link(
     """Train from step `start` to step `stop` (None: to the end), like a job of a chain.
 
     Reads the state `folder/START.pt` unless start is 0. Writes a state at the end of each chunk, at `stop`, and
-    at each snapshot, where training continues. A stop at the end of a chunk finishes it; any other stop interrupts
-    the chunk. Returns the batches' digests, and metrics by step: at the end of an epoch, the metrics of that epoch; at
+    at each step in `snapshots`, without stopping there. A stop at the end of a chunk finishes the chunk;
+    any other interrupts it. Returns the batches' digests, and metrics by step: at the end of an epoch, its metrics; at
     the end of a chunk, those of all its epochs. Raises JobError if the loss becomes infinite or NaN.
     """
     per_chunk = session.feed("train").batches * trial.epochs_per_chunk
