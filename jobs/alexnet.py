@@ -1,5 +1,5 @@
-"""The report's job: torchvision's AlexNet (Krizhevsky 2014, "One weird trick") on folders of images. The report's three
-parts differ in which of the 13 feature and 7 classifier layers are pretrained and which are trained."""
+"""The original report's job: torchvision's AlexNet (Krizhevsky 2014, "One weird trick") on folders of images. The
+report's three parts differ in which of the 13 feature and 7 classifier layers are pretrained and which are trained."""
 
 from __future__ import annotations
 

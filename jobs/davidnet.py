@@ -1,12 +1,12 @@
-"""DavidNet on CIFAR-10: D. Page's 9-layer residual network, 94 % in 24 epochs, with each trick of his "Bag of Tricks".
+"""DavidNet on CIFAR-10: D. Page's 9-layer residual network, 94 % in 24 epochs. The tricks of post 8 are options.
 
 Source: "How to Train Your ResNet" (myrtle.ai, 2018-2019; code: github.com/davidcpage/cifar10-fast). Without tricks this
-is the network and recipe of post 4 and of Page's `dawn.py`. The tricks are the headings of post 8.
+is the network and recipe of post 4 and of Page's `dawn.py`. Post 8 is "Bag of Tricks".
 
 Page sums the loss over a batch of 512 and divides the learning rate by 512. This job averages the loss instead, so the
 equivalent learning rate is 0.4 and the equivalent weight decay 5e-4 (Page's 5e-4 * 512, divided by 512). Page's
-momentum buffer includes past learning rates; torch's is multiplied by the current learning rate. For a smooth schedule
-they are nearly equal. Page drops the incomplete last batch of an epoch; this job trains on it.
+momentum buffer sums gradients times their step's learning rate; torch multiplies its buffer by the current rate. For a
+smooth schedule, the updates are nearly equal. Page drops the incomplete last batch of an epoch; this job trains on it.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Params(Limits):
-    """The defaults are the network and augmentation of post 4. Comments quote post 8's headings and give its values."""
+    """The defaults are the network and augmentation of post 4. In the comments, quotes are post 8's headings."""
 
     channels: tuple[Count, Count, Count, Count] = (64, 128, 256, 512)  # of prep, layer1, layer2 and layer3
     classifier_scale: Positive = 0.125  # factor applied to the logits; use 1/16 with batchnorm_scale 1
     flip: Literal["random", "alternating", "none"] = "random"
     cutout: Annotated[int, Field(ge=0, le=SIDE)] = 8  # pixels; 0: none
-    preprocessing: Literal["device", "loader"] = "device"  # "Preprocessing on the GPU", or a CPU DataLoader
+    preprocessing: Literal["device", "loader"] = "device"  # "Preprocessing on the GPU"; loader: on the CPU
     pool: Pool = "after_activation"  # "Moving max-pool layers": before_norm
     label_smoothing: Share = 0.0  # "Label smoothing": 0.2
     celu_alpha: Positive | None = None  # "CELU activations": 0.075, or 0.3 with batchnorm_scale 1; null: ReLU
     ghost_batch: Annotated[int, Field(ge=2)] | None = None  # "Ghost batch norm": 32 images
     batchnorm_scale: Positive | None = None  # "Frozen batch norm scales": 1 (or 0.25); null: learned
-    bias_lr_factor: Positive = 1.0  # for batch norm's biases; Page: 64 with batchnorm_scale 1 (16 offsets the scale)
+    bias_lr_factor: Positive = 1.0  # of batch norm biases; Page: 64 with batchnorm_scale 1 (equivalent to 4 with 0.25)
     bias_weight_decay_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # same biases; Page: 1/64
     whitening: bool = False  # "Input patch whitening"
     ema_decay: Share | None = None  # "Exponential moving averages": 0.99 per step; null: none
@@ -75,7 +75,7 @@ class DavidNet(ImageSetJob):
         return images.cifar10(root, train, download)
 
     def data(self, split: Split) -> Dataset[Any]:
-        """Return `ImageTensors` on the device or, for a loader, single images transformed by torchvision."""
+        """Return an `ImageTensors`; for preprocessing "loader", a data set that uses torchvision's transforms."""
         pixels, targets = self.test_set if split == "test" else self.training_set
         if self.params.preprocessing == "loader":
             return Pictures(pixels, targets, self._transforms(augmented=split == "train"))
@@ -115,18 +115,18 @@ class DavidNet(ImageSetJob):
             whitening=params.whitening,
         )
         for module in net.modules():
-            if isinstance(module, PatchWhitening) and not module.weight.is_meta:  # on "meta" only shapes matter
+            if isinstance(module, PatchWhitening) and not module.weight.is_meta:  # a "meta" model has only shapes
                 module.set_filters(self._whitening)
         return net
 
     @cached_property
     def _whitening(self) -> Tensor:
-        """Filters for the first training images, as in Page's notebook. Loading a checkpoint overwrites them."""
+        """Filters that whiten the first training images, as in Page's notebook. A loaded checkpoint replaces them."""
         first = self.training_set[0][:WHITENING_IMAGES]
         return whitening_filters(images.as_floats(augment.Normalize(*self.statistics).apply(first, {})))
 
     def optimizer(self, model: nn.Module, profile: Profile) -> torch.optim.Optimizer:
-        """Return SGD with Nesterov momentum, unless the profile names an optimizer; biases have their own group."""
+        """Return the profile's optimizer (default: SGD with Nesterov momentum); biases form a group of their own."""
         if profile.optimizer is None:
             nesterov = {"nesterov": profile.momentum > 0}
             profile = replace(profile, optimizer="SGD", optimizer_options=nesterov | dict(profile.optimizer_options))
@@ -151,7 +151,7 @@ class DavidNet(ImageSetJob):
         return (outputs + model(inputs.flip(3))) / 2 if self.params.test_flip else outputs
 
     def averaging(self) -> Averaging | None:
-        """Convert ema_decay, which is per step, to a decay per update of the average."""
+        """Return None without ema_decay; else convert it, a decay per step, to a decay per update of the average."""
         if self.params.ema_decay is None:
             return None
         return Averaging(self.params.ema_decay**self.params.ema_every, self.params.ema_every)
@@ -251,7 +251,7 @@ class Classifier(nn.Linear):
 
 
 def batch_norm(channels: int, ghost_batch: int | None = None, frozen_scale: float | None = None) -> nn.BatchNorm2d:
-    """Return batch norm, over ghost batches if ghost_batch is given. frozen_scale: constant weight, not trained."""
+    """Return batch norm. ghost_batch: images per ghost batch. frozen_scale: constant to fix the weights to."""
     norm = nn.BatchNorm2d(channels) if ghost_batch is None else GhostBatchNorm(channels, ghost_batch)
     if frozen_scale is not None:
         nn.init.constant_(norm.weight, frozen_scale)
@@ -311,7 +311,7 @@ class PatchWhitening(nn.Conv2d):
     """A frozen 3x3 convolution whose outputs over the training images are uncorrelated and have about equal variance.
 
     The filters are the eigenvectors of the covariance of 3x3 patches, each divided by the square root of its eigenvalue
-    (post 8, "Input patch whitening"; `whitening_filters`). They are zero until set, and saved in the state_dict.
+    (post 8, "Input patch whitening"; `whitening_filters`). They are zero until `set_filters`, and saved.
     """
 
     def __init__(self, channels: int) -> None:
@@ -328,13 +328,13 @@ def whitening_filters(images: Tensor, epsilon: float = WHITENING_EPSILON) -> Ten
     """Return the filters (c*9, c, 3, 3), float32, that whiten the 3x3 patches of these images, largest variance first.
 
     images: (n, c, h, w), normalised, not padded. Over the patches, the output of a filter has variance
-    eigenvalue / (eigenvalue + epsilon). The weight with the largest magnitude in each filter is positive.
+    eigenvalue / (eigenvalue + epsilon). In each filter, the weight with the largest magnitude is positive.
     """
     size = images.shape[1] * PATCH * PATCH
     total = torch.zeros(size, dtype=torch.float64, device=images.device)
     products = torch.zeros(size, size, dtype=torch.float64, device=images.device)
     count = 0
-    for part in torch.split(images, 100):  # patches need nine times as much memory as the images
+    for part in torch.split(images, 100):  # 100 at a time: patches take nine times the memory of the images
         patches = functional.unfold(part.float(), PATCH)  # (images, size, places)
         total += patches.sum((0, 2))
         products += (patches @ patches.mT).sum(0)

@@ -48,8 +48,8 @@ class Digits(Job):
 
 @cache
 def _digits() -> dict[str, TensorDataset]:
-    """Return both sets. The data set has no official split, so the test set is a fixed stratified fifth."""
-    package = find_spec("sklearn")  # importing scikit-learn would take most of a second in every job
+    """Return the training and test sets. There is no official split, so the test set is a fixed stratified fifth."""
+    package = find_spec("sklearn")  # not imported: that would take most of a second in every job
     if package is None or package.origin is None:
         raise JobError("the digits are part of scikit-learn, which is not installed; run: pip install scikit-learn")
     table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",", dtype=np.int64)

@@ -65,15 +65,15 @@ class ImageSetJob(Job):
 
 
 def limited(targets: Tensor, limits: Limits, train: bool) -> Tensor:
-    """Apply first_of_each_class with the limit for the training or test examples."""
+    """Return the indices of the training or test examples to use: all, or as many as train_images or test_images."""
     count, name = (limits.train_images, "train") if train else (limits.test_images, "test")
     return first_of_each_class(targets, count, f"job_params: {name}_images")
 
 
 def first_of_each_class(targets: Tensor, count: int | None, setting: str) -> Tensor:
-    """Return ascending indices (int64) of `count` examples (None: all): the first ones of each class, equally many per
-    class to within one. targets: int64 (n,). Raises JobError, naming the setting, if count exceeds the number of
-    examples or is below the number of classes."""
+    """Return ascending indices (int64) of `count` examples (None: all): the first ones of each class; the numbers per
+    class differ by at most one. targets: int64 (n,). Raises JobError, naming the setting, if count exceeds the number
+    of examples or is below the number of classes."""
     if count is not None and count > len(targets):
         raise JobError(
             f"{setting}: {count} is more than the {len(targets)} available examples; use at most "

@@ -55,7 +55,7 @@ class JobContext:
 
 @dataclass(frozen=True)
 class ChunkContext:
-    """One chunk to train. orch restores the random state (Python, NumPy, torch, GPUs) before it and saves it after."""
+    """One chunk to train. orch restores the random states (Python, NumPy, torch, GPUs) before, and saves them after."""
 
     profile: Profile
     epochs: int  # number of epochs to train now; after an interruption, only the epochs not yet reported
@@ -74,7 +74,7 @@ class ChunkContext:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """All epochs of the chunk were trained and reported.
+    """Returned by train_chunk when all epochs of the chunk were trained and reported.
 
     state: everything needed to continue, in types that torch.load(weights_only=True) reads: tensors, numbers, strings,
     dicts, lists, tuples. `orch evaluate` and `orch export` expect the model's state_dict under "model".
@@ -85,18 +85,18 @@ class ChunkResult:
 
 @dataclass(frozen=True)
 class ChunkInterrupted:
-    """The loop stopped because should_stop returned True. Another process continues from this state."""
+    """Returned by train_chunk if it stopped because should_stop returned True. Another process continues from state."""
 
     state: Mapping[str, Any]
     steps: int = 0  # steps completed in the interrupted epoch
 
 
 class Job:
-    """The base class of every job. One object serves a whole Slurm job, so store slow-to-load data in it."""
+    """The base class of every job. One object is used for a whole Slurm job, so store slow-to-load data in it."""
 
     METRICS: ClassVar[tuple[str, ...]] = ("accuracy", "loss")  # names returned by the default `metrics`
     Params: ClassVar[type[BaseModel] | None] = None  # model that validates job_params; None: a dict with any keys
-    default_optimizer: ClassVar[str] = "SGD"  # if the profile names none; a torch.optim class, or "module:Class"
+    default_optimizer: ClassVar[str] = "SGD"  # used if the profile names none: a torch.optim class or "module:Class"
 
     def __init__(self, context: JobContext) -> None:
         """Raises JobError if job_params do not validate against Params."""
@@ -163,27 +163,27 @@ class Job:
         return size
 
     def averaging(self) -> Averaging | None:
-        """Return how to average the weights, or None; the average is evaluated and exported in place of the weights."""
+        """Return how to average the weights, or None. orch evaluates and exports the average instead of the weights."""
         return None
 
     def frozen_part(self, model: nn.Module) -> nn.Module | None:
-        """Return the first part of the model if its output for an example never changes (no random layers, no trained
-        parameters, no augmented input), else None."""
+        """Return the first layers if their output for an example never changes, else None. orch then computes it only
+        once. These layers must have no random layers, no trained parameters and no augmented input."""
         return None
 
     def train_chunk(self, context: ChunkContext) -> ChunkResult | ChunkInterrupted:
-        """Train with the job's own loop (the long form). It replaces all methods above except `model` and `data`, which
+        """Train with the job's own loop (the long form). Replaces all methods above except `model` and `data`, which
         `orch evaluate` and `orch export` use; see docs/your-own-job.md."""
         raise JobError(f"{type(self).__name__} does not define train_chunk()")
 
     def prepare(self, download: bool) -> list[str]:
-        """Check everything that needs no GPU before a launch; with `download`, first fetch missing files. Returns lines
-        for the user. Raises JobError."""
+        """Before a launch, check everything that can be checked without a GPU. download: first download missing files.
+        Returns messages for the user. Raises JobError if a check fails."""
         return []
 
 
 def local_path(value: str | None, setting: str) -> Path:
-    """Return the folder named by a setting. Raises JobError, naming the setting, unless the folder exists."""
+    """Return `value`, the value of `setting`, as a path. Raises JobError, naming the setting, if it is not a folder."""
     if not value:
         raise JobError(f"{setting} is not set; it must name a folder")
     if not Path(value).is_dir():

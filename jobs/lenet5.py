@@ -34,7 +34,7 @@ class LeNet5(ImageSetJob):
 
     NAME = "MNIST"
     Params = Params
-    default_optimizer = "Adam"  # the profile's momentum becomes its first beta
+    default_optimizer = "Adam"  # the profile's momentum is Adam's first beta
 
     def open(self, root: str | Path, train: bool, download: bool = False) -> Examples:
         return images.mnist(root, train, download)

@@ -66,10 +66,10 @@ class PictureJob(Job):
 
     def _decoded(self, train: bool) -> tuple[Decoded, list[int]]:
         paths, targets = self.files(train)
-        return decoded(paths, self.params.image_size * 8 // 7, self.context.cores), targets  # 256 for 224
+        return decoded(paths, self.params.image_size * 8 // 7, self.context.cores), targets  # 256 if image_size is 224
 
     def prepared(self, targets: list[int], download: bool) -> list[str]:
-        """Check weights, model and validation split; targets: for training. Returns messages. Raises JobError."""
+        """Check weights, model and validation split. targets: for training. Returns messages. Raises JobError."""
         lines = [f"pretrained weights: {self.weights_file(download)}"] if self.uses_pretrained else []
         self.model()
         settings = self.context.settings

@@ -1,5 +1,5 @@
 """torchvision's ResNet-18 (He et al. 2016, arXiv:1512.03385) on the Oxford-IIIT Pet data set, 37 breeds of cats and
-dogs (Parkhi et al. 2012). It starts from scratch or from pretrained weights and trains all layers or only the last.
+dogs (Parkhi et al. 2012). The job starts from random or pretrained weights and trains all layers or only the last.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ResNet18(PictureJob):
         return net
 
     def _load(self, net: nn.Module) -> None:
-        """Load all layers, but skip the last one if its shape differs. Raises JobError if another shape differs."""
+        """Load the pretrained weights, but not the last layer's if its shape differs. Raises JobError if others do."""
         own = net.state_dict()
         state = dict(read_weights(self.weights_file(), SETTING))
         if "fc.weight" in state and state["fc.weight"].shape != own["fc.weight"].shape:

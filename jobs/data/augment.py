@@ -1,8 +1,8 @@
 """Augment whole batches of images on their device.
 
-Each step changes a batch like torchvision.transforms.v2 changes one image, with equal results for equal random numbers.
-All random numbers of an epoch are drawn at once, on the CPU and from a separate generator. They are thus the same on
-any device, and an epoch can resume at any batch from its seed alone. No step synchronises with the GPU.
+Each step changes a batch as torchvision.transforms.v2 changes one image, with equal results for equal random numbers.
+All random numbers of an epoch are drawn at once, on the CPU and from a separate generator. So they are the same on any
+device, and to resume an epoch at any batch, only its seed is needed. No step synchronises with the GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jobs.errors import JobError
 
 BITS = 31  # number of bits of a drawn integer
 BYTE = torch.tensor(255, dtype=torch.uint8)
-COPIED_ONE_BY_ONE = 96 * 96  # pixels; on a CPU, copying crops of this size or larger is faster than one gather
+COPIED_ONE_BY_ONE = 96 * 96  # pixels; from this size on, a CPU copies crops faster one by one than in one gather
 GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601), rounded as in torchvision
 
 Drawn = dict[str, Tensor]  # random numbers by name, one row per example
@@ -155,7 +155,7 @@ class Flip(Step):
 
 
 class AlternatingFlip(Flip):
-    """Mirror each example in every second epoch, so that two successive epochs show it both ways. Whether this happens
+    """Mirror each example in every second epoch, so two successive epochs show both orientations. Whether this happens
     in odd or even epochs is random for each example (Jordan 2024, arXiv:2404.00498)."""
 
     def __init__(self, seed: int = 0) -> None:

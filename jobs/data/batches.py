@@ -51,7 +51,7 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 def part(batch: Any, whole: int, first: int, end: int) -> Any:
-    """Return examples first:end of a batch of `whole` examples. Values that are not per example are kept whole."""
+    """Return examples first:end of a batch of `whole` examples. Values without one element per example stay whole."""
 
     def cut(leaf: Any) -> Any:
         per_example = (isinstance(leaf, Tensor) and leaf.ndim > 0) or isinstance(leaf, list | tuple)

@@ -50,7 +50,7 @@ class Decoded:
     size: int  # length of the shorter side in pixels
     shapes: Integers  # (n, 2), heights and widths
     counts: Integers  # (3, 256), how often each pixel value occurs in each channel
-    file: Path | None  # all pictures in order, each (height, width, 3) uint8; None (disk full): decode at each read
+    file: Path | None  # all pictures in order, each (height, width, 3) uint8; None (disk full): decode on every read
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -102,7 +102,7 @@ def decode(path: Path, size: int) -> NDArray[np.uint8]:
 
 def decoded(paths: Sequence[Path], size: int, cores: int = 1) -> Decoded:
     """Return these pictures, resized to a shorter side of `size` pixels, from this node's cache. If they are not cached
-    yet, `cores` processes decode them. If the disk is full, logs a warning, and the pictures are decoded at each read.
+    yet, `cores` processes decode them. If the disk is full, logs a warning, and pictures are decoded on every read.
     Raises JobError if a picture can't be read, or if other users can access the cache folder."""
     paths = [Path(path) for path in paths]
     try:
@@ -167,7 +167,7 @@ def _remove_unused(folder: Path) -> None:
             age_s = time.time() - (used if used.exists() else entry).stat().st_mtime
             if age_s < UNUSED_S and not entry.suffix:
                 continue
-            with FileLock(folder / f"{entry.stem}.lock", timeout=0):  # held by a running builder
+            with FileLock(folder / f"{entry.stem}.lock", timeout=0):  # Timeout: a builder holds it; keep the entry
                 shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -210,7 +210,7 @@ def _build(target: Path, paths: Sequence[Path], size: int, cores: int) -> Decode
 def _decode_all(
     paths: Sequence[Path], size: int, cores: int, file: IO[bytes] | None = None
 ) -> tuple[Integers, Integers]:
-    """Decode all pictures, in order, into the file. Returns `shapes` and `counts` as in Decoded."""
+    """Decode all pictures in order, and write them to `file` if given. Returns `shapes` and `counts` as in Decoded."""
     groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
     processes = min(cores, len(groups)) if cores > 1 else 0
     loader: DataLoader[Any] = DataLoader(
@@ -233,7 +233,7 @@ def _decode_all(
 
 
 def _decode_group(paths: Sequence[Path], size: int) -> list[Tensor] | str:
-    """Return the flattened pixels, the shapes and the value counts; if a picture is damaged, an error message."""
+    """Return the pictures' flattened pixels, shapes and value counts, or an error message if one can't be read."""
     try:
         pictures = [decode(path, size) for path in paths]
     except JobError as error:

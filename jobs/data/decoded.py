@@ -1,4 +1,4 @@
-"""Pictures of any size, decoded and resized once (decode_cache), kept on the device if they fit, else loaded."""
+"""Pictures of any size, decoded once (decode_cache); kept on the device if they fit, else read in batches."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class DecodedFeed(Feed):
         steps, rows = self._steps[1:], moved(drawn[1:], self._device)
         chunks = self._chunks(order, first_batch, every)
         self._plan[:] = [(chosen.numpy(), tops[chosen].numpy(), lefts[chosen].numpy()) for chosen in chunks]
-        for pixels, places in zip(self._loader, chunks, strict=False):  # loader first, so that it is exhausted
+        for pixels, places in zip(self._loader, chunks, strict=False):  # the loader first, so that zip exhausts it
             chosen = places.to(self._device, non_blocking=True)
             images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
             yield apply_steps(images, steps, rows, chosen), self._targets[chosen]

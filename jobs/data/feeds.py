@@ -35,7 +35,7 @@ class Feed:
         return -(-self.count // self.batch_size)
 
     def shuffled(self, seed: int, first_batch: int = 0, epoch: int = 0) -> Iterator[Any]:
-        """Yield one epoch in the seed's order, from first_batch on. epoch: number of earlier epochs in the lineage."""
+        """Yield an epoch's batches from first_batch on, in the seed's order. epoch: number in the lineage, from 0."""
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
         return self._fetch(order, Epoch(seed, epoch), first_batch, 1)
 
@@ -44,7 +44,7 @@ class Feed:
         return self._fetch(torch.arange(self.count), Epoch(0, 0), first_batch, every)
 
     def instead(self, other: Feed) -> Feed:
-        """Return the feed to use when `other`, which has the same examples, could replace this feed."""
+        """Called before `other`, a feed of the same examples, replaces this feed. Returns the feed to use."""
         return other
 
     def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
@@ -132,7 +132,7 @@ def make_feed(data: Dataset[Any], indices: Sequence[int], batch_size: int, devic
 
 
 def resident_bytes(device: torch.device) -> float:
-    """Return how much device memory a data set or its cached features may use: a quarter of a GPU's, else 2 GB."""
+    """Return how many bytes a data set or its cached features may use: a quarter of a GPU's memory; 2 GB on a CPU."""
     return torch.cuda.get_device_properties(device).total_memory / 4 if device.type == "cuda" else 2e9
 
 

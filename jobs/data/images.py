@@ -1,4 +1,4 @@
-"""Images that fit into device memory: they are stored as uint8; a batch is gathered by index, then augmented."""
+"""Images that fit into device memory, stored there as uint8. Each batch is gathered by index, then augmented."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def as_floats(images: Tensor) -> Tensor:
 
 
 def _prepared(images: Tensor, chosen: Tensor, steps: Sequence[Step], device: torch.device) -> Tensor:
-    """The selected images with `steps` applied, on the device: uint8 (n, height, width, channels), contiguous."""
+    """Return the selected images on the device, `steps` applied: uint8 (n, height, width, channels), contiguous."""
     if not steps and torch.equal(chosen, torch.arange(len(images))):
         return images.to(device).permute(0, 2, 3, 1).contiguous()  # no copy if the layout is already right
 
@@ -149,7 +149,7 @@ def channel_statistics(images: Tensor) -> Statistics:
 
 
 def statistics_of(counts: Tensor) -> Statistics:
-    """Return the same statistics from counts (channels, 256): how often each pixel value occurs in each channel."""
+    """Like `channel_statistics`, from counts (channels, 256): how often each pixel value occurs in each channel."""
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(dim=1, keepdim=True)
     mean = share @ values
@@ -163,7 +163,7 @@ def statistics_of(counts: Tensor) -> Statistics:
 
 
 def cifar10(root: str | Path, train: bool, download: bool = False) -> Examples:
-    """Return 50,000 or 10,000 images (3, 32, 32). Raises JobError if they are missing and can't be downloaded."""
+    """Return 50,000 training or 10,000 test images (3, 32, 32). Raises JobError if missing or not downloadable."""
     from torchvision.datasets import CIFAR10
 
     opened = open_set(CIFAR10, "CIFAR-10", root, train, download)
@@ -171,7 +171,7 @@ def cifar10(root: str | Path, train: bool, download: bool = False) -> Examples:
 
 
 def mnist(root: str | Path, train: bool, download: bool = False) -> Examples:
-    """Return 60,000 or 10,000 images (1, 28, 28). Raises JobError if they are missing and can't be downloaded."""
+    """Return 60,000 training or 10,000 test images (1, 28, 28). Raises JobError if missing or not downloadable."""
     from torchvision.datasets import MNIST
 
     opened = open_set(MNIST, "MNIST", root, train, download)
@@ -179,7 +179,7 @@ def mnist(root: str | Path, train: bool, download: bool = False) -> Examples:
 
 
 def open_set(kind: Callable[..., Any], name: str, root: str | Path, train: bool, download: bool) -> Any:
-    """Open the torchvision data set class `kind`. Raises JobError, naming the data set."""
+    """Open the torchvision data set of class `kind`. Raises JobError if it can't be opened or downloaded."""
     try:
         return kind(str(root), train=train, download=download)
     except (RuntimeError, OSError) as error:  # torchvision raises RuntimeError for missing or damaged files

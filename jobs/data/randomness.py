@@ -12,7 +12,7 @@ import torch
 
 
 def hash_seed(*parts: int) -> int:
-    """Return a seed below 2**63, hashed from numbers that identify its use (numpy's SeedSequence, O'Neill 2015)."""
+    """Return a seed below 2**63: a hash of numbers that identify its use (numpy's SeedSequence, O'Neill 2015)."""
     return int(np.random.SeedSequence([p & (2**63 - 1) for p in parts]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -22,7 +22,7 @@ def seed_all(seed: int) -> None:
 
 
 def seed_cpu(seed: int) -> None:
-    """Seed every generator except those of GPUs: drawing for the data must not affect the model's random numbers."""
+    """Seed Python, NumPy and torch, but not the GPUs: data loading must not change the model's random numbers there."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)

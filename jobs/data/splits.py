@@ -16,7 +16,7 @@ Split = Literal["train", "validation", "test"]
 
 def split(data: Dataset[Any], validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Return indices for training and for validation, stratified by class and fixed by the seed. A data set without
-    readable labels counts as one class. Raises JobError if a class has too few examples for both sides."""
+    readable labels counts as one class. Raises JobError if a class is too small to be in both."""
     count = len(data)  # type: ignore[arg-type]  # map-style data sets have a length
     return split_labels(labels_of(data), count, validation_fraction, seed)
 
@@ -45,7 +45,7 @@ def stratified(groups: NDArray[np.int64], fraction: float, seed: int) -> NDArray
     results. (scikit-learn is not used: its import takes 0.8 s, longer than all other work between two chained jobs.)
     """
     chosen = np.zeros(len(groups), dtype=np.bool_)
-    generator = np.random.Generator(np.random.PCG64(seed))  # default_rng may change with NumPy
+    generator = np.random.Generator(np.random.PCG64(seed))  # default_rng's algorithm may change in a later NumPy
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
         size = min(max(round(fraction * len(members)), 1), len(members) - 1)
@@ -54,7 +54,7 @@ def stratified(groups: NDArray[np.int64], fraction: float, seed: int) -> NDArray
 
 
 def labels_of(data: Dataset[Any]) -> Sequence[int] | None:
-    """Return the classes of a data set if an attribute lists them. No examples are loaded."""
+    """Return the class of each example if an attribute of the data set lists them, else None. Loads no examples."""
     listed = [getattr(data, name, None) for name in ("targets", "labels", "_labels")]
     if isinstance(data, TensorDataset) and len(data.tensors) > 1:
         listed.append(data.tensors[-1])

@@ -50,7 +50,7 @@ def make(profile: Profile, parameters: Parameters, default: str = "SGD") -> Opti
     try:
         optimizer: Optimizer = kind(groups, **options, **_fused(kind, options, groups))
         return complete(optimizer)
-    except Exception as error:  # torch notices a wrong type only where it uses the value
+    except Exception as error:  # any class: torch notices a wrong type only when it uses the value
         raise JobError(f"profile {profile.name!r}: optimizer {spec}: {error}{given(options)}") from error
 
 
@@ -60,8 +60,8 @@ def given(options: Mapping[str, Any]) -> str:
 
 
 def complete(optimizer: Optimizer) -> Optimizer:
-    """Give every parameter a momentum buffer. torch's fused SGD fails if only some parameters have one, which happens
-    when others get their first gradient later. A zero buffer gives bitwise the same first step as no buffer."""
+    """Give every parameter a momentum buffer. torch's fused SGD fails if only some parameters have one, as happens
+    when the others get their first gradient in a later step. With a zero buffer, the first step is bitwise the same."""
     if type(optimizer) is torch.optim.SGD:
         for group in optimizer.param_groups:
             for parameter in group["params"] if group["fused"] and group["momentum"] else ():
@@ -117,13 +117,13 @@ def find(spec: str, what: str, home: Any, base: type, unfit: Mapping[str, str], 
 
 
 def accepted(kind: Any) -> dict[str, inspect.Parameter]:
-    """Return the constructor parameters of a class after the first, by name."""
+    """Return the parameters of a class's constructor by name, without the first (parameters or optimizer)."""
     parameters = list(inspect.signature(kind).parameters.values())
     return {p.name: p for p in parameters[1:]}
 
 
 def check_options(options: Iterable[str], kind: Any, what: str, taken: Sequence[str] = ()) -> None:
-    """Raises JobError for an option that the class does not accept, or that orch sets itself (taken)."""
+    """Raise JobError for an option that the class does not accept or that orch sets itself. taken: the latter."""
     known = accepted(kind)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
         return
@@ -172,9 +172,9 @@ def _groups(parameters: Parameters, profile: Profile) -> list[dict[str, Any]]:
 
 
 def _fused(kind: Any, options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """Return the option for torch's fused kernels if supported; torch itself would fail only at the first step."""
+    """Return the option that enables torch's fused kernels, if supported. torch would raise only at the first step."""
     own_choice = {"fused", "foreach", "capturable", "differentiable"} & set(options)
-    dampened = options.get("dampening")  # torch does not dampen the first step, but would after `complete`
+    dampened = options.get("dampening")  # torch dampens the first step only if there is a buffer (see `complete`)
     if kind not in FUSED or own_choice or dampened:
         return {}
     parameters = [parameter for group in groups for parameter in group["params"]]

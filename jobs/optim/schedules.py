@@ -24,7 +24,7 @@ _SCHEDULES = f"it takes other schedules, which a settings file can't contain; {_
 # torch's schedules that settings can't use, and why.
 UNFIT = dict.fromkeys(("LambdaLR", "MultiplicativeLR"), _FUNCTIONS)
 UNFIT |= dict.fromkeys(("SequentialLR", "ChainedScheduler"), _SCHEDULES)
-# The constructor argument that "epochs" is converted to, in units of the schedule's steps.
+# By class: the constructor argument, counted in steps of the schedule, that "epochs" is converted to.
 LENGTH = dict.fromkeys(("LinearLR", "ConstantLR", "PolynomialLR"), "total_iters") | {"CosineAnnealingLR": "T_max"}
 # Arguments that are learning rates, one per parameter group; each is multiplied by its group's lr_factor.
 RATES = {"OneCycleLR": ("max_lr",), "CyclicLR": ("base_lr", "max_lr")}
@@ -35,7 +35,7 @@ class PiecewiseLinear(LRScheduler):
     slanted triangle ("How to Train Your ResNet", 2018): epochs [0, 5, 24], factors [0, 1, 0].
 
     epochs: positions of the corners, ascending. factors: one per corner, 0 or more. steps_per_epoch: calls of `step`
-    per epoch. Step i (from 0) uses the learning rate at i / steps_per_epoch epochs. Raises ValueError for other values.
+    per epoch. Step i (from 0) uses the learning rate at i / steps_per_epoch epochs. Raises ValueError if invalid.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Schedule:
         """steps_per_epoch: batches per epoch. metric: for ReduceLROnPlateau. Raises JobError, naming the mistake."""
         self._metric = metric.name
         self._count = 0  # number of schedule steps so far
-        self._last: int | None = None  # number of steps after which the learning rate stays constant; None: unlimited
+        self._last: int | None = None  # number of steps after which the learning rate stays constant; None: never
         self._scheduler: LRScheduler | None = None
         self.each_step = False
         if profile.schedule is None:
@@ -88,7 +88,7 @@ class Schedule:
             self._scheduler = self._made(kind, name, options, optimizer, per_epoch, what)
         except JobError:
             raise
-        except Exception as error:  # torch notices a wrong type only where it uses the value
+        except Exception as error:  # any class: torch notices a wrong type only when it uses the value
             hint = '; set its length in epochs with "epochs"' if name in (*LENGTH, "OneCycleLR") else ""
             raise JobError(f"{what}: {_plain(error)}{optimizers.given(options)}{hint}") from error
 
@@ -164,7 +164,7 @@ def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> No
                 optimizer.step()
                 schedule.after_step()
                 schedule.after_epoch({metric.name: 0.0})
-    except Exception as error:  # torch notices a wrong type only where it uses the value
+    except Exception as error:  # any class: torch notices a wrong type only when it uses the value
         named = profile.schedule["name"] if profile.schedule else profile.optimizer or default
         given = optimizers.given(profile.schedule or profile.optimizer_options)
         raise JobError(f"profile {profile.name!r}: {named}: {_plain(error)}{given}") from error
@@ -177,5 +177,5 @@ def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> No
 
 
 def _plain(error: Exception) -> str:
-    """Strip from the message the name of a method that the user did not call."""
+    """Return the message without `__init__`, a method that the user did not call."""
     return str(error).replace(".__init__()", "").replace("__init__()", "it")
