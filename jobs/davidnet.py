@@ -57,7 +57,7 @@ class Params(Limits):
     celu_alpha: Positive | None = None  # "CELU activations": 0.075, or 0.3 with batchnorm_scale 1; null: ReLU
     ghost_batch: Annotated[int, Field(ge=2)] | None = None  # "Ghost batch norm": 32 images
     batchnorm_scale: Positive | None = None  # "Frozen batch norm scales": 1 (or 0.25); null: learned
-    bias_lr_factor: Positive = 1.0  # of batch norm biases; Page: 64 with batchnorm_scale 1 (equivalent to 4 with 0.25)
+    bias_lr_factor: Positive = 1.0  # of batch norm biases; Page: 64, at batchnorm_scale 1 (16 would offset the scale)
     bias_weight_decay_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # same biases; Page: 1/64
     whitening: bool = False  # "Input patch whitening"
     ema_decay: Share | None = None  # "Exponential moving averages": 0.99 per step; null: none
