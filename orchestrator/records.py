@@ -54,7 +54,7 @@ class ExpiredBy(StrEnum):
     """Why a claim was revoked or given back, which frees its position."""
 
     JOB_SILENT = "job_silent"  # the next link of its chain has started, but its job never reported its end
-    JOB_GONE = "job_gone"  # according to the cluster
+    JOB_GONE = "job_gone"  # the cluster reports that its job no longer exists
     JOB_ENDED = "job_ended"  # its job ended without recording a result
     LEASE_ENDED = "lease_ended"
     AMENDED = "amended"  # its position now has another profile
@@ -82,7 +82,7 @@ class JobState(StrEnum):
 
 
 class Evidence(StrEnum):
-    """What a cluster reports about a job. UNKNOWN (no answer, or not visible from here) proves nothing."""
+    """What a cluster reports about a job. UNKNOWN (no answer, or the job can't be seen from here) proves nothing."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -103,7 +103,7 @@ Line = Annotated[str, AfterValidator(one_line), Field(min_length=1, max_length=1
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One entry of the cycle: the hyperparameters of a chunk. At launch, the job makes the checks that need torch."""
+    """One item of the cycle: the hyperparameters of a chunk. Values that only torch can check are checked at launch."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -143,7 +143,7 @@ class Profile:
 
 
 def checked_class(name: Any, examples: str) -> str:
-    """Raise ValueError unless `name` can name a torch class or a class to import. Returns the name."""
+    """Return `name` if it is a torch class name or "package.module:Class"; otherwise raise ValueError."""
     if not isinstance(name, str) or len(name) > 300 or not CLASS.fullmatch(name):
         raise ValueError(
             f'{shown(repr(name))} is not the name of a class; allowed are {examples}, ... and "package.module:Class"'
@@ -152,7 +152,7 @@ def checked_class(name: Any, examples: str) -> str:
 
 
 def _check_epochs(epochs: Any) -> None:
-    """Raise ValueError unless `epochs` is None, a positive number or (PiecewiseLinear) an increasing list from 0 on."""
+    """Raise ValueError unless `epochs` is None, a positive number or, for PiecewiseLinear, an increasing list."""
     numbers = epochs if isinstance(epochs, list) else [] if epochs is None else [0, epochs]
     plain = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
     if not plain or any(a >= b for a, b in pairwise(numbers)):
@@ -196,7 +196,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A worker's lease on (parent checkpoint, profile position); every later write carries its generation."""
+    """A worker's lease on one position of its parent's entry. Later writes must carry the claim's generation."""
 
     chunk_id: int
     generation: int
@@ -234,9 +234,9 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Candidate(Finished):
-    """A finished chunk with its checkpoint, for the ratchet to judge."""
+    """A finished chunk with its checkpoint, which the ratchet promotes or discards."""
 
-    file: str | None = None  # None: no checkpoint was written, since it would not be admitted
+    file: str | None = None  # None: no checkpoint was written, since the ratchet would discard it
     sha256: str | None = None
     size_bytes: int = 0
 
@@ -285,12 +285,12 @@ class ChainJob:
 
     @property
     def base(self) -> str:
-        """The name of the job's submission. It is also the name of the job's folder, plus an index on this machine."""
+        """The name of the job's submission and of its folder. (The local executor appends an index to the folder.)"""
         return base_of(self.token)
 
 
 def base_of(token: str) -> str:
-    """Return the part of a token shared by all jobs of a submission. (An array index follows it.)"""
+    """Return the part of a token shared by all jobs of a submission: the token without its index."""
     return token.rpartition("-")[0]
 
 
@@ -300,7 +300,7 @@ class Submitted:
 
     job_id: int
     cluster_id: str
-    pid: int | None = None  # the local executor's process; its start time and host follow
+    pid: int | None = None  # this and the fields below describe a process of the local executor
     pid_created_at: float | None = None
     host: str | None = None
 
@@ -329,7 +329,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Over:
-    """No chunk is left to claim: the state of the run, and the reason for it."""
+    """A run that starts no more chunks: the run's state, and the reason for that state."""
 
     state: RunState
     reason: str
@@ -346,7 +346,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A chunk as the job side sees it."""
+    """A chunk as the training code receives it."""
 
     profile: Profile
     epochs: int

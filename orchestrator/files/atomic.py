@@ -9,7 +9,7 @@ from typing import IO
 
 
 def publish(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Write a file atomically and durably. Raises OSError; then path is unchanged."""
+    """Write a file atomically and durably. If writing fails, raises OSError and leaves `path` unchanged."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with open(temporary, "wb") as target:
@@ -24,7 +24,7 @@ def publish(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make changes to the names in a folder durable."""
+    """Make the creation, renaming and deletion of files in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

@@ -15,7 +15,7 @@ from orchestrator.rules.checkpoint_names import SUFFIX, checkpoint_stem, generat
 
 # Higher than in any real run: a damaged or forged record must not fill the database or overflow its integers.
 MOST_WORKERS, MOST_POSITIONS = 1_000_000, 100_000_000
-OF_THE_LAST = {"ancestors", "launched_at", "import_paths"}  # stored only for the latest record, not for its ancestors
+OF_THE_LAST = {"ancestors", "launched_at", "import_paths"}  # not stored in the copies of ancestors' records
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -39,7 +39,7 @@ class EpochRecord(BaseModel):
 
 
 class CheckpointRecord(BaseModel):
-    """Records written by earlier versions have no ancestors and no results of single epochs."""
+    """What a record contains. Records of earlier versions lack the ancestors and the results of single epochs."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -79,7 +79,7 @@ class CheckpointRecord(BaseModel):
 
     @property
     def work(self) -> tuple[str, int]:
-        """The parent's file and the position that the chunk consumed; for a founder "" and its chunk."""
+        """The parent's file, and the position that the chunk consumed. For a founder: "", and the chunk's id."""
         return (self.parent_file, self.position) if self.parent_file else ("", self.chunk)
 
     @property

@@ -32,7 +32,7 @@ def _size(path: Path) -> int:
 
 
 def needed_bytes(files: Path, save: Callable[[IO[bytes]], None]) -> int:
-    """Predict the size of the next checkpoint: the size of the largest one so far, else of the output of `save`."""
+    """Predict the size of the next checkpoint: that of the largest so far or, without any, of the output of `save`."""
     largest = max((_size(path) for path in files.glob("*" + SUFFIX)), default=0)
     if largest:
         return largest
@@ -43,7 +43,7 @@ def needed_bytes(files: Path, save: Callable[[IO[bytes]], None]) -> int:
 
 
 def make_room(folder: Path, budget_gb: float, references: References, save: Callable[[IO[bytes]], None]) -> None:
-    """Make sure that one more checkpoint fits in the run's budget; delete unreferenced files only if it does not.
+    """Make sure that the run's budget has room for one more checkpoint. Deletes unreferenced files only if needed.
 
     Raises NoSpaceError, which says how many GB the run would need.
     """
@@ -67,10 +67,10 @@ def make_room(folder: Path, budget_gb: float, references: References, save: Call
 def demand(
     num_models: int, workers: int, budget_gb: float | None, checkpoint_bytes: int | str, folder: Path
 ) -> tuple[float | None, list[str]]:
-    """Return about how many GB the run's checkpoints will take (None: unknown) and lines to show to the user.
+    """Estimate how many GB the run's checkpoints will take (None: unknown). Returns that and lines for the user.
 
     checkpoint_bytes: size of a checkpoint, or a text that says why it is unknown. folder: the run's folder, which need
-    not exist. Raises SettingsError if max_disk_gb is less than the result.
+    not exist. Raises SettingsError if max_disk_gb is less than the estimate.
     """
     if isinstance(checkpoint_bytes, str):
         return None, [f"disk: unknown, because {checkpoint_bytes}"]

@@ -1,7 +1,7 @@
 """Permissions of a run's files. Its folder contains code: jobs are pickles, and the settings name modules to import.
 
-Only the run's user has access to its folder (0700, files 0600), with "group" also the members of that group (2770,
-0660), whatever the umask is. A run is not opened if every user can write its folder or an untrusted user owns it.
+Whatever the umask is, only the run's user has access to its folder (0700, files 0600); with "group", so do the members
+of that group (2770, 0660). orch opens no run whose folder every user can write or an untrusted user owns.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def user_name(uid: int) -> str:
 def make_folder(folder: Path, group: str | None) -> None:
     """Create the folder of a run. The user's own umask applies to missing folders above it.
 
-    Raises SettingsError for an unusable group, RunError if the file system ignores permissions, OSError.
+    Raises SettingsError for an unusable group, RunError if the file system ignores permissions, or OSError.
     """
     gid = group_id(group) if group is not None else -1
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def files_of(folder: Path) -> AbstractContextManager[None]:
 
 
 def use_umask(folder: Path) -> None:
-    """Like `files_of`, but for the rest of this process, which works only for this run."""
+    """Like `files_of`, but for the rest of this process. For processes that work only for this run."""
     global _umask_at_start
     before = os.umask(_umask_of(folder))
     if _umask_at_start is None:
@@ -119,7 +119,7 @@ def users_umask() -> AbstractContextManager[None]:
 
 
 def owner(folder: Path) -> str | None:
-    """Return the user who owns a run's jobs; None: this process's own user."""
+    """Return the name of the user who owns the run's folder; None if this process runs as that user."""
     uid = folder.stat().st_uid
     return None if uid == os.geteuid() else user_name(uid)
 

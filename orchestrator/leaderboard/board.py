@@ -23,7 +23,7 @@ from orchestrator.rules.admission import Discard, Promote
 from orchestrator.settings.loading import thaw
 
 _SETTINGS_VERSION = Statement(select(run.c.settings_version))
-# The worker's own suspended chunks first, then the oldest.
+# Prefer suspended chunks of the same worker; among several, take the oldest.
 _SUSPENDED = Statement(
     select(chunk)
     .where(moves.IS_HELD, chunk.c.state == ChunkState.SUSPENDED)
@@ -41,7 +41,7 @@ class Outcome:
 
     promoted: bool
     reason: str
-    collectable: tuple[str, ...] = ()  # files that nothing refers to any more
+    collectable: tuple[str, ...] = ()  # files that may be deleted: nothing refers to them any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class _Claimant:
 
 
 class Board:
-    """The writes that workers make. Every method is one short transaction."""
+    """The operations of workers on the board. Every method is one short transaction."""
 
     def __init__(self, database: Database, policy: Policy) -> None:
         self._database = database
@@ -104,7 +104,7 @@ class Board:
     def _begin(
         self, tx: Connection, view: BoardView, policy: Policy, claimant: _Claimant, generation: int
     ) -> tuple[dict[str, Any], Any]:
-        """Insert a new chunk. Returns fields of its claim, and its parent's row (None: a founder)."""
+        """Insert a new chunk. Returns fields of its claim, and its parent's row (None: it trains a founder)."""
         parent = claiming.choose_claim(view.entries, view.founders, policy.num_models, policy.metric)
         source, position, repeat = None, 0, 0
         if parent is not None:
@@ -128,7 +128,7 @@ class Board:
         return {"chunk_id": chunk_id, "position": position, "repeat": repeat}, source
 
     def _resume(self, tx: Connection, claimant: _Claimant, generation: int) -> tuple[dict[str, Any], Any]:
-        """Resume a suspended chunk. Returns fields of its claim, and its parent's row (None: a founder)."""
+        """Resume a suspended chunk. Returns the same as `_begin`."""
         suspended = _SUSPENDED.first(tx, by_worker=claimant.worker_id)
         tx.execute(
             update(chunk)
@@ -154,7 +154,7 @@ class Board:
     # --- results
 
     def record(self, claim: Claim, candidate: Candidate, now: float) -> Outcome:
-        """Record a result and apply the ratchet. Raises StaleClaimError, without writing, if the claim was lost."""
+        """Record a result and apply the ratchet. If the claim expired, writes nothing and raises StaleClaimError."""
         with self._database.transaction() as tx:
             view = moves.look(tx, moves.context_of(tx, claim.worker_id, None, claim.chunk_id))
             outcome, context = self._record(tx, view, claim, candidate, now)
@@ -164,7 +164,7 @@ class Board:
     def record_and_claim(
         self, claim: Claim, candidate: Candidate, job_id: int, starts: int, now: float, lease_until: float
     ) -> tuple[Outcome, Claim | Over]:
-        """`record`, then `claim` for the same job, in a single transaction: only one wait for the lock and the disk."""
+        """Do `record` and `claim` in one transaction, so that the job waits for the lock and the disk only once."""
         claimant = _Claimant(claim.worker_id, job_id, starts, now, lease_until)
         with self._database.transaction() as tx:
             view = moves.look(tx, moves.context_of(tx, claim.worker_id, job_id, claim.chunk_id))
@@ -177,7 +177,7 @@ class Board:
     def _record(
         self, tx: Connection, view: BoardView, claim: Claim, candidate: Candidate, now: float
     ) -> tuple[Outcome, Any]:
-        """Record a result. Returns the outcome and the updated context, whose progress the caller must write."""
+        """Record a result. Returns the outcome and an updated context; the caller must write its `_progress`."""
         context = view.context
         policy = self._policy_of(tx, context.settings_version)
         decision = admission.ratchet(candidate.score, view.entries, policy.num_models, policy.metric)
@@ -205,7 +205,7 @@ class Board:
             reason = f"evicted entry {decision.evicted.entry_id}" if decision.evicted else "a slot was free"
         else:
             reason = decision.reason
-        # A discarded chunk frees a file only if its parent has left the board.
+        # If the chunk was discarded, a file can be released only if the chunk's parent has left the board meanwhile.
         freed = promoted or (context.entry_id is not None and context.entry_id not in view.rows)
         after = context._replace(
             epochs=context.epochs + len(candidate.results),
@@ -214,10 +214,10 @@ class Board:
         return Outcome(promoted, reason, moves.release(tx) if freed else ()), after
 
     def suspend(self, claim: Claim, file: str, sha256: str, now: float) -> tuple[str, ...]:
-        """Suspend a chunk that was interrupted between two steps. file: contains the state to continue from. Returns
-        the files that nothing refers to any more.
+        """Suspend a chunk that was interrupted between two steps. file: the file with the state to continue from.
+        Returns the files that may now be deleted.
 
-        If the profile at its position has been amended meanwhile, the chunk expires instead.
+        If the profile at the chunk's position has been amended meanwhile, the chunk expires instead.
         """
         whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id}
         with self._database.transaction() as tx:
@@ -230,14 +230,14 @@ class Board:
             return moves.release(tx)
 
     def give_back(self, claim: Claim, reason: str, now: float) -> None:
-        """Free the chunk's position, because the worker can't continue for a reason unrelated to the chunk."""
+        """Expire the claim, because the worker can't continue for a reason unrelated to the chunk."""
         with self._database.transaction() as tx:
             close(tx, claim, ChunkState.EXPIRED, now, error=reason, expired_by=ExpiredBy.GIVEN_BACK, **_NOT_SUSPENDED)
             whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id}
             moves.log_event(tx, now, "expired", **whose, by=str(ExpiredBy.GIVEN_BACK), reason=reason)
 
     def condemn(self, claim: Claim, reason: str, now: float) -> None:
-        """Take the entry that the claim trains on off the board, because its checkpoint is damaged."""
+        """Expire the claim and remove its parent's entry from the board, because the parent's checkpoint is damaged."""
         damaged = ExpiredBy.PARENT_DAMAGED
         with self._database.transaction() as tx:
             close(tx, claim, ChunkState.EXPIRED, now, error=reason, expired_by=damaged, **_NOT_SUSPENDED)
@@ -245,15 +245,15 @@ class Board:
             moves.take_off(tx, entry_id, reason, now, worker_id=claim.worker_id, chunk_id=claim.chunk_id)
 
     def condemn_entry(self, entry_id: int, reason: str, now: float) -> None:
-        """Like `condemn`, but for an entry without a claim."""
+        """Remove an entry from the board, because its checkpoint is damaged. See `condemn` if a claim found this."""
         with self._database.transaction() as tx:
             moves.take_off(tx, entry_id, reason, now)
 
     def fail(self, claim: Claim, error: str, now: float) -> int:
         """Record that training raised an exception. Returns the worker's number of consecutive failures.
 
-        Frees the chunk's position; after max_chunk_attempts failures, consumes the position instead, so that it can't
-        block its entry forever.
+        The position becomes free for another attempt. After max_chunk_attempts failures at the position, it is consumed
+        instead, so that its entry can continue with the next position.
         """
         error = error.replace("\0", "\N{REPLACEMENT CHARACTER}")  # PostgreSQL refuses NUL in text
         with self._database.transaction() as tx:
@@ -314,12 +314,12 @@ def _expire_late(tx: Connection, now: float) -> None:
 
 
 def _progress(context: Any) -> dict[str, int]:
-    """Return the columns of the run's row that a result changes."""
+    """Return the new values of those columns in the run's row that change with each result."""
     return {"epochs": context.epochs, "chunks_since_promotion": context.chunks_since_promotion}
 
 
 def _refuse_stale(context: Any, claimant: _Claimant) -> None:
-    """Raise StaleClaimError unless the claimant's job is running and has not been started again."""
+    """Raise StaleClaimError if the claimant's job is not running or has been started again since."""
     if context.job_state != JobState.RUNNING or context.starts != claimant.starts:
         raise StaleClaimError(
             f"job {claimant.job_id} (start {claimant.starts}) is no longer the running job of its chain: "

@@ -18,7 +18,7 @@ from orchestrator.rules import succession
 
 @dataclass(frozen=True, slots=True)
 class JobStart:
-    """A job that is starting: its link, and where it runs."""
+    """A starting job: its token and worker, and where it runs."""
 
     token: str
     worker_id: int
@@ -29,13 +29,13 @@ class JobStart:
 
 
 class Chains:
-    """Changes the chains. Every method is one transaction."""
+    """Reads and changes the chains. Every method is one transaction."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def add_workers(self, devices: Sequence[str | None], now: float) -> list[ChainJob]:
-        """Add a worker for each device (CUDA_VISIBLE_DEVICES). Returns their first links, to be submitted."""
+        """Add a worker for each device (CUDA_VISIBLE_DEVICES). Returns the chains' first links, to be submitted."""
         base = new_base()
         with self._database.transaction() as tx:
             first = tx.execute(select(func.coalesce(func.max(worker.c.worker_id) + 1, 0))).scalar_one()
@@ -46,10 +46,10 @@ class Chains:
             return jobs
 
     def start(self, start: JobStart, now: float, max_failures: int, successor: bool = True) -> Started | str:
-        """Start a job: it becomes the only running link of its chain. If the job must not run, returns the reason.
+        """Record the start of a job, which becomes the only running link of its chain. If it must not run, returns why.
 
-        Any earlier link has ended (or is a zombie whose generation is stale), so the chain's claims expire.
-        successor: whether to add a successor for the job to submit.
+        The claims of earlier links expire: these jobs have ended, or their writes are refused from now on.
+        successor: whether to add a next link, which the started job must submit.
         """
         token, worker_id = start.token, start.worker_id
         with self._database.transaction() as tx:
@@ -71,13 +71,13 @@ class Chains:
             expire(tx, chunk.c.worker_id == worker_id, ExpiredBy.JOB_SILENT, now)
             who, why_not = links.why_no_successor(tx, worker_id, now, max_failures)
             link = None
-            # An earlier start of this job may have added its successor.
+            # Add no second successor: an earlier start of this job may already have added one.
             if successor and why_not is None and not _count_later(tx, mine, links.IS_OPEN):
                 link = links.add_link(tx, worker_id, mine.job_id, f"{new_base()}-0", now)
             return Started(job_of(tx.execute(select(job).where(job.c.job_id == mine.job_id)).one()), who, link)
 
     def find(self, token: str, worker_id: int) -> tuple[ChainJob | None, ChainJob | None]:
-        """Return the job with this token and its predecessor (None for each that does not exist)."""
+        """Return the job with this token, and its predecessor in the chain. Each is None if it does not exist."""
         with self._database.transaction() as tx:
             mine = links.job_with(tx, token, worker_id)
             if mine is None:
@@ -106,8 +106,8 @@ class Chains:
         return unwanted
 
     def close(self, jobs: Sequence[ChainJob], state: JobState, reason: str, now: float) -> None:
-        """Close links that have not started. LOST: the cluster did not accept them, so their chains are broken until
-        mended. CANCELLED: they are no longer wanted; a cancelled job that starts anyway does nothing."""
+        """Close the given links, except those that are running. state: LOST if the cluster did not accept the jobs (the
+        chains are broken until mended), CANCELLED if the jobs are no longer wanted (if one starts, it does nothing)."""
         with self._database.transaction() as tx:
             for it in jobs:
                 if tx.execute(select(job.c.state).where(job.c.job_id == it.job_id)).scalar_one() != JobState.RUNNING:
@@ -116,9 +116,9 @@ class Chains:
     def end(
         self, mine: ChainJob, outcome: str, error: bool, now: float, max_failures: int
     ) -> tuple[ChainJob | None, str | None]:
-        """Record the end of a job. Returns its open successor, if any, and why the successor is not wanted, if so.
+        """Record the end of a job. Returns its open successor or None, and why that successor is not wanted or None.
 
-        An unwanted successor is marked cancelled here; the caller cancels it on the cluster.
+        An unwanted successor is marked as cancelled in the database; the caller must cancel it on the cluster.
         """
         with self._database.transaction() as tx:
             if not links.close_link(tx, mine.job_id, JobState.ENDED, outcome, now, mine.starts):
@@ -139,7 +139,7 @@ class Chains:
             return links.why_no_successor(tx, worker_id, now, max_failures)[1] is None
 
     def back_to_queue(self, mine: ChainJob, successor: ChainJob, now: float) -> bool:
-        """Mark a job as requeued: the queue has no room for its successor. Returns False if the job is not running."""
+        """Mark a job as queued again: the queue has no room for its successor. Returns False if it isn't running."""
         with self._database.transaction() as tx:
             done = tx.execute(
                 update(job)
@@ -157,8 +157,8 @@ class Chains:
     def apply_mend(
         self, lost: Sequence[ChainJob], adopt: Sequence[tuple[ChainJob, str]], now: float, reasons: Mapping[int, str]
     ) -> None:
-        """Record what the cluster reported. lost: jobs that are gone; reasons: how they ended, by job_id. adopt: jobs
-        whose submission succeeded, with their cluster_id."""
+        """Record what the cluster reported. lost: jobs that no longer exist; reasons: how these ended, by job_id.
+        adopt: jobs still marked as SUBMITTING that the cluster has accepted, with their cluster_id."""
         with self._database.transaction() as tx:
             for gone in lost:
                 if links.close_link(tx, gone.job_id, JobState.LOST, reasons[gone.job_id], now, gone.starts):
@@ -173,7 +173,7 @@ class Chains:
             links.settle(tx, now)
 
     def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[ChainJob]:
-        """Add a link to each chain without an open link, if the rules still want one. Returns the new links."""
+        """Add a link to each of these chains that has no open link and should continue. Returns the new links."""
         base = new_base()
         made: list[ChainJob] = []
         with self._database.transaction() as tx:
@@ -190,7 +190,7 @@ class Chains:
         return made
 
     def stop_worker(self, worker_id: int, reason: str, now: float) -> None:
-        """Stop a chain that has failed too often. If it was the last chain, the run has failed."""
+        """Stop a chain that has failed too often. If every chain is now stopped, mark the run as failed."""
         with self._database.transaction() as tx:
             links.stop_worker(tx, worker_id, reason, now)
 

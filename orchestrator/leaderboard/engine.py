@@ -28,18 +28,18 @@ from orchestrator.locking.choice import Choice, lock_of, read_record
 from orchestrator.locking.mounts import LOCAL, mount_here
 from orchestrator.locking.soft_lock import HeldError
 
-# The server releases the lock when the transaction ends, for whatever reason. Waiters for an advisory lock queue up;
-# waiters for a row lock do not: with 64 processes, some waited 3 s, and a third fewer chunks were finished.
+# The server releases this lock when the transaction ends, however it ends. Advisory locks are granted in order of
+# request, row locks are not: with a row lock and 64 processes, some waited 3 s, and a third fewer chunks finished.
 _RUN_LOCK = Statement(select(func.pg_advisory_xact_lock(bindparam("key", type_=BigInteger))))
 _ANYTHING = Statement(select(literal_column("1").label("one")))
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 SHORT_READ = sqlite3.SQLITE_IOERR | (2 << 8)  # SQLITE_IOERR_SHORT_READ: the file is truncated
-# How long to keep retrying while the server restarts or has no free connection: commands, then jobs (longer, since a
-# job has work to lose).
+# How long commands and jobs retry to connect while the server restarts or has no free connection. Jobs retry longer,
+# since a job that gives up loses work.
 CONNECT_FOR_S, JOB_CONNECTS_FOR_S = 3.0, 300.0
-# The server ends a transaction whose client was stopped or lost, so that other clients, which wait up to lock_timeout
-# for the run's lock, can continue. (Don't use psycopg's pipelines: they send a Flush after their Sync, which stops the
-# server's timer for idle transactions.)
+# The server ends a transaction whose client hangs or is disconnected, so that other clients, which wait up to
+# lock_timeout for the run's lock, can continue. Don't use psycopg's pipelines: they send a Flush after a Sync, and the
+# Flush stops the server's timer for idle transactions.
 SERVER_LIMITS = "-c idle_in_transaction_session_timeout=60s -c lock_timeout=300s -c tcp_keepalives_idle=60"
 
 
@@ -122,8 +122,8 @@ class Database:
     @contextmanager
     def transaction(self, own_lock: bool = True) -> Iterator[Connection]:
         """Run one transaction, serialised with all others of this run: by the file lock and BEGIN IMMEDIATE on SQLite,
-        by an advisory lock on a server. Commits at the end, rolls back on an exception. own_lock: take the server's
-        lock; reading does not need it.
+        by an advisory lock on a server. Commits at the end, rolls back on an exception. own_lock: take the
+        server's lock, which is not needed for reading.
 
         Raises LeaderboardError if the database does not respond or is damaged.
         """
@@ -149,7 +149,7 @@ class Database:
 
     @contextmanager
     def _begin(self, own_lock: bool) -> Iterator[Connection]:
-        """Begin a transaction. Retries connecting to a server and waiting for its lock, but no later statement."""
+        """Begin a transaction. On a server, retries to connect and to take the run's lock, but no later statement."""
         if self.file:
             self._forget_if_replaced(self.file)
             try:
@@ -172,7 +172,7 @@ class Database:
             connection.commit()
 
     def _on_server(self, own_lock: bool) -> Connection:
-        """Begin a transaction on the server. Its first statement fails if the kept connection was lost."""
+        """Begin a transaction on the server and execute a statement, so that a broken connection is noticed here."""
         connection = self._engine.connect()
         try:
             connection.begin()
@@ -197,7 +197,7 @@ class Database:
     def _is_worth_another_try(self, error: BaseException) -> bool:
         """Is the server starting, stopping, out of connections or unreachable? The SQLSTATE is then of class 53
         (insufficient resources), 57 (operator intervention) or 08 (connection), or is missing. It is also missing
-        after a refused login, which only libpq's message identifies."""
+        if the login is refused; only libpq's message shows that case."""
         cause = error.orig if isinstance(error, OperationalError) else error
         if not isinstance(cause, self._engine.dialect.loaded_dbapi.OperationalError):
             return False
@@ -229,7 +229,7 @@ class Database:
             yield connection
 
     def drop(self, schema_too: bool) -> None:
-        """Undo `creation`. schema_too: also drop the schema, which was made for this run. Raises LeaderboardError."""
+        """Undo `creation`. schema_too: also drop the schema (if it was made for this run). Raises LeaderboardError."""
         if self.file:
             self.file.unlink(missing_ok=True)
             journal_of(self.file).unlink(missing_ok=True)
@@ -264,14 +264,14 @@ def _sqlite_options(file: Path, lock: Choice | None) -> dict[str, Any]:
     """Return create_engine's options for opening and keeping connections to a SQLite file.
 
     On a local file system the connection is kept: SQLite then reads the schema and compiles the statements only once,
-    half of the work in a short transaction. A network file system only shows other nodes' writes when a file is opened,
+    half of the work of a short transaction. A network file system shows other nodes' writes only when a file is opened,
     so there each transaction opens the file after taking the lock.
     """
     options: dict[str, Any] = {"pool_reset_on_return": None}  # a returned connection has no open transaction
     mount = mount_here(file.parent.resolve())
     kept = mount is not None and mount.fstype in LOCAL
     options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0} if kept else {"poolclass": NullPool}
-    if lock and not lock.sqlite_locks:  # the mount refuses SQLite's own locks; the lock around the file is enough
+    if lock and not lock.sqlite_locks:  # the mount refuses SQLite's own locks; orch's lock is enough
         uri = f"{file.absolute().as_uri()}?vfs=unix-none"
         options["creator"] = lambda: sqlite3.connect(uri, uri=True)
     return options
@@ -285,11 +285,11 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     of a network file system, where other nodes may not see the journal at once. Also, the deletion survives a power cut
     only with synchronous=EXTRA. WAL needs shared memory between the nodes.
     """
-    connection.isolation_level = None  # _begin_immediate begins transactions, not the driver
+    connection.isolation_level = None  # the driver begins no transactions; _begin_immediate does
     connection.execute("PRAGMA journal_mode=PERSIST")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
-    connection.execute("PRAGMA busy_timeout=60000")  # for other programs, which do not take the outer lock
+    connection.execute("PRAGMA busy_timeout=60000")  # wait for other programs, which do not take orch's lock
 
 
 def _begin_immediate(connection: Connection) -> None:

@@ -96,7 +96,7 @@ def _examine(tx: Connection, database: Database) -> Health:
 def _checked_version(tx: Connection, database: Database) -> int:
     """Return the version of the tables, or the current version if it can't be read (the damage is reported later).
     Raises LeaderboardError for an unknown version."""
-    if database.file is None:  # an error would end the server's transaction
+    if database.file is None:  # on a server, a query that fails would end the transaction
         names = {column["name"] for column in inspect(tx).get_columns(schema.run.name, schema=database.schema_name)}
         if not {"schema_version", "orch_version"} <= names:
             return schema.SCHEMA_VERSION
@@ -152,7 +152,7 @@ def _salvaged(database: Database, query: Select[Any]) -> Sequence[Row[Any]]:
 
 
 def inconsistencies(tables: Tables) -> list[str]:
-    """Describe states of the tables that orch never writes, one line each, at most ten."""
+    """Return descriptions of at most ten contradictions in the tables that orch never writes, one line each."""
     if len(tables["run"]) != 1:
         return [f"run: {len(tables['run'])} rows, not 1"]
     problems = [

@@ -60,7 +60,7 @@ class Leaderboard:
 
     @staticmethod
     def discard(run_folder: Path, url: str | None, schema_name: str | None, schema_too: bool) -> None:
-        """Undo `create`, if the database responds. schema_too: also drop the schema, which was made for this run."""
+        """Undo `create`, if the database responds. schema_too: also drop the schema (if made for this run)."""
         with suppress(LeaderboardError):
             Database(url, run_folder, schema_name).drop(schema_too)
 

@@ -35,7 +35,7 @@ def add_link(tx: Connection, worker_id: int, after_job_id: int | None, token: st
 def close_link(
     tx: Connection, job_id: int, state: JobState, outcome: str, now: float, starts: int | None = None
 ) -> bool:
-    """Close an open link; returns False if it was not open. starts: close it only if this is its latest start."""
+    """Close a link. Returns False if the link is not open or, with `starts`, if it has been started again since."""
     where = [job.c.job_id == job_id, IS_OPEN]
     if starts is not None:
         where.append(job.c.starts == starts)
@@ -54,14 +54,14 @@ def job_with(tx: Connection, token: str, worker_id: int) -> Row[Any] | None:
 
 
 def why_no_successor(tx: Connection, worker_id: int, now: float, max_failures: int) -> tuple[Worker, str | None]:
-    """Return the worker, and why it gets no successor (None: it does); see `succession.should_resubmit`."""
+    """Return the worker, and why its chain gets no further link (None: it gets one); see `should_resubmit`."""
     who = worker_of(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
     row = tx.execute(select(run.c.state, run.c.deadline)).one()
     return who, succession.should_resubmit(RunState(row.state), now, row.deadline, who, max_failures)
 
 
 def settle(tx: Connection, now: float) -> None:
-    """Record that the run is over, if it is."""
+    """Check whether the run is over; if so, record its final state."""
     row = tx.execute(select(run.c.state, run.c.deadline)).one()
     states = tx.execute(select(job.c.state).where(IS_OPEN)).scalars().all()
     over = stopping.settled(RunState(row.state), now, row.deadline, len(states), states.count(JobState.RUNNING))
@@ -70,7 +70,7 @@ def settle(tx: Connection, now: float) -> None:
 
 
 def stop_worker(tx: Connection, worker_id: int, reason: str, now: float) -> None:
-    """Stop a chain that has failed too often. If it was the last chain, the run has failed."""
+    """Stop a chain that has failed too often. If every chain is now stopped, mark the run as failed."""
     stopped = update(worker).where(worker.c.worker_id == worker_id)
     tx.execute(stopped.values(stopped=reason, stop_kind=StopKind.FAILURES))
     log_event(tx, now, "worker stopped", worker_id=worker_id, reason=reason)

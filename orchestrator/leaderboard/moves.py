@@ -23,7 +23,7 @@ HELD = (ChunkState.LIVE, ChunkState.SUSPENDED)
 
 
 def _is_one_of(states: Sequence[ChunkState]) -> ColumnElement[bool]:
-    """Write the states into the SQL as constants: databases do not use a partial index for bound parameters."""
+    """Compare a chunk's state with constants in the SQL: with bound parameters, no database uses a partial index."""
     return chunk.c.state.in_([literal_column(f"'{state}'") for state in states])
 
 
@@ -84,23 +84,23 @@ _LOG = Statement(insert(event))
 
 @dataclass(frozen=True, slots=True)
 class BoardView:
-    """The state of the board at the start of a claim or of a result."""
+    """The board as read before a chunk is claimed or a result is recorded."""
 
     context: Any  # see `context_of`
     entries: list[Entry]  # on the board
     rows: Mapping[int, Any]  # by entry_id: each entry joined with its checkpoint's file, sha256 and epochs
     founders: int  # number of live or suspended chunks that train a founder
     suspended: int  # number of suspended chunks
-    first_lease_end: float | None  # the earliest end of a live chunk's lease
+    first_lease_end: float | None  # when the first lease of a live chunk ends
 
 
 def context_of(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> Any:
-    """Return the run, the worker, its job and its chunk, joined in one row."""
+    """Return one row that joins the run, the worker, the job and the chunk. For an id of None, the fields are None."""
     return _CONTEXT.first(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id)
 
 
 def look(tx: Connection, context: Any) -> BoardView:
-    """Read the board. The number of rows read depends on the number of entries, not of workers."""
+    """Read the board. The number of rows read depends on the number of entries, not on the number of workers."""
     in_progress: Counter[int | None] = Counter()  # by entry_id; None: founders
     suspended, leases = 0, []
     for entry_id, state, chunks, lease_until in _HELD_COUNTS.all(tx):
@@ -142,7 +142,7 @@ def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int]
 
 
 def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> None:
-    """Count a finished chunk on this entry and advance its floor; entry_id is None for a founder's chunk (no-op)."""
+    """Count a finished chunk on an entry and advance the entry's floor. entry_id None (a founder): do nothing."""
     if entry_id is None:
         return
     if position == floor:
@@ -152,7 +152,7 @@ def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> 
 
 
 def release(tx: Connection) -> tuple[str, ...]:
-    """Release the checkpoints that no entry on the board and no claim refers to. Returns their files, now deletable."""
+    """Mark checkpoints as released if no entry on the board and no claim needs them. Returns their files."""
     rows = _UNREFERENCED.all(tx)
     if rows:
         ids = [r.checkpoint_id for r in rows]
@@ -161,16 +161,16 @@ def release(tx: Connection) -> tuple[str, ...]:
 
 
 def take_off(tx: Connection, entry_id: int, reason: str, now: float, **found_by: int) -> None:
-    """Take an entry with a damaged file off the board. found_by: the worker_id and chunk_id that found the damage."""
+    """Remove an entry with a damaged file from the board. found_by: worker_id and chunk_id that found the damage."""
     on_board = update(entry).where(entry.c.entry_id == entry_id, ON_BOARD)
     tx.execute(on_board.values(on_board=False, evicted_at=now))
-    tx.execute(update(run).values(chunks_since_promotion=0))  # a converged run has a free slot again
+    tx.execute(update(run).values(chunks_since_promotion=0))  # the board has a free slot again, so the run is not stale
     log_event(tx, now, "condemned", entry_id=entry_id, reason=reason, **found_by)
     release(tx)
 
 
 def expire(tx: Connection, claims: ColumnElement[bool], by: ExpiredBy, now: float) -> None:
-    """Revoke live claims. A chunk that was resumed from a suspended state is suspended again; others expire."""
+    """Revoke live claims. Chunks that were resumed from a suspended state are suspended again; others expire."""
     for row in tx.execute(select(chunk).where(claims, chunk.c.state == ChunkState.LIVE)).all():
         resumable = row.suspended_file is not None
         tx.execute(

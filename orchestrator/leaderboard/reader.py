@@ -57,7 +57,7 @@ class Reader:
             return [{"rank": rank, **row._mapping} for rank, row in enumerate(rows, start=1)]
 
     def counts(self) -> dict[str, Any]:
-        """Count chunks and jobs by state, epochs, seconds of training and expired claims."""
+        """Return the number of chunks and jobs in each state, and of epochs, training seconds and expired claims."""
         with self._database.transaction() as tx:
             by_state = select(chunk.c.state, func.count()).group_by(chunk.c.state)
             chunks: dict[str, int] = {row[0]: row[1] for row in tx.execute(by_state)}
@@ -81,13 +81,13 @@ class Reader:
         return {worker_id: succession.job_to_show(list(chain)) for worker_id, chain in chains}
 
     def tokens(self) -> list[tuple[int, str, bool]]:
-        """Return (worker, token, is it open?) for every job, ordered by worker and link."""
+        """Return (worker, token, whether the job is open) for every job, ordered by worker and link."""
         with self._database.transaction() as tx:
             rows = tx.execute(select(job.c.worker_id, job.c.token, job.c.state).order_by(job.c.worker_id, job.c.link))
             return [(r.worker_id, r.token, r.state in OPEN) for r in rows.all()]
 
     def never_begun(self) -> list[ChainJob]:
-        """Return the jobs that were given up before they started. After a crash of Slurm's controller, such a job may
+        """Return the lost and cancelled jobs that never started. After a crash of Slurm's controller, such a job may
         still be in the queue."""
         with self._database.transaction() as tx:
             given_up = job.c.state.in_((JobState.LOST, JobState.CANCELLED))
@@ -95,7 +95,7 @@ class Reader:
             return [job_of(row) for row in rows.all()]
 
     def awaited(self, ended_before: float) -> list[ChainJob]:
-        """Return the jobs that reported their end before this time, and whose successor has not started."""
+        """Return the jobs that reported their end before the given time, and whose queued successor has not started."""
         with self._database.transaction() as tx:
             rows = tx.execute(
                 select(job)
@@ -110,7 +110,7 @@ class Reader:
             return [job_of(row) for row in rows.all()]
 
     def last_error(self) -> tuple[str, float] | None:
-        """Return the latest error of a chunk and its time, or None."""
+        """Return the latest error of any chunk and when that chunk ended; None if there was no error."""
         with self._database.transaction() as tx:
             with_error = select(chunk.c.error, chunk.c.finished_at).where(chunk.c.error.is_not(None))
             row = tx.execute(with_error.order_by(chunk.c.finished_at.desc()).limit(1)).one_or_none()
@@ -134,7 +134,7 @@ class Reader:
             return [dict(r._mapping) for r in tx.execute(select(wanted).order_by(*wanted.primary_key.columns)).all()]
 
     def references(self) -> tuple[set[str], set[int]]:
-        """Return the files that must be kept, and the generations of live claims, which may be writing files."""
+        """Return the files that must be kept, and the generations of live claims, whose jobs may be writing files."""
         with self._database.transaction() as tx:
             on_board = select(checkpoint.c.file).join(entry, entry.c.checkpoint_id == checkpoint.c.checkpoint_id)
             files = set(tx.execute(on_board.where(ON_BOARD)).scalars())

@@ -1,4 +1,4 @@
-"""Write a whole leaderboard, as planned from the checkpoints' records."""
+"""Write a new database from a RebuildPlan, for `orch repair`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job
 from orchestrator.records import ChunkState, ExpiredBy, JobState, RunState, StopKind
 
 REPAIRED = "repaired; `orch resume` continues it"
-COPIED = {"epochs", "score", "profile", "metrics", "file", "sha256", "size_bytes", "created_at"}  # record fields
+COPIED = {"epochs", "score", "profile", "metrics", "file", "sha256", "size_bytes", "created_at"}  # fields of a record
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The values for the new row of the run."""
+    """Values for the new rows of the run and its workers."""
 
     name: str
     settings: str  # JSON
@@ -35,7 +35,7 @@ class Origin:
 
 
 def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | None, now: float) -> None:
-    """Create and fill the tables in one transaction. kept: where the old database was moved, or None.
+    """Create and fill the tables in one transaction. kept: where the old database was moved (None: nowhere).
 
     Raises LeaderboardError.
     """
@@ -65,8 +65,8 @@ def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | N
 
 
 def _add_workers(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) -> None:
-    """Add the workers, each with a lost link. The links' job_ids are above all earlier ones, so that an old job that is
-    still alive does not find a new job under its own job_id."""
+    """Add the workers, each with a lost link. The links' job_ids are higher than any before the repair, so that a
+    job that is still running from before does not take a new job with the same job_id for itself."""
     wanted = len(origin.devices)
     for worker_id in range(max(wanted, plan.workers)):
         values: dict[str, Any] = {"stopped": f"the run now has {wanted} workers", "stop_kind": StopKind.SURPLUS}
@@ -89,7 +89,7 @@ def _add_workers(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) 
 
 
 def _add_chunks(tx: Connection, plan: RebuildPlan, now: float) -> None:
-    """Add finished and suspended chunks without their references; `_add_references` adds the references."""
+    """Add the promoted and suspended chunks. `_add_references` later sets their entries and parents."""
     for made in plan.checkpoints:
         record = made.record
         values: dict[str, Any] = {"state": ChunkState.PROMOTED, "finished_at": record.created_at, "score": record.score}
@@ -135,7 +135,7 @@ def _add_checkpoints(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) 
 
 
 def _add_entries(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) -> dict[str, int]:
-    """Add the entries in order of creation, since the older of two equal entries wins. Returns their keys, by file."""
+    """Add the entries in order of creation, since the lower entry_id wins a tie. Returns the entry_ids, by file."""
     in_order = sorted(plan.checkpoints, key=lambda c: (c.record.created_at, c.record.generation))
     entries = {c.record.file: number for number, c in enumerate(in_order, start=1)}
     for made in in_order:
@@ -156,7 +156,7 @@ def _add_entries(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) -> d
 def _add_references(
     tx: Connection, plan: RebuildPlan, ids: Mapping[str, int], entries: Mapping[str, int], now: float
 ) -> None:
-    """Set the entry whose position each chunk consumed. Add an expired chunk for each position with unknown result."""
+    """Set the entry and parent of each chunk, and add an expired chunk for each gap of the plan."""
     for record in (*(c.record for c in plan.checkpoints), *plan.suspended):
         if record.parent_file:
             whose = {"entry_id": entries[record.parent_file], "parent_id": ids[record.parent_file]}
@@ -186,7 +186,7 @@ def _add_references(
 
 
 def _move_sequences(tx: Connection, schema_name: str | None) -> None:
-    """Advance the server's sequences beyond the keys assigned above."""
+    """Advance the server's key sequences beyond the keys inserted above, so that new rows get unused keys."""
     for table in schema.metadata.sorted_tables:
         (key,) = table.primary_key.columns
         name = f"{schema_name}.{table.name}" if schema_name else table.name

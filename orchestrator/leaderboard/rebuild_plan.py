@@ -1,6 +1,6 @@
 """Derive a leaderboard from the records beside the checkpoints, for `orch repair`. Pure functions.
 
-A record holds its checkpoint's whole lineage, so every checkpoint that led to the board is known. Discarded chunks and
+A record contains its checkpoint's whole lineage, so all ancestors of the board are known. Discarded chunks and
 lineages that died out left no record, so nothing is known about them.
 """
 
@@ -18,10 +18,10 @@ from orchestrator.rules import admission, claiming
 from orchestrator.rules.admission import Promote
 from orchestrator.rules.checkpoint_names import chunk_of, generation_of
 
-# Generations issued after a repair must be higher than any issued before it, including by claims that left no file, so
-# that writes from a worker wrongly presumed dead are refused. No run issues this many between two checkpoints.
+# Added to the highest generation found: new claims must exceed all old ones, even those that left no file, so that
+# writes by a worker wrongly presumed dead are refused. No run issues this many generations between two checkpoints.
 GENERATION_GAP = 1_000_000
-MOST_GAPS = 1_000_000  # more than any run has: keeps damaged records from filling the database
+MOST_GAPS = 1_000_000  # more than any run has; prevents damaged records from filling the database
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,13 @@ class Rebuilt:
     floor: int
     worked_on: int
     on_board: bool
-    known: bool  # False: no record describes it; it is only named as a parent
+    known: bool  # False: the checkpoint has no record; it is only named as the parent of another
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A position of the entry with this file that was claimed before the repair, with an unknown result. The next claim
-    takes it again."""
+    """A position that was claimed before the repair, but whose result is unknown. It will be claimed again. file: the
+    checkpoint of the position's entry."""
 
     file: str
     position: int
@@ -55,7 +55,7 @@ class RebuildPlan:
     checkpoints: tuple[Rebuilt, ...] = ()  # parents before their children
     suspended: tuple[CheckpointRecord, ...] = ()
     gaps: tuple[Gap, ...] = ()
-    generation: int = 0  # the highest that an earlier claim may have
+    generation: int = 0  # the highest generation that a claim from before the repair may have
     notes: tuple[str, ...] = ()
 
     @property
@@ -64,7 +64,7 @@ class RebuildPlan:
 
     @property
     def workers(self) -> int:
-        """Return the smallest number of workers that the records allow."""
+        """Return one more than the highest worker in the records."""
         named = [c.record.worker for c in self.checkpoints] + [r.worker for r in self.suspended]
         return max(named, default=-1) + 1
 
@@ -103,7 +103,7 @@ def plan(
 ) -> RebuildPlan:
     """Derive the board from the records of complete files. Raises CheckpointError if the records contradict each other.
 
-    names: the names of all files in the folder, intact or not; they contain generations.
+    names: the names of all files in the folder, intact or not. The highest generation is also taken from these.
     """
     family = _family([r for r in records if r.kind == "candidate"])
     on_board = _board(family, num_models, metric)
@@ -146,13 +146,13 @@ def _refuse_twins(records: Iterable[CheckpointRecord]) -> None:
 
 
 def _family(candidates: Sequence[CheckpointRecord]) -> _Family:
-    """Collect the candidates that may have been admitted, and their ancestors. If two consumed the same position, the
-    claim of one had expired, and its result was refused."""
+    """Collect the candidates that may have been promoted, and their ancestors. Of two that consumed the same position,
+    keep only one: the claim of the other had expired, so its result was refused."""
     ancestors = {a.file: a for record in candidates for a in record.ancestors}
     mentioned = ancestors | {record.file: record for record in candidates}
     chosen: dict[tuple[str, int], CheckpointRecord] = {}
     for record in sorted(mentioned.values(), key=lambda r: (r.file in ancestors, r.generation)):
-        chosen[record.work] = record  # prefer records with descendants, then later claims
+        chosen[record.work] = record  # the last one stays: prefers records with descendants, then later claims
     records = {record.file: record for record in chosen.values()}
     known = set(records)
     complete = {record.file for record in candidates} & known
@@ -163,7 +163,7 @@ def _family(candidates: Sequence[CheckpointRecord]) -> _Family:
 
 
 def _forgotten(file: str, child: CheckpointRecord) -> CheckpointRecord:
-    """Return a stand-in for a parent known only by name. It is treated as the founder."""
+    """Return a substitute record for a parent of which only the name is known. The parent is treated as a founder."""
     return CheckpointRecord(
         kind="candidate",
         file=file,
@@ -182,7 +182,7 @@ def _forgotten(file: str, child: CheckpointRecord) -> CheckpointRecord:
 
 
 def _board(family: _Family, num_models: int, metric: Metric) -> set[str]:
-    """Return the files on the board, by applying the ratchet to the candidates in the order of their creation."""
+    """Apply the ratchet to the candidates in order of creation. Returns the files that are then on the board."""
     board: list[Entry] = []
     candidates = sorted((family.records[f] for f in family.complete), key=lambda r: (r.created_at, r.generation))
     for number, record in enumerate(candidates):
@@ -205,8 +205,8 @@ def _board(family: _Family, num_models: int, metric: Metric) -> set[str]:
 def _suspended(
     records: Sequence[CheckpointRecord], family: _Family, cycle: Sequence[Profile]
 ) -> list[CheckpointRecord]:
-    """Return the suspended chunks that can continue: the parent is complete, the position still has the same profile,
-    and no record shows that the chunk was finished later."""
+    """Return the suspended chunks that can continue: the parent's file is intact, the position still has the same
+    profile, and no record shows that the chunk was finished later."""
     chunks = {record.chunk for record in family.records.values()}
     consumed = {record.work for record in family.records.values()}
     chosen: dict[tuple[str, int], CheckpointRecord] = {}
@@ -220,7 +220,7 @@ def _suspended(
 
 
 def _gaps(family: _Family, suspended: Sequence[CheckpointRecord], cycle: Sequence[Profile]) -> list[Gap]:
-    """Return the positions that must have been claimed, since a higher position of the same entry was."""
+    """Return the positions without a record that must have been claimed, since a higher one of the same entry was."""
     taken: dict[str, set[int]] = {file: family.consumed(file) for file in family.known}
     for record in suspended:
         if record.parent_file:
@@ -239,7 +239,7 @@ def _gaps(family: _Family, suspended: Sequence[CheckpointRecord], cycle: Sequenc
 
 
 def _notes(rebuilt: Sequence[Rebuilt], given_up: int, num_models: int) -> list[str]:
-    """Return notes for the user on what the records do not hold. given_up: number of chunks that can't continue."""
+    """Return notes for the user on what is lost. given_up: number of suspended chunks that can't continue."""
     notes = [
         "chunks that were discarded are forgotten: their epochs and seconds are not counted, and a profile that "
         "did not improve an entry is used on it again",

@@ -1,4 +1,4 @@
-"""Writes at the end of a claim, always guarded by the claim's generation."""
+"""Writes at the end of a claim. `close` refuses them if the claim's generation is stale."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ENTER, _ADD_CHECKPOINT = Statement(insert(entry)), Statement(insert(checkpoint)
 
 
 def close(tx: Connection, claim: Claim, state: ChunkState, finished_at: float | None, **values: Any) -> None:
-    """Set the chunk's final state. Raises StaleClaimError unless the claim is live and of this generation."""
+    """Set the chunk's state at the end of a claim. Raises StaleClaimError if the claim is no longer live."""
     guard = {"of_chunk": claim.chunk_id, "of_generation": claim.generation}
     if _OF_CLAIM.write(tx, **guard, state=state, finished_at=finished_at, **values) != 1:
         raise StaleClaimError(

@@ -30,7 +30,7 @@ class Snapshot:
 
 
 def insert_run(tx: Connection, **values: Any) -> None:
-    """Insert the row of a new run. values: its name, settings, times and import paths, plus any non-default columns."""
+    """Insert the row of a new run. values: its name, settings, times and import paths; others override the defaults."""
     fresh = {"state": RunState.ACTIVE, "generation": 0, "chunks_since_promotion": 0, "epochs": 0, "settings_version": 1}
     version = {"schema_version": SCHEMA_VERSION, "orch_version": __version__}
     tx.execute(insert(run).values({"run_id": 1} | version | fresh | values))
@@ -48,7 +48,7 @@ class RunStateStore:
             return dict(tx.execute(select(run)).one()._mapping)
 
     def origin(self) -> dict[str, Any]:
-        """Return the values of the run's row that every checkpoint record repeats, for `orch repair`."""
+        """Return the values of the run's row that are copied into every checkpoint record, for `orch repair`."""
         row = self.row()
         return {"launched_at": row["created_at"], "import_paths": row["import_paths"]}
 
@@ -91,7 +91,7 @@ class RunStateStore:
             return had
 
     def revive(self, workers: int) -> None:
-        """Reset the failures of the first `workers` chains, so that they continue."""
+        """Reset the failures of the first `workers` chains and undo their stops, so that they continue."""
         with self._database.transaction() as tx:
             first = update(worker).where(worker.c.worker_id < workers)
             tx.execute(first.values(failures=0, stopped=None, stop_kind=None))
@@ -99,10 +99,10 @@ class RunStateStore:
     def amend(
         self, settings: str, deadline: float, workers: int, what: str, now: float, *, profiles_changed: bool
     ) -> list[ChainJob]:
-        """Store amended settings. settings: as JSON. what: the changes, for the event log.
+        """Store amended settings. settings: as JSON. what: a description of the changes, for the event log.
 
-        Workers beyond the first `workers` are stopped; returns their queued jobs. If the profiles changed, a position
-        stands for another profile, so suspended chunks expire and their positions are free again.
+        Stops all workers but the first `workers`; returns their queued jobs, which the caller must cancel. If profiles
+        changed, a position may stand for another profile, so suspended chunks expire and free their positions.
         """
         with self._database.transaction() as tx:
             version = run.c.settings_version + 1
@@ -112,7 +112,7 @@ class RunStateStore:
                 suspended = update(chunk).where(chunk.c.state == ChunkState.SUSPENDED)
                 given_up = {"state": ChunkState.EXPIRED, "expired_by": ExpiredBy.AMENDED, "finished_at": now}
                 tx.execute(suspended.values(given_up))
-                live = update(chunk).where(chunk.c.state == ChunkState.LIVE)  # must expire if their job is lost
+                live = update(chunk).where(chunk.c.state == ChunkState.LIVE)  # these expire too if their job is lost
                 tx.execute(live.values(suspended_file=None, suspended_sha256=None))
             reason = f"the run was amended to {workers} workers"
             wanted, surplus = worker.c.worker_id < workers, worker.c.worker_id >= workers
@@ -126,7 +126,7 @@ class RunStateStore:
             return [job_of(row) for row in rows]
 
     def settle(self, now: float) -> None:
-        """Record that the run is over, if it is: its jobs may have died before they could record it."""
+        """If the run is over, record its final state: its jobs may have died before recording it."""
         with self._database.transaction() as tx:
             settle(tx, now)
 

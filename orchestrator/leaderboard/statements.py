@@ -95,7 +95,7 @@ class Statement:
         key = (dialect.name, tables[None] if tables else None, names)
         if key in self._compiled:
             return self._compiled[key]
-        # column_keys: the columns to write. render_schema_translate: put the schema's name into the SQL now, only once.
+        # column_keys: the columns to write. render_schema_translate: put the schema's name into the SQL here, once.
         core = self._core.compile(
             dialect=dialect, column_keys=list(names), schema_translate_map=tables, render_schema_translate=bool(tables)
         )

@@ -11,7 +11,7 @@ def choose_claim(entries: Sequence[Entry], founders_in_progress: int, num_models
     """Return the entry to train next, or None to train a founder from initial weights.
 
     A founder is trained while the board is empty, or while there are more free slots than founders in progress.
-    Otherwise the least worked-on entry is next (work in progress counts); ties go to the better score, then the older.
+    Otherwise return the entry with the fewest chunks, finished or in progress; of those, the best, then the oldest.
     """
     if not entries or len(entries) + founders_in_progress < num_models:
         return None
@@ -36,7 +36,7 @@ def advance_floor(floor: int, consumed: Collection[int]) -> int:
 
 
 def child_start(position: int) -> int:
-    """Return the start of a promoted child, whose own chunk was at `position`. (A founder starts at 0.)"""
+    """Return the first position of a new entry promoted from a chunk at `position`. (A founder's entry starts at 0.)"""
     return position + 1
 
 

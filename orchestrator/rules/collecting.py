@@ -14,8 +14,8 @@ _SERIES = re.compile(r"chunk-([0-9]{8,})|(?:offline-)?run-[0-9]{8}_[0-9]{6}-[0-9
 
 
 def collectable(files: Iterable[str], referenced: Collection[str], live_generations: Collection[int]) -> list[str]:
-    """Return the files that can be deleted: written by a claim that is no longer live, and not referenced. (The
-    candidate of a live claim may not be recorded yet.)
+    """Return the files that can be deleted: not referenced, and written by a claim that is no longer live. (A live
+    claim's file is not referenced until its result is recorded.)
 
     List `files` before reading `referenced` and `live_generations`, so that files created meanwhile are kept.
     """
@@ -29,8 +29,8 @@ def collectable(files: Iterable[str], referenced: Collection[str], live_generati
 def old_job_folders(ages_s: Mapping[str, float], jobs: Sequence[tuple[int, str, bool]], orphaned_s: float) -> list[str]:
     """Return the job folders that belong neither to an open job nor to the last KEPT_LINKS jobs of a chain.
 
-    ages_s: seconds since the last write to each folder, by name. jobs: (worker, token, is it open?), each chain
-    in order. A folder that the database does not know is old if nothing was written to it for orphaned_s.
+    ages_s: seconds since the last write to each folder, by name. jobs: (worker, token, whether it is open), in
+    the order of each chain. A folder unknown to the database is old if nothing was written to it for orphaned_s.
     """
     chains: dict[int, list[str]] = {}
     for worker_id, token, _ in jobs:
@@ -46,7 +46,7 @@ def old_job_folders(ages_s: Mapping[str, float], jobs: Sequence[tuple[int, str, 
 
 
 def old_series(ages_s: Mapping[str, float], lines: Collection[int], kept_s: float) -> list[str]:
-    """Return loggers' folders of chunks outside `lines`, if nothing was written to them for kept_s.
+    """Return the loggers' folders of chunks not in `lines`, if not written to for kept_s.
 
     ages_s: seconds since the last write to each folder, by name. lines: the chunks in the lineages of all kept
     checkpoints.
@@ -64,6 +64,6 @@ def fits(used_bytes: float, needed_bytes: float, budget_bytes: float) -> bool:
 
 
 def checkpoints_at_most(num_models: int, workers: int) -> int:
-    """Return how many checkpoints exist at once, with rare exceptions: one per entry, and for each worker the file it
-    writes and the file it started from (an evicted entry or a suspended state)."""
+    """Return how many checkpoints exist at most, with rare exceptions: one per entry, and for each worker the file
+    that it writes and the file that it started from (an evicted entry or a suspended state)."""
     return num_models + 2 * workers

@@ -53,7 +53,7 @@ def converged(progress: Progress, stop: StopRules, metric: Metric) -> Over | Non
 
 
 def run_over(now: float, deadline: float, stopped: Over | None = None) -> Over | None:
-    """Return why an active run ends: a stop rule (see `converged`) or its lifetime. None: the run continues."""
+    """Return why an active run ends: `stopped` (from `converged`), or its lifetime is over. None: it continues."""
     if stopped is None and lifetime_over(now, deadline):
         return Over(RunState.FINISHED, f"its total_lifetime ended at {iso(deadline)}")
     return stopped

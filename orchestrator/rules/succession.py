@@ -15,12 +15,12 @@ from orchestrator.rules.stopping import lifetime_over
 # waiting. (The job's process may hang, or Slurm's controller may have crashed and missed the end.)
 EXIT_GRACE_S = 60.0
 SUBMITTING_GRACE_S = 120.0  # after this, the process that was submitting a job is presumed dead
-ORPHANED_GRACE_S = 10.0  # if that process is known to be dead; the cluster may list the job with a delay
+ORPHANED_GRACE_S = 10.0  # the same if that process is known to be dead: the cluster may list a job late
 
 
 def refusal(job: ChainJob, cluster_id: str, followed: bool) -> str | None:
-    """Return why a starting job must not run, or None if it may. job: its link before the start. cluster_id: its own id
-    in the cluster. followed: a later link of its chain has already started."""
+    """Return why a starting job must not run, or None if it may. job: as stored before the start. cluster_id: the id
+    that it has now. followed: whether a later link of the chain has already started."""
     if job.state is JobState.CANCELLED:
         return f"this job was cancelled: {job.outcome}"
     if job.cluster_id not in (None, cluster_id):
@@ -51,7 +51,7 @@ def should_resubmit(state: RunState, now: float, deadline: float, worker: Worker
 
 
 def jobs_at_most(total_lifetime_s: float, eon_lifetime_s: float) -> int:
-    """Return the number of links of a chain, if each runs for its full time and none waits in the queue."""
+    """Return how many links a chain has if each runs for its full time and none waits in the queue."""
     return math.ceil(total_lifetime_s / eon_lifetime_s)
 
 
@@ -105,8 +105,8 @@ def mend(
     """Compare the chains in the database with what the cluster reports.
 
     evidence: by job_id; a job without evidence is left alone. found_ids: ids in the cluster, by token, of jobs whose
-    row has no cluster_id. A chain is intact if it has an open job that is not lost. Each job submits its successor, so
-    once a job is gone, no process will submit its successor.
+    row has no cluster_id. A chain is intact if it has an open job that is not lost. Each job submits its own
+    successor, so if a job is gone before it did so, its chain is broken.
     """
     gone = [job for job in open_jobs if evidence.get(job.job_id, Evidence.UNKNOWN) is Evidence.GONE]
     submitting = {job.job_id: job for job in open_jobs if job.state is JobState.SUBMITTING and job.cluster_id is None}
