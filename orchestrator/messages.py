@@ -1,4 +1,4 @@
-"""How numbers, times and values are shown in messages."""
+"""Format numbers, times and values for messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def counted(count: int, one: str, many: str | None = None) -> str:
 
 
 def gb(size_bytes: float) -> str:
-    """Convert to GB with three digits, rounded up: a disk of the size shown is large enough."""
+    """Format bytes as GB with three digits. Rounds up, so that a disk of the size shown is large enough."""
     if size_bytes <= 0:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(size_bytes / GB)))
@@ -37,7 +37,7 @@ def shown(text: str, limit: int = 80) -> str:
 
 
 def one_line(text: str, allowed: str = "") -> str:
-    """Return the text. Raises ValueError for line breaks, control characters and characters that UTF-8 can't encode."""
+    """Return the text. Raises ValueError for line breaks, control and unencodable characters that are not `allowed`."""
     for character in _NOT_PRINTED.findall(text):
         if character not in allowed:
             raise ValueError(

@@ -1,1 +1,1 @@
-"""The `orch` command: parses options, calls the code that does the work, prints. One module per group of commands."""
+"""The `orch` command: parses options, calls other packages, and prints results. One module per group of commands."""

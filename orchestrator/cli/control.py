@@ -75,7 +75,7 @@ def amend(
 
 
 def _check_job(run: Run, changes: Sequence[str]) -> None:
-    """Let the job check changed profiles and loggers, as at launch. Takes seconds, because this imports torch."""
+    """If profiles or loggers change, let the job check them, as at launch. Takes seconds, because it imports torch."""
     from orchestrator.settings import loading
     from orchestrator.worker import user_job
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from orchestrator.settings.settings import Settings
 
 MEND_EVERY_S = 10.0
-PATIENCE_S = 300.0  # how long to keep trying while the database can't be used; jobs wait equally long
+PATIENCE_S = 300.0  # how long to keep trying while the database can't be used; jobs wait as long
 
 
 def launch(
@@ -95,7 +95,7 @@ def _load(path: Path, overrides: list[str], workers: int | None, executor: str |
 
 
 def _disk(settings: Settings, folder: Path) -> float | None:
-    """Print about how many GB the checkpoints will take. Returns this number, or None if it is unknown."""
+    """Print and return about how many GB the checkpoints will take; None: not known."""
     from orchestrator.files import disk_budget
     from orchestrator.worker.user_job import checkpoint_bytes
 
@@ -111,9 +111,9 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
     from orchestrator.errors import RunError
     from orchestrator.settings.loading import difference
 
-    if wanted.lock == "auto":  # then the launch chose the kind of lock
+    if wanted.lock == "auto":  # the launch chose the kind of lock, so ignore this difference
         wanted = wanted.model_copy(update={"lock": existing.settings.lock})
-    if wanted.database_schema is None:  # then the launch created a schema for the run
+    if wanted.database_schema is None:  # the launch made up a name, so ignore this difference
         wanted = wanted.model_copy(update={"database_schema": existing.settings.database_schema})
     changed = difference(existing.settings, wanted)
     if changed:
@@ -156,7 +156,7 @@ def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float
 
 
 def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Return the script for sbatch and upper limits of the run's cost."""
+    """Return the first jobs' script and time limit, and an upper limit on the run's GPU hours."""
     from orchestrator.cluster.sbatch import gpu_count
     from orchestrator.cluster.slurm import SlurmQueue
     from orchestrator.worker.job_main import job_main
@@ -171,7 +171,7 @@ def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _wait(run: Run, quiet: bool) -> None:
-    """Wait until no job is left; meanwhile restart broken chains. Ctrl-C ends only the wait, not the run.
+    """Show the run until no job is left, and restart broken chains meanwhile. Ctrl-C ends the display, not the run.
 
     Raises LeaderboardError if the database can't be used for PATIENCE_S (full disk, server down).
     """
@@ -227,7 +227,7 @@ class _Waiting:
         else:
             self.say(_line(state))
         if not has_jobs(state):
-            return state["state"] in STOPPED or not self._mend()  # no job is left, and none has to be started
+            return state["state"] in STOPPED or not self._mend()  # over, unless broken chains were restarted
         if time.time() - self._mended_at > MEND_EVERY_S:  # a killed job may have broken its chain
             self._mend()
         return False

@@ -24,14 +24,14 @@ def show(*views: RenderableType) -> None:
 
 
 def _table(*headings: str, title: str | None = None) -> Table:
-    """Make a table without borders, which fits in 80 characters."""
+    """Make a table without borders, so that it fits in 80 characters."""
     return Table(
         *headings, title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left"
     )
 
 
 def _add_whole(table: Table, heading: str, cells: Sequence[str]) -> None:
-    """Add a column whose cells are never cut off: other columns shrink, and a long heading is wrapped."""
+    """Add a column whose cells are never cut off. Instead, other columns shrink, and a long heading is wrapped."""
     width = max([min(len(heading), 10), *map(len, cells)])
     folded = Text(heading, no_wrap=False, overflow="fold")
     table.add_column(folded, justify="right", no_wrap=True, min_width=width, max_width=width)

@@ -1,6 +1,6 @@
 """`orch doctor`: check that this cluster, this file system and this environment are ready for a run.
 
-It gathers facts first; pure functions then judge them and return findings, each with a level and advice.
+Some functions gather facts; pure functions evaluate the facts and return findings, each with a level and advice.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def examine(
 ) -> list[Finding]:
     """Run all checks. wait_s: how long to wait for the two-node job to start. say: called with progress messages.
 
-    Leaves nothing behind: it deletes the files that it writes, and its job ends or is cancelled before it returns.
+    Leaves nothing behind: before it returns, its files are deleted, and the two-node job is over or cancelled.
     """
     settings, findings = _read_settings(settings_file)
     several_nodes = has_slurm() and settings.several_nodes
@@ -80,7 +80,7 @@ def _read_settings(file: Path | None) -> tuple[Settings, list[Finding]]:
 
 @contextmanager
 def _scratch_folder(runs_dir: Path) -> Iterator[Path | OSError]:
-    """Create a folder on the file system of the runs, and remove it at the end. Yields the error if that fails."""
+    """Create, yield and finally remove a folder on the runs' file system. If it can't be created, yield the error."""
     try:
         above = nearest_folder(runs_dir.expanduser())
         folder = tempfile.TemporaryDirectory(prefix=".orch-doctor-", dir=above, ignore_cleanup_errors=True)
@@ -96,7 +96,7 @@ def _examine_slurm(
 ) -> tuple[list[Finding], Needs | None]:
     """Return findings about Slurm, and what the two-node test needs (None: no test is wanted or possible).
 
-    given: whether these are the user's settings. lock: the lock that a run launched here would use.
+    given: whether the user named a settings file. lock: the lock that a run launched here would use.
     """
     if settings.executor in ("local", "inline") and not two_nodes:
         what = f"not checked: the settings' executor is {settings.executor}"
@@ -137,7 +137,7 @@ def _room_for_test(wanted: object, facts: SlurmFacts) -> tuple[int, int]:
 
 
 def _judge_database(settings: Settings, runs_dir: Path) -> Finding:
-    """Judge the database named in the settings. The folder of a separate SQLite file is not examined."""
+    """Check the database named in the settings. If it is a separate SQLite file, its folder is not examined."""
     url = str(settings.database)
     if not settings.uses_server:
         what = f"the database {url} is a separate file, but the locks were tested in {runs_dir}"

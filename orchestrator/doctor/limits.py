@@ -39,7 +39,7 @@ class Accounting:
     """The rows of Slurm's accounting database that apply to a user's job; None: not known."""
 
     association: Row | None = None
-    accounts: tuple[Row, ...] = ()  # the association's account, its parent, and so on to the root
+    accounts: tuple[Row, ...] = ()  # the association's account, the account's parent, and so on to the root
     job_qos: Row | None = None
     partition_qos: Row | None = None
 
@@ -75,7 +75,7 @@ def _first(rows: Iterable[Row | None], column: str, name: str) -> Limit | None:
 
 
 def submit_limits(given: Accounting) -> list[Limit]:
-    """Return the limits on queued and running jobs: of the user, of the account, and of all users together."""
+    """Return the limits on how many jobs are queued or running: per user, per account, and for all users together."""
     limits = (
         _first(given.qos(), "MaxSubmitPU", "MaxSubmitJobsPerUser")
         or _first([given.association], "MaxSubmit", "MaxSubmitJobs"),
@@ -86,7 +86,7 @@ def submit_limits(given: Accounting) -> list[Limit]:
 
 
 def run_limits(given: Accounting) -> list[Limit]:
-    """Return the limits on jobs that run at the same time: of the user, and of all users together."""
+    """Return the limits on how many jobs run at the same time: per user, and for all users together."""
     limits = (
         _first(given.qos(), "MaxJobsPU", "MaxJobsPerUser") or _first([given.association], "MaxJobs", "MaxJobs"),
         _first(given.all_rows(), "GrpJobs", "GrpJobs"),
@@ -95,7 +95,7 @@ def run_limits(given: Accounting) -> list[Limit]:
 
 
 def judge_submission(limits: Sequence[Limit], workers: int, others: int, enforced: bool) -> list[Finding]:
-    """Judge limits on submitted jobs. others: how many queued jobs of the user are not this run's."""
+    """Compare the run's jobs with the limits on submitted jobs. others: how many other jobs the user has queued."""
     if limits and not enforced:
         what = f"{', '.join(map(str, limits))}: set, but this cluster does not enforce limits"
         return [Finding("ok", TOPIC, what)]
@@ -125,7 +125,7 @@ def _judge_one(limit: Limit, workers: int, others: int) -> Finding | None:
 
 
 def judge_cluster(config: Mapping[str, str], workers: int) -> list[Finding]:
-    """Judge the cluster-wide limits: MaxArraySize, max_array_tasks and MaxJobCount."""
+    """Compare the number of workers with the cluster-wide limits MaxArraySize, max_array_tasks and MaxJobCount."""
     findings = []
     tasks = _pairs(config.get("SchedulerParameters", "")).get("max_array_tasks")
     for text, name in ((config.get("MaxArraySize"), "MaxArraySize"), (tasks, "SchedulerParameters' max_array_tasks")):
@@ -144,7 +144,7 @@ def judge_cluster(config: Mapping[str, str], workers: int) -> list[Finding]:
 
 
 def judge_running(given: Accounting, workers: int, gpus: int, enforced: bool) -> list[Finding]:
-    """Judge limits on running jobs and on GPUs in use, which only delay jobs. gpus: how many one worker uses."""
+    """Compare the run with the limits on running jobs and on GPUs in use. Most only delay jobs. gpus: per worker."""
     if not enforced:
         return []
     limits = run_limits(given)

@@ -17,14 +17,14 @@ from orchestrator.locking.proof import Access, Counted, Tally, count, percentile
 from orchestrator.messages import counted
 
 INCREMENTS = 300  # how often each process increments each counter
-SLOW_S = 2.0  # a wait that slows down training, as a chunk has about two transactions
+SLOW_S = 2.0  # longer waits slow down training, as a chunk needs about two transactions
 NAMES: Mapping[Counted, str] = {"lock": "file lock", "database": "SQLite database"}
 TOPIC = "lock test"
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """The reason why the final number can't be read."""
+    """Used instead of the final number if it can't be read. why: the error message."""
 
     why: str
 
@@ -37,7 +37,7 @@ def prepare_database(folder: Path) -> None:
 
 
 def counted_in_database(folder: Path) -> int:
-    """Return the counter. Raises LeaderboardError, also if SQLite finds the file damaged."""
+    """Return the counter's value. Raises LeaderboardError if the database can't be used or is damaged."""
     with Database(None, folder).transaction() as connection:
         check = connection.exec_driver_sql("PRAGMA integrity_check").scalar_one()
         if check != "ok":
@@ -61,7 +61,7 @@ def count_in_database(folder: Path, times: int, limit_s: float) -> Tally:
 
 
 def _is_busy(error: Exception) -> bool:
-    """Return whether SQLite reported a locked file. The cause can be an error of SQLAlchemy or of the driver."""
+    """Return whether SQLite found its file locked. `error.__cause__` can be an error of SQLAlchemy or of the driver."""
     cause = getattr(error.__cause__, "orig", error.__cause__)
     return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
@@ -70,7 +70,7 @@ def _is_busy(error: Exception) -> bool:
 
 
 def judge_counts(kind: Counted, tallies: Sequence[Tally], final: int | Unreadable, where: str) -> list[Finding]:
-    """Judge one counter. final: its last value. where: describes the hosts that counted, for the messages."""
+    """Check one counter for lost updates, errors and long waits. final: its last value. where: names the hosts."""
     name = f"{NAMES[kind]}, {where}"
     done = sum(tally.done for tally in tallies)
     problems = _judge_errors(name, tallies)
@@ -123,7 +123,7 @@ QUOTA = {
 
 
 def lock_advice(fstype: str, options: Sequence[str]) -> Finding:
-    """Judge whether flock, which a run prefers to other locks, holds between the nodes that mount this file system.
+    """Return whether flock works between the nodes that mount this file system. A run prefers flock to other locks.
 
     fstype and options: as in /proc/self/mountinfo.
     """
@@ -140,6 +140,6 @@ def _level(facts: LockFacts) -> Level:
 
 
 def quota_command(mount: Mount) -> str | None:
-    """Return a command that shows the user's quota, which may be less than the free space; None: not known."""
+    """Return a command that shows the user's quota, which may be less than the free space; None: no known command."""
     command = QUOTA.get(mount.fstype)
     return command.format(point=mount.point) if command else None

@@ -28,7 +28,7 @@ FILES_LOW = 10_000
 PYTHON_TIMEOUT_S = 180.0  # importing torch from a busy shared file system can take minutes
 
 PACKAGES = ("torch", "torchvision", "numpy", "submitit", "sqlalchemy", "filelock", "pydantic", "scikit-learn")
-# Run in a separate process: a broken torch may crash it, and importing torch takes much memory.
+# Run in a separate process, because a broken torch may crash Python, and importing torch takes much memory.
 LOOK_AT_PYTHON = """
 import importlib.metadata, json, sys
 facts = {"python": sys.version.split()[0], "versions": {}}
@@ -67,12 +67,12 @@ class FolderFacts:
     runs_dir: str
     exists: bool
     looked_at: str  # the folder itself or that parent
-    not_writable: str | None  # why the folder can't be written; None: it can
+    not_writable: str | None  # why no file can be created in the folder; None: it is writable
     mode: int
     mount: Mount | None
     free_bytes: int
     free_files: int | None  # free inodes; None: this file system has no limit on files
-    lock_error: str | None  # why no lock protects a database in this folder
+    lock_error: str | None  # why no lock protects a database in this folder; None: one does, or none was tested
     lock: Choice | None = None  # the lock that a run launched here would use
 
 
@@ -94,7 +94,7 @@ def look_at_python(timeout_s: float = PYTHON_TIMEOUT_S) -> PythonFacts:
 def look_at_folder(
     runs_dir: Path, scratch: Path | OSError, several_nodes: bool, wanted: WantedLock | None
 ) -> FolderFacts:
-    """scratch: a folder beside the runs, or why there is none. wanted: the settings' lock; None: no lock needed."""
+    """scratch: a folder beside the runs, or why it can't be created. wanted: the settings' lock; None: none needed."""
     folder = nearest_folder(runs_dir.expanduser()).resolve()
     lock, lock_error = None, None
     if isinstance(scratch, Path) and wanted is not None:
@@ -118,7 +118,7 @@ def look_at_folder(
 
 
 def look_at_home() -> str | None:
-    """Return why the home folder can't be written; None: it can."""
+    """Return why the home folder is not writable; None: it is writable."""
     try:
         with tempfile.TemporaryFile(dir=Path.home()) as file:
             file.write(b"orch doctor")
@@ -131,7 +131,7 @@ def look_at_home() -> str | None:
 
 
 def judge_python(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, host: str | None = None) -> list[Finding]:
-    """gpus_listed: by nvidia-smi. gpu_expected: it is an error if torch sees none. host: None for this one."""
+    """gpus_listed: by nvidia-smi. gpu_expected: whether having no GPU is an error. host: None means this machine."""
     where, topic = ("here", "python") if host is None else (f"on {host}", f"python on {host}")
     if facts.error:
         do = (
@@ -203,7 +203,7 @@ def judge_disk(facts: FolderFacts) -> list[Finding]:
 
 
 def judge_home(error: str | None) -> Finding:
-    """error: why the home folder can't be written."""
+    """Check that the home folder is writable. error: why it is not; None: it is writable."""
     if error is None:
         return Finding("ok", "home", "the home folder is writable")
     do = "set TORCH_HOME and XDG_CACHE_HOME to writable folders (for jobs, in slurm.setup), or delete files there"
@@ -211,8 +211,8 @@ def judge_home(error: str | None) -> Finding:
 
 
 def judge_locks(facts: FolderFacts, slurm: bool, server: bool, proven: bool | None) -> list[Finding]:
-    """slurm: jobs run on several nodes. server: the database is a server, which needs no file lock.
-    proven: the result of the two-node test's locks; None: not tested."""
+    """Check the locks on the runs folder. slurm: do jobs run on several nodes? server: is the database a server?
+    proven: did the locks hold in the two-node test? None: not known."""
     if server:
         return [Finding("ok", "locks", "the database is a server, which needs no file lock")]
     advice = _mount_advice(facts, slurm)

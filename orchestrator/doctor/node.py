@@ -27,7 +27,7 @@ TASK, FROM_LOGIN, SCRIPT = "task.json", "from-login", "worker.sbatch"
 COUNTER, DATABASE = "counter", "database"  # the file with the counter, and the scratch database's folder
 BYTES = 2**20  # the size of each file that one machine writes and another reads
 TASKS = 2
-MEETING_S = 120.0  # how long a task waits for the others; NFS caches attributes for up to a minute
+MEETING_S = 120.0  # how long a task waits for the other tasks; long, as NFS caches attributes for up to a minute
 LOCK_TIMEOUT_S = 60.0
 
 
@@ -43,11 +43,11 @@ class NodeTask(BaseModel):
 
 
 class NodeReport(BaseModel):
-    """The results of one task; None: the task did not get to this step."""
+    """The results of one task. Unless noted otherwise, None means that the task did not reach this step."""
 
     task: int
     host: str
-    folder_problem: str | None = None  # how the login node's file differs here; None: it does not
+    folder_problem: str | None = None  # what is wrong with the login node's file as read here; None: nothing
     written_sha256: str | None = None  # the SHA-256 of this task's own file
     mount: Mount | None = None
     can_submit: Answer | None = None
@@ -71,7 +71,7 @@ def _report_path(folder: Path, task: int) -> Path:
 
 
 def write_report(folder: Path, report: NodeReport) -> None:
-    """Raises OSError."""
+    """Write the task's report. Raises OSError."""
     write(_report_path(folder, report.task), report.model_dump_json().encode())
 
 
@@ -96,7 +96,7 @@ def main(folder: str, _worker: int) -> None:
 
 
 def _save(report: NodeReport, scratch: Path) -> None:
-    with contextlib.suppress(OSError):  # the next report may be written
+    with contextlib.suppress(OSError):  # continue: writing the next report may succeed
         write_report(scratch, report)
 
 
@@ -151,7 +151,7 @@ def _look_at_needs(report: NodeReport, scratch: Path, asked: NodeTask) -> None:
 
 
 def database_error(url: str, folder: Path) -> str | None:
-    """Return why the database server does not answer; None: it answers. Only reads."""
+    """Return why the database server does not answer; None: it answers. Does not change the database."""
     os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # s; without it, dropped packets block the connection for minutes
     try:
         with Database(url, folder).transaction(own_lock=False) as connection:
@@ -174,5 +174,5 @@ def sha256_of(path: Path) -> str:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Raises OSError."""
+    """Write a file atomically. Raises OSError."""
     publish(path, lambda target: target.write(data))

@@ -12,7 +12,7 @@ from orchestrator.doctor.findings import Finding, Level, worst
 from orchestrator.messages import counted
 
 TOPIC = "partition"
-# sinfo's states of nodes that run no jobs now but may later, without the suffix (* not responding, ~ powered off, ...).
+# sinfo's states of nodes that can't start jobs now but may later; without suffixes such as * (not responding).
 AWAY = ("down", "drain", "drained", "draining", "fail", "failing", "inval", "maint", "unknown", "future", "reboot")
 STATES = {
     "DOWN": "it accepts jobs but starts none",
@@ -38,7 +38,7 @@ class Node:
         return self.state.rstrip("*~#!%$@^-+") in AWAY or self.state.endswith("*")
 
     def gpus(self, kind: str | None) -> int:
-        """Return the number of GPUs of this type; kind None: of all types."""
+        """Return the number of the node's GPUs of type `kind`; None: of all types."""
         total = 0
         for part in re.sub(r"\([^)]*\)", "", self.gres).split(","):  # remove the cores from gpu:a100:4(S:0-1)
             name, *rest = part.strip().split(":")
@@ -106,7 +106,7 @@ def need_of(request: Request, tasks: int) -> Need:
 
 
 def _gpus_asked(options: Mapping[str, object], tasks: int) -> tuple[str | None, int]:
-    """Return the GPUs' (type, number), given as "2", "a100:2", or the gres "gpu:a100:2"."""
+    """Return (type, number) of the requested GPUs; sbatch accepts "2", "a100:2", or the gres "gpu:a100:2"."""
     for key, times in (("gpus-per-node", 1), ("gpus", 1), ("gpus-per-task", tasks)):
         if key in options:
             kind, count = _kind_and_count(str(options[key]))
@@ -156,7 +156,7 @@ def names_of(wanted: object, partitions: Sequence[Partition]) -> list[str]:
 def judge_partition(
     wanted: object, partitions: Sequence[Partition], nodes: Sequence[Node], request: Request, need: Need
 ) -> list[Finding]:
-    """Judge the wanted partitions (see `names_of`). If the job fits one of them, errors in the others are warnings."""
+    """Check that the job fits a wanted partition (see `names_of`). If so, errors in the others become warnings."""
     known = {partition["PartitionName"]: partition for partition in partitions if "PartitionName" in partition}
     judged = [
         _judge_one(name, known, [node for node in nodes if node.partition == name], request, need)
@@ -194,7 +194,7 @@ def _judge_one(
 def _problems(
     name: str, known: Mapping[str, Partition], nodes: Sequence[Node], request: Request, need: Need
 ) -> Iterator[Finding]:
-    """Find problems with the partition's state, time limit, nodes and submit hosts. nodes: the partition's own."""
+    """Find problems with the partition's state, time limit, nodes and submit hosts. nodes: the partition's nodes."""
     row = known[name]
     others = [other for other, values in known.items() if values.get("State") == "UP" and other != name]
     if (state := row.get("State", "UP")) != "UP":

@@ -1,4 +1,4 @@
-"""Query Slurm with read-only commands. `slurm_rules` judges the answers."""
+"""Query Slurm with read-only commands. `slurm_rules` evaluates the answers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from orchestrator.doctor.partition import Node, Partition, names_of, read_config
 ASSOCIATION = ("Cluster", "Account", "User", "Partition", "MaxJobs", "MaxSubmit", "GrpJobs", "GrpSubmit", "DefaultQOS")
 ACCOUNT = ("Account", "ParentName", "GrpJobs", "GrpSubmit")
 QOS = ("Name", "MaxSubmitPU", "MaxSubmitPA", "GrpSubmit", "MaxJobsPU", "GrpJobs", "MaxTRESPU", "Flags")
-# sacctmgr's names of the columns in format=, where they differ from the headings that it prints.
+# Columns whose name in sacctmgr's format= option differs from the heading that sacctmgr prints.
 LONG = {
     "MaxSubmit": "MaxSubmitJobs", "GrpSubmit": "GrpSubmitJobs", "MaxSubmitPU": "MaxSubmitJobsPerUser",
     "MaxSubmitPA": "MaxSubmitJobsPerAccount", "MaxJobsPU": "MaxJobsPerUser", "MaxTRESPU": "MaxTRESPerUser",
 }  # fmt: skip
-DEEPEST = 10  # how many levels of parent accounts are read
+DEEPEST = 10  # read at most this many levels of accounts
 
 
 @dataclass(frozen=True, slots=True)
 class SlurmFacts:
-    """Slurm's answers."""
+    """What Slurm reported."""
 
     version: str | None
-    answers: bool  # False: only `version` and `answer` are known
+    answers: bool  # does Slurm answer? False: only `version` and `answer` are known
     answer: Answer  # the answer of sbatch --test-only to the run's own script
     config: Mapping[str, str] = field(default_factory=dict)
     partitions: tuple[Partition, ...] = ()
@@ -51,11 +51,11 @@ def has_slurm() -> bool:
 
 
 def ask_slurm(queue: SlurmQueue, run_name: str, workers: int) -> SlurmFacts:
-    """Gather Slurm's answers. queue: made from the settings. Raises SettingsError if slurm_file can't be read."""
+    """Query Slurm. queue: made from the settings. Raises SettingsError if the settings' slurm_file can't be read."""
     version = (run_slurm(["sinfo", "--version"]) or "").strip() or None
     config = read_config(run_slurm(["scontrol", "show", "config"]))
     if not config:
-        return SlurmFacts(version, False, ask_sbatch("#!/bin/sh\n"))  # sbatch gives the clearest reason
+        return SlurmFacts(version, False, ask_sbatch("#!/bin/sh\n"))  # sbatch's error message is the clearest
     partitions = tuple(map(read_pairs, (run_slurm(["scontrol", "-o", "show", "partition"]) or "").splitlines()))
     facts = SlurmFacts(
         version,
@@ -97,14 +97,14 @@ def _rows(what: str, columns: Sequence[str], *where: str) -> tuple[dict[str, str
 
 
 def _association(user: str, account: str, cluster: str, partition: str) -> Row | None:
-    """Return the user's association; one for this partition takes precedence over one for all partitions."""
+    """Return the user's association with the account: the one for this partition, else the one for all partitions."""
     where = [f"user={user}", f"account={account}", *([f"cluster={cluster}"] if cluster else [])]
     mine = [row for row in _rows("assoc", ASSOCIATION, *where) if row["Partition"] in ("", partition)]
     return max(mine, key=lambda row: row["Partition"] == partition, default=None)
 
 
 def _ancestors(account: str, cluster: str) -> Iterator[Row]:
-    """Yield the row of the account, of its parent, and so on."""
+    """Yield the row of the account, then that of its parent, and so on."""
     for _ in range(DEEPEST):
         where = [f"account={account}", "user=", *([f"cluster={cluster}"] if cluster else [])]
         account_rows = _rows("assoc", ACCOUNT, *where) if account else ()

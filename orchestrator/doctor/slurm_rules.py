@@ -1,4 +1,4 @@
-"""Compare Slurm's answers with what the settings ask for. Pure functions."""
+"""Compare what Slurm reported with what the settings request. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.errors import Refusal
 def judge_slurm(
     facts: SlurmFacts, asked: Request, need: Need, workers: int, eon_lifetime_s: float | None
 ) -> list[Finding]:
-    """Judge Slurm's answers. eon_lifetime_s: None if the user has not given settings."""
+    """Evaluate what Slurm reported. eon_lifetime_s: None if the user has not given settings."""
     if not facts.answers:
         what = f"Slurm's commands are installed, but Slurm does not answer: {facts.answer.said[-300:]}"
         do = "run `scontrol ping`; check that SLURM_CONF is right, munge runs, and this node belongs to the cluster"
@@ -46,7 +46,7 @@ def _judge_accounting(facts: SlurmFacts) -> Finding:
 
 
 def _judge_answer(facts: SlurmFacts, asked: Request, workers: int) -> Finding:
-    """Judge the answer of sbatch --test-only to the script of the run's first jobs."""
+    """Evaluate what sbatch --test-only said about the script of the run's first jobs."""
     if facts.answer.taken:
         return Finding("ok", "submission", f"sbatch --test-only accepts the run's jobs ({workers})")
     if facts.answer.refusal is Refusal.UNREACHABLE:

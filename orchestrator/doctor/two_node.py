@@ -48,7 +48,7 @@ class Needs:
     gpu: bool  # does a worker need a GPU?
     nodes_up: int = 2  # how many nodes of the partition are up
     limit_min: int = TIME_MIN  # the job's time limit
-    refused_here: bool = False  # does sbatch refuse the script on this machine, too?
+    refused_here: bool = False  # does sbatch also refuse the script on this machine?
     lock: LockKind = "flock"  # the lock that a run launched here would use
 
     @property
@@ -71,7 +71,7 @@ class TestOutcome:
 
     nodes: int  # how many nodes the job requested
     reports: tuple[node.NodeReport | None, ...]  # one per task; None: no report
-    counted: Mapping[proof.Counted, int | Unreadable]  # the final numbers; empty with a database server
+    counted: Mapping[proof.Counted, int | Unreadable]  # the counters' final values; empty with a database server
     wrong_files: tuple[str, ...]  # descriptions of task files that differ here from what the task wrote
     ended: str  # how the job ended, in Slurm's words
     stopped: str | None = None  # why the doctor cancelled the job; None: it ended by itself
@@ -86,10 +86,10 @@ class TestOutcome:
 
 
 def prove(needs: Needs, scratch: Path, wait_s: float, say: Say) -> Proof:
-    """Run the test and judge its results. scratch: a folder beside the runs. wait_s: how long to wait for its start.
+    """Run the test and evaluate its results. scratch: a folder beside the runs. wait_s: how long the job may wait.
 
-    Cancels the job before it returns, and also after Ctrl-C or SIGTERM, which it re-raises. If Slurm stops responding,
-    the job ends at its own time limit.
+    A job that is not over is cancelled before this function returns or raises, also after Ctrl-C or SIGTERM. If Slurm
+    does not respond then, the job ends at its own time limit.
     """
     findings: list[Finding] = []
     nodes = 2 if needs.nodes_up >= 2 else 1
@@ -144,7 +144,7 @@ def _prepare(needs: Needs, scratch: Path) -> None:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Raise SystemExit in the block on SIGTERM, so that the job is cancelled as after Ctrl-C."""
+    """Raise SystemExit in the block when SIGTERM arrives, so that the job is cancelled, as it is after Ctrl-C."""
 
     def leave(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
@@ -157,7 +157,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _wait(job: ProbeJob, limit_min: int, wait_s: float, say: Say) -> tuple[ProbeState, str | None]:
-    """Wait until the job is over. Returns its last state, and why it must be cancelled (None: it ended by itself)."""
+    """Wait until the job is over or must be cancelled. Returns the last state, and why to cancel (None: it is over)."""
     queued_at = time.monotonic()
     started_at: float | None = None
     told = ProbeState(None)
@@ -181,7 +181,7 @@ def _wait(job: ProbeJob, limit_min: int, wait_s: float, say: Say) -> tuple[Probe
 
 
 def _collect(needs: Needs, scratch: Path, nodes: int, last: ProbeState, stopped: str | None) -> TestOutcome:
-    """Read the tasks' files, which may take a while to appear on this machine."""
+    """Wait until the tasks' files appear on this machine, and read them."""
     well = stopped is None and last.state in ("", "COMPLETED")
     end = time.monotonic() + (APPEAR_S if well else APPEAR_S / 10)
     while True:
@@ -218,7 +218,7 @@ def _file_problem(scratch: Path, report: node.NodeReport) -> str | None:
 
 
 def judge(outcome: TestOutcome, needs: Needs) -> list[Finding]:
-    """Judge everything that the nodes reported, or explain why they reported nothing."""
+    """Evaluate everything that the nodes reported, or explain why they reported nothing."""
     reports = outcome.received
     if not reports:
         return [_judge_silence(outcome)]
@@ -283,7 +283,7 @@ def _judge_submission(reports: Sequence[node.NodeReport], refused_here: bool) ->
 
 
 def _judge_mounts(reports: Sequence[node.NodeReport]) -> list[Finding]:
-    """Judge the mount options on the nodes, which may differ from those on the login node."""
+    """Check the mount options on the nodes, which may differ from those on the login node."""
     findings = []
     for report in reports:
         advice = lock_advice(report.mount.fstype, report.mount.options) if report.mount else None
@@ -293,7 +293,7 @@ def _judge_mounts(reports: Sequence[node.NodeReport]) -> list[Finding]:
 
 
 def _judge_counts(outcome: TestOutcome) -> list[Finding]:
-    """Judge the counts that every task has finished: without all tasks, the expected sum is not known."""
+    """Check each counter for which all tasks reported their increments; otherwise the expected value is not known."""
     where = f"between {_and(outcome.hosts)}" if len(outcome.hosts) > 1 else f"on {outcome.hosts[0]} alone"
     findings = []
     for kind, final in outcome.counted.items():

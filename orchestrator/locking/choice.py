@@ -1,7 +1,7 @@
-"""Choose the lock that protects a run's SQLite database; it is tested at launch and recorded with the run.
+"""Choose the lock that protects a run's SQLite database. The lock is tested at launch and recorded with the run.
 
-The choice is written beside the database (`NAME.lock.json`) before the database is created, and each process reads it
-before it acquires any lock, because mixing lock kinds gives no protection.
+The choice is written to `NAME.lock.json` beside the database before the database is created. Each process reads this
+file before it acquires a lock: processes that used different kinds of lock would not exclude each other.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class Choice:
         return f"{NAMES[self.kind]}, {self.why}"
 
 
-_proven: set[tuple[int, LockKind]] = set()  # (device, kind) that this process has proven
+_proven: set[tuple[int, LockKind]] = set()  # (device, kind) pairs that passed `prove` in this process
 UNRECORDED = Choice("flock", "the default, as no choice is recorded")
 
 
 def choose(folder: Path, several_nodes: bool, wanted: WantedLock) -> Choice:
-    """Test kinds of lock in this folder until one protects. Takes some tenths of a second.
+    """Test kinds of lock in this folder, and return the first that protects. Takes some tenths of a second.
 
     several_nodes: whether processes of the run may be on more than one machine. Raises LockError if no lock protects,
-    OSError if the folder can't be written or no process can be started.
+    and OSError if the folder is not writable or a process can't be started.
     """
     mount = mount_here(folder.resolve())
     return decide(mount, several_nodes, wanted, lambda kind: _prove_once(folder, kind), sqlite_locks_work(folder))
@@ -60,7 +60,7 @@ def decide(
     problem_of: Callable[[LockKind], str | None],
     sqlite_locks: bool = True,
 ) -> Choice:
-    """Return the first lock that protects. problem_of: tests a kind of lock on this machine; see `prove`.
+    """Return the first kind of lock that protects. problem_of: tests a kind on this machine, as `prove` does.
 
     Raises LockError if no lock protects; the message names each lock's problem and what to do.
     """
@@ -82,17 +82,17 @@ def decide(
 
 
 def _candidates(facts: LockFacts, several_nodes: bool, wanted: WantedLock) -> tuple[LockKind, ...]:
-    """Return the kinds of lock to test, the best first; empty if none can protect.
+    """Return the kinds of lock to test, best first; an empty tuple if none can protect.
 
-    A test on one machine shows nothing about two, so with several nodes flock is tested only if the servers of the file
-    system are known to manage it, or if the settings ask for it and the mount does not rule it out.
+    A test on one machine can't show whether flock works between nodes. With several nodes, flock is tested only if the
+    file system's servers are known to manage it, or if the settings ask for it and the mount does not rule it out.
     """
     if wanted == "flock":
         known_bad = several_nodes and not facts.local and facts.flock in ("machine", "nowhere")
         return () if known_bad else ("flock",)
     if wanted == "auto" and (facts.local or facts.flock == "nodes"):
         return ("flock", "soft")
-    # The soft lock comes first even if all workers are on one machine: commands may run on another.
+    # The soft lock comes first even if all workers are on one machine: `orch` commands may run on another.
     soft: tuple[LockKind, ...] = ("soft",) if facts.links else ()
     if wanted == "auto" and not several_nodes and facts.flock != "nowhere":
         return (*soft, "flock")
@@ -100,7 +100,7 @@ def _candidates(facts: LockFacts, several_nodes: bool, wanted: WantedLock) -> tu
 
 
 def _prove_once(folder: Path, kind: LockKind) -> str | None:
-    """Call `prove` once per file system, as a sweep launches many runs on the same one."""
+    """Like `prove`, but skip a test already passed on this file system: a sweep launches many runs on the same one."""
     place = (folder.stat().st_dev, kind)
     problem = None if place in _proven else prove(folder, kind)
     if problem is None:
@@ -116,13 +116,13 @@ def record_path(database: Path) -> Path:
 
 
 def write_record(database: Path, choice: Choice) -> None:
-    """Raises OSError."""
+    """Write the choice beside the database. Raises OSError."""
     text = json.dumps(asdict(choice), indent=1)
     publish(record_path(database), lambda target: target.write(text.encode()))
 
 
 def read_record(database: Path) -> Choice:
-    """Return the lock that every process uses for this database. Raises LockError if it is not known."""
+    """Return the lock that all processes must use for this database. Raises LockError if this can't be determined."""
     path = record_path(database)
     try:
         choice = Choice(**json.loads(path.read_bytes()))

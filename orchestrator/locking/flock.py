@@ -1,4 +1,4 @@
-"""The lock around the SQLite database: like filelock's, but processes get it in the order in which they asked."""
+"""The flock around the SQLite database. Unlike filelock, it serves processes in the order in which they asked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from filelock import Timeout
 from orchestrator.files.run_folder import LOCK_SUFFIX
 
 LOCK_TIMEOUT_S = 300.0
-# The first process in the queue retries after a tenth of the time that it has waited, within these bounds.
+# The first process in the queue waits between attempts for a tenth of its waiting time so far, within these bounds.
 FIRST_POLL_S, LAST_POLL_S = 0.0001, 0.01
 
 
@@ -25,13 +25,13 @@ class Lock(ABC):
     """A lock on a file, to be used in a `with` block."""
 
     def __init__(self, lock_file: str | os.PathLike[str], timeout: float) -> None:
-        """timeout: how long `acquire` waits by default, in seconds; below 0: without limit."""
+        """timeout: how many seconds `acquire` waits by default; below 0: without limit."""
         self.lock_file = str(lock_file)
         self.timeout = timeout
 
     @abstractmethod
     def acquire(self, timeout: float | None = None) -> Self:
-        """Wait at most `timeout` seconds (None: the lock's timeout). Raises filelock.Timeout, LockError and OSError."""
+        """Get the lock within `timeout` seconds (None: self.timeout). Raises filelock.Timeout, LockError, OSError."""
 
     @abstractmethod
     def release(self) -> None: ...
@@ -44,15 +44,15 @@ class Lock(ABC):
 
 
 class FairFileLock(Lock):
-    """A queue in front of flock on the same file as `filelock.FileLock`, so that the two classes exclude each other.
+    """A fair flock. It locks the same file as `filelock.FileLock`, so the two classes exclude each other.
 
-    FileLock polls, so under contention the order is random: with 64 processes the p99 of the waits was 1.8 s, against
-    0.27 s in the kernel's own queue of blocked flock calls. Here a process first blocks in flock on a second file
-    (`NAME.queue`). While it holds the queue file, it polls for the lock itself; only one process polls, so it can poll
-    often. It releases the queue file once it has the lock, so that the kernel wakes the next process during the
-    transaction (waking takes half as long as a short transaction).
+    FileLock polls, so waiting processes get the lock in random order: with 64 processes the p99 of the waits was 1.8 s,
+    against 0.27 s in the kernel's own queue of blocked flock calls. Here a process first blocks in flock on a second
+    file (`NAME.queue`). While it holds the queue file, it polls for the lock itself; as only one process polls, it can
+    poll often. Once it has the lock, it releases the queue file, so that the kernel wakes the next process during the
+    transaction: waking takes half as long as a short transaction.
 
-    The kernel releases both files when their holder dies. Neither is ever released because of its age.
+    The kernel unlocks both files when the process that locked them dies. No lock is broken because of its age.
     """
 
     def __init__(self, lock_file: str | os.PathLike[str], timeout: float = LOCK_TIMEOUT_S) -> None:
@@ -81,7 +81,7 @@ class FairFileLock(Lock):
         return self
 
     def _take(self) -> bool:
-        """Try to lock without waiting. False: another process has the lock, or has just removed the file."""
+        """Try to get the lock without waiting. Returns False if another process has it or has just removed the file."""
         fd = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,15 +103,15 @@ class FairFileLock(Lock):
 
 
 def _unlock(fd: int) -> None:
-    fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough if a forked child also has the file open
+    fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone does not unlock if a forked child also has the file open
     os.close(fd)
 
 
 def _flock_within(fd: int, timeout: float, lock_file: str) -> None:
-    """Lock fd exclusively, in the kernel's queue. If that fails, closes fd and raises Timeout or OSError.
+    """Lock fd exclusively, waiting in the kernel's queue. If this fails, close fd and raise Timeout or OSError.
 
-    flock has no timeout, so a thread waits. After the timeout the thread stays blocked, and closes fd as soon as it has
-    the lock.
+    flock has no timeout, so a thread calls it. After the timeout, that thread stays blocked until it gets the lock, and
+    then closes fd, which releases the lock.
     """
     if timeout < 0:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -124,7 +124,7 @@ def _flock_within(fd: int, timeout: float, lock_file: str) -> None:
     except OSError:
         os.close(fd)
         raise
-    outcome: Future[OSError | None] = Future()  # after cancellation, the thread closes fd
+    outcome: Future[OSError | None] = Future()  # if it is cancelled, the thread closes fd
 
     def wait_for_lock() -> None:
         error: OSError | None = None

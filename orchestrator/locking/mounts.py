@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 # How far a lock reaches. nodes: all nodes that mount the file system. machine: only the processes of one node. unsure:
-# the mount does not show it; the server or its configuration decides. nowhere: locks fail or have no effect.
+# depends on the server or its configuration, which the mount does not show. nowhere: locks fail or have no effect.
 Reach = Literal["nodes", "machine", "unsure", "nowhere"]
 
 # File systems of one machine: the kernel manages the locks, and no other node sees the files.
@@ -53,9 +53,9 @@ class LockFacts:
     """What is known about the locks of a file system."""
 
     flock: Reach
-    links: bool  # is a hard link created by one process only, and seen by all nodes at once, as the soft lock needs?
+    links: bool  # can only one process create a hard link, and do all nodes see it at once? The soft lock needs both
     what: str
-    do: str = ""  # what the user can do; empty: nothing
+    do: str = ""  # what the user should do, if anything
     local: bool = False  # True: no other node sees the files
 
 
@@ -69,17 +69,17 @@ def mount_here(path: Path) -> Mount | None:
 
 
 def mount_of(mountinfo: str, path: str) -> Mount | None:
-    """Return the mount with the longest mount point above `path`, which must be absolute and without symbolic links. Of
-    several mounts at the same point, the last hides the others. None if no line matches."""
-    mounts = map(_mount, mountinfo.split("\n"))  # splitlines also splits at unescaped characters
+    """Return the mount that `path` is on, which has the longest matching mount point; None if no line matches. The last
+    of several mounts at one point hides the others. path: must be absolute and without symbolic links."""
+    mounts = map(_mount, mountinfo.split("\n"))  # splitlines would also split at characters that are not escaped
     above = [mount for mount in mounts if mount and PurePosixPath(path).is_relative_to(mount.point)]
     return max(reversed(above), key=lambda mount: len(mount.point), default=None)
 
 
 def _mount(line: str) -> Mount | None:
-    """Parse ID PARENT MAJOR:MINOR ROOT POINT OPTIONS [FIELD...] - TYPE SOURCE OPTIONS; see proc(5)."""
+    """Parse a line: ID PARENT MAJOR:MINOR ROOT POINT OPTIONS [FIELD...] - TYPE SOURCE OPTIONS; see proc(5)."""
     left, separator, right = line.partition(" - ")
-    before, after = left.split(" "), right.split(" ")  # the source may be empty
+    before, after = left.split(" "), right.split(" ")  # not split(), as the source may be empty
     if not separator or len(before) < 6 or len(after) < 3:
         return None
     options = dict.fromkeys(f"{before[5]},{after[2]}".split(","))
@@ -97,7 +97,7 @@ def lock_facts(fstype: str, options: Sequence[str]) -> LockFacts:
     """Return how far locks reach on a file system. fstype and options: as in /proc/self/mountinfo.
 
     The options do not prove that locks work: `locking.proof` tests the locks on this machine, and the doctor's two-node
-    test between two nodes.
+    test tests them between two nodes.
     """
     if fstype in LOCAL:
         what = f"{fstype} is a local file system: its locks hold between processes of one machine"

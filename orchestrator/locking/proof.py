@@ -1,8 +1,8 @@
 """Test whether a lock protects: processes increment a shared counter under the lock. If two processes hold the lock at
 once, updates are lost and the final number is too small.
 
-`prove` runs the test on one machine in a fraction of a second, before a run starts; the doctor's two-node test runs it
-for longer, between two nodes.
+`prove` runs this test on one machine, in a fraction of a second, before a run starts. The doctor's two-node test runs
+it between two nodes, and for longer.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from orchestrator.locking.soft_lock import SoftLock
 from orchestrator.records import LockKind
 
 Counted = Literal["lock", "database"]
-Access = tuple[Callable[[], int], Callable[[int], object]]  # (read, write) of the number, to be called under the lock
+Access = tuple[Callable[[], int], Callable[[int], object]]  # (read, write) functions; call them under the lock
 LOCKS: Mapping[LockKind, Callable[..., Lock]] = {"flock": FairFileLock, "soft": SoftLock}
 
 PAUSE_S = 0.001  # between reading and writing, so that without protection another process writes in between
-DIGITS = 12  # of the number in the file, zero-padded: each write then replaces the old number completely
+DIGITS = 12  # the file's number is zero-padded to this length, so that each write replaces the old number completely
 GIVE_UP_AFTER = 5  # errors in a row
 INCREMENTS = 25  # how often each of the two processes of `prove` increments the number
 _PACKAGE_PARENT = str(Path(__file__).parents[2])  # so that a child finds orchestrator even if it is not installed
-ANSWER_S = 20.0  # how long to wait for a child's answer: a busy machine starts Python slowly, and a lock may hang
+ANSWER_S = 20.0  # how long to wait for a child's answer: a busy machine starts Python slowly, but a lock may hang
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """The increments of one process."""
+    """How one process's increments went."""
 
     kind: Counted
     wanted: int
@@ -61,7 +61,7 @@ def count(
     limit_s: float,
     is_busy: Callable[[Exception], bool] = lambda error: False,
 ) -> Tally:
-    """Increment the number `times` times, each within `opened()`. limit_s: no increment starts after this time.
+    """Increment the number `times` times, each time within `opened()`. limit_s: seconds after which none is started.
 
     Stops early after GIVE_UP_AFTER errors in a row. is_busy: returns whether an error is SQLITE_BUSY.
     """
@@ -124,10 +124,10 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def prove(folder: Path, kind: LockKind) -> str | None:
-    """Return why a lock of this kind does not protect processes of this machine in this folder; None: it does.
+    """Return why this kind of lock fails between processes of this machine in this folder; None: it works.
 
-    While one process holds the lock, another must be refused; then both count under it. Takes about 0.3 s and removes
-    the files that it writes. Raises OSError if no process can be started or no file can be written.
+    While one process holds the lock, another must not get it; then both increment a counter under the lock. Takes about
+    0.3 s and removes the files that it writes. Raises OSError if it can't start a process or write a file.
     """
     scratch = tempfile.TemporaryDirectory(prefix=".lock-proof-", dir=folder, ignore_cleanup_errors=True)
     counter, lock_file = Path(scratch.name, "counter"), Path(scratch.name, "lock")
@@ -143,7 +143,7 @@ def prove(folder: Path, kind: LockKind) -> str | None:
 
 
 def _find_problem(children: Sequence[_Child], counter: Path) -> str | None:
-    """Test the lock; see `prove`. Raises TimeoutError, and LockError for a problem that a child reports."""
+    """Test the lock and return its problem; see `prove`. Raises TimeoutError, and LockError if a child fails."""
     first, second = children
     if _ask(first, "hold") != "held":
         return f"the lock could not be acquired within {ANSWER_S:.0f} s although no process held it"
@@ -175,7 +175,7 @@ class _Child:
             self._process.stdin.flush()
 
     def answer(self) -> str:
-        """Return the next answer. Raises TimeoutError, and LockError for a problem."""
+        """Return the next answer. Raises TimeoutError, and LockError if the child reports a problem or has died."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
             raise TimeoutError
@@ -211,7 +211,7 @@ def _child(kind: LockKind, counter: Path, lock_file: Path) -> Iterator[_Child]:
 def obey() -> None:
     """The main function of a `_Child`: read orders from standard input, answer on standard output."""
     kind, counter, lock_file = sys.argv[1:]
-    lock = LOCKS[kind](lock_file, timeout=ANSWER_S)  # type: ignore[index]  # one of its keys
+    lock = LOCKS[kind](lock_file, timeout=ANSWER_S)  # type: ignore[index]  # kind is a key of LOCKS
 
     def carry_out(order: str) -> str:
         if order == "release":
@@ -234,7 +234,7 @@ def obey() -> None:
 
 
 def sqlite_locks_work(folder: Path) -> bool:
-    """Return whether the file system accepts the locks that SQLite itself sets on its file (fcntl, not flock)."""
+    """Return whether the file system accepts the locks that SQLite itself sets on a database (fcntl, not flock)."""
     with tempfile.NamedTemporaryFile(prefix=".lock-proof-", dir=folder) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,12 +1,12 @@
-"""A lock made of files, for file systems whose flock does not reach every node.
+"""A lock made of files, for file systems whose flock does not work between nodes.
 
 filelock's `StrictSoftFileLock` decides which process holds the lock: each process publishes a claim under a unique name
-with a hard link, which the server creates atomically. filelock never breaks a claim. `SoftLock` removes a claim if its
-process is proven dead: it ran on this host, since this boot, and no process has its pid and its start time. Claim names
-are never reused, so several processes may remove the same dead claim, and none of them can remove a live one. A claim
-from another host is never removed, and no claim is removed because of its age.
+with a hard link, which the server creates atomically. filelock keeps the claims of dead processes. `SoftLock` removes a
+claim if its process is proven dead: the process ran on this host since the last boot, and no process has the same pid
+and start time now. As claim names are never reused, several processes can remove the same dead claim without removing a
+live one. Claims from other hosts are never removed, and no claim is removed because of its age.
 
-Waiting processes get the lock in no particular order, after some milliseconds: flock is better where it works.
+Waiting processes get the lock in no particular order and some milliseconds late, so flock is better where it works.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from orchestrator.locking.flock import Lock
 
 DEAD_CHECK_S = 0.5  # the time between two checks for dead claims, while waiting
 POLL_S = 0.01
-_TICK_BITS = 64  # the lower 64 bits of a claim's start are clock ticks since the boot; the upper bits, the boot's id
+_TICK_BITS = 64  # in a claim's `start`, the lower 64 bits count clock ticks since the boot; the rest is the boot's id
 
 
 class HeldError(Timeout):
@@ -53,7 +53,7 @@ class SoftLock(Lock):
         return self._inner.is_locked
 
     def acquire(self, timeout: float | None = None) -> Self:
-        """Raises HeldError, LockError if the lock's files are damaged or hard links do not work, and OSError."""
+        """Raises HeldError, OSError, and LockError if the lock's files are damaged or hard links do not work."""
         timeout = self.timeout if timeout is None else timeout
         end = None if timeout < 0 else time.monotonic() + timeout
         while True:
@@ -107,8 +107,8 @@ class SoftLock(Lock):
 
 
 def is_dead(claim: StrictSoftFileClaim) -> bool:
-    """Return whether the process that made this claim is proven dead. That is impossible for another host, boot or pid
-    namespace, or without a known start time."""
+    """Return whether the process that made this claim is proven dead. This can't be proven if it ran on another
+    host or in another boot or pid namespace, or if its start time is not known."""
     own = _own_claim(os.getpid())
     if claim.hostname != own.hostname or claim.start is None or own.start is None:
         return False
@@ -128,7 +128,7 @@ def is_dead(claim: StrictSoftFileClaim) -> bool:
 
 @functools.cache
 def _own_claim(pid: int) -> StrictSoftFileClaim:
-    """Return a claim of this process, as filelock writes it. pid: only the cache's key, so that a fork gets its own."""
+    """Return a claim of this process, as filelock writes it. pid: the cache's key, so that a fork gets its own."""
     with tempfile.TemporaryDirectory(prefix="orch-") as folder:
         lock = StrictSoftFileLock(Path(folder) / "lock", timeout=10)
         with lock:

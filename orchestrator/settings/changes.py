@@ -9,8 +9,8 @@ from typing import Any
 
 
 def changes(old: Any, new: Any, place: str = "") -> list[str]:
-    """Return a line for each value that differs, such as "profiles[0].learning_rate: 0.1 -> 0.05". Indices refer to the
-    new list, those of removed items to the old list."""
+    """Return a line for each value that differs, such as "profiles[0].learning_rate: 0.1 -> 0.05". Indices are those
+    in the new list; for removed items, those in the old list."""
     if old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
@@ -34,7 +34,7 @@ def _of_objects(old: Mapping[str, Any], new: Mapping[str, Any], place: str) -> l
 
 
 def _of_lists(old: Sequence[Any], new: Sequence[Any], place: str) -> list[str]:
-    """Match equal items first, so that inserting an item at the beginning counts as one change."""
+    """Compare lists. Equal items are matched first, so that inserting an item at the beginning counts as one change."""
     lines = []
     before, after = ([json.dumps(item, sort_keys=True) for item in items] for items in (old, new))
     opcodes = SequenceMatcher(None, before, after, autojunk=False).get_opcodes()

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from orchestrator.messages import shown
 
 PATTERNS = {"name": "allowed are letters, digits, '.', '_' and '-'", "job": 'allowed is "module:Class"'}
-MOST_LINES = 40  # a screen
+MOST_LINES = 40  # about one screen
 
 
 def explain(source: str, error: ValidationError, model: type[BaseModel]) -> str:
@@ -29,7 +29,7 @@ def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
     place, context = _place(detail["loc"]), detail.get("ctx") or {}
     if detail["type"] == "json_invalid":
         return f"not JSON: {context['error']}"
-    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # in a model or in a dataclass
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model or a dataclass
         known = _keys_at(detail["loc"][:-1], model)
         near = get_close_matches(str(detail["loc"][-1])[:100], known, n=1, cutoff=0.5)
         allowed = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}"

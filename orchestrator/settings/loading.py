@@ -19,7 +19,7 @@ from orchestrator.settings.changes import changes
 from orchestrator.settings.explain import explain
 from orchestrator.settings.settings import Settings
 
-# Keys of the original system that have no use now that runs have a database and a folder.
+# Keys of the original system that are no longer needed, because each run now has a database and a folder.
 OBSOLETE = ("lock_file", "lock_timeout", "state_file", "log_file", "model_name_format")
 
 
@@ -37,7 +37,7 @@ def thaw(text: str) -> Settings:
 
 
 def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Settings, list[str]]:
-    """Read a settings file. overrides: "key=value" texts, where a dot leads into an object and the value is JSON.
+    """Read a settings file. overrides: "key=value" texts, such as "slurm.nice=5"; the value is JSON.
     fixed: values of command-line options, which take precedence; None: not given.
 
     Returns settings (with absolute paths) and notes for the user. Raises SettingsError with a line for each mistake.
@@ -74,7 +74,7 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
     return settings, notes
 
 
-# Keys that may change during a run, because earlier results stay valid.
+# Keys that may change during a run, because a change does not invalidate earlier results.
 AMENDABLE = (
     "training_profiles", "epochs_per_chunk", "workers", "cores_per_worker", "total_lifetime", "eon_lifetime",
     "stop_after_stale_cycles", "stop_at_score", "stop_after_epochs", "max_failures", "max_chunk_attempts",
@@ -95,7 +95,7 @@ def amend(settings: Settings, overrides: Sequence[str]) -> Settings:
 
 
 def _validated(raw: dict[str, Any], source: str) -> Settings:
-    """Validate settings, and check that they can be stored as JSON without a change. Raises SettingsError."""
+    """Validate settings, and check that storing them as JSON does not change any value. Raises SettingsError."""
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
@@ -130,7 +130,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict. Raises SettingsError for a duplicate key, of which json would silently use the last value."""
+    """Make a dict. Raises SettingsError for a duplicate key, because json would silently use its last value."""
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:

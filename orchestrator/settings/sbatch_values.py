@@ -12,7 +12,7 @@ from orchestrator.messages import one_line, shown
 OWNED = {
     "job-name", "output", "error", "dependency", "array", "open-mode", "nodes", "ntasks", "ntasks-per-node", "parsable",
 }  # fmt: skip
-# Options with a settings key of their own, from which orch computes leases and when a job stops working.
+# Options that have a settings key instead: orch computes leases and the end of a job's work from their values.
 INSTEAD = {"time": "slurm.time_min", "signal": "slurm.signal_delay_s"}
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,59}")
 
@@ -22,7 +22,7 @@ def option_name(name: str) -> str:
 
 
 def is_owned(name: str) -> bool:
-    """Return whether orch sets this option itself. sbatch also accepts abbreviated names of long options."""
+    """Return whether orch sets this option itself. Abbreviations count too, because sbatch accepts them."""
     return any(owned.startswith(option_name(name)) for owned in OWNED) if name else False
 
 
@@ -39,7 +39,7 @@ def checked_additional(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_option(name: str, value: Any) -> None:
-    """Raises ValueError if the option's name or value is not allowed."""
+    """Raise ValueError if the option's name or value is not allowed."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"{shown(name, 60)!r} is not a long sbatch option; allowed are names such as 'reservation'")
     if isinstance(value, str):
@@ -47,7 +47,7 @@ def check_option(name: str, value: Any) -> None:
             one_line(value)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    elif not (isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max):  # false for NaN as well
+    elif not (isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max):  # also refuses NaN
         raise ValueError(f"{name}: {type(value).__name__} is not allowed; an option is a string, a number or true")
 
 

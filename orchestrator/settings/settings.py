@@ -32,14 +32,14 @@ def _check_logger(name: str) -> str:
 
 
 def _check_database(url: str) -> str:
-    """Return the URL. Raises ValueError; its message never contains the password."""
+    """Return the URL if it is allowed; otherwise raise ValueError, whose message never contains the password."""
     one_line(url)
     try:
         parts = urlsplit(url)
         query = {key.lower() for key in parse_qs(parts.query, keep_blank_values=True)}
         password = parts.password or query & {"password", "sslpassword"}
         parts.port  # noqa: B018  # raises ValueError if the port is not a number
-    except ValueError as error:  # also for brackets without an IPv6 address
+    except ValueError as error:  # urlsplit raises it for brackets without an IPv6 address
         raise ValueError(f"not a URL: {str(error).split(':')[0]}") from error
     if parts.scheme == "sqlite":
         if parts.path in ("", "/", "/:memory:"):
@@ -61,7 +61,7 @@ DatabaseUrl = Annotated[str, AfterValidator(_check_database)]
 
 
 class SlurmSettings(Strict):
-    """What each job requests from Slurm. For unset keys, slurm_file applies, else Slurm's default."""
+    """What each job requests from Slurm. If a key is unset, the value from slurm_file applies, else Slurm's default."""
 
     partition: Word | None = Field(None, description="partition, or several with commas between them")
     account: Word | None = Field(None, description="account to charge the jobs to")
@@ -173,12 +173,12 @@ class Settings(Strict):
 
     @property
     def uses_server(self) -> bool:
-        """Whether the database is a server, where the tables need a schema but no file lock."""
+        """Whether the database is a server. A server needs no file lock, but the run's tables need a schema."""
         return self.database is not None and not self.database.startswith("sqlite")
 
     @property
     def several_nodes(self) -> bool:
-        """May the jobs of the run be on more than one machine? Then a lock must hold between them."""
+        """Whether the run's jobs may be on more than one machine, so that locks must work between machines."""
         return self.executor not in ("local", "inline")
 
     @property
