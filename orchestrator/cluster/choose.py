@@ -29,7 +29,7 @@ def open_queue(settings: Settings, run_folder: Path, job_main: JobMain) -> JobQu
 
 
 def open_this_job(settings: Settings) -> ThisJob:
-    """Return the job that this process runs, if submitit started it. (For inline jobs, see InlineJob.)"""
+    """Return the job that this process runs. submitit must have started the process; inline jobs use InlineJob."""
     if settings.executor == "slurm":
         from orchestrator.cluster.slurm import SlurmJob
 

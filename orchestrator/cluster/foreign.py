@@ -1,8 +1,8 @@
 """The queue of a run that another user owns and shares with a group.
 
 Only the owner queues jobs: jobs submitted by another user would run under that user's name, where the owner can't see
-them. squeue and /proc may also hide the owner's jobs from other users, so a missing job proves nothing. Other users
-read the run and write requests to its database; the workers carry them out.
+the jobs. squeue and /proc may also hide the owner's jobs from other users, so a job missing there may be alive. Other
+users read the run and write requests to its database; the owner's workers carry out the requests.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from orchestrator.records import ChainJob, Evidence, JobState, Submitted
 
 
 class ForeignQueue(JobQueue):
-    """The owner's queue, restricted to what another user may do."""
+    """The owner's queue as another user may use it: without submitting, seeing or killing jobs."""
 
-    chains = False  # only the owner's commands and jobs repair broken chains
+    chains = False  # broken chains are repaired only by the owner's commands and jobs
 
     def __init__(self, name: str, owner: str) -> None:
         self.name = name
@@ -32,5 +32,5 @@ class ForeignQueue(JobQueue):
     def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
         running = [job.cluster_id for job in jobs if job.cluster_id and job.state is JobState.RUNNING]
         if not running:
-            return []  # when a queued job starts, it reads the run's state and ends
+            return []  # queued jobs can wait: when they start, they read the run's state and end
         return [f"jobs {', '.join(running)} belong to {self._owner}: they end when they next read the run's state"]

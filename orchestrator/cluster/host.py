@@ -26,7 +26,7 @@ def gpus() -> list[str]:
 
 
 def gpus_of(workers: Sequence[int], each: int) -> list[str | None]:
-    """Return a CUDA_VISIBLE_DEVICES value with `each` GPUs for each worker; None if this machine has fewer GPUs.
+    """Return, for each worker, a CUDA_VISIBLE_DEVICES value with `each` GPUs; None if the machine has fewer.
     If there are too few GPUs for all workers, several workers share the same GPUs."""
     names = gpus()
     shares = [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
@@ -34,13 +34,13 @@ def gpus_of(workers: Sequence[int], each: int) -> list[str | None]:
 
 
 def host_name() -> str:
-    """Return this machine's name and boot id; a new boot id shows that the machine's old processes are gone."""
+    """Return this machine's name and boot id. A new boot id shows a restart, so all earlier processes are gone."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()}/{boot.read_text()[:8] if boot.exists() else ''}"
 
 
 def this_process() -> tuple[int, float]:
-    """Return (pid, start time), a pair that is unique on this machine, although pids are reused."""
+    """Return this process's (pid, start time). Pids are reused, but the pair is unique on this machine."""
     return os.getpid(), psutil.Process().create_time()
 
 
@@ -52,7 +52,7 @@ def created_at(pid: int) -> float | None:
 
 
 def find_process(pid: int, created_at: float | None) -> psutil.Process | None:
-    """Return the process if it is alive and was started at created_at; a zombie counts as dead."""
+    """Return the process with this pid if it was started at created_at (None: any time). None if dead or a zombie."""
     try:
         process = psutil.Process(pid)
         if created_at is not None and abs(process.create_time() - created_at) > 0.5:

@@ -15,7 +15,7 @@ from orchestrator.files.run_folder import JOBS
 def slurm_jobs(run_name: str, run_folder: Path) -> list[str] | None:
     """Return the ids of the run's pending and running Slurm jobs; None if Slurm does not answer.
 
-    A run of the same name in another runs folder has similar job names, so a job must also have a job folder here.
+    A run in another runs folder may have the same name, so a job counts only if run_folder contains its folder.
     """
     listed = queue()
     if listed is None:
@@ -31,7 +31,7 @@ def slurm_jobs(run_name: str, run_folder: Path) -> list[str] | None:
 
 
 def processes(run_folder: Path) -> list[int]:
-    """Return the pids of the run's processes on this machine. (submitit's command line contains the job folder.)"""
+    """Return the pids of the run's processes on this machine, found by the job folder in their command lines."""
     jobs = f"{run_folder / JOBS}{os.sep}"
     pids = []
     for process in psutil.process_iter(["pid", "cmdline", "status"]):

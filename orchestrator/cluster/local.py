@@ -1,7 +1,7 @@
 """Run jobs as processes on this machine, through submitit's local executor.
 
-The local executor has no queue, so a successor is started at once and waits for its predecessor's process to end before
-it begins its own work. While waiting, it enforces the time limit: it kills a predecessor that runs past its hard end.
+The local executor has no queue, so a successor's process is started at once and waits, before it works, until the
+predecessor's process has ended. If the predecessor runs past its hard end, the waiting successor kills it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from orchestrator.settings.settings import Settings
 
 GRACE_S = 60.0  # between the end of a job's working time and its hard end
 _POLL_S = 0.5
-_children: list[Any] = []  # Popen objects; Python warns if one is deleted while its process runs
+_children: list[Any] = []  # Popen objects, kept because Python warns if one is deleted while its process runs
 
 
 def hard_end_s(settings: Settings) -> float:
@@ -49,7 +49,7 @@ class ProcessQueue(JobQueue):
             if _evidence(job) is Evidence.UNKNOWN:
                 trouble.append(f"job {job.cluster_id} of worker {job.worker_id} is on {job.host}: end it there")
             else:
-                # A queued job's pid is that of submitit's controller, which forwards the signal to the waiting job.
+                # A queued job's pid belongs to submitit's controller, which can forward only SIGTERM to the job.
                 kill = now and job.state in (JobState.RUNNING, JobState.ENDED)
                 send_signal(job.pid, job.pid_created_at, signal.SIGKILL if kill else signal.SIGTERM)
         return trouble
@@ -57,11 +57,11 @@ class ProcessQueue(JobQueue):
 
 def _evidence(job: ChainJob) -> Evidence:
     if job.state is JobState.SUBMITTING:
-        return Evidence.GONE  # the submitter died, or is about to write the pid: callers allow a grace period
+        return Evidence.GONE  # the submitter died or will soon write the pid; callers wait a grace period to find out
     if job.host is None or job.pid is None or job.host.split("/")[0] != host_name().split("/")[0]:
         return Evidence.UNKNOWN  # another machine's processes can't be seen from here
     if job.host != host_name():
-        return Evidence.GONE  # this machine has restarted since
+        return Evidence.GONE  # this machine has restarted since the job started
     if find_process(job.pid, job.pid_created_at) is None:
         return Evidence.GONE
     return Evidence.RUNNING if job.state is JobState.RUNNING else Evidence.QUEUED
@@ -82,7 +82,7 @@ class LocalQueue(ProcessQueue):
         from submitit.helpers import clean_env
 
         taken: list[Submitted] = []
-        # submitit's timeout starts with the process, so it includes the wait for the predecessor.
+        # submitit's timeout starts with the process, so it must also cover the wait for the predecessor.
         limit_s = 2 * hard_end_s(self._settings) + GRACE_S
         try:
             with permissions.files_of(self._run_folder):
@@ -146,7 +146,7 @@ def _detached() -> Iterator[None]:
     """Let processes started inside the block outlive this process's terminal and pipes.
 
     Children inherit ignored signals, so Ctrl-C or closing the terminal ends `orch launch --wait` but not the jobs. They
-    also inherit stdin, stdout and stderr (here /dev/null); otherwise `orch launch | tee log` would wait for all jobs.
+    also inherit stdin, stdout and stderr, so these are /dev/null: otherwise `orch launch | tee log` waits for all jobs.
     """
     in_main = threading.current_thread() is threading.main_thread()  # Python can set signal handlers only there
     plain = (signal.SIG_DFL, signal.default_int_handler)

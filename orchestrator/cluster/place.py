@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """This process's rank in its job, and how it finds the other ranks."""
+    """This process's rank in its job, and the file through which the job's ranks find each other."""
 
     executor: str
     rank: int
@@ -18,7 +18,7 @@ class Place:
 
 
 def this_place() -> Place:
-    """Read the place from the environment variables set by Slurm and submitit."""
+    """Return this process's place, read from the environment variables set by Slurm and submitit."""
     env = os.environ
     folder, executor = Path(env["SUBMITIT_FOLDER"]), env["SUBMITIT_EXECUTOR"]
     if executor == "local":

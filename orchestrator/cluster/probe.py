@@ -30,12 +30,12 @@ class Answer:
 
     @property
     def refusal(self) -> Refusal | None:
-        """Why sbatch refused the script; None if it was accepted."""
+        """Why sbatch refused the script; None if sbatch accepted it."""
         return None if self.taken else refusal_of(self.said)
 
 
 def ask_sbatch(script: str) -> Answer:
-    """Test whether sbatch would accept this script, without queueing it. Never raises: errors become a refusal."""
+    """Test whether sbatch would accept this script, without queueing it. An error counts as a refusal."""
     try:
         with submission_environment():
             command = ["sbatch", "--test-only"]
@@ -89,11 +89,11 @@ class ProbeJob:
 def probe_job(
     settings: Settings, folder: Path, entry: JobMain, *, nodes: int, tasks: int, time_min: int, wait_s: float
 ) -> Iterator[ProbeJob]:
-    """Queue a job that calls entry(folder, 0) in each of `tasks` tasks on `nodes` nodes, with a worker's options.
-    When the block ends, the job is cancelled and has ended.
+    """Queue a job with a worker's sbatch options that calls entry(folder, 0) in each of `tasks` tasks on `nodes` nodes.
+    At the end of the block, cancel the job and wait until it has ended.
 
-    time_min: the job's time limit. wait_s: how long the caller waits for the job to start. If the caller is killed and
-    can't cancel the job, its Slurm deadline removes it from the queue. Raises SubmissionError and SettingsError.
+    time_min: the job's time limit. wait_s: how long the caller waits for the job to start. If the caller is killed
+    and can't cancel the job, Slurm removes the job at its deadline. Raises SubmissionError and SettingsError.
     """
     import submitit
 
@@ -121,7 +121,7 @@ def probe_job(
 
 
 def _options(asked: Mapping[str, Any], deadline_s: int) -> dict[str, Any]:
-    """Return a worker's options, but without requeue, and with GPUs requested per node instead of per job."""
+    """Return a worker's options, but with a deadline, no requeue, no delayed start, and GPUs requested per node."""
     options = {name: value for name, value in asked.items() if name not in ("requeue", "time-min", "begin")}
     if "gpus" in options:
         options.setdefault("gpus-per-node", options.pop("gpus"))
@@ -129,7 +129,7 @@ def _options(asked: Mapping[str, Any], deadline_s: int) -> dict[str, Any]:
 
 
 def _cancel(name: str) -> None:
-    """Cancel the job by name (its id may be unknown), and wait for it to end, at most CANCEL_WAIT_S seconds."""
+    """Cancel the job by name, since its id may be unknown, and wait up to CANCEL_WAIT_S seconds until it has ended."""
     mine = ["--user", getpass.getuser(), "--name", name]
     end = time.monotonic() + CANCEL_WAIT_S
     while time.monotonic() < end:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from orchestrator.records import ChainJob, Evidence, Submitted
 from orchestrator.settings.settings import Settings
 
-JobMain = Callable[[str, int], object]  # called with (run folder, worker id); submitit pickles only these
+JobMain = Callable[[str, int], object]  # called with (run folder, worker id); submitit pickles these arguments
 
 
 class JobQueue(ABC):
@@ -19,7 +19,7 @@ class JobQueue(ABC):
 
     @abstractmethod
     def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
-        """Queue all jobs, to start when `after` has ended, or queue none of them and raise SubmissionError."""
+        """Queue all jobs to start once `after` has ended. If they are refused, queue none and raise SubmissionError."""
 
     @abstractmethod
     def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
@@ -30,15 +30,15 @@ class JobQueue(ABC):
         """Ask jobs to end at the next safe point, or, with `now`, kill them. Returns a message for each failure."""
 
     def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
-        """Return, by token, the queue's ids of jobs whose submitter died before it wrote the id to the database."""
+        """Return, by token, the cluster ids of queued jobs whose submitter died before recording the id."""
         return {}
 
     def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
-        """Return the scheduler's description of how each job ended, by job_id, without jobs whose ending is unknown."""
+        """Return, by job_id, how each job ended according to the scheduler. Jobs with unknown endings are omitted."""
         return {}
 
     def back_to_queue(self, job: ChainJob) -> bool:
-        """Requeue this process's job, when a submit limit leaves no room for a successor. False if not possible."""
+        """Requeue this process's job if a submit limit leaves no room for a successor. Return False if this fails."""
         return False
 
 
@@ -50,7 +50,7 @@ class ThisJob(ABC):
 
     @abstractmethod
     def token(self) -> str:
-        """Return the name of this job in the database."""
+        """Return the token that identifies this job in the database."""
 
     @abstractmethod
     def identity(self) -> tuple[str, str]:
@@ -62,7 +62,7 @@ class ThisJob(ABC):
 
     @abstractmethod
     def latest_work_s(self) -> float:
-        """Return the seconds from the job's start until it must stop working, so that it ends in time."""
+        """Return the seconds from the job's start until it must stop working to end before its hard end."""
 
     @abstractmethod
     def time_limit_s(self) -> float:
@@ -73,5 +73,5 @@ class ThisJob(ABC):
         return self.settings.eon_lifetime
 
     def wait_turn(self, predecessor: ChainJob | None, should_stop: Callable[[], bool]) -> None:
-        """Wait until the predecessor has ended. Slurm needs no wait: its dependencies delay the job's start."""
+        """Wait until the predecessor has ended. Not needed on Slurm, where a dependency delays the job's start."""
         return

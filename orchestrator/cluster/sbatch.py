@@ -1,4 +1,4 @@
-"""Compute the options for sbatch, and interpret its refusals. All functions are pure."""
+"""Compute the options for sbatch, and interpret sbatch's error messages. All functions are pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORT = {
     "o": "output", "e": "error", "d": "dependency", "a": "array", "D": "chdir",
 }  # fmt: skip
 GPU_KEYS = {"gpus", "gres", "gpus-per-node", "gpus-per-task", "gpus-per-socket"}
-# A script's first line that starts with one of these is its command; the lines before it set up the environment.
+# The first line of a batch script that starts with one of these words is its command; all earlier lines are setup.
 COMMANDS = ("srun", "python", "python3", "exec", "mpirun", "torchrun", "orch")
 
 
@@ -32,7 +32,7 @@ COMMANDS = ("srun", "python", "python3", "exec", "mpirun", "torchrun", "orch")
 class Request:
     """The sbatch request for one worker job."""
 
-    options: Mapping[str, Any]  # long names of sbatch options; True: an option without a value
+    options: Mapping[str, Any]  # keys: long names of sbatch options; True: an option without a value
     time_min: int
     signal_delay_s: int
     setup: tuple[str, ...]
@@ -92,7 +92,7 @@ LOADING_S, LEAST_WORK_S = 10.0, 10.0  # minimum seconds to load the model and th
 
 
 def too_short(asked: Request, eon_lifetime_s: float) -> str | None:
-    """Explain why a job with this time limit would stop before it trains anything; None if the limit suffices."""
+    """Explain why a job with this time limit would stop before it trains anything; None if the limit is long enough."""
     needed_s = asked.signal_delay_s + LOADING_S + min(eon_lifetime_s, LEAST_WORK_S)
     if 60 * asked.time_min >= needed_s:
         return None
@@ -104,7 +104,7 @@ def too_short(asked: Request, eon_lifetime_s: float) -> str | None:
 
 
 def request(settings: Settings, script: str | None) -> Request:
-    """Build the request. Settings override the script; additional_parameters overrides both. Raises ValueError."""
+    """Build the request. Settings override the script, and additional_parameters overrides both. Raises ValueError."""
     wanted = settings.slurm
     options, setup = read_script(script) if script is not None else ({}, [])
     warned = re.fullmatch(r"(?:[BR]+:)?\w+@(\d{1,9})", str(options.pop("signal", "")))
@@ -125,7 +125,7 @@ def request(settings: Settings, script: str | None) -> Request:
     gpus = settings.gpus_per_worker if wanted.gpus is None else wanted.gpus
     if gpus and (ask_for_gpus or not GPU_KEYS & set(options)):
         options["gpus-per-node"] = gpus
-    options.setdefault("requeue", True)  # after a preemption or the loss of its node
+    options.setdefault("requeue", True)  # Slurm restarts the job after a preemption or a node failure
     options.update({option_name(name): value for name, value in wanted.additional_parameters.items()})
     options = {name: value for name, value in options.items() if value is not False}  # false removes an option
     for name, value in options.items():
@@ -135,7 +135,7 @@ def request(settings: Settings, script: str | None) -> Request:
 
 
 def gpu_count(wanted: object) -> int:
-    """Return the number of GPUs in "2", "a100:2" or "a100:2,v100:1". A type without a number counts as 1."""
+    """Return the number of GPUs requested by "2", "a100:2" or "a100:2,v100:1". A type without a number counts as 1."""
     counts = [part.rpartition(":")[2] for part in str(wanted).split(",")]
     return sum(int(count) if re.fullmatch("[0-9]{1,9}", count) else 1 for count in counts)
 
@@ -191,7 +191,7 @@ ADVICE = (
 
 
 def advice(output: str, request: Request, workers: int) -> str:
-    """Say what is wrong and what to change, and quote sbatch's error. output: everything that sbatch printed."""
+    """Return a message that says what to change and quotes sbatch's error. output: everything that sbatch printed."""
     options = request.options
     words: dict[str, Any] = {
         "partition": options.get("partition", "(the default)"), "account": options.get("account", "(the default)"),
@@ -206,14 +206,14 @@ def advice(output: str, request: Request, workers: int) -> str:
 
 
 def refusal_of(output: str) -> Refusal:
-    """Classify the refusal printed by sbatch or another Slurm command."""
+    """Return why sbatch or another Slurm command refused, according to what it printed."""
     printed = output.lower()
     reasons = (reason for reason, texts in _REFUSALS if any(text.lower() in printed for text in texts))
     return next(reasons, Refusal.OTHER)
 
 
 def refused(output: str, request: Request, workers: int) -> SubmissionError:
-    """Return the error for sbatch's output when it refused the jobs."""
+    """Return the exception to raise after sbatch refused the jobs and printed this output."""
     refusal = refusal_of(output)
     if refusal is Refusal.UNREACHABLE:
         message = f"Slurm does not answer: {_reason(output)}. `orch doctor` shows more; --executor local runs here"

@@ -28,8 +28,8 @@ from orchestrator.settings.settings import Settings
 COMMAND_TIMEOUT_S = 60.0
 # After a job's time limit, Slurm still cleans up (KillWait, epilog), so the job may end later than its limit.
 LEASE_MARGIN_S = 300.0
-# A job that is being killed has a grace time to write a checkpoint. If it is still "completing" after this time, its
-# node does not respond; if its process is still alive, its writes are refused because their generation is too old.
+# A job that Slurm still lists as COMPLETING this long after its end counts as gone, since its node does not respond. If
+# the job's process is alive after all, the database refuses what it writes, because its generation is too old.
 COMPLETING_S = 120.0
 # Slurm sets these for each job; a successor must not inherit the values of the job that submits it.
 PER_JOB = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "TMPDIR")
@@ -42,9 +42,9 @@ WAITING = {
     "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT",
     "POWER_UP_NODE",
 }  # fmt: skip
-# Any other state proves nothing: another cluster of a federation, for example, has started a job that is REVOKED here.
+# Other states prove nothing. A job that is REVOKED here, for example, was started by another cluster of the federation.
 
-# Prefixes of variables that filter or format output: SQUEUE_PARTITION, for example, would hide live jobs.
+# Prefixes of environment variables that change Slurm's output: SQUEUE_PARTITION, for example, would hide live jobs.
 USER_FORMAT_VARIABLES = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMAT")
 _LISTED = re.compile(r"([0-9]+(?:_[0-9]+|_\[[^|]*\])?(?:\+[0-9]+)?)\|([A-Z_0-9]+)\|([^|]*)\|(.*)")
 
@@ -90,8 +90,8 @@ class SlurmQueue(JobQueue):
                 "sbatch or srun is not on the PATH; run this on a node of the cluster, or use --executor local"
             )
         folders, workers = [str(self._run_folder)] * len(jobs), [job.worker_id for job in jobs]
-        quiet = redirect_stderr(io.StringIO())  # submitit prints sbatch's message again there
-        with submission_environment(), quiet, permissions.files_of(self._run_folder):  # sbatch stores the umask
+        quiet = redirect_stderr(io.StringIO())  # otherwise submitit prints sbatch's message a second time
+        with submission_environment(), quiet, permissions.files_of(self._run_folder):  # jobs get this umask
             try:
                 taken = self.executor(base, after).map_array(self._job_main, folders, workers)
             except submitit.core.utils.FailedJobError as error:
@@ -101,7 +101,7 @@ class SlurmQueue(JobQueue):
         return [Submitted(job.job_id, it.job_id) for job, it in zip(jobs, taken, strict=True)]
 
     def executor(self, base: str, after: ChainJob | None = None) -> Any:
-        """Return submitit's executor for one submission. base: the folder's name. after: the job to wait for."""
+        """Return submitit's executor for one submission. base: name of its job folder. after: the job to wait for."""
         import submitit
 
         asked = self.request
@@ -129,14 +129,14 @@ class SlurmQueue(JobQueue):
     def _srun_args(self) -> list[str] | None:
         """Return the options that srun does not inherit from sbatch."""
         arguments = []
-        if "cpus-per-task" in self.request.options:  # otherwise, since Slurm 22.05, a task gets one core
+        if "cpus-per-task" in self.request.options:  # without this, since Slurm 22.05, a task gets one core
             arguments.append(f"--cpus-per-task={self.request.options['cpus-per-task']}")
         if self._settings.gpus_per_worker > 1:  # if one process dies, the others can't continue
             arguments.append("--kill-on-bad-exit=1")
         return arguments or None
 
     def script(self, jobs: int) -> str:
-        """Return the script that sbatch would get, except for the folder's random name."""
+        """Return the script that would be submitted; only the random name of the job folder differs."""
         executor = self.executor("dry-run")
         if jobs > 1:
             executor.parameters["map_count"] = jobs
@@ -157,7 +157,7 @@ class SlurmQueue(JobQueue):
     def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
         if not jobs:
             return {}
-        ids = {}  # by token
+        ids = {}  # cluster ids by token
         for cluster_id, listed in (queue() or {}).items():
             if listed.state not in GONE:
                 ids[f"{listed.name.rsplit('-', 1)[-1]}-{cluster_id.partition('_')[2] or 0}"] = cluster_id
@@ -171,7 +171,7 @@ class SlurmQueue(JobQueue):
         ended = {i: (j.name, j.state) for i, j in (queue() or {}).items() if i in ids and j.state in GONE}
         command = ["sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode,JobName", "-j", ",".join(ids)]
         for line in lines_of(run_slurm(command) if shutil.which("sacct") else None) or ():
-            cluster_id, state, code, name = [*line.split("|", 3), "", "", ""][:4]  # a name may contain any character
+            cluster_id, state, code, name = [*line.split("|", 3), "", "", ""][:4]  # last: a name may contain |
             if state.split()[:1] and state.split()[0] in GONE:
                 ended[cluster_id] = (name, f"{state.split()[0]} ({code})")
         return {
@@ -212,7 +212,7 @@ class SlurmJob(ThisJob):
         processes, given = self.settings.gpus_per_worker, os.environ.get("SLURM_CPUS_PER_TASK")
         if self.settings.cores_per_worker:
             return max(1, self.settings.cores_per_worker // processes)
-        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", "1024"))  # the job's cores; some clusters don't bind tasks
+        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", "1024"))  # the limit if tasks are not bound to cores
         return int(given) if given else max(1, min(len(os.sched_getaffinity(0)), on_node // processes))
 
     def token(self) -> str:
@@ -230,12 +230,12 @@ class Listed:
 
     state: str
     name: str
-    end: float | None  # Unix time when it ended, or reaches its time limit
+    end: float | None  # Unix time when the job ended or will reach its time limit
 
 
 def judge(job: ChainJob, listed: Listed | None, now: float) -> Evidence:
-    """Decide what squeue's answer proves about a job. The id alone proves nothing, because Slurm reuses ids after its
-    controller crashes, so the listed name must match too."""
+    """Decide from squeue's answer whether a job is queued, running or gone. The listed name must match too, because
+    Slurm may reuse the job's id after a crash of its controller."""
     if listed is None or not listed.name.endswith(job.base) or listed.state in GONE:
         return Evidence.GONE
     if listed.state == "COMPLETING":
@@ -249,8 +249,8 @@ def judge(job: ChainJob, listed: Listed | None, now: float) -> Evidence:
 def queue() -> dict[str, Listed] | None:
     """Return the user's jobs by id, one per array task, including jobs that ended recently.
 
-    A job that is missing from the list counts as gone, so the list must be complete: it includes hidden partitions
-    (--all). None, which proves nothing: Slurm did not answer, or the list is cut off or has an unreadable line.
+    Callers treat a job that is missing here as gone, so the list must be complete: --all adds hidden partitions.
+    Returns None if Slurm does not answer, or if the list is cut off or has an unreadable line.
     """
     command = ["squeue", "--me", "--all", "--noheader", "--array", "--states=all", "--format=%i|%T|%e|%j"]
     return read_queue(run_slurm(command))
@@ -267,14 +267,14 @@ def read_queue(answer: str | None) -> dict[str, Listed] | None:
         if match is None:
             return None
         cluster_id, state, end, name = match.groups()
-        if cluster_id not in jobs or state in WORKING | WAITING:  # a federation may list a job once per cluster
+        if cluster_id not in jobs or state in WORKING | WAITING:  # a federation may list a job twice: keep a live one
             jobs[cluster_id] = Listed(state, name, _when(end))
     return jobs
 
 
 def lines_of(answer: str | None) -> list[str] | None:
-    """Return the lines of a listing; None if it is missing, or cut off (its last line does not end in a newline).
-    (str.splitlines would also split at other characters, which a job's name may contain.)"""
+    """Return the lines of a listing; None if there is none, or if it was cut off before its last newline. Does not use
+    str.splitlines, which also splits at other characters that a job's name may contain."""
     if answer is None:
         return None
     *lines, rest = answer.split("\n")
@@ -289,8 +289,8 @@ def _when(text: str) -> float | None:
 
 
 def run_slurm(command: Sequence[str]) -> str | None:
-    """Return a Slurm command's output; None if it failed or timed out, or if the controller did not answer (some
-    commands exit with 0 even then)."""
+    """Return what a Slurm command printed; None if the command failed or timed out, or the controller did not answer.
+    stderr is checked too, because some commands exit with 0 although the controller did not answer."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(USER_FORMAT_VARIABLES)}
     try:
         done = subprocess.run(
@@ -306,7 +306,7 @@ def run_slurm(command: Sequence[str]) -> str | None:
 
 @contextmanager
 def submission_environment() -> Iterator[None]:
-    """Hide the submitting job's environment variables, but keep SLURM_CONF, which locates the cluster."""
+    """Inside the block, hide the submitting job's variables, except SLURM_CONF, which locates the cluster."""
     from submitit.helpers import clean_env
 
     conf = os.environ.get("SLURM_CONF")

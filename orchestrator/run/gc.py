@@ -21,9 +21,9 @@ from orchestrator.rules.checkpoint_names import generation_of
 from orchestrator.run.run import Run
 
 KINDS = ("checkpoints", "temporary files", "job folders", "curves", "dead launches")
-ORPHANED_S = 3600.0  # seconds; no running process still uses temporary files that are older
-CURVES_KEPT_S = 86400.0  # seconds; a user may inspect the curves of discarded chunks this long
-SERIES_FOLDERS = ("tensorboard", "wandb")  # subfolders of logs/; these loggers make a folder for each chunk
+ORPHANED_S = 3600.0  # seconds; temporary files older than this are no longer in use
+CURVES_KEPT_S = 86400.0  # seconds; how long users can still inspect the curves of discarded chunks
+SERIES_FOLDERS = ("tensorboard", "wandb")  # subfolders of logs/ in which loggers make a folder for each chunk
 _TEMPORARY = re.compile(r"\.tmp-.+-\d+|\.repair-.+")
 
 
@@ -38,7 +38,7 @@ class CollectionReport:
     trouble: list[str] = field(default_factory=list)
 
     def take(self, kind: str, path: Path) -> None:
-        """Delete a file or folder, and count it unless it is gone already."""
+        """Delete a file or folder, or only count it in a dry run. If it is gone already, do not count it."""
         size = disk_budget.used_bytes(path)
         if not self.dry_run:
             try:
@@ -60,7 +60,7 @@ def collect(run: Run, dry_run: bool, now: float) -> CollectionReport:
     for name in collectable:
         report.take("checkpoints" if not name.startswith(".") else "temporary files", files / name)
     for path in (*_listed(run.folder), *_listed(files)):
-        temporary = _TEMPORARY.fullmatch(path.name) and generation_of(path.name) is None  # not a claim's file
+        temporary = _TEMPORARY.fullmatch(path.name) and generation_of(path.name) is None  # claims' files: see above
         if temporary and now - _touched(path) > ORPHANED_S:
             report.take("temporary files", path)
     folders = [path for path in _listed(run.folder / JOBS) if path.is_dir()]
@@ -89,7 +89,7 @@ def _collect_curves(run: Run, report: CollectionReport, now: float) -> None:
 
 
 def _lines(run: Run) -> set[int]:
-    """Return the chunks in the lineages of all checkpoints that are kept; later checkpoints descend from these.
+    """Return the chunks in the lineages of all checkpoints that are still needed; any later one descends from these.
 
     Raises CheckpointError if a record can't be read."""
     files = run.leaderboard.reader.references()[0]
@@ -100,17 +100,17 @@ def _lines(run: Run) -> set[int]:
             before, files = files, run.leaderboard.reader.references()[0]
             if files == before:
                 raise
-            continue  # the board has changed; the missing file may have left it
+            continue  # the board has changed: the unreadable checkpoint may have left it
         return {line.chunk for record in records for line in (record, *record.ancestors)}
 
 
 def _listed(folder: Path) -> list[Path]:
-    """List the folder; empty if it does not exist."""
+    """Return the paths in the folder; an empty list if the folder does not exist."""
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _dead_launches(folder: Path, now: float) -> list[Path]:
-    """Find folders of launches that were killed before they renamed their folder to its final name (see `launch`)."""
+    """Return the temporary folders of launches that were killed before they finished (see `launch`)."""
     name = re.compile(rf"\.{re.escape(folder.name)}-(\d+)")
     dead = []
     for path in folder.parent.iterdir():

@@ -27,7 +27,7 @@ def launch(
     """Create the run's folder and database, and queue its workers. If the jobs are refused, the folder and the database
     are deleted again.
 
-    Raises RunError if the folder exists or can't be created, LockError if no lock works on its file system,
+    Raises RunError if the folder exists or can't be created, LockError if no lock works on the file system,
     LeaderboardError if the database can't be created, SubmissionError if the jobs are refused.
     """
     folder = (runs_dir / settings.name).absolute()
@@ -69,7 +69,7 @@ def launch(
 
 
 def _with_lock(settings: Settings, building: Path, undo: ExitStack) -> Settings:
-    """Test the locks on this mount, record the choice beside the database, and return the settings with that lock.
+    """Choose a lock that works on this file system, record it beside the database, and return the settings with it.
 
     Raises LockError, OSError.
     """

@@ -20,7 +20,7 @@ log = logging.getLogger("orch")
 
 
 def test_models(run: Run, again: bool, now: float) -> None:
-    """Test the board's entries, record the metrics, and send them to the run's loggers.
+    """Test the models on the board, record their test metrics, and send these to the run's loggers.
 
     Entries with test metrics are skipped unless `again`. Raises JobSpecError.
     """
@@ -42,7 +42,7 @@ def test_models(run: Run, again: bool, now: float) -> None:
             path = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
             with as_job_error(job):
                 metrics = session.evaluate_file(path, "test")
-            with suppress(FileNotFoundError):  # the entry has left the board; record_test refuses it too
+            with suppress(FileNotFoundError):  # deleted after the entry left the board: record_test refuses it too
                 tests[path.name] = (last_step(path), metrics)
             try:
                 run.leaderboard.board.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
@@ -55,7 +55,7 @@ def test_models(run: Run, again: bool, now: float) -> None:
 
 def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
     """Write the weights of the entry with this rank to out, and a description to a .json file beside it. Returns the
-    entry. Raises RunError; raises JobSpecError if the checkpoint has no model."""
+    entry. Raises RunError, or JobSpecError if the checkpoint contains no model."""
     from jobs.errors import JobError
     from jobs.training.states import export
 

@@ -26,8 +26,8 @@ from orchestrator.worker.opened_run import OpenedRun
 from orchestrator.worker.trainer import Ending, StopFlag
 from orchestrator.worker.user_job import apart_from_stdout
 
-OVER = (RunState.CONVERGED, RunState.FINISHED)  # ended by itself: such a run can't be paused, drained or cancelled
-STOPPED = (*OVER, RunState.PAUSED, RunState.CANCELLED, RunState.FAILED)  # its remaining jobs end soon
+OVER = (RunState.CONVERGED, RunState.FINISHED)  # the run ended by itself and can't be paused, drained or cancelled
+STOPPED = (*OVER, RunState.PAUSED, RunState.CANCELLED, RunState.FAILED)  # jobs still running end soon
 HOLDABLE = tuple(state for state in RunState if state not in OVER)
 
 log = logging.getLogger("orch")
@@ -42,7 +42,7 @@ class Run(OpenedRun):
         return cls.opened(folder, job_main, connect_for_s)
 
     def grow(self, now: float) -> list[str]:
-        """Add all missing workers or, if their jobs are refused, none. Raises SubmissionError."""
+        """Add all missing workers. If their jobs are refused, add none and raise SubmissionError."""
         have = len(self.leaderboard.chains.workers())
         missing = range(have, self.settings.workers)
         if not missing:
@@ -56,20 +56,20 @@ class Run(OpenedRun):
     # --- control
 
     def resume(self, now: float) -> list[str]:
-        """Queue a job for each chain that has none. Returns a line for each change. May be called at any time.
+        """Activate the run and queue a job for each chain without one, at any time. Returns a line for each change.
 
-        Raises RunError if the run's lifetime is over, or a stop rule still holds.
+        Raises RunError if the run's lifetime is over, or a stop rule is still met.
         """
         snapshot = self.refuse_if_over(now)
-        # Close jobs that were being submitted when the run stopped, before the state changes: afterwards, another
-        # `resume` may be submitting jobs.
+        # Jobs whose submission was cut off when the run stopped must be closed before the run is active again: after
+        # that, they can't be told from jobs that another `resume` is submitting.
         closed = [] if snapshot.state is RunState.ACTIVE else self.reconcile(now)
         self.leaderboard.run_state.revive(self.settings.workers)
         self.leaderboard.run_state.change_state(RunState.ACTIVE, list(RunState), None, now)
         return closed + self.grow(now) + self.reconcile(now)
 
     def refuse_if_over(self, now: float) -> Snapshot:
-        """Raises RunError if the run's lifetime is over, or a stop rule still holds."""
+        """Return a snapshot of the run. Raises RunError if its lifetime is over, or a stop rule is still met."""
         snapshot = self.leaderboard.run_state.snapshot()
         policy = self.settings.policy(self.version)
         stopped = stopping.converged(snapshot.progress, policy.stop, policy.metric)
@@ -105,7 +105,7 @@ class Run(OpenedRun):
         if self.leaderboard.run_state.change_state(state, HOLDABLE, reason, now) not in HOLDABLE:
             return []
         jobs = self.leaderboard.run_state.snapshot().open_jobs
-        evidence = self.queue.evidence(jobs)  # Slurm may have requeued a running job
+        evidence = self.queue.evidence(jobs)  # Slurm may have requeued a job that the database calls running
         queued = [j for j in jobs if j.state is not JobState.RUNNING or evidence[j.job_id] is Evidence.QUEUED]
         trouble = self.queue.cancel(queued, now=True)
         self.leaderboard.chains.close(queued, JobState.CANCELLED, reason, now)
@@ -176,7 +176,7 @@ class Run(OpenedRun):
         }
 
     def summary(self, snapshot: Snapshot | None = None) -> dict[str, Any]:
-        """Return a line of `orch runs`, read from the database alone. snapshot: pass it if it was read already."""
+        """Return the data for a line of `orch runs`, from the database only. snapshot: the run's, if already read."""
         snapshot = snapshot or self.leaderboard.run_state.snapshot()
         return {
             "run": self.name,

@@ -49,8 +49,8 @@ def job_main(run_folder: str, worker_id: int) -> str:
 def leave() -> NoReturn:
     """End this process immediately, with exit code 0.
 
-    If its connections to other ranks are broken, a normal exit may abort (when a gloo thread needs the interpreter
-    during shutdown), and Slurm would then kill rank 0.
+    If the connections to other ranks are broken, a normal exit may end in an abort, because a gloo thread needs the
+    interpreter while it shuts down. Slurm would then kill rank 0 too.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -61,12 +61,12 @@ def leave() -> NoReturn:
 def _work(run_folder: str, worker_id: int) -> str:
     permissions.use_umask(Path(run_folder))
     stop = StopFlag()
-    stop.listen()  # in followers too, so that signals don't kill them: rank 0 decides when to stop
+    stop.listen()  # on every rank, so that signals don't kill the followers: rank 0 decides when to stop
     place = this_place()
     if place.executor == "local" and os.getpgrp() != os.getpid():
         os.setsid()  # so that Ctrl-C in the terminal of the launch does not reach this job
     _log_to(Path(run_folder) / LOGS / f"worker-{worker_id}.log" if place.rank == 0 else None)
-    team = Team(place) if place.count > 1 else None  # connect now, so that no rank waits its turn after one has died
+    team = Team(place) if place.count > 1 else None  # connect before waiting, so no rank waits once another has died
     if team is not None and place.rank > 0:
         return team.follow()
     try:
@@ -78,7 +78,7 @@ def _work(run_folder: str, worker_id: int) -> str:
 
 
 class Team:
-    """The connected processes of this job. Imports torch."""
+    """The processes of this job, connected to each other. Creating a Team imports torch."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -91,7 +91,7 @@ class Team:
             if place.executor != "local":  # local jobs get their GPUs after their predecessor has ended
                 os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(gpus(), place.rank, place.count)
             self._ranks = meet(place.rank, place.count, place.meeting_file)
-        except Exception as error:  # rank 0 reports it to its chain when it opens the trainer
+        except Exception as error:  # rank 0 reports the error when it opens the trainer
             log.error("%s", traceback.format_exc())
             self._error = error
 
@@ -105,7 +105,7 @@ class Team:
         return ending
 
     def open_trainer(self, run: OpenedRun, cores: int, gpus: str | None, stop: StopFlag) -> Trainer:
-        """Open the job's trainer. Raises the error that kept the processes from connecting, or the job from opening."""
+        """Open the job's trainer. Raises any error that occurred while connecting the processes or opening the job."""
         from jobs.training.distributed import Opening, lead
 
         if self._ranks is None:
@@ -168,7 +168,7 @@ def be_worker(run: OpenedRun, this_job: ThisJob, worker_id: int, stop: StopFlag,
     for trainer in opened:
         try:
             trainer.close()
-        except Exception:  # the work is done and in the database
+        except Exception:  # not a failure of the job: its work is done and in the database
             log.warning("the trainer could not be closed: %s", traceback.format_exc())
     return ending
 

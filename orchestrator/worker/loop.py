@@ -1,4 +1,4 @@
-"""The main loop of a job: claim, train, publish and ratchet until time is up. Its dependencies are passed in."""
+"""The main loop of a job: claim, train, publish and ratchet until time is up. The caller supplies trainer and clock."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class JobLoop:
         self.leaderboard = self.run.leaderboard
         self.files = self.run.folder / CHECKPOINTS
         self._trainer: Trainer | None = None
-        self._next: Claim | Over | None = None  # claimed in the transaction that recorded the last result
-        self._durations_s: list[float] = []  # recent chunks, latest last
+        self._next: Claim | Over | None = None  # from the transaction that recorded the last result
+        self._durations_s: list[float] = []  # of recent chunks, the latest last
         self._origin: dict[str, Any] | None = None
         self._stepped = False  # has the current chunk made a step?
         self._began = 0.0  # when the model and the data were loaded
@@ -51,7 +51,7 @@ class JobLoop:
     # --- the job
 
     def work(self, started: Started) -> Ending:
-        """Work until the job's time, the run or the chain is over. Errors become the returned Ending."""
+        """Work until the job's time, the run or the chain is over. The returned Ending also describes errors."""
         job = started.job
         self._job_end = (job.started_at or self.clock()) + self.this_job.latest_work_s()
         self._lease_until = (job.started_at or self.clock()) + self.this_job.time_limit_s()
@@ -80,8 +80,8 @@ class JobLoop:
         return ending
 
     def _may_work(self) -> bool:
-        """Decide whether to open the trainer. That imports torch and loads data, which takes a while; so it is skipped
-        if the run is over, and done before the first claim, so that no chunk stays claimed in the meantime."""
+        """Decide whether to open the trainer. Opening it takes a while, since it imports torch and loads data. So it is
+        skipped if the run is over, and comes before the first claim, so that no chunk is claimed during that time."""
         now, run = self.clock(), self.leaderboard.run_state.snapshot()
         return not self.stop.reason and now < self._job_end and stopping.may_claim(run.state, now, run.deadline)
 
@@ -132,7 +132,7 @@ class JobLoop:
             chunks += 1
 
     def _take_amendment(self) -> None:
-        """Use the amended settings. They can shorten this job but not extend it, since Slurm fixed its time limit."""
+        """Use the amended settings. They can shorten this job but not extend it: its Slurm time limit is fixed."""
         self.run.refresh()
         self._job_end = min(self._job_end, self._began + self.run.settings.eon_lifetime)
         log.info("the settings were amended (version %d)", self.run.version)
@@ -170,8 +170,8 @@ class JobLoop:
         return True
 
     def _should_stop(self) -> bool:
-        """Decide, before each step, whether to stop. Running out of time does not stop a chunk before its first step:
-        if one step takes longer than a job's time, the chunk would never advance."""
+        """Decide, before each step, whether to stop. A chunk makes its first step even if the job's time is up:
+        otherwise, a chunk whose single steps take longer than a job would never advance."""
         first, self._stepped = not self._stepped, True
         return self.stop.reason is not None or (not first and self.clock() >= self._job_end)
 
@@ -219,8 +219,8 @@ class JobLoop:
         log.info("chunk %d is suspended after %d steps of an epoch", claim.chunk_id, result.steps)
 
     def _offer(self, claim: Claim, result: Finished, job: ChainJob, started: float) -> None:
-        """Write the checkpoint if the board would admit it, and record the result; the transaction checks admission
-        again. If there is time for another chunk, claim it in the same transaction."""
+        """Write the checkpoint if the board would admit it, and record the result in a transaction, which checks again
+        whether the board admits it. If there is time for another chunk, the same transaction claims one."""
         metric = self.run.settings.metric
         bar = claim.bar
         if bar is None or metric.better(result.score, than=bar):
@@ -278,5 +278,5 @@ class JobLoop:
         return checkpoints.write(self.files, stem, self._trainer.save, record)
 
     def _remove(self, claim: Claim, *garbage: str) -> None:
-        """Delete the given files, and the file with the claim's suspended state."""
+        """Delete the given files, and the file with the claim's suspended state, if it has one."""
         checkpoints.remove(self.files, [*garbage, *([claim.suspended_file] if claim.suspended_file else [])])

@@ -23,12 +23,12 @@ def reconcile(
 ) -> list[str]:
     """Close the jobs that are gone, free their claims, mend broken chains and cancel unwanted jobs.
 
-    grace_s: how long a submitted job may take to appear in the queue. Returns a line for each change. Never queries the
-    queue inside a transaction.
+    grace_s: how long a submitted job may take to appear in the queue. Returns a line for each change. The queue may
+    answer slowly, so it is never queried inside a transaction.
     """
     snapshot = leaderboard.run_state.snapshot()
     if snapshot.state is not RunState.ACTIVE:
-        grace_s = 0.0  # jobs still being submitted are no longer wanted; they are cancelled when they appear
+        grace_s = 0.0  # jobs still being submitted are not worth waiting for: they are cancelled once they appear
     evidence = queue.evidence(snapshot.open_jobs)
     found_ids = queue.find([j for j in snapshot.open_jobs if j.cluster_id is None])
     todo = succession.mend(snapshot.workers, snapshot.open_jobs, evidence, found_ids, now, grace_s)
@@ -52,15 +52,15 @@ def reconcile(
             done.append(f"the chains of workers {workers} can't be repaired now: {error}")
     unneeded = leaderboard.reader.never_begun() + leaderboard.reader.awaited(now - succession.EXIT_GRACE_S)
     unwanted = succession.unwanted(snapshot.state, snapshot.open_jobs, evidence)
-    if unwanted:  # usually empty: then this saves a transaction at each job start
+    if unwanted:  # usually empty, so this check saves a transaction at each job start
         leaderboard.chains.close(unwanted, JobState.CANCELLED, f"the run is {snapshot.state}", now)
-    queue.cancel(unneeded + unwanted, now=True)  # cancel() first checks which of them exist
+    queue.cancel(unneeded + unwanted, now=True)  # cancel() first checks which of these jobs exist
     leaderboard.run_state.settle(now)
     return done
 
 
 def submit_links(leaderboard: Leaderboard, queue: JobQueue, links: list[ChainJob], now: float) -> None:
-    """Submit links that are already in the database. If the queue refuses, close them and raise SubmissionError."""
+    """Submit links that are already in the database. If they are refused, close them and raise SubmissionError."""
     try:
         taken = queue.submit(links, after=None)
     except SubmissionError as error:
@@ -70,6 +70,6 @@ def submit_links(leaderboard: Leaderboard, queue: JobQueue, links: list[ChainJob
 
 
 def _gone(job: ChainJob, how: str | None) -> str:
-    """Describe a lost job. If it died before it could write to the log, point to its output, which shows why."""
+    """Describe a lost job. If it never started to work, it wrote no log, so name its output, which may show why."""
     gone = f"its job is gone ({how})" if how else "its job is gone"
     return gone if job.started_at is not None else f"{gone}; its output is in {JOBS}/{job.base}*"

@@ -26,14 +26,14 @@ class OpenedRun:
         self.folder = folder
         self.leaderboard = leaderboard
         self.settings = leaderboard.settings
-        self.version = leaderboard.version  # of the settings; each amendment increases it
+        self.version = leaderboard.version  # the settings' version, which each amendment increases
         self.name = self.settings.name
         self._job_main = job_main
         self._queue: JobQueue | None = None
 
     @property
     def queue(self) -> JobQueue:
-        """The run's queue; for users other than the owner, a restricted one."""
+        """The run's queue; a ForeignQueue if another user owns the run."""
         if self._queue is None:
             queue = open_queue(self.settings, self.folder, self._job_main)
             owner = permissions.owner(self.folder)
@@ -58,8 +58,8 @@ class OpenedRun:
     def opened(cls, folder: Path, job_main: JobMain, connect_for_s: float = CONNECT_FOR_S) -> Self:
         """Open the run in folder. job_main: the function that each job executes. connect_for_s: see Database.
 
-        Raises RunError if folder has no run or other users may write to it, LeaderboardError if its database can't be
-        used.
+        Raises RunError if folder does not contain a run or other users may write to the folder, LeaderboardError if the
+        run's database can't be used.
         """
         permissions.check_permissions(folder)
         path = folder / SETTINGS_NAME
@@ -68,7 +68,7 @@ class OpenedRun:
             written = loading.thaw(path.read_text(encoding="utf-8"))
             place = (written.database, written.database_schema)
         except FileNotFoundError as error:
-            if not (folder / DATABASE_NAME).exists():  # the database also holds the settings
+            if not (folder / DATABASE_NAME).exists():  # the database also contains the settings
                 raise RunError(without_its_files(folder)) from error
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"{folder} is not a run: {path.name}: {getattr(error, 'strerror', '') or error}") from error

@@ -17,11 +17,11 @@ log = logging.getLogger("orch")
 
 
 class Successor:
-    """The next link of this job's chain, which is in the database and is to be submitted to the queue."""
+    """The next link of this job's chain, which is already in the database but not yet submitted to the queue."""
 
     def __init__(self, started: Started, chains: Chains, queue: JobQueue, clock: Callable[[], float]) -> None:
         self._job = started.job
-        self._link = started.successor  # None: nothing is left to submit
+        self._link = started.successor  # None: there is nothing to submit, or it is submitted
         self._chains = chains
         self._queue = queue
         self._clock = clock
@@ -43,7 +43,7 @@ class Successor:
         self._link = None
 
     def retry_at_end(self) -> bool:
-        """Try a last time to submit the link; if the queue does not answer, retry for RETRY_S seconds. Return True if
+        """Try a last time to submit the link, for up to RETRY_S seconds if the queue does not answer. Return True if
         this job was requeued instead, because a submit limit leaves no room for a successor."""
         retrying = Retrying(
             stop=stop_after_delay(RETRY_S),
@@ -59,7 +59,7 @@ class Successor:
             log.info("a submit limit leaves no room for a successor: this job goes back to the queue itself")
             if self._queue.back_to_queue(self._job):
                 return True
-        # The next repair of the chain submits a new link, and reports the reason if that is refused too.
+        # The next repair of the chain submits a new link and, if the queue refuses that link too, reports why.
         self._chains.close([link], JobState.LOST, str(self._error), self._clock())
         return False
 

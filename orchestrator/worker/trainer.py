@@ -18,7 +18,7 @@ class Trainer(Protocol):
     def train(
         self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
     ) -> Finished | Interrupted:
-        """Train one chunk. Call should_stop before each step, and return Interrupted if it returns True."""
+        """Train one chunk. Call should_stop before each step; when should_stop returns True, return Interrupted."""
         ...
 
     def save(self, target: IO[bytes]) -> None:
@@ -26,7 +26,7 @@ class Trainer(Protocol):
         ...
 
     def judged(self, promoted: bool) -> None:
-        """Learn whether the most recently finished chunk entered the leaderboard."""
+        """Called after each finished chunk. promoted: whether the chunk entered the leaderboard."""
 
     def close(self) -> None:
         """Release resources before the process ends."""
@@ -58,8 +58,8 @@ class StopFlag:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a job ends. An error counts against its chain."""
+    """How a job ended. An error counts as a failure of the job's chain."""
 
     outcome: str
     error: bool = False
-    final: bool = False  # the chain is over: it failed too often in a row
+    final: bool = False  # the chain ends too: it failed too often in a row

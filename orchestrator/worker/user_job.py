@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_job(settings: Settings, import_paths: Sequence[str], download: bool = False) -> list[str]:
-    """Import the job and let it check its requirements. Returns lines for the user. Raises JobSpecError."""
+    """Import the job and check that its requirements are met. Returns lines for the user. Raises JobSpecError."""
     from jobs.imports import brings_own_trainer, look_first_in
 
     look_first_in(import_paths)
@@ -35,7 +35,7 @@ def check_job(settings: Settings, import_paths: Sequence[str], download: bool = 
 
 
 def checkpoint_bytes(settings: Settings) -> int | str:
-    """Estimate the bytes of one checkpoint, or say why that is impossible before training. Call check_job first."""
+    """Estimate a checkpoint's size in bytes, or return the reason why this is impossible. Call check_job first."""
     from jobs.errors import JobError
     from jobs.imports import brings_own_trainer
 
@@ -53,7 +53,7 @@ def checkpoint_bytes(settings: Settings) -> int | str:
 
 @contextmanager
 def apart_from_stdout() -> Iterator[None]:
-    """Redirect everything that the user's code and libraries print to stderr; stdout is for orch's own output."""
+    """Send what the user's code and libraries print to stdout to stderr instead: stdout is for orch's own output."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -67,7 +67,7 @@ def apart_from_stdout() -> Iterator[None]:
 
 @contextmanager
 def as_job_error(job: str) -> Iterator[None]:
-    """Turn any error from the user's code into a JobSpecError, and send its output to stderr."""
+    """Turn any error from the user's code into a JobSpecError, and send everything that the code prints to stderr."""
     from jobs.errors import JobError
 
     try:
@@ -82,7 +82,7 @@ def as_job_error(job: str) -> Iterator[None]:
 
 
 def import_ahead(job: str) -> threading.Thread:
-    """Import the job's module (and torch) in a background thread. This takes seconds, during which the worker waits
+    """Import the job's module and torch in a background thread. This takes seconds; meanwhile, the worker waits
     for sbatch, squeue and the database. Errors are ignored here, because opening the job raises them again.
 
     Join the thread before opening the job: two threads must not import torch's modules at the same time.
@@ -100,8 +100,8 @@ def import_ahead(job: str) -> threading.Thread:
 
 
 def open_trainer(settings: Settings, cores: int, run_folder: Path) -> Trainer:
-    """Open the job named in the settings; its loggers write below run_folder. A job class that does not inherit from
-    jobs.job.Job needs a static method `open_trainer(settings: Settings, cores: int)` that returns a Trainer."""
+    """Open the job named in the settings; the job's loggers write below run_folder. A job class that does not inherit
+    from jobs.job.Job needs a static method `open_trainer(settings: Settings, cores: int)` that returns a Trainer."""
     from jobs.imports import brings_own_trainer, find_class
 
     if brings_own_trainer(settings.job):

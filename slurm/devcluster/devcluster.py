@@ -1,6 +1,6 @@
 """A real Slurm cluster on one machine for tests and experiments, run as root or as a plain user.
 
-    python slurm/devcluster up                start the cluster, if it does not run
+    python slurm/devcluster up                start the cluster, unless it is running
     eval "$(python slurm/devcluster env)"     make sbatch, squeue and orch use it
     python slurm/devcluster down              stop it (`wipe` also deletes its folder)
 
@@ -81,7 +81,7 @@ class DevCluster(SlurmClient):
     def temporary(cls, shape: Shape | None = None) -> Iterator[DevCluster]:
         """Start a cluster in a new folder and wipe it at the end, or only stop it if ORCH_DEVCLUSTER_KEEP is set.
 
-        First wipes temporary clusters whose owners were killed before they could do so.
+        Before that, wipe temporary clusters left behind by processes that were killed.
         """
         shape = shape or Shape()
         check_packages(shape.accounting, shape.faketime is not None)
@@ -107,7 +107,7 @@ class DevCluster(SlurmClient):
     # --- the whole cluster
 
     def start(self) -> None:
-        """Start all daemons that do not run, and return when every node accepts jobs."""
+        """Start all daemons that are not running, and return when every node accepts jobs."""
         check_packages(self.shape.accounting, self.shape.faketime is not None)
         with self._locked():
             stored, running = Stored.load(self.folder), self.processes()
@@ -135,7 +135,7 @@ class DevCluster(SlurmClient):
             self._cancel_before_stop()
             self._end(lambda process: process.program in ("slurmctld", "slurmd"))
             self._end(lambda process: process.program in ("slurmscriptd", "slurmstepd", "job"), signal.SIGKILL)
-            self._end(lambda process: process.program == "slurmdbd")  # it still writes to the database
+            self._end(lambda process: process.program == "slurmdbd")  # mariadbd must still run when slurmdbd ends
             self._end(lambda process: True)
 
     def wipe(self) -> None:
@@ -146,7 +146,7 @@ class DevCluster(SlurmClient):
         if names - {LOCK} and Stored.load(self.folder) is None:
             raise DevClusterError(f"{self.folder} is not deleted: it is not a cluster's folder")
         with self._locked():
-            self._cancel_before_stop()  # slurmstepd finds a job's processes more reliably
+            self._cancel_before_stop()  # slurmstepd ends a job's processes more reliably than _end does
             self._end(lambda process: True, signal.SIGKILL)
             shutil.rmtree(self.folder)
 
@@ -161,7 +161,7 @@ class DevCluster(SlurmClient):
     # --- single daemons
 
     def start_controller(self) -> None:
-        """Start slurmctld, if it does not run, and return when it answers."""
+        """Start slurmctld, unless it is running, and return when it answers."""
 
         def answers() -> bool:
             return listens(self._port or 0) and " is UP" in self.run(["scontrol", "ping"], check=False).stdout
@@ -173,14 +173,14 @@ class DevCluster(SlurmClient):
         self._end(lambda process: process.program == "slurmctld")
 
     def kill_controller(self) -> None:
-        """SIGKILL slurmctld, to simulate a crash. Unsaved state is lost, such as a job submitted a second ago."""
+        """SIGKILL slurmctld, to simulate a crash. It loses unsaved state, such as a job submitted a second ago."""
         self._end(lambda process: process.program in ("slurmctld", "slurmscriptd"), signal.SIGKILL)
 
     def kill_node(self, name: str, stepd: bool = True, *, jobs: bool = False, detect: bool = False) -> None:
-        """SIGKILL a node's slurmd, its slurmstepds and (with `jobs`) the processes of jobs; then declare it down.
+        """SIGKILL a node's slurmd, its slurmstepds (`stepd`) and its jobs' processes (`jobs`); declare the node down.
 
-        Without `jobs` the batch scripts keep running, unknown to Slurm: the case for which claims have generations.
-        With `detect` the node is not declared down; slurmctld detects the failure itself, which takes about 30 s.
+        Without `jobs`, batch scripts keep running without Slurm's knowledge; claims have generations for this case.
+        With `detect`, the node is not declared down; slurmctld detects the failure itself, which takes about 30 s.
         """
         self._check_node(name)
         doomed = {"slurmd"} | ({"slurmstepd"} if stepd else set()) | ({"job"} if jobs else set())
@@ -190,13 +190,13 @@ class DevCluster(SlurmClient):
         wait_for(lambda: self.node_states()[name].startswith("down"), 90, f"{name} to be down")
 
     def start_node(self, name: str) -> None:
-        """Start a node's slurmd, if it does not run, and return when the node accepts jobs."""
+        """Start a node's slurmd, unless it is running, and return when the node accepts jobs."""
         self._check_node(name)
         self._spawn(f"slurmd-{name}", ["slurmd", "-D", "-N", name])
 
         def is_up() -> bool:
             state = self.node_states()[name]
-            if "drain" in state:  # Slurm drains a node when a job is on it twice
+            if "drain" in state:  # Slurm drains a node if it gets the same job twice
                 self.run(["scontrol", "update", f"NodeName={name}", "State=RESUME"], check=False)
             return state in NODE_IS_UP
 
@@ -226,7 +226,7 @@ class DevCluster(SlurmClient):
         self._spawn("munged", munged_command(self.folder), lambda: listens(run / "munge.sock"))
         if self.shape.accounting:
             if not (database / "installed").exists():
-                shutil.rmtree(database, ignore_errors=True)  # an incomplete installation
+                shutil.rmtree(database, ignore_errors=True)  # the remains of an incomplete installation
                 self.run(install_database_command(self.folder, self.user), timeout_s=240)
                 (database / "installed").touch()
             server, socket = mariadbd_command(self.folder, self.user), run / "mysql.sock"
@@ -241,14 +241,14 @@ class DevCluster(SlurmClient):
             self.start_node(name)
 
     def _set_up_accounting(self) -> None:
-        """Add the cluster and the user's account to the database, which must precede the controller's start."""
+        """Add the cluster and the user's account to the database. This must be done before the controller starts."""
         done = self.folder / "mysql" / "set-up"
         if done.exists():
             return
         commands = "\n".join(accounting_set_up(self.user))
         result = self.run(["sacctmgr", "--immediate"], stdin=commands)
         account = self.run(["sacctmgr", "-n", "-P", "list", "user", self.user, "format=DefaultAccount"])
-        if account.stdout.strip() != ACCOUNT:  # the last command sets the default account
+        if account.stdout.strip() != ACCOUNT:  # the last command sets it
             raise DevClusterError(f"no accounting: sacctmgr: {result.stdout} {result.stderr}")
         done.touch()
 
@@ -259,7 +259,7 @@ class DevCluster(SlurmClient):
         ready: Callable[[], bool] = lambda: True,
         variables: dict[str, str] | None = None,
     ) -> None:
-        """Start a daemon, unless it runs, and return when it is ready.
+        """Start a daemon, unless it is running, and return when it is ready.
 
         The daemon stays a child of this process, so that its pid is known, but gets a session of its own, so that
         Ctrl-C in this terminal does not stop it.
@@ -281,7 +281,7 @@ class DevCluster(SlurmClient):
             raise DevClusterError(f"{name} ended at once, exit {child.returncode} ({output}):\n{last_lines}")
 
     def _end(self, wanted: Callable[[Process], bool], number: signal.Signals = signal.SIGTERM) -> None:
-        """Signal the wanted processes and return when they have ended; SIGKILL those that have not ended in 10 s."""
+        """Signal the wanted processes, SIGKILL those that have not ended after 10 s, and return when all have ended."""
 
         def left() -> list[Process]:
             return [process for process in self.processes() if wanted(process)]
@@ -294,12 +294,12 @@ class DevCluster(SlurmClient):
                 break
         else:
             raise DevClusterError(f"not ended: {left()}")
-        for child in self._children:  # a child is not in `left` once it has closed its log, but may not have exited
+        for child in self._children:  # left() omits children that have closed their log but not yet exited
             if child.pid in ending:
                 child.wait(timeout=10)
 
     def _cancel_before_stop(self) -> None:
-        """Cancel all jobs, which ends them more cleanly than signals do; ignore a controller that does not answer."""
+        """Cancel all jobs, which ends them more cleanly than signals do; give up if slurmctld does not answer."""
         if self.is_running("slurmctld"):
             with contextlib.suppress(DevClusterError, subprocess.TimeoutExpired):
                 self.cancel_all(timeout_s=4)

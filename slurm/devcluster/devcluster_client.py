@@ -38,7 +38,7 @@ class SlurmClient:
     def run(
         self, command: Sequence[str], *, check: bool = True, stdin: str = "", timeout_s: float = 60
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command such as sbatch. If it fails, raise DevClusterError with its message, unless check is false."""
+        """Run a command such as sbatch. If it fails and `check` is set, raise DevClusterError with its message."""
         result = subprocess.run(
             command,
             env=self.env(),
@@ -54,7 +54,7 @@ class SlurmClient:
         return result
 
     def sbatch(self, script: str, *options: str) -> int:
-        """Submit lines of bash and return the job's id. Their output goes to output(id), unless options change that."""
+        """Submit lines of bash and return the job's id. output(id) returns what they print, unless redirected."""
         jobs = self.folder / "jobs"
         place = [f"--output={jobs}/%j.out", f"--chdir={jobs}", "--open-mode=append"]
         text = script if script.startswith("#!") else f"#!/bin/bash\n{script}\n"
@@ -92,7 +92,7 @@ class SlurmClient:
     def wait_saved(self, job: int) -> None:
         """Wait until the controller has saved the job's state, which then survives a crash of the controller."""
         asked_at, saved = time.time(), self.folder / "state" / "job_state"
-        self.run(["scontrol", "update", f"JobId={job}", "Comment=saved"])  # a change makes it save, seconds later
+        self.run(["scontrol", "update", f"JobId={job}", "Comment=saved"])  # makes the controller save soon
         wait_for(lambda: saved.exists() and saved.stat().st_mtime > asked_at, 30, f"job {job} to be saved")
 
     def node_states(self) -> dict[str, str]:

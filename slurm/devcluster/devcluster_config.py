@@ -23,7 +23,7 @@ class Shape:
     """The options of a cluster. Saved in its folder, so that `down` and the next `up` need no options."""
 
     nodes: int = 4
-    cpus: int = 16  # per node; as declared to Slurm, since the machine may have fewer
+    cpus: int = 16  # per node, as declared to Slurm; the machine may have fewer
     gpus: int = 2  # per node; not real, but Slurm sets CUDA_VISIBLE_DEVICES for them
     accounting: bool = True  # run slurmdbd, which sacct, accounts and QOS need
     faketime: str | None = None  # the controller's clock, as in faketime(1): '+0 x10' runs ten times as fast
@@ -49,7 +49,7 @@ class Stored:
     def save(self, folder: Path) -> None:
         new = folder / "cluster.json.new"
         new.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        new.replace(folder / "cluster.json")  # atomic: another process may be looking for abandoned clusters
+        new.replace(folder / "cluster.json")  # atomic: another process may be reading it
 
 
 def write_files(folder: Path, shape: Shape, user: str, port: int) -> None:
@@ -65,7 +65,7 @@ def write_files(folder: Path, shape: Shape, user: str, port: int) -> None:
         "first_node_port": port + 2,
         "last_node_port": port + 1 + shape.nodes,
         "last_gpu": shape.gpus - 1,
-        # By the controller's fast clock, nodes (which have the normal clock) answer late and credentials expire early.
+        # Nodes have the normal clock: by the controller's fast clock, they answer late and credentials expire early.
         "cred_expire_s": 60 if shape.faketime else 5,
         "slurmd_timeout_s": 100 if shape.faketime else 10,
     }
@@ -101,8 +101,8 @@ def munged_command(folder: Path) -> list[str]:
 
 
 def install_database_command(folder: Path, user: str) -> list[str]:
-    """Return the command that installs the database. The cluster's user becomes its root, who needs no password."""
-    # A server that starts deletes all temporary tables in its tmpdir; in /tmp these may belong to other servers.
+    """Return the command that installs the database. The cluster's user needs no password as its root."""
+    # When a server starts, it deletes all temporary tables in its tmpdir. In /tmp, they might belong to other servers.
     where = [f"--datadir={folder}/mysql", f"--tmpdir={folder}/tmp", f"--user={user}"]
     root = ["--auth-root-authentication-method=socket", f"--auth-root-socket-user={user}", "--skip-test-db"]
     return ["mariadb-install-db", "--no-defaults", *where, *root]
@@ -129,17 +129,17 @@ def faketime_environment(faketime: str | None) -> dict[str, str]:
     return {
         "LD_PRELOAD": str(faketime_library()),
         "FAKETIME": faketime,
-        "FAKETIME_DONT_FAKE_MONOTONIC": "0",  # fake it too, because Slurm's timers use it
+        "FAKETIME_DONT_FAKE_MONOTONIC": "0",  # fake the monotonic clock too, because Slurm's timers use it
     }
 
 
 def accounting_set_up(user: str) -> list[str]:
-    """Return the sacctmgr commands for a new database. With the two QOS, tests make Slurm refuse jobs."""
+    """Return the sacctmgr commands for a new database. Tests use the QOS `one` and `two` to make Slurm refuse jobs."""
     return [
         f"add cluster {CLUSTER}",
         "add qos one MaxSubmitJobsPerUser=1",
         "add qos two MaxSubmitJobsPerUser=2",
         f"add account {ACCOUNT} Cluster={CLUSTER}",
         f"add user {user} Account={ACCOUNT} AdminLevel=Admin QOS=normal,one,two DefaultQOS=normal",
-        f"modify user {user} set DefaultAccount={ACCOUNT}",  # needed for root, which has an account already
+        f"modify user {user} set DefaultAccount={ACCOUNT}",  # needed for root, which already has a default account
     ]

@@ -34,7 +34,7 @@ ACCOUNTING_PACKAGES = {
 }
 FAKETIME_LIBRARIES = ("usr/lib/*/faketime/libfaketimeMT.so.1", "usr/lib*/faketime/libfaketimeMT.so.1")
 
-# Below Linux's usual ephemeral ports (from 32768), which any client on the machine may use for a moment.
+# All below 32768, where Linux's ephemeral ports usually begin: any client may use one of those for a moment.
 PORT_BASES = range(17000, 32000, 50)
 
 
@@ -70,7 +70,7 @@ def faketime_library() -> Path | None:
 
 
 def check_packages(accounting: bool, faketime: bool) -> None:
-    """Raise MissingPackagesError, which names the command to install the packages, if a program is missing."""
+    """If a program is missing, raise MissingPackagesError, whose message gives the command that installs it."""
     wanted = PACKAGES | (ACCOUNTING_PACKAGES if accounting else {})
     missing = {name: package for name, package in wanted.items() if not shutil.which(name, path=DAEMON_PATH)}
     if faketime and faketime_library() is None:
@@ -83,7 +83,7 @@ def check_packages(accounting: bool, faketime: bool) -> None:
 
 
 def start_time(pid: int) -> str | None:
-    """Return the pid and its start in kernel ticks, which together are unique. None if the process does not run."""
+    """Return the pid and the process's start in kernel ticks: a unique pair. None if the process does not run."""
     try:
         fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -92,7 +92,7 @@ def start_time(pid: int) -> str | None:
 
 
 def find_processes(folder: Path) -> list[Process]:
-    """Return all processes of the cluster in the folder, including those started by other processes."""
+    """Return all processes of the cluster in the folder, including those that this process did not start."""
     pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     return [process for pid in pids if (process := identify(pid, folder))]
 
@@ -107,7 +107,7 @@ def identify(pid: int, folder: Path) -> Process | None:
             node = log and re.match(r"slurmd-(\w+)\.", log)
             return Process(pid, name, node[1] if node else None) if log else None
         environment = (proc / "environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:  # it has ended meanwhile, or belongs to another user
+    except OSError:  # the process has ended meanwhile, or belongs to another user
         return None
     variables = dict(item.split("=", 1) for item in environment if "=" in item)
     ours = variables.get("SLURM_CONF") == f"{folder}/etc/slurm.conf" and "SLURM_JOB_ID" in variables
@@ -116,7 +116,7 @@ def identify(pid: int, folder: Path) -> Process | None:
 
 
 def _open_log(proc: Path, folder: Path) -> str | None:
-    """Return the name of a log file in the folder that the process has open."""
+    """Return the name of a log file of the cluster that the process has open, if any."""
     for descriptor in (proc / "fd").iterdir():
         with contextlib.suppress(OSError):
             target = os.readlink(descriptor)
@@ -126,7 +126,7 @@ def _open_log(proc: Path, folder: Path) -> str | None:
 
 
 def send_signal(processes: Iterable[Process], number: signal.Signals, folder: Path) -> None:
-    """Signal processes of the cluster. A pid that was meanwhile reused by another process is not signalled."""
+    """Signal processes of the cluster. A pid that now belongs to another process is not signalled."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             handle = os.pidfd_open(process.pid)
@@ -139,12 +139,12 @@ def send_signal(processes: Iterable[Process], number: signal.Signals, folder: Pa
 
 @contextlib.contextmanager
 def reserved_ports(count: int, preferred: int | None, fixed: bool) -> Iterator[int]:
-    """Yield the first of `count` consecutive free ports: the preferred ones if free, else (unless fixed) others.
+    """Yield the first of `count` consecutive free ports: from `preferred` on if free; otherwise others, unless `fixed`.
 
-    Within the context no other cluster on this machine chooses these ports, although the daemons listen only seconds
-    later. The reservation is a name in Linux's abstract socket namespace, for all users; it ends with this process.
+    Inside the block, no other cluster on this machine chooses these ports, although the daemons open them only seconds
+    later. The reservation, a name in Linux's abstract socket namespace, holds for all users and ends with this process.
     """
-    spread = os.getpid() % len(PORT_BASES)  # clusters started at the same time begin at different ports
+    spread = os.getpid() % len(PORT_BASES)  # clusters started at the same time try different ports first
     others = [] if fixed else [*PORT_BASES[spread:], *PORT_BASES[:spread]]
     for base in ([] if preferred is None else [preferred]) + others:
         with socket.socket(socket.AF_UNIX) as reservation:
@@ -167,7 +167,7 @@ def listens(address: int | Path) -> bool:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Slurm does; ignores lingering connections
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Slurm does; ignores connections in TIME_WAIT
         try:
             probe.bind(("", port))
         except OSError:
