@@ -203,7 +203,7 @@ class Claim:
     worker_id: int
     position: int
     profile: Profile
-    repeat: int  # number of earlier positions of the entry with this profile; 0: continue the parent's RNG state
+    repeat: int  # how many earlier positions of the entry used this profile; 0: continue the parent's RNG state
     parent_file: str | None  # None: a founder, trained from initial weights
     parent_sha256: str | None
     parent_epochs: int

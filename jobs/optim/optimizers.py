@@ -174,7 +174,7 @@ def _groups(parameters: Parameters, profile: Profile) -> list[dict[str, Any]]:
 def _fused(kind: Any, options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     """Return the option that enables torch's fused kernels, if supported. torch would raise only at the first step."""
     own_choice = {"fused", "foreach", "capturable", "differentiable"} & set(options)
-    dampened = options.get("dampening")  # torch dampens the first step only if there is a buffer (see `complete`)
+    dampened = options.get("dampening")  # torch dampens the first step if a momentum buffer exists (see `complete`)
     if kind not in FUSED or own_choice or dampened:
         return {}
     parameters = [parameter for group in groups for parameter in group["params"]]

@@ -97,9 +97,9 @@ def too_short(asked: Request, eon_lifetime_s: float) -> str | None:
     if 60 * asked.time_min >= needed_s:
         return None
     return (
-        f"slurm.time_min: {asked.time_min} is too short: Slurm warns {asked.signal_delay_s} s before the limit "
-        f"(slurm.signal_delay_s), and loading takes about {LOADING_S:.0f} s; allowed is at least {math.ceil(needed_s / 60)}; "
-        "without this key the time limit is computed from eon_lifetime"
+        f"slurm.time_min: {asked.time_min} is too short: Slurm signals the job {asked.signal_delay_s} s before the limit "
+        f"(slurm.signal_delay_s), and loading takes about {LOADING_S:.0f} s. Set it to at least {math.ceil(needed_s / 60)} "
+        "minutes, or remove it to have the time limit computed from eon_lifetime"
     )
 
 

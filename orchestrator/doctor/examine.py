@@ -108,7 +108,7 @@ def _examine_slurm(
         do = "load it (`module load slurm`), or use --executor local; the checks below apply to the local executor"
         return [Finding(level, "slurm", what, do)], None
     if isinstance(scratch, OSError):
-        what = f"not checked, because nothing can be written beside the runs: {scratch.strerror or scratch}"
+        what = f"not checked, because the runs folder is not writable: {scratch.strerror or scratch}"
         return [Finding("error", "slurm", what, "choose another folder with --runs-dir, and try again")], None
     queue = SlurmQueue(settings, scratch, node.main)
     try:

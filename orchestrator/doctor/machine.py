@@ -203,7 +203,7 @@ def judge_disk(facts: FolderFacts) -> list[Finding]:
 
 
 def judge_home(error: str | None) -> Finding:
-    """Check that the home folder is writable. error: why it is not; None: it is writable."""
+    """Report whether the home folder is writable. error: the reason a write failed, or None if it succeeded."""
     if error is None:
         return Finding("ok", "home", "the home folder is writable")
     do = "set TORCH_HOME and XDG_CACHE_HOME to writable folders (for jobs, in slurm.setup), or delete files there"

@@ -62,8 +62,8 @@ class Database:
             self._engine = self._make_engine(schema_name)
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             raise LeaderboardError(
-                f"database {_without_password(url)}: {error}; allowed is a SQLAlchemy URL such as "
-                "postgresql+psycopg://user@host/name (pip install 'orch[postgres]'), or nothing for SQLite"
+                f"database {_without_password(url)}: {error}; use a SQLAlchemy URL such as "
+                "postgresql+psycopg://user@host/name (pip install 'orch[postgres]'), or leave it out to use SQLite"
             ) from error
         self.schema_name = schema_name
         self._lock_key = int.from_bytes(sha256(f"orch {schema_name}".encode()).digest()[:8], signed=True)

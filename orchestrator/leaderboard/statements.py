@@ -1,8 +1,8 @@
 """Statements executed for every chunk: written in SQLAlchemy Core, compiled to SQL once per process.
 
-While a transaction holds the run's lock, all other workers wait. 1, 16 and 64 processes finished 266, 208 and 188
-chunks/s with this module, but only 187, 152 and 147 (22 to 30 % fewer) when Core executed the statements (alternating
-runs on one machine).
+While a transaction holds the run's lock, all other workers wait. When Core executes the statements, alternating runs on
+one machine (median of three) finished 187 instead of 299 chunks/s with 1 process, 156 instead of 201 with 16, and 144
+instead of 187 with 64 (docs/decisions/0006).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def test_models(run: Run, again: bool, now: float) -> None:
             path = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
             with as_job_error(job):
                 metrics = session.evaluate_file(path, "test")
-            with suppress(FileNotFoundError):  # deleted after the entry left the board: record_test refuses it too
+            with suppress(FileNotFoundError):  # the entry has left the board; record_test then rejects the result
                 tests[path.name] = (last_step(path), metrics)
             try:
                 run.leaderboard.board.record_test(entry["checkpoint"], entry["sha256"], metrics, now)

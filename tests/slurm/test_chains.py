@@ -258,6 +258,6 @@ def test_jobs_that_die_before_python_begins_count_as_failures_and_the_run_says_h
 
 def test_a_time_limit_that_leaves_no_time_to_work_is_refused(cluster: DevCluster, tmp_path: Path) -> None:
     short = {**QUICK["slurm"], "time_min": 1, "signal_delay_s": 60}
-    with pytest.raises(SettingsError, match=r"slurm.time_min: 1 is too short: .* allowed is at least 2"):
+    with pytest.raises(SettingsError, match=r"slurm.time_min: 1 is too short: .* Set it to at least 2 minutes"):
         launch(settings("short", slurm=short), tmp_path)
     assert not (tmp_path / "runs/short").exists()
