@@ -62,7 +62,7 @@ class ResNet18(PictureJob):
         return net
 
     def _load(self, net: nn.Module) -> None:
-        """Load the pretrained weights; a last layer of another shape keeps its own. Any other mismatch raises JobError."""
+        """Load the pretrained weights, but not a last layer of another shape. Any other mismatch raises JobError."""
         own = net.state_dict()
         state = dict(read_weights(self.weights_file(), SETTING))
         if "fc.weight" in state and state["fc.weight"].shape != own["fc.weight"].shape:
