@@ -93,7 +93,7 @@ def pickle_alone(content: Any, target: IO[bytes]) -> None:
 def test_a_file_that_would_run_code_is_refused_without_running_it(write: Callable[..., None], tmp_path: Path) -> None:
     with (tmp_path / "bad.pt").open("wb") as target:
         write({"format": 2, "model": RunsCode(tmp_path / "it ran")}, target)
-    with pytest.raises(JobError, match=r"bad\.pt: not a checkpoint of format 2: .*orch executes no code in a file"):
+    with pytest.raises(JobError, match=r"bad\.pt: not a checkpoint of format 2: .*orch executes no code from files"):
         read(tmp_path / "bad.pt")
     assert not (tmp_path / "it ran").exists()
     if write is pickle_alone:
