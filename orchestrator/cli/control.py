@@ -69,7 +69,11 @@ def amend(
         print(line)
     snapshot = opened.leaderboard.run_state.snapshot()
     if snapshot.state is not RunState.ACTIVE:
-        print(f"{opened.name} is {snapshot.state}; `orch resume {opened.name}` continues it")
+        try:
+            opened.refuse_if_over(time.time())
+            print(f"{opened.name} is {snapshot.state}; `orch resume {opened.name}` continues it")
+        except RunError as error:
+            print(error)
     elif stopping.lifetime_over(time.time(), snapshot.deadline):
         print(f"{opened.name} has already lasted longer than its total_lifetime: it ends after the current chunks")
 

@@ -76,7 +76,7 @@ class Run(OpenedRun):
         over = stopping.run_over(now, snapshot.deadline, stopped)
         if over is not None:
             raise RunError(
-                f"{self.name} is over: {over.reason}. use `orch amend {self.name} --set ...` to extend it "
+                f"{self.name} is over: {over.reason}. Use `orch amend {self.name} --set ...` to extend it "
                 "(total_lifetime, stop_after_stale_cycles, stop_at_score, stop_after_epochs)"
             )
         return snapshot

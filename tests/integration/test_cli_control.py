@@ -37,12 +37,16 @@ def test_an_amendment_that_the_job_can_t_train_with_is_refused_and_changes_nothi
 
 
 def test_an_amendment_of_a_finished_run_tells_how_to_continue_it(folder: Path, orch_call: OrchCall) -> None:
+    code, out, _ = orch_call(folder, "amend", "quick", "--set", "stop_after_epochs=60")
+    assert code == 0
+    assert out.splitlines() == ["stop_after_epochs: 6 -> 60", "quick is finished; `orch resume quick` continues it"]
+
+
+def test_an_amendment_that_does_not_extend_a_run_says_what_would(folder: Path, orch_call: OrchCall) -> None:
     code, out, _ = orch_call(folder, "amend", "quick", "--set", "total_lifetime=2000")
     assert code == 0
-    assert out.splitlines() == [
-        "total_lifetime: 200.0 -> 2000.0",
-        "quick is finished; `orch resume quick` continues it",
-    ]
+    assert "quick is over: 6 epochs were trained, of 6 allowed. Use `orch amend quick --set ...` to extend it" in out
+    assert "continues it" not in out
 
 
 def test_an_amendment_that_ends_the_run_says_so(
