@@ -152,7 +152,7 @@ def test_launch_wait_ends_if_the_outage_of_the_database_lasts(tmp_path: Path, mo
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
     (tmp_path / "orch.db").rename(tmp_path / "away")
     monkeypatch.setattr(launch, "PATIENCE_S", 0.0)
-    with pytest.raises(LeaderboardError, match=r"orch\.db is missing.*Workers that are still running continue; run `orch status "):
+    with pytest.raises(LeaderboardError, match=r"orch\.db is missing.*Workers that are still running continue"):
         launch._wait(run, quiet=True)
 
 

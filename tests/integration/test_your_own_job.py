@@ -359,7 +359,7 @@ def test_a_loop_may_end_early_with_a_score_of_nan(tmp_path: Path) -> None:
 
 def test_a_state_without_a_model_cannot_be_exported(tmp_path: Path) -> None:
     train(walk(), founder(), tmp_path / "x.pt")
-    with (tmp_path / "out.pt").open("wb") as target, pytest.raises(JobError, match=r'returned by train_chunk has no "model"'):
+    with (tmp_path / "out.pt").open("wb") as target, pytest.raises(JobError, match='by train_chunk has no "model"'):
         export(tmp_path / "x.pt", target)
 
 
