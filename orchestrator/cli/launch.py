@@ -191,7 +191,9 @@ def _wait(run: Run, quiet: bool) -> None:
                     answered_at = time.monotonic()
                 except LeaderboardError as error:
                     if time.monotonic() - answered_at > PATIENCE_S:
-                        advice = f"Workers that still run continue; `orch status {run.name}` restarts the others"
+                        advice = (
+                            f"Workers that are still running continue; `orch status {run.name}` restarts the others"
+                        )
                         raise LeaderboardError(f"{error}. {advice}") from error
                     waiting.say(f"{error}; trying again")
                 time.sleep(look_every_s)
