@@ -66,6 +66,7 @@ def test_an_error_of_the_job_at_its_evaluation_is_reported(tmp_path: Path, orch_
     assert orch_call(tmp_path, "evaluate") == (2, "", "orch: pretrained_weights: they are gone\n")
 
 
+@pytest.mark.quick
 def test_an_exported_model_loads_and_scores_as_it_did(folder: Path) -> None:
     done = orch(folder, "export", "--out", "out/model.pt")
     entry = Run.open(folder / "runs/quick").board()["entries"][0]
