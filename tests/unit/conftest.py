@@ -1,4 +1,4 @@
-"""Fixtures that several unit tests share. Unit tests are for the everyday loop, unless they are slow."""
+"""Fixtures that several unit tests share. Most unit tests are for the everyday loop."""
 
 from __future__ import annotations
 
@@ -9,9 +9,23 @@ from pathlib import Path
 import pytest
 
 
+# Files that take more than some seconds: random input, real processes, torch imported anew, distributions.
+NOT_QUICK = (
+    "augment",
+    "davidnet",
+    "decoded",
+    "doctor",
+    "fuzz_cli",
+    "fuzz_files",
+    "fuzz_settings",
+    "fuzz_slurm",
+    "soft_lock",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(__file__).parent in item.path.parents and not item.get_closest_marker("slow"):
+        if Path(__file__).parent in item.path.parents and item.path.stem.removeprefix("test_") not in NOT_QUICK:
             item.add_marker(pytest.mark.quick)
 
 
