@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Files that take more than some seconds: random input, real processes, torch imported anew, distributions.
 NOT_QUICK = (
     "augment",
