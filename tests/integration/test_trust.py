@@ -162,7 +162,7 @@ def test_a_run_that_everybody_may_write_is_not_opened_and_the_error_has_the_comm
     (run.folder / part).chmod((run.folder / part).stat().st_mode | stat.S_IWOTH)
     with pytest.raises(RunError, match="can be written by everybody") as caught:
         Run.open(run.folder)
-    command = str(caught.value).partition("then: ")[2].partition(". (")[0]
+    command = str(caught.value).partition("then run: ")[2].partition(". (")[0]
     assert command == f"chmod -R o-w {run.folder}"
     subprocess.run(command, shell=True, check=True)
     assert Run.open(run.folder).name == "quick"
