@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -25,24 +24,6 @@ from tests.support.invariants import violations
 from tests.support.repairs import DAMAGE, SCRIPT, SQLITE, drop, everything, orch, repaired, resumed
 from tests.support.small_runs import board_of, lose, make_run, opened, work
 from tests.support.storage import Storage
-
-
-@pytest.fixture
-def run(storage: Storage, tmp_path: Path) -> Iterator[Run]:
-    """It has trained a little, on either database."""
-    made = make_run(storage, tmp_path / "run", workers=2)
-    work(made, SCRIPT)
-    yield made
-    with contextlib.suppress(OrchError):
-        made.leaderboard.database.drop(schema_too=True)
-
-
-@pytest.fixture
-def sqlite_run(tmp_path: Path) -> Run:
-    made = make_run(SQLITE, tmp_path / "run", workers=2)
-    work(made, SCRIPT)
-    return made
-
 
 # --- jobs that may be alive
 

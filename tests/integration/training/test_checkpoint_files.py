@@ -21,21 +21,12 @@ from tests.support.short_training import (
     digits_session,
     founder,
     momentum,
-    picture_sessions,
     save,
     save_trained,
     train,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module", params=["digits in memory", "pictures from files"])
-def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fresh:
-    """Makes Sessions that share nothing, as the jobs of a chain do."""
-    if request.param == "digits in memory":
-        return digits_session
-    return picture_sessions(tmp_path_factory.mktemp("pictures"))
 
 
 # --- evaluation

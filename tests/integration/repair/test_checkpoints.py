@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.errors import OrchError, RunError
+from orchestrator.errors import RunError
 from orchestrator.run.run import Run
 from tests.support.invariants import violations
-from tests.support.repairs import DAMAGE, SCRIPT, SQLITE, drop, repaired, resumed
-from tests.support.small_runs import board_of, lose, make_run, opened, work
-from tests.support.storage import Storage
-
-
-@pytest.fixture
-def run(storage: Storage, tmp_path: Path) -> Iterator[Run]:
-    """It has trained a little, on either database."""
-    made = make_run(storage, tmp_path / "run", workers=2)
-    work(made, SCRIPT)
-    yield made
-    with contextlib.suppress(OrchError):
-        made.leaderboard.database.drop(schema_too=True)
-
-
-@pytest.fixture
-def sqlite_run(tmp_path: Path) -> Run:
-    made = make_run(SQLITE, tmp_path / "run", workers=2)
-    work(made, SCRIPT)
-    return made
-
+from tests.support.repairs import DAMAGE, drop, repaired, resumed
+from tests.support.small_runs import board_of, lose, opened, work
 
 # --- damaged checkpoints and records
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,31 +17,13 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from orchestrator.errors import LeaderboardError, OrchError
+from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard.engine import is_damage
 from orchestrator.run.run import Run
 from tests.support.invariants import violations
 from tests.support.repairs import DAMAGE, MEMORY, SCRIPT, SQLITE, drop, everything, repaired, resumed
 from tests.support.small_runs import CUT, board_of, lose, make_run, opened, work
 from tests.support.storage import Storage
-
-
-@pytest.fixture
-def run(storage: Storage, tmp_path: Path) -> Iterator[Run]:
-    """It has trained a little, on either database."""
-    made = make_run(storage, tmp_path / "run", workers=2)
-    work(made, SCRIPT)
-    yield made
-    with contextlib.suppress(OrchError):
-        made.leaderboard.database.drop(schema_too=True)
-
-
-@pytest.fixture
-def sqlite_run(tmp_path: Path) -> Run:
-    made = make_run(SQLITE, tmp_path / "run", workers=2)
-    work(made, SCRIPT)
-    return made
-
 
 # --- the board comes back as it was
 

@@ -1,0 +1,15 @@
+"""How the tests of training make sessions."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.short_training import Fresh, digits_session, picture_sessions
+
+
+@pytest.fixture(scope="module", params=["digits in memory", "pictures from files"])
+def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fresh:
+    """Makes Sessions that share nothing, as the jobs of a chain do."""
+    if request.param == "digits in memory":
+        return digits_session
+    return picture_sessions(tmp_path_factory.mktemp("pictures"))
