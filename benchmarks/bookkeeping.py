@@ -83,7 +83,7 @@ def _work(contender: Contender, folder: Path, number: int, barrier: Barrier, sec
     waits_s, errors, counted = [], [], 0
     barrier.wait(PATIENCE_S)
     if think_s:
-        time.sleep(draw.uniform(0, think_s))  # workers of a real run are not in step
+        time.sleep(draw.uniform(0, think_s))  # the workers of a real run don't start at the same moment
     started = time.monotonic()
     while (before := time.monotonic()) < started + seconds:
         try:
@@ -124,7 +124,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float | None:
 
 
 def median_of(rounds: Sequence[Figures]) -> Figures:
-    """Return the median of each figure over the rounds; for chunk counts the extremes, for errors the sum."""
+    """Return the median of each figure over the rounds. Chunk counts: the smallest and the largest; errors: the sum."""
     merged: Figures = {}
     for key in rounds[0]:
         values = [r[key] for r in rounds if r.get(key) is not None]
@@ -138,7 +138,7 @@ def median_of(rounds: Sequence[Figures]) -> Figures:
     return merged | ({"error": said[0]} if said else {})
 
 
-# --- the three questions -----------------------------------------------------------------------------
+# --- the three kinds of measurement ------------------------------------------------------------------
 
 
 def compare(contenders: Sequence[Contender], options: argparse.Namespace) -> Figures:

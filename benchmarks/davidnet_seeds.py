@@ -5,8 +5,8 @@
 
 FOLDER is torchvision's root of CIFAR-10. Each seed is one founder, trained for one chunk under the settings' first
 profile, with the workers' training loop but without a board. It trains on all 50,000 training images and is tested
-after each epoch; only the last epoch's accuracy counts, and it selects nothing. The exit code is 1 if the mean is below
---at-least. On a CPU use --epochs 1 --images 5000; the schedule is shortened accordingly.
+after each epoch. Only the last epoch's accuracy counts; no model is selected by it. The exit code is 1 if the mean is
+below --at-least. On a CPU use --epochs 1 --images 5000; the schedule is shortened accordingly.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ def main() -> int:
         found = summary(runs)
         say(
             f"accuracy on the test set: mean {found['mean']:.4f}, std {found['std']:.4f}, min {found['min']:.4f}, max "
-            f"{found['max']:.4f} of {found['seeds']} seeds; {found['seconds_mean']:.1f} s a seed, the first "
-            f"{found['seconds_first']:.1f} s"
+            f"{found['max']:.4f} of {found['seeds']} seeds; {found['seconds_mean']:.1f} s per seed, "
+            f"{found['seconds_first']:.1f} s for the first seed"
         )
     kept = {"name", "job_params", "max_batch_size", "precision", "channels_last", "compile", "deterministic"}
     recipe = settings.model_dump(mode="json", include=kept) | {"profile": asdict(profile), "epochs": options.epochs}

@@ -5,10 +5,10 @@
     python benchmarks/throughput.py --data FOLDER --images 5000 --rounds 3 --out
 
 The contenders alternate, so that other load on the machine affects all of them. Figures are medians over the rounds;
-ratios are medians of the ratio in each round. For each contender: images per second of training (excluding evaluation,
-and orch's one-time decoding, which is part of ready_s) and the test accuracy after the same number of images. For orch
-also `outside`: the share of training time outside forward, backward and the optimizer's step. plain-bf16 is the plain
-loop with the autocast and channels_last that orch uses.
+ratios are medians of the ratio in each round. For each contender, the figures are the images per second of training
+(excluding evaluation, and orch's one-time decoding, which is part of ready_s) and the test accuracy after the same
+number of images. For orch, `outside` is the share of training time outside forward, backward and the optimizer's step.
+plain-bf16 is the plain loop with the autocast and channels_last that orch uses.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def train_plain(case: Case, options: argparse.Namespace, seed: int, tuned: bool)
     return {"images_per_s": options.images * options.epochs / seconds, "accuracy": right / total}
 
 
-# --- all of it ---------------------------------------------------------------------------------------
+# --- the comparison ----------------------------------------------------------------------------------
 
 
 def compare(case: Case, options: argparse.Namespace) -> Figures:

@@ -1,3 +1,3 @@
-"""orch: a Slurm-native, coordinator-free population trainer."""
+"""orch: trains a population of models on Slurm, without a coordinator."""
 
 __version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""Errors that a user can correct. `orch` prints their text without a traceback and exits with code 2."""
+"""Errors that a user can correct. `orch` prints their message without a traceback and exits with code 2."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class LockError(LeaderboardError):
 
 
 class StaleClaimError(OrchError):
-    """Another worker has the claim now; nothing was written."""
+    """The claim, the job or the checkpoint has been replaced meanwhile. Nothing was written."""
 
 
 class CheckpointError(OrchError):
-    """A checkpoint is missing or incomplete, or does not match its checksum."""
+    """A checkpoint or its record can't be read, written or used."""
 
 
 class DamagedCheckpointError(CheckpointError):

@@ -17,7 +17,7 @@ def counted(count: int, one: str, many: str | None = None) -> str:
 
 
 def gb(size_bytes: float) -> str:
-    """Format bytes as GB with three digits. Rounds up, so that a disk of the size shown is large enough."""
+    """Format bytes as GB with three significant digits. Rounds up, so that a disk of the shown size is large enough."""
     if size_bytes <= 0:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(size_bytes / GB)))
@@ -30,14 +30,14 @@ def iso(at: float | None) -> str | None:
 
 
 def shown(text: str, limit: int = 80) -> str:
-    """Make text fit for a message: one line, at most `limit` characters, no password from a URL."""
+    """Prepare text for a message: one line, at most `limit` characters, without the password of a URL."""
     text = _PASSWORD.sub(lambda match: f"{match[1]}:***" if match[1] is not None else f"{match[2]}***", text)
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def one_line(text: str, allowed: str = "") -> str:
-    """Return the text. Raises ValueError for line breaks, control and unencodable characters that are not `allowed`."""
+    """Return the text. Raises ValueError if it has a line break, control or unencodable character not in `allowed`."""
     for character in _NOT_PRINTED.findall(text):
         if character not in allowed:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Frozen values exchanged by the rules, the database, the cluster and the jobs.
 
-Times are Unix seconds (UTC); None stands for a time that never comes.
+Times are Unix seconds (UTC). A time of None means that the event has not happened or that its time is not known.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ExpiredBy(StrEnum):
     JOB_ENDED = "job_ended"  # its job ended without recording a result
     LEASE_ENDED = "lease_ended"
     AMENDED = "amended"  # its position now has another profile
-    GIVEN_BACK = "given_back"  # by its worker, which could not continue; the chunk's error says why
+    GIVEN_BACK = "given_back"  # its worker could not continue; the chunk's error says why
     PARENT_DAMAGED = "parent_damaged"
     LOST_WITH_DATABASE = "lost_with_database"
 
@@ -91,7 +91,7 @@ class Evidence(StrEnum):
 
 
 def _not_a_bool(value: Any) -> Any:
-    """Reject Booleans, which Python and pydantic treat as 0 and 1."""
+    """Reject true and false, which Python and pydantic would accept as 1 and 0."""
     if isinstance(value, bool):
         raise PydanticCustomError("bool_for_number", "input should be a number")
     return value
@@ -103,7 +103,7 @@ Line = Annotated[str, AfterValidator(one_line), Field(min_length=1, max_length=1
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One item of the cycle: the hyperparameters of a chunk. Values that only torch can check are checked at launch."""
+    """One item of the cycle: the hyperparameters of a chunk. The launch checks the values that only torch can check."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -196,7 +196,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A worker's lease on one position of its parent's entry. Later writes must carry the claim's generation."""
+    """A worker's lease on one position of the parent's entry. Later writes for this claim must carry its generation."""
 
     chunk_id: int
     generation: int
@@ -273,7 +273,7 @@ class ChainJob:
     host: str | None = None
     pid: int | None = None
     pid_created_at: float | None = None
-    starts: int = 0  # more than 1: the cluster requeued the job
+    starts: int = 0  # how many times the job has started; more than 1 if the cluster requeued it
     submitted_at: float | None = None
     started_at: float | None = None
     ended_at: float | None = None
@@ -285,7 +285,7 @@ class ChainJob:
 
     @property
     def base(self) -> str:
-        """The name of the job's submission and of its folder. (The local executor appends an index to the folder.)"""
+        """The name of the job's submission and of its folder. (With the local executor, the token names the folder.)"""
         return base_of(self.token)
 
 
@@ -365,6 +365,6 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """A chunk was interrupted between two steps. If its state is saved now, it can continue from there."""
+    """A chunk was interrupted between two steps. It can continue later if the caller saves the trainer's state now."""
 
     steps: int  # completed in the interrupted epoch

@@ -16,7 +16,7 @@ from tests.support.storage import Storage
 
 @pytest.fixture(autouse=True)
 def _own_umask() -> Iterator[None]:
-    """Commands change the umask of their process for good; in tests they may run in this process."""
+    """Restore the umask after each test: commands change it permanently, and tests may run commands in this process."""
     before = os.umask(0o022)
     os.umask(before)
     yield
@@ -26,7 +26,7 @@ def _own_umask() -> Iterator[None]:
 
 @contextmanager
 def _process_set_up_as_it_was() -> Iterator[None]:
-    """Opening a job changes its process: threads, determinism, variables. Undo that after the test."""
+    """Undo what opening a job changes in its process: threads, deterministic mode, environment variables."""
     names = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME")
     variables = {name: os.environ.get(name) for name in names}
     had = None
@@ -58,7 +58,7 @@ def _process_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[postgres.Postgres]:
-    """One for each pytest process, started by the first test that asks; its password is in the environment."""
+    """A server for each pytest process, started by the first test that needs it. Its password is in the environment."""
     try:
         postgres._bin()
     except postgres.MissingServerError as missing:
@@ -71,7 +71,7 @@ def postgres_server() -> Iterator[postgres.Postgres]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def storage(request: pytest.FixtureRequest) -> Storage:
-    """Each database in turn: a test with this fixture runs on both."""
+    """A test with this fixture runs twice: on SQLite and on PostgreSQL."""
     if request.param == "sqlite":
         return Storage(None)
     return Storage(request.getfixturevalue("postgres_server").url)
@@ -79,7 +79,7 @@ def storage(request: pytest.FixtureRequest) -> Storage:
 
 @pytest.fixture(scope="module")
 def one_thread(_module_as_it_was: None) -> None:
-    """The result of a sum depends on the number of threads; and several tests run at the same time."""
+    """Let torch use one thread: the result of a sum depends on the number of threads, and tests run in parallel."""
     import torch
 
     torch.set_num_threads(1)

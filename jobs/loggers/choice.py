@@ -49,7 +49,7 @@ def find_logger(name: str) -> type[Logger]:
 
 
 def makers(settings: Settings, run_folder: Path) -> Makers:
-    lock: LockKind = "flock" if settings.lock == "flock" else "soft"  # "auto" means that flock is unproven
+    lock: LockKind = "flock" if settings.lock == "flock" else "soft"  # "auto": flock was not tested at launch
     place = Place(settings.name, run_folder / "logs", lock)
     return {name: partial(_make, name, place) for name in settings.loggers}
 

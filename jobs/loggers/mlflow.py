@@ -20,7 +20,7 @@ SERIES_TAG = "orch.series"
 
 class MLflow(Logger):
     """Several workers may write to one SQLite file, and SQLite's own locks do not work on every shared file system. So
-    calls are made while holding a file lock, of a kind proven to work at launch, and each closes its connection."""
+    each call holds a file lock, of a kind that works on this file system, and closes its database connection."""
 
     _client: MlflowClient
     _experiment: str

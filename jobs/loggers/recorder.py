@@ -214,7 +214,7 @@ def series_of(run: str, checkpoints_folder: Path, work: Work, first_step: int) -
 
 
 def series_of_tested(run: str, checkpoints_folder: Path, file: str, step: int) -> Series | None:
-    """Return the series of the chunk that wrote a checkpoint, or None without its record. step: the lineage's last."""
+    """Return the series of the chunk that wrote a checkpoint; None without a record. step: the lineage's last step."""
     line = lineage(checkpoints_folder, file)
     if not line:
         return None

@@ -50,7 +50,7 @@ def make(profile: Profile, parameters: Parameters, default: str = "SGD") -> Opti
     try:
         optimizer: Optimizer = kind(groups, **options, **_fused(kind, options, groups))
         return complete(optimizer)
-    except Exception as error:  # any class: torch notices a wrong type only when it uses the value
+    except Exception as error:  # of any class: torch notices a wrong type only when it uses the value
         raise JobError(f"profile {profile.name!r}: optimizer {spec}: {error}{given(options)}") from error
 
 
@@ -112,7 +112,7 @@ def find(spec: str, what: str, home: Any, base: type, unfit: Mapping[str, str], 
     known = sorted({*also, *(n for n in classes if not n.startswith("_") and n not in unfit)})
     by_lower = {n.lower(): n for n in reversed(known)}
     near = [by_lower[n] for n in get_close_matches(name.lower(), by_lower, n=1)]
-    allowed = f"did you mean {near[0]!r}? Allowed is torch's" if near else f"allowed are {', '.join(known)}"
+    allowed = f"did you mean {near[0]!r}? Allowed are torch's classes" if near else f"allowed are {', '.join(known)}"
     raise JobError(f'{what}: torch has no suitable class of that name; {allowed}, or "package.module:Class"')
 
 
@@ -123,7 +123,7 @@ def accepted(kind: Any) -> dict[str, inspect.Parameter]:
 
 
 def check_options(options: Iterable[str], kind: Any, what: str, taken: Sequence[str] = ()) -> None:
-    """Raise JobError for an option that the class does not accept or that orch sets itself. taken: the latter."""
+    """Raise JobError for an option that the class does not accept. taken: options refused because orch sets them."""
     known = accepted(kind)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
         return
@@ -172,7 +172,8 @@ def _groups(parameters: Parameters, profile: Profile) -> list[dict[str, Any]]:
 
 
 def _fused(kind: Any, options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """Return the option that enables torch's fused kernels, if supported. torch would raise only at the first step."""
+    """Return the option that enables torch's fused kernels, or {} if they can't be used. This is checked here, because
+    torch would raise an error only at the first step."""
     own_choice = {"fused", "foreach", "capturable", "differentiable"} & set(options)
     dampened = options.get("dampening")  # torch dampens the first step if a momentum buffer exists (see `complete`)
     if kind not in FUSED or own_choice or dampened:

@@ -88,7 +88,7 @@ class Schedule:
             self._scheduler = self._made(kind, name, options, optimizer, per_epoch, what)
         except JobError:
             raise
-        except Exception as error:  # any class: torch notices a wrong type only when it uses the value
+        except Exception as error:  # of any class: torch notices a wrong type only when it uses the value
             hint = '; set its length in epochs with "epochs"' if name in (*LENGTH, "OneCycleLR") else ""
             raise JobError(f"{what}: {_plain(error)}{optimizers.given(options)}{hint}") from error
 
@@ -164,7 +164,7 @@ def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> No
                 optimizer.step()
                 schedule.after_step()
                 schedule.after_epoch({metric.name: 0.0})
-    except Exception as error:  # any class: torch notices a wrong type only when it uses the value
+    except Exception as error:  # of any class: torch notices a wrong type only when it uses the value
         named = profile.schedule["name"] if profile.schedule else profile.optimizer or default
         given = optimizers.given(profile.schedule or profile.optimizer_options)
         raise JobError(f"profile {profile.name!r}: {named}: {_plain(error)}{given}") from error

@@ -1,1 +1,1 @@
-"""The training loop: open a job, train chunks, keep and restore the whole state."""
+"""The training loop: open a job, train chunks, save and restore the complete state."""

@@ -135,7 +135,7 @@ def _open(ranks: Ranks, opening: Opening, run_folder: Path | None = None) -> Ses
 
 def own_gpu(gpus: Sequence[str], rank: int, count: int) -> str:
     """Return this rank's GPU, or "" to train on the CPU if there is none. gpus: the GPUs visible to this rank. If there
-    are fewer than `count`, the first is returned: each rank sees only its own, or else Ranks.use raises."""
+    are fewer than `count`, returns the first: each rank may see only its own GPU. If not, Ranks.use raises JobError."""
     return gpus[rank] if len(gpus) >= count else "".join(gpus[:1])
 
 

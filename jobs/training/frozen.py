@@ -29,7 +29,7 @@ class FrozenParts:
     def __init__(self, job: Job, speed: Speed) -> None:
         self._job, self._speed = job, speed
         self._outputs: dict[str, tuple[str, _Outputs]] = {}  # by split: the weights' hash, the outputs
-        self._hashed: tuple[Any, str] = (None, "")  # identifies the weights hashed last; their hash
+        self._hashed: tuple[Any, str] = (None, "")  # the weights hashed last (their identity and versions); their hash
 
     def feed(self, model: nn.Module, split: Split, feed: Feed, arranged: Callable[[Any], Any]) -> Feed:
         """Return the batches to call this model with until the next call of this method: either the feed's own batches,
@@ -154,7 +154,8 @@ def _compare(model: nn.Module, part: nn.Module, inputs: Tensor, outputs: Tensor)
 
 
 def _bypass(part: nn.Module, on: bool) -> None:
-    """Make a part return its input, or undo this. Of a Sequential, changes the layers: it may be a copy (a slice)."""
+    """Make a part return its input, or undo this. If the part is a Sequential, change its layers instead: the part may
+    be a slice, which is a new Sequential that shares its layers with the model."""
     for layer in part if isinstance(part, nn.Sequential) else [part]:
         if on:
             layer.forward = lambda inputs: inputs  # hides the class's forward

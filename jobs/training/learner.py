@@ -32,7 +32,7 @@ class Predictor:
 
     @property
     def evaluated(self) -> tuple[nn.Module, nn.Module]:
-        """The model to evaluate, as two modules with the same weights: as the job created it, and the one to call."""
+        """Two modules with the weights to evaluate: the model as the job created it, and the module to call."""
         return self.model, self.running
 
     def arranged(self, batch: Any) -> Any:

@@ -92,7 +92,7 @@ class Ranks(Alone):
         self._device = torch.device("cpu")
         self._tensors: dist.ProcessGroup | None = None  # None: torch's default group (gloo)
         self._weight = 1.0  # this rank's share of the current batch
-        self._masks: dict[tuple[bool, ...], Tensor] = {}  # each key (has a gradient, per parameter) as a tensor
+        self._masks: dict[tuple[bool, ...], Tensor] = {}  # the masks used in `merge`, as tensors on the device
         self._commands = 0
 
     # --- commands

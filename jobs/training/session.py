@@ -190,8 +190,9 @@ class Session(JobTrainer):
     def feed(self, split: Split) -> Feed:
         """Return the batches of a split. The feed is created once; the data stay loaded."""
         if split not in self._feeds:
-            # Loading the data must not change the training's random state: a process that resumes a chunk loads it too.
-            # One seed for all splits: if the job generates its data, "train" and "validation" come from the same data.
+            # Loading must not change the training's random state, because each process that resumes a chunk loads the
+            # data again. All splits have the same seed, so that a job that generates its data returns the same examples
+            # for "train" and "validation".
             with randomness.random_state_kept():
                 randomness.seed_cpu(self.settings.seed)
                 source = checked_data(self.job, self.job.data(split), split)
@@ -213,8 +214,8 @@ class Session(JobTrainer):
 
 
 def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
-    """Set the random state with which the chunk starts or continues. If work.repeat is set, the chunk starts with a
-    random state of its own. Returns the position in the current epoch."""
+    """Set the random state with which the chunk starts or continues. If work.repeat is not 0, a chunk that starts gets
+    new random numbers instead of the parent's. Returns the position in the current epoch."""
     if work.suspended:
         set_random_state(state["cut"]["rng"])
         return dict(state["cut"])

@@ -43,7 +43,7 @@ def status(run: RunArgument = None, runs_dir: RunsDir = DEFAULT_RUNS_DIR, json: 
     opened = open_run(run, runs_dir)
     try:
         done = opened.reconcile(time.time())
-    except LeaderboardError as error:  # such as a full disk: the state can still be shown
+    except LeaderboardError as error:  # for example because of a full disk; the state can still be shown
         say(f"orch: broken chains could not be mended: {error}")
         done = []
     state = opened.status()

@@ -1,4 +1,4 @@
-"""orch pause, resume, drain, cancel, amend, keep: control an existing run. Repeating a command does no harm."""
+"""orch pause, resume, drain, cancel, amend, keep: control an existing run. All commands can be repeated safely."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def amend(
 
 
 def _check_job(run: Run, changes: Sequence[str]) -> None:
-    """If profiles or loggers change, let the job check them, as at launch. Takes seconds, because it imports torch."""
+    """If profiles or loggers change, check them with the job, as at launch. Takes seconds: this imports torch."""
     from orchestrator.settings import loading
     from orchestrator.worker import user_job
 

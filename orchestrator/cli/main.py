@@ -1,5 +1,5 @@
 """The entry point of `orch`. Each group of commands has a module. Commands import slow modules only when they are
-called, so that `orch --help` answers at once."""
+called, so that `orch --help` is fast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS = (  # in the order of `orch --help`
     verify_resume, doctor,
 )  # fmt: skip
 app = typer.Typer(
-    help="Train a population of models on Slurm: worker chains, a leaderboard that only rises, no coordinator.",
+    help="Train a population of models on Slurm: chains of jobs, a leaderboard that never gets worse, no coordinator.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,6 +53,6 @@ def main() -> None:
     except OrchError as error:
         print(f"orch: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader has closed the pipe, as in `orch runs | head`
+    except BrokenPipeError:  # the program that reads the output has ended, as in `orch runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -38,7 +38,7 @@ def open_run(run: str | None, runs_dir: Path) -> Run:
 
 
 def say(line: str) -> None:
-    """Print on standard error, unbuffered; standard output is for results."""
+    """Print on standard error, unbuffered. Standard output is only for results."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -29,8 +29,8 @@ def repair(
 ) -> None:
     """Check a run's database and checkpoints; rebuild a lost or damaged database from the checkpoints' records.
 
-    A healthy database is not changed; entries with damaged files leave the board. Damaged files are renamed, not
-    deleted. Refused while the run has jobs.
+    A healthy database is not changed, except that entries with damaged files leave the board. Damaged files are
+    renamed, not deleted. The repair is refused while jobs of the run are alive.
     """
     from orchestrator.files import permissions
     from orchestrator.files.run_folder import find_run
@@ -62,8 +62,9 @@ def _print_repair(report: RepairReport) -> None:
 def gc(run: RunName, runs_dir: RunsDir = DEFAULT_RUNS_DIR, dry_run: DryRun = False, json: Json = False) -> None:
     """Delete a run's files that are no longer needed. Safe while its jobs are running.
 
-    Deletes checkpoints without an entry or a claim, temporary files, folders of old jobs (except the last three of each
-    chain), curves older than a day of chunks that led to no model on the board, and folders of killed launches.
+    Deletes checkpoints that no entry and no claim refers to, temporary files, folders of old jobs (except the last
+    three of each chain), curves older than a day (except those of chunks that a model on the board or in training
+    descends from), and folders of killed launches.
     """
     from orchestrator.messages import gb
     from orchestrator.run.gc import collect

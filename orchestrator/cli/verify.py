@@ -1,4 +1,5 @@
-"""orch verify-resume: check that interrupting this job's training here does not change the result by a single bit."""
+"""orch verify-resume: check that interruptions of a job's training on this machine do not change any bit of its
+result."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The queue of a run that another user owns and shares with a group.
 
-Only the owner queues jobs: jobs submitted by another user would run under that user's name, where the owner can't see
-the jobs. squeue and /proc may also hide the owner's jobs from other users, so a job missing there may be alive. Other
-users read the run and write requests to its database; the owner's workers carry out the requests.
+Only the owner queues jobs: jobs submitted by another user would run under that user's name, and the owner could not see
+them. squeue and /proc may also hide the owner's jobs from other users, so a job that is missing there may be alive.
+Other users read the run and write requests to its database; the owner's workers carry out the requests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from orchestrator.records import ChainJob, Evidence, JobState, Submitted
 
 
 class ForeignQueue(JobQueue):
-    """The owner's queue as another user may use it: without submitting, seeing or killing jobs."""
+    """The run's queue for users other than its owner, who can't submit, see or kill jobs."""
 
     chains = False  # broken chains are repaired only by the owner's commands and jobs
 
@@ -32,5 +32,5 @@ class ForeignQueue(JobQueue):
     def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
         running = [job.cluster_id for job in jobs if job.cluster_id and job.state is JobState.RUNNING]
         if not running:
-            return []  # queued jobs can wait: when they start, they read the run's state and end
+            return []  # queued jobs need no signal: when they start, they read the run's state and end
         return [f"jobs {', '.join(running)} belong to {self._owner}: they end when they next read the run's state"]

@@ -26,7 +26,7 @@ def gpus() -> list[str]:
 
 
 def gpus_of(workers: Sequence[int], each: int) -> list[str | None]:
-    """Return, for each worker, a CUDA_VISIBLE_DEVICES value with `each` GPUs; None if the machine has fewer.
+    """Return, for each worker, a CUDA_VISIBLE_DEVICES value that names `each` GPUs; None if the machine has fewer GPUs.
     If there are too few GPUs for all workers, several workers share the same GPUs."""
     names = gpus()
     shares = [",".join(names[i : i + each]) for i in range(0, len(names) - each + 1, each)]
@@ -34,7 +34,7 @@ def gpus_of(workers: Sequence[int], each: int) -> list[str | None]:
 
 
 def host_name() -> str:
-    """Return this machine's name and boot id. A new boot id shows a restart, so all earlier processes are gone."""
+    """Return this machine's name and boot id. A restart changes the boot id; all earlier processes are then gone."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()}/{boot.read_text()[:8] if boot.exists() else ''}"
 
@@ -52,7 +52,7 @@ def created_at(pid: int) -> float | None:
 
 
 def find_process(pid: int, created_at: float | None) -> psutil.Process | None:
-    """Return the process with this pid if it was started at created_at (None: any time). None if dead or a zombie."""
+    """Return the process with this pid and start time (created_at None: any start time); None if dead or a zombie."""
     try:
         process = psutil.Process(pid)
         if created_at is not None and abs(process.create_time() - created_at) > 0.5:

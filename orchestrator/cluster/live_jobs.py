@@ -15,7 +15,8 @@ from orchestrator.files.run_folder import JOBS
 def slurm_jobs(run_name: str, run_folder: Path) -> list[str] | None:
     """Return the ids of the run's pending and running Slurm jobs; None if Slurm does not answer.
 
-    A run in another runs folder may have the same name, so a job counts only if run_folder contains its folder.
+    A run in another runs folder may have the same name, so a job counts only if its folder is in run_folder. (If
+    run_folder has no job folders at all, every job of this name counts.)
     """
     listed = queue()
     if listed is None:

@@ -1,6 +1,6 @@
 """Run jobs as processes on this machine, through submitit's local executor.
 
-The local executor has no queue, so a successor's process is started at once and waits, before it works, until the
+The local executor has no queue, so a successor's process starts at once, but it begins to work only after the
 predecessor's process has ended. If the predecessor runs past its hard end, the waiting successor kills it.
 """
 
@@ -27,9 +27,9 @@ from orchestrator.files.run_folder import JOBS
 from orchestrator.records import ChainJob, Evidence, JobState, Submitted
 from orchestrator.settings.settings import Settings
 
-GRACE_S = 60.0  # between the end of a job's working time and its hard end
+GRACE_S = 60.0  # seconds between the end of a job's working time and its hard end
 _POLL_S = 0.5
-_children: list[Any] = []  # Popen objects, kept because Python warns if one is deleted while its process runs
+_children: list[Any] = []  # Popen objects; Python warns if one is deleted while its process runs
 
 
 def hard_end_s(settings: Settings) -> float:
@@ -57,9 +57,9 @@ class ProcessQueue(JobQueue):
 
 def _evidence(job: ChainJob) -> Evidence:
     if job.state is JobState.SUBMITTING:
-        return Evidence.GONE  # the submitter died or will soon write the pid; callers wait a grace period to find out
+        return Evidence.GONE  # the submitter has died or will soon store the pid; callers allow a grace period
     if job.host is None or job.pid is None or job.host.split("/")[0] != host_name().split("/")[0]:
-        return Evidence.UNKNOWN  # another machine's processes can't be seen from here
+        return Evidence.UNKNOWN  # the processes of another machine can't be seen from here
     if job.host != host_name():
         return Evidence.GONE  # this machine has restarted since the job started
     if find_process(job.pid, job.pid_created_at) is None:
@@ -145,8 +145,9 @@ class LocalJob(ThisJob):
 def _detached() -> Iterator[None]:
     """Let processes started inside the block outlive this process's terminal and pipes.
 
-    Children inherit ignored signals, so Ctrl-C or closing the terminal ends `orch launch --wait` but not the jobs. They
-    also inherit stdin, stdout and stderr, so these are /dev/null: otherwise `orch launch | tee log` waits for all jobs.
+    Children inherit ignored signals, so Ctrl-C or closing the terminal ends `orch launch --wait` but not the jobs.
+    Children also inherit stdin, stdout and stderr, so /dev/null replaces these three: otherwise `orch launch | tee log`
+    would wait for all jobs.
     """
     in_main = threading.current_thread() is threading.main_thread()  # Python can set signal handlers only there
     plain = (signal.SIG_DFL, signal.default_int_handler)

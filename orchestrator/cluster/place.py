@@ -9,12 +9,12 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """This process's rank in its job, and the file through which the job's ranks find each other."""
+    """This process's rank in its job, and the file through which the ranks of the job find each other."""
 
     executor: str
     rank: int
     count: int
-    meeting_file: Path  # rendezvous file of this start of the job; a requeued job uses a new file
+    meeting_file: Path  # each start of the job uses a new file
 
 
 def this_place() -> Place:

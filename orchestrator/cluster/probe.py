@@ -1,4 +1,4 @@
-"""For the doctor: run one short job on several nodes at once, and test whether sbatch would accept a script."""
+"""For `orch doctor`: run one short job on several nodes, and test whether sbatch would accept a script."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def job_names() -> list[str] | None:
 
 @dataclass(frozen=True, slots=True)
 class ProbeState:
-    """A job's state in Slurm: "" if Slurm no longer knows the job, None if Slurm does not answer."""
+    """A job's state in Slurm. state: "" if Slurm no longer knows the job, None if Slurm does not answer."""
 
     state: str | None
     reason: str = ""
@@ -79,7 +79,7 @@ class ProbeJob:
         for line in lines:
             cluster_id, state, reason = [*line.split("|", 2), "", ""][:3]
             if line.count("|") < 2 or not cluster_id or not state:
-                return ProbeState(None)  # this malformed line may be the job's
+                return ProbeState(None)  # this malformed line may describe the job
             if cluster_id == self.cluster_id:
                 return ProbeState(state, reason)
         return ProbeState("")
@@ -89,11 +89,12 @@ class ProbeJob:
 def probe_job(
     settings: Settings, folder: Path, entry: JobMain, *, nodes: int, tasks: int, time_min: int, wait_s: float
 ) -> Iterator[ProbeJob]:
-    """Queue a job with a worker's sbatch options that calls entry(folder, 0) in each of `tasks` tasks on `nodes` nodes.
-    At the end of the block, cancel the job and wait until it has ended.
+    """Queue a job that has a worker's sbatch options and calls entry(folder, 0) in each of its tasks. At the end of the
+    block, cancel the job and wait until it has ended.
 
-    time_min: the job's time limit. wait_s: how long the caller waits for the job to start. If the caller is killed
-    and can't cancel the job, Slurm removes the job at its deadline. Raises SubmissionError and SettingsError.
+    tasks: how many tasks the job has on all nodes together. time_min: the job's time limit. wait_s: how long the caller
+    waits for the job to start. If the caller is killed and can't cancel the job, Slurm removes the job at its deadline.
+    Raises SubmissionError and SettingsError.
     """
     import submitit
 
@@ -121,7 +122,7 @@ def probe_job(
 
 
 def _options(asked: Mapping[str, Any], deadline_s: int) -> dict[str, Any]:
-    """Return a worker's options, but with a deadline, no requeue, no delayed start, and GPUs requested per node."""
+    """Return a worker's options with a deadline, without requeue or delayed start, and with GPUs requested per node."""
     options = {name: value for name, value in asked.items() if name not in ("requeue", "time-min", "begin")}
     if "gpus" in options:
         options.setdefault("gpus-per-node", options.pop("gpus"))

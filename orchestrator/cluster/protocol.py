@@ -15,7 +15,7 @@ class JobQueue(ABC):
     """The queue of a run's jobs, used by commands and workers."""
 
     name: str
-    chains = True  # do jobs queue successors?
+    chains = True  # whether jobs queue successors
 
     @abstractmethod
     def submit(self, jobs: Sequence[ChainJob], after: ChainJob | None) -> list[Submitted]:
@@ -23,22 +23,22 @@ class JobQueue(ABC):
 
     @abstractmethod
     def evidence(self, jobs: Sequence[ChainJob]) -> dict[int, Evidence]:
-        """Return what the queue shows about each job, by job_id."""
+        """Return what the queue reports about each job, by job_id."""
 
     @abstractmethod
     def cancel(self, jobs: Sequence[ChainJob], now: bool) -> list[str]:
-        """Ask jobs to end at the next safe point, or, with `now`, kill them. Returns a message for each failure."""
+        """Ask jobs to end at their next safe point. now: kill them instead. Returns a message for each failure."""
 
     def find(self, jobs: Sequence[ChainJob]) -> dict[str, str]:
         """Return, by token, the cluster ids of queued jobs whose submitter died before recording the id."""
         return {}
 
     def endings(self, jobs: Sequence[ChainJob]) -> dict[int, str]:
-        """Return, by job_id, how each job ended according to the scheduler. Jobs with unknown endings are omitted."""
+        """Return, by job_id, how each job ended according to the scheduler. Omits jobs whose end is not known."""
         return {}
 
     def back_to_queue(self, job: ChainJob) -> bool:
-        """Requeue this process's job if a submit limit leaves no room for a successor. Return False if this fails."""
+        """Requeue this process's job, when a submit limit leaves no room for a successor. Returns False on failure."""
         return False
 
 
@@ -62,11 +62,11 @@ class ThisJob(ABC):
 
     @abstractmethod
     def latest_work_s(self) -> float:
-        """Return the seconds from the job's start until it must stop working to end before its hard end."""
+        """Return how many seconds after its start the job must stop working, so that it ends before its hard end."""
 
     @abstractmethod
     def time_limit_s(self) -> float:
-        """Return the seconds from the job's start to its hard end, after which it can't be alive."""
+        """Return the seconds from the job's start to its hard end. After the hard end, the job can't be alive."""
 
     def working_s(self) -> float:
         """Return how many seconds the job may work after the model and data are loaded."""

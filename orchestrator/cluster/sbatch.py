@@ -14,7 +14,7 @@ from orchestrator.messages import shown
 from orchestrator.settings.sbatch_values import check_option, checked_setup, is_owned, option_name
 from orchestrator.settings.settings import Settings
 
-# Between the end of a job's work and the warning signal: time for validation, the checkpoint and the exit.
+# Seconds between the end of a job's work and the warning signal, for validation, the checkpoint and the exit.
 GRACE_S = 60
 DEFAULT_SIGNAL_DELAY_S = 60
 
@@ -24,7 +24,7 @@ SHORT = {
     "o": "output", "e": "error", "d": "dependency", "a": "array", "D": "chdir",
 }  # fmt: skip
 GPU_KEYS = {"gpus", "gres", "gpus-per-node", "gpus-per-task", "gpus-per-socket"}
-# The first line of a batch script that starts with one of these words is its command; all earlier lines are setup.
+# The first line that starts with one of these words is the batch script's command; all earlier lines are setup.
 COMMANDS = ("srun", "python", "python3", "exec", "mpirun", "torchrun", "orch")
 
 

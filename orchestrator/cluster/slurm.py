@@ -29,7 +29,7 @@ COMMAND_TIMEOUT_S = 60.0
 # After a job's time limit, Slurm still cleans up (KillWait, epilog), so the job may end later than its limit.
 LEASE_MARGIN_S = 300.0
 # A job that Slurm still lists as COMPLETING this long after its end counts as gone, since its node does not respond. If
-# the job's process is alive after all, the database refuses what it writes, because its generation is too old.
+# the job's process is alive after all, the database refuses its writes, because their generation is too old.
 COMPLETING_S = 120.0
 # Slurm sets these for each job; a successor must not inherit the values of the job that submits it.
 PER_JOB = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "TMPDIR")
@@ -42,7 +42,8 @@ WAITING = {
     "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT",
     "POWER_UP_NODE",
 }  # fmt: skip
-# Other states prove nothing. A job that is REVOKED here, for example, was started by another cluster of the federation.
+# Other states do not show whether a job is alive. A job that is REVOKED here, for example, was started by another
+# cluster of the federation.
 
 # Prefixes of environment variables that change Slurm's output: SQUEUE_PARTITION, for example, would hide live jobs.
 USER_FORMAT_VARIABLES = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMAT")
@@ -91,7 +92,7 @@ class SlurmQueue(JobQueue):
             )
         folders, workers = [str(self._run_folder)] * len(jobs), [job.worker_id for job in jobs]
         quiet = redirect_stderr(io.StringIO())  # otherwise submitit prints sbatch's message a second time
-        with submission_environment(), quiet, permissions.files_of(self._run_folder):  # jobs get this umask
+        with submission_environment(), quiet, permissions.files_of(self._run_folder):  # the jobs inherit the umask
             try:
                 taken = self.executor(base, after).map_array(self._job_main, folders, workers)
             except submitit.core.utils.FailedJobError as error:
@@ -127,7 +128,7 @@ class SlurmQueue(JobQueue):
         return executor
 
     def _srun_args(self) -> list[str] | None:
-        """Return the options that srun does not inherit from sbatch."""
+        """Return the options for srun that it does not inherit from sbatch."""
         arguments = []
         if "cpus-per-task" in self.request.options:  # without this, since Slurm 22.05, a task gets one core
             arguments.append(f"--cpus-per-task={self.request.options['cpus-per-task']}")
@@ -194,7 +195,7 @@ class SlurmQueue(JobQueue):
         return trouble
 
     def back_to_queue(self, job: ChainJob) -> bool:
-        """Requeue the job. Does not return if Slurm kills this process first."""
+        """Requeue the job. If Slurm kills this process first, this method does not return."""
         return job.cluster_id is not None and run_slurm(["scontrol", "requeue", job.cluster_id]) is not None
 
 
@@ -212,7 +213,7 @@ class SlurmJob(ThisJob):
         processes, given = self.settings.gpus_per_worker, os.environ.get("SLURM_CPUS_PER_TASK")
         if self.settings.cores_per_worker:
             return max(1, self.settings.cores_per_worker // processes)
-        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", "1024"))  # the limit if tasks are not bound to cores
+        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE", "1024"))  # the limit for unbound tasks, which see all cores
         return int(given) if given else max(1, min(len(os.sched_getaffinity(0)), on_node // processes))
 
     def token(self) -> str:
@@ -267,13 +268,13 @@ def read_queue(answer: str | None) -> dict[str, Listed] | None:
         if match is None:
             return None
         cluster_id, state, end, name = match.groups()
-        if cluster_id not in jobs or state in WORKING | WAITING:  # a federation may list a job twice: keep a live one
+        if cluster_id not in jobs or state in WORKING | WAITING:  # a federation may list a job twice: keep the live one
             jobs[cluster_id] = Listed(state, name, _when(end))
     return jobs
 
 
 def lines_of(answer: str | None) -> list[str] | None:
-    """Return the lines of a listing; None if there is none, or if it was cut off before its last newline. Does not use
+    """Return the lines of an answer; None if the answer is None or was cut off before its last newline. Does not use
     str.splitlines, which also splits at other characters that a job's name may contain."""
     if answer is None:
         return None
@@ -306,7 +307,8 @@ def run_slurm(command: Sequence[str]) -> str | None:
 
 @contextmanager
 def submission_environment() -> Iterator[None]:
-    """Inside the block, hide the submitting job's variables, except SLURM_CONF, which locates the cluster."""
+    """Inside the block, remove the environment variables that describe this process's own job. Keep SLURM_CONF, which
+    locates the cluster."""
     from submitit.helpers import clean_env
 
     conf = os.environ.get("SLURM_CONF")

@@ -1,6 +1,6 @@
 """`orch doctor`: check that this cluster, this file system and this environment are ready for a run.
 
-Some functions gather facts; pure functions evaluate the facts and return findings, each with a level and advice.
+Some functions gather facts. Pure functions evaluate the facts and return findings, each with a level and advice.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def examine(
 ) -> list[Finding]:
     """Run all checks. wait_s: how long to wait for the two-node job to start. say: called with progress messages.
 
-    Leaves nothing behind: before it returns, its files are deleted, and the two-node job is over or cancelled.
+    Before this function returns, it deletes its files, and the two-node job is over or cancelled.
     """
     settings, findings = _read_settings(settings_file)
     several_nodes = has_slurm() and settings.several_nodes
@@ -80,7 +80,7 @@ def _read_settings(file: Path | None) -> tuple[Settings, list[Finding]]:
 
 @contextmanager
 def _scratch_folder(runs_dir: Path) -> Iterator[Path | OSError]:
-    """Create, yield and finally remove a folder on the runs' file system. If it can't be created, yield the error."""
+    """Create, yield and finally remove a folder on the runs' file system. If this is impossible, yield the error."""
     try:
         above = nearest_folder(runs_dir.expanduser())
         folder = tempfile.TemporaryDirectory(prefix=".orch-doctor-", dir=above, ignore_cleanup_errors=True)
@@ -94,7 +94,7 @@ def _scratch_folder(runs_dir: Path) -> Iterator[Path | OSError]:
 def _examine_slurm(
     settings: Settings, given: bool, scratch: Path | OSError, two_nodes: bool, lock: LockKind
 ) -> tuple[list[Finding], Needs | None]:
-    """Return findings about Slurm, and what the two-node test needs (None: no test is wanted or possible).
+    """Return findings about Slurm, and the two-node test's Needs (None if no such test is wanted or possible).
 
     given: whether the user named a settings file. lock: the lock that a run launched here would use.
     """
@@ -137,7 +137,7 @@ def _room_for_test(wanted: object, facts: SlurmFacts) -> tuple[int, int]:
 
 
 def _judge_database(settings: Settings, runs_dir: Path) -> Finding:
-    """Check the database named in the settings. If it is a separate SQLite file, its folder is not examined."""
+    """Check the database named in the settings. For a separate SQLite file, the file's folder is not examined."""
     url = str(settings.database)
     if not settings.uses_server:
         what = f"the database {url} is a separate file, but the locks were tested in {runs_dir}"

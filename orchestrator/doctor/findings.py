@@ -12,7 +12,7 @@ LEVELS: tuple[Level, ...] = ("ok", "note", "warning", "error")  # from best to w
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one check. Levels: ok; note: worth knowing; warning: a run works, but not well, or may fail later;
+    """The result of one check. Levels: ok. note: information. warning: a run works, but not well, or may fail later.
     error: a run would fail or could be damaged.
 
     Raises ValueError for a finding that is not ok and has no advice in `do`.

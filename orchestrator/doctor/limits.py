@@ -1,6 +1,6 @@
 """Compare the number of jobs that a run queues with the cluster's limits on jobs. Pure functions.
 
-A run queues all its workers at once (as a job array), and each running job queues its successor at once, so
+A run queues all its workers at once (as a job array), and each job queues its successor as soon as it starts, so up to
 2 x workers jobs are in the queue at the same time.
 """
 
@@ -14,7 +14,7 @@ from orchestrator.doctor.findings import Finding
 from orchestrator.messages import counted
 
 TOPIC = "limits"
-Row = Mapping[str, str]  # one row of sacctmgr's output: {column: value}; an empty value means no limit
+Row = Mapping[str, str]  # one row of sacctmgr's output, by column; an empty value means no limit
 LATER = (
     "running jobs can't queue successors in advance: each submits its successor at its end or, if that fails, puts "
     "itself back into the queue, which costs waiting time"
@@ -75,7 +75,7 @@ def _first(rows: Iterable[Row | None], column: str, name: str) -> Limit | None:
 
 
 def submit_limits(given: Accounting) -> list[Limit]:
-    """Return the limits on how many jobs are queued or running: per user, per account, and for all users together."""
+    """Return the limits on the number of queued and running jobs: per user, per account, and for all users together."""
     limits = (
         _first(given.qos(), "MaxSubmitPU", "MaxSubmitJobsPerUser")
         or _first([given.association], "MaxSubmit", "MaxSubmitJobs"),
@@ -86,7 +86,7 @@ def submit_limits(given: Accounting) -> list[Limit]:
 
 
 def run_limits(given: Accounting) -> list[Limit]:
-    """Return the limits on how many jobs run at the same time: per user, and for all users together."""
+    """Return the limits on the number of running jobs: per user, and for all users together."""
     limits = (
         _first(given.qos(), "MaxJobsPU", "MaxJobsPerUser") or _first([given.association], "MaxJobs", "MaxJobs"),
         _first(given.all_rows(), "GrpJobs", "GrpJobs"),
@@ -144,7 +144,7 @@ def judge_cluster(config: Mapping[str, str], workers: int) -> list[Finding]:
 
 
 def judge_running(given: Accounting, workers: int, gpus: int, enforced: bool) -> list[Finding]:
-    """Compare the run with the limits on running jobs and on GPUs in use. Most only delay jobs. gpus: per worker."""
+    """Compare the run with the limits on running jobs and on GPUs. Most limits only delay jobs. gpus: per worker."""
     if not enforced:
         return []
     limits = run_limits(given)

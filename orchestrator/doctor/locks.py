@@ -1,4 +1,4 @@
-"""Check file locking: what the mount options guarantee, and whether a shared counter loses updates under the lock."""
+"""Check locks: what the mount options guarantee, and whether a counter incremented under the lock loses updates."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from orchestrator.locking.proof import Access, Counted, Tally, count, percentile
 from orchestrator.messages import counted
 
 INCREMENTS = 300  # how often each process increments each counter
-SLOW_S = 2.0  # longer waits slow down training, as a chunk needs about two transactions
+SLOW_S = 2.0  # longer waits slow down training, since each chunk needs about two transactions
 NAMES: Mapping[Counted, str] = {"lock": "file lock", "database": "SQLite database"}
 TOPIC = "lock test"
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Used instead of the final number if it can't be read. why: the error message."""
+    """Stands for a counter's final number that can't be read. why: the error message."""
 
     why: str
 
@@ -70,14 +70,14 @@ def _is_busy(error: Exception) -> bool:
 
 
 def judge_counts(kind: Counted, tallies: Sequence[Tally], final: int | Unreadable, where: str) -> list[Finding]:
-    """Check one counter for lost updates, errors and long waits. final: its last value. where: names the hosts."""
+    """Check one counter for lost updates, errors and long waits. final: its final value. where: names the hosts."""
     name = f"{NAMES[kind]}, {where}"
     done = sum(tally.done for tally in tallies)
     problems = _judge_errors(name, tallies)
     if isinstance(final, Unreadable):
         problems.append(Finding("error", TOPIC, f"{name}: the final number can't be read: {final.why}", ELSEWHERE))
     elif final != done:
-        what = f"{name}: {done - final} of {done} updates were lost: the lock does not hold"
+        what = f"{name}: {done - final} of {done} updates were lost: the lock does not work"
         problems.append(Finding("error", TOPIC, what, ELSEWHERE))
     if problems:
         return problems
@@ -123,7 +123,7 @@ QUOTA = {
 
 
 def lock_advice(fstype: str, options: Sequence[str]) -> Finding:
-    """Return whether flock works between the nodes that mount this file system. A run prefers flock to other locks.
+    """Judge whether flock works between the nodes that mount this file system. A run prefers flock to other locks.
 
     fstype and options: as in /proc/self/mountinfo.
     """
@@ -140,6 +140,6 @@ def _level(facts: LockFacts) -> Level:
 
 
 def quota_command(mount: Mount) -> str | None:
-    """Return a command that shows the user's quota, which may be less than the free space; None: no known command."""
+    """Return a command that shows the user's quota, which may be less than the free space; None if none is known."""
     command = QUOTA.get(mount.fstype)
     return command.format(point=mount.point) if command else None

@@ -28,7 +28,7 @@ FILES_LOW = 10_000
 PYTHON_TIMEOUT_S = 180.0  # importing torch from a busy shared file system can take minutes
 
 PACKAGES = ("torch", "torchvision", "numpy", "submitit", "sqlalchemy", "filelock", "pydantic", "scikit-learn")
-# Run in a separate process, because a broken torch may crash Python, and importing torch takes much memory.
+# This script runs in a separate process: a broken torch may crash Python, and importing torch takes much memory.
 LOOK_AT_PYTHON = """
 import importlib.metadata, json, sys
 facts = {"python": sys.version.split()[0], "versions": {}}
@@ -66,13 +66,13 @@ class FolderFacts:
 
     runs_dir: str
     exists: bool
-    looked_at: str  # the folder itself or that parent
-    not_writable: str | None  # why no file can be created in the folder; None: it is writable
+    looked_at: str  # the folder that these facts describe: the runs folder or that parent
+    not_writable: str | None  # why no file can be created in the folder; None if the folder is writable
     mode: int
     mount: Mount | None
     free_bytes: int
     free_files: int | None  # free inodes; None: this file system has no limit on files
-    lock_error: str | None  # why no lock protects a database in this folder; None: one does, or none was tested
+    lock_error: str | None  # why no lock works in this folder; None if one works or no lock was tested
     lock: Choice | None = None  # the lock that a run launched here would use
 
 
@@ -94,7 +94,8 @@ def look_at_python(timeout_s: float = PYTHON_TIMEOUT_S) -> PythonFacts:
 def look_at_folder(
     runs_dir: Path, scratch: Path | OSError, several_nodes: bool, wanted: WantedLock | None
 ) -> FolderFacts:
-    """scratch: a folder beside the runs, or why it can't be created. wanted: the settings' lock; None: none needed."""
+    """Gather the facts. scratch: a folder beside the runs, or the error of its creation. wanted: the settings' lock;
+    None: no lock is needed."""
     folder = nearest_folder(runs_dir.expanduser()).resolve()
     lock, lock_error = None, None
     if isinstance(scratch, Path) and wanted is not None:
@@ -118,7 +119,7 @@ def look_at_folder(
 
 
 def look_at_home() -> str | None:
-    """Return why the home folder is not writable; None: it is writable."""
+    """Return why the home folder is not writable, or None if it is."""
     try:
         with tempfile.TemporaryFile(dir=Path.home()) as file:
             file.write(b"orch doctor")
@@ -131,7 +132,8 @@ def look_at_home() -> str | None:
 
 
 def judge_python(facts: PythonFacts, gpus_listed: int, gpu_expected: bool, host: str | None = None) -> list[Finding]:
-    """gpus_listed: by nvidia-smi. gpu_expected: whether having no GPU is an error. host: None means this machine."""
+    """Check Python, its packages and the GPUs. gpus_listed: the number of GPUs that nvidia-smi lists. gpu_expected:
+    whether it is an error to have no GPU. host: the machine's name; None: this machine."""
     where, topic = ("here", "python") if host is None else (f"on {host}", f"python on {host}")
     if facts.error:
         do = (
@@ -203,7 +205,7 @@ def judge_disk(facts: FolderFacts) -> list[Finding]:
 
 
 def judge_home(error: str | None) -> Finding:
-    """Report whether the home folder is writable. error: the reason a write failed, or None if it succeeded."""
+    """Report whether the home folder is writable. error: why a test file could not be written; None: it was written."""
     if error is None:
         return Finding("ok", "home", "the home folder is writable")
     do = "set TORCH_HOME and XDG_CACHE_HOME to writable folders (for jobs, in slurm.setup), or delete files there"
@@ -211,8 +213,8 @@ def judge_home(error: str | None) -> Finding:
 
 
 def judge_locks(facts: FolderFacts, slurm: bool, server: bool, proven: bool | None) -> list[Finding]:
-    """Check the locks on the runs folder. slurm: do jobs run on several nodes? server: is the database a server?
-    proven: did the locks hold in the two-node test? None: not known."""
+    """Check the locks on the runs folder. slurm: whether jobs run on several nodes. server: whether the database is on
+    a server. proven: whether the locks worked in the two-node test; None: not known."""
     if server:
         return [Finding("ok", "locks", "the database is a server, which needs no file lock")]
     advice = _mount_advice(facts, slurm)
@@ -220,7 +222,7 @@ def judge_locks(facts: FolderFacts, slurm: bool, server: bool, proven: bool | No
         do = f"nothing: the soft lock is used instead. For a faster lock, {advice.do}"
         advice = Finding("note", "locks", advice.what, do)
     if proven and advice.level in ("note", "warning"):
-        advice = Finding("ok", "locks", f"{facts.mount or facts.looked_at}: the two-node test shows that locks hold")
+        advice = Finding("ok", "locks", f"{facts.mount or facts.looked_at}: the two-node test shows that locks work")
     if facts.lock_error:
         return [advice, Finding("error", "locks", f"in {facts.looked_at}, {facts.lock_error}", ELSEWHERE)]
     return [advice, *([Finding("ok", "locks", f"a run uses this lock: {facts.lock}")] if facts.lock else [])]

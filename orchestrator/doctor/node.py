@@ -1,5 +1,5 @@
-"""The tasks of the two-node test's job. Each task rewrites its report after each step, so that the report of a job that
-hangs or is killed shows how far the task got."""
+"""The tasks of the two-node test's job. Each task rewrites its report after each step, so that the report shows how far
+the task got if the job hangs or is killed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TASK, FROM_LOGIN, SCRIPT = "task.json", "from-login", "worker.sbatch"
 COUNTER, DATABASE = "counter", "database"  # the file with the counter, and the scratch database's folder
 BYTES = 2**20  # the size of each file that one machine writes and another reads
 TASKS = 2
-MEETING_S = 120.0  # how long a task waits for the other tasks; long, as NFS caches attributes for up to a minute
+MEETING_S = 120.0  # how long a task waits for the other tasks; long, since NFS caches attributes for up to a minute
 LOCK_TIMEOUT_S = 60.0
 
 
@@ -43,11 +43,11 @@ class NodeTask(BaseModel):
 
 
 class NodeReport(BaseModel):
-    """The results of one task. Unless noted otherwise, None means that the task did not reach this step."""
+    """The results of one task. Unless a comment says otherwise, None means that the task did not reach this step."""
 
     task: int
     host: str
-    folder_problem: str | None = None  # what is wrong with the login node's file as read here; None: nothing
+    folder_problem: str | None = None  # the problem in reading the login node's file here; None: no problem
     written_sha256: str | None = None  # the SHA-256 of this task's own file
     mount: Mount | None = None
     can_submit: Answer | None = None
@@ -128,11 +128,11 @@ def _count(report: NodeReport, scratch: Path, asked: NodeTask) -> None:
 
 
 def _meet(task: int, scratch: Path, name: str) -> bool:
-    """Wait until every task has reached this point; False if a task does not reach it in time."""
+    """Wait until every task has called this with the same name. Returns False if a task does not do so in time."""
     (scratch / f"{name}-{task}").touch()
     end = time.monotonic() + MEETING_S
     while time.monotonic() < end:
-        # List the folder: for a single name, a network file system may have cached that the file does not exist.
+        # List the folder, do not test each name: a network file system may have cached that a file does not exist.
         names = {entry.name for entry in scratch.iterdir()}
         if all(f"{name}-{other}" in names for other in range(TASKS)):
             return True
@@ -151,7 +151,7 @@ def _look_at_needs(report: NodeReport, scratch: Path, asked: NodeTask) -> None:
 
 
 def database_error(url: str, folder: Path) -> str | None:
-    """Return why the database server does not answer; None: it answers. Does not change the database."""
+    """Return why the database server does not answer, or None if it answers. Does not change the database."""
     os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # s; without it, dropped packets block the connection for minutes
     try:
         with Database(url, folder).transaction(own_lock=False) as connection:

@@ -12,7 +12,7 @@ from orchestrator.doctor.findings import Finding, Level, worst
 from orchestrator.messages import counted
 
 TOPIC = "partition"
-# sinfo's states of nodes that can't start jobs now but may later; without suffixes such as * (not responding).
+# sinfo's states of nodes that can't start jobs now but may do so later, without suffixes such as * (not responding).
 AWAY = ("down", "drain", "drained", "draining", "fail", "failing", "inval", "maint", "unknown", "future", "reboot")
 STATES = {
     "DOWN": "it accepts jobs but starts none",
@@ -128,7 +128,7 @@ def _integer(value: object) -> int:
 
 
 def megabytes(value: object) -> int:
-    """Convert the value of --mem (a number with K, M, G or T, by default M) to MB; 0 if it is not valid."""
+    """Convert the value of --mem (a number with K, M, G or T; default: M) to MB; 0 if the value is not valid."""
     match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)B?", str(value), re.IGNORECASE)
     if not match:
         return 0
@@ -156,7 +156,7 @@ def names_of(wanted: object, partitions: Sequence[Partition]) -> list[str]:
 def judge_partition(
     wanted: object, partitions: Sequence[Partition], nodes: Sequence[Node], request: Request, need: Need
 ) -> list[Finding]:
-    """Check that the job fits a wanted partition (see `names_of`). If so, errors in the others become warnings."""
+    """Check that the job fits a wanted partition (see `names_of`). If so, errors of others become warnings."""
     known = {partition["PartitionName"]: partition for partition in partitions if "PartitionName" in partition}
     judged = [
         _judge_one(name, known, [node for node in nodes if node.partition == name], request, need)
@@ -221,7 +221,7 @@ def _problems(
         states = ", ".join(f"{count} {state}" for state, count in Counter(node.state for node in nodes).items())
         what = f"no node of {name} that could run a worker is up ({states})"
         yield Finding("warning", TOPIC, what, "jobs wait until one is up: use another slurm.partition, or wait")
-    if (allowed := row.get("AllocNodes", "ALL")) not in ("ALL", ""):  # nodes that may submit jobs: usually login nodes
+    if (allowed := row.get("AllocNodes", "ALL")) not in ("ALL", ""):  # nodes that may submit jobs, often login nodes
         what = f"{name} only accepts jobs submitted from {allowed}: a job may not be able to queue its successor"
         do = f"`orch doctor --two-node` tests this; if jobs can't, run `orch keep RUN` on {allowed}"
         yield Finding("warning", "successors", what, do)

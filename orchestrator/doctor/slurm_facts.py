@@ -15,7 +15,7 @@ from orchestrator.doctor.partition import Node, Partition, names_of, read_config
 ASSOCIATION = ("Cluster", "Account", "User", "Partition", "MaxJobs", "MaxSubmit", "GrpJobs", "GrpSubmit", "DefaultQOS")
 ACCOUNT = ("Account", "ParentName", "GrpJobs", "GrpSubmit")
 QOS = ("Name", "MaxSubmitPU", "MaxSubmitPA", "GrpSubmit", "MaxJobsPU", "GrpJobs", "MaxTRESPU", "Flags")
-# Columns whose name in sacctmgr's format= option differs from the heading that sacctmgr prints.
+# Columns whose name in sacctmgr's format= option (the value) differs from the heading that it prints (the key).
 LONG = {
     "MaxSubmit": "MaxSubmitJobs", "GrpSubmit": "GrpSubmitJobs", "MaxSubmitPU": "MaxSubmitJobsPerUser",
     "MaxSubmitPA": "MaxSubmitJobsPerAccount", "MaxJobsPU": "MaxJobsPerUser", "MaxTRESPU": "MaxTRESPerUser",
@@ -28,7 +28,7 @@ class SlurmFacts:
     """What Slurm reported."""
 
     version: str | None
-    answers: bool  # does Slurm answer? False: only `version` and `answer` are known
+    answers: bool  # whether Slurm answers; if not, only `version` and `answer` are known
     answer: Answer  # the answer of sbatch --test-only to the run's own script
     config: Mapping[str, str] = field(default_factory=dict)
     partitions: tuple[Partition, ...] = ()

@@ -23,7 +23,7 @@ from orchestrator.locking.mounts import ELSEWHERE
 from orchestrator.records import LockKind
 from orchestrator.settings.settings import Settings
 
-TIME_MIN = 10  # the job's limit, unless the partition allows less; it needs about half a minute
+TIME_MIN = 10  # the job's time limit, unless the partition allows less; the job needs about half a minute
 POLL_S = 1.0
 OVER_S = 90.0  # how long Slurm may take to end a job after the job's time limit
 APPEAR_S = 70.0  # how long a job's last files may take to appear here: NFS caches attributes for up to a minute
@@ -45,10 +45,10 @@ class Needs:
 
     settings: Settings
     script: str  # a worker's batch script
-    gpu: bool  # does a worker need a GPU?
+    gpu: bool  # whether a worker needs a GPU
     nodes_up: int = 2  # how many nodes of the partition are up
     limit_min: int = TIME_MIN  # the job's time limit
-    refused_here: bool = False  # does sbatch also refuse the script on this machine?
+    refused_here: bool = False  # whether sbatch refuses the script on this machine too
     lock: LockKind = "flock"  # the lock that a run launched here would use
 
     @property
@@ -62,7 +62,7 @@ class Proof:
     """The result of the test; the defaults mean that no test was run."""
 
     findings: Sequence[Finding] = ()
-    locks_hold: bool | None = None  # do locks hold between nodes? None: not known
+    locks_hold: bool | None = None  # whether locks work between nodes; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +72,9 @@ class TestOutcome:
     nodes: int  # how many nodes the job requested
     reports: tuple[node.NodeReport | None, ...]  # one per task; None: no report
     counted: Mapping[proof.Counted, int | Unreadable]  # the counters' final values; empty with a database server
-    wrong_files: tuple[str, ...]  # descriptions of task files that differ here from what the task wrote
+    wrong_files: tuple[str, ...]  # descriptions of the files whose contents here differ from what a task wrote
     ended: str  # how the job ended, in Slurm's words
-    stopped: str | None = None  # why the doctor cancelled the job; None: it ended by itself
+    stopped: str | None = None  # why the doctor cancelled the job; None: the job ended by itself
 
     @property
     def received(self) -> list[node.NodeReport]:
@@ -88,8 +88,8 @@ class TestOutcome:
 def prove(needs: Needs, scratch: Path, wait_s: float, say: Say) -> Proof:
     """Run the test and evaluate its results. scratch: a folder beside the runs. wait_s: how long the job may wait.
 
-    A job that is not over is cancelled before this function returns or raises, also after Ctrl-C or SIGTERM. If Slurm
-    does not respond then, the job ends at its own time limit.
+    Before this function returns or raises (also after Ctrl-C or SIGTERM), it cancels the job unless the job is over. If
+    Slurm does not respond then, the job ends at its own time limit.
     """
     findings: list[Finding] = []
     nodes = 2 if needs.nodes_up >= 2 else 1
@@ -144,7 +144,7 @@ def _prepare(needs: Needs, scratch: Path) -> None:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Raise SystemExit in the block when SIGTERM arrives, so that the job is cancelled, as it is after Ctrl-C."""
+    """Raise SystemExit in the block when SIGTERM arrives, so that the job is cancelled as after Ctrl-C."""
 
     def leave(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + signum)
@@ -157,7 +157,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _wait(job: ProbeJob, limit_min: int, wait_s: float, say: Say) -> tuple[ProbeState, str | None]:
-    """Wait until the job is over or must be cancelled. Returns the last state, and why to cancel (None: it is over)."""
+    """Wait until the job is over or must be cancelled. Returns its last state, and why to cancel it (None if over)."""
     queued_at = time.monotonic()
     started_at: float | None = None
     told = ProbeState(None)
@@ -293,7 +293,7 @@ def _judge_mounts(reports: Sequence[node.NodeReport]) -> list[Finding]:
 
 
 def _judge_counts(outcome: TestOutcome) -> list[Finding]:
-    """Check each counter for which all tasks reported their increments; otherwise the expected value is not known."""
+    """Check the counters. Skip a counter if a task did not report its increments: its expected value is not known."""
     where = f"between {_and(outcome.hosts)}" if len(outcome.hosts) > 1 else f"on {outcome.hosts[0]} alone"
     findings = []
     for kind, final in outcome.counted.items():
@@ -304,7 +304,7 @@ def _judge_counts(outcome: TestOutcome) -> list[Finding]:
 
 
 def locks_hold(outcome: TestOutcome) -> bool | None:
-    """Return whether locks hold between nodes; None: not known, for example because both tasks were on one node."""
+    """Return whether locks work between nodes; None: not known, for example because both tasks were on one node."""
     reports = outcome.received
     if not outcome.counted or not reports:
         return None

@@ -24,7 +24,7 @@ def publish(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the creation, renaming and deletion of files in a folder durable."""
+    """Make earlier creations, renamings and deletions of files in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

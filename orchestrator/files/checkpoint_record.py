@@ -13,13 +13,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from orchestrator.errors import CheckpointError
 from orchestrator.rules.checkpoint_names import SUFFIX, checkpoint_stem, generation_of, is_file_name, record_name
 
-# Higher than in any real run: a damaged or forged record must not fill the database or overflow its integers.
+# Higher than in any real run. These limits prevent a damaged or forged record from filling the database or overflowing
+# its integers.
 MOST_WORKERS, MOST_POSITIONS = 1_000_000, 100_000_000
-OF_THE_LAST = {"ancestors", "launched_at", "import_paths"}  # not stored in the copies of ancestors' records
+OF_THE_LAST = {"ancestors", "launched_at", "import_paths"}  # fields left out of the copies of ancestors' records
 
 
 def _finite_or_none(value: Any) -> Any:
-    """Replace a number that is not finite by None, because JSON has neither NaN nor infinities."""
+    """Replace NaN and infinities by None, because JSON has neither."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -39,7 +40,7 @@ class EpochRecord(BaseModel):
 
 
 class CheckpointRecord(BaseModel):
-    """What a record contains. Records of earlier versions lack the ancestors and the results of single epochs."""
+    """The contents of a record. Records of earlier versions have neither ancestors nor results of single epochs."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -71,7 +72,7 @@ class CheckpointRecord(BaseModel):
         parent = self.parent_file
         if parent is not None:
             older = generation_of(parent) if parent.endswith(SUFFIX) and not parent.startswith(".") else None
-            if older is None or older >= self.generation:  # rules out a cycle of parents
+            if older is None or older >= self.generation:  # so a checkpoint can't be its own ancestor
                 raise ValueError(f"its parent {parent[:100]!r} is not a checkpoint of an earlier claim")
         if (self.score is None and self.kind == "candidate") or not math.isfinite(self.score or 0.0):
             raise ValueError("it has no finite score")
@@ -79,7 +80,8 @@ class CheckpointRecord(BaseModel):
 
     @property
     def work(self) -> tuple[str, int]:
-        """The parent's file, and the position that the chunk consumed. For a founder: "", and the chunk's id."""
+        """A key that is equal for chunks that did the same work. Returns (parent's file, position) or, for a founder,
+        ("", chunk)."""
         return (self.parent_file, self.position) if self.parent_file else ("", self.chunk)
 
     @property
@@ -93,8 +95,8 @@ class CheckpointRecord(BaseModel):
 
 
 def parse(raw: Any, file: str | None = None) -> CheckpointRecord:
-    """Check a record read from JSON. file: the checkpoint next to it. Raises CheckpointError if raw is not a record or
-    belongs to another checkpoint."""
+    """Check a record that was read from JSON. file: the checkpoint that the record must describe; None: any. Raises
+    CheckpointError if raw is not a record or describes another checkpoint."""
     try:
         record = CheckpointRecord.model_validate(raw)
     except (ValidationError, RecursionError) as error:
@@ -125,7 +127,8 @@ def read_record(folder: Path, file: str) -> CheckpointRecord:
 def lineage(folder: Path, file: str | None) -> tuple[CheckpointRecord, ...]:
     """Return the known records of a checkpoint's lineage, from the founder to the checkpoint itself.
 
-    Each record repeats the records of its ancestors, because an ancestor's files are deleted when it leaves the board.
+    Each record contains copies of its ancestors' records, because an ancestor's files are deleted some time after the
+    ancestor has left the board.
     """
     if file is None:
         return ()

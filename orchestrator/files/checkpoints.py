@@ -34,7 +34,7 @@ class HashingWriter:
         self._target = target
         self._hash = hashlib.sha256()
         self.size_bytes = 0
-        self.error: OSError | None = None  # kept here, since a serialiser may replace it by its own error
+        self.error: OSError | None = None  # kept, since the serialiser may raise an error of its own instead
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         size = memoryview(data).nbytes  # in bytes; len would count items
@@ -60,8 +60,8 @@ def write(
 ) -> Written:
     """Publish a checkpoint and its record.
 
-    save: writes the checkpoint to the file that it is given, sequentially. record: makes the record of the written
-    file. Raises CheckpointError if the disk is full or the folder is not writable; then neither file is left.
+    save: writes the checkpoint sequentially to the file that it gets. record: makes the record of the written file.
+    Raises CheckpointError, and leaves neither file, if the disk is full or the folder is not writable.
     """
     file = stem + SUFFIX
     writers: list[HashingWriter] = []
@@ -90,7 +90,8 @@ def write(
 def verify(folder: Path, file: str, sha256: str) -> Path:
     """Check a checkpoint's checksum and return its path.
 
-    Raises DamagedCheckpointError if the file is missing or differs, CheckpointError if it can't be read at present.
+    Raises DamagedCheckpointError if the file is missing or its checksum differs, and CheckpointError if the file can't
+    be read at present.
     """
     path = folder / file
     if not is_file_name(file):
@@ -130,7 +131,7 @@ def collect(folder: Path, references: References) -> list[str]:
 
 def collectable(folder: Path, references: References) -> list[str]:
     """Return the names of the files that `collect` would delete. Lists the folder before it reads the references, so
-    that a file published in between is safe."""
+    that a file published in between is not deleted."""
     listed = sorted(path.name for path in folder.iterdir())
     files, live_generations = references()
     keep = set(files) | {record_name(file) for file in files}

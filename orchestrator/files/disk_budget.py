@@ -32,7 +32,7 @@ def _size(path: Path) -> int:
 
 
 def needed_bytes(files: Path, save: Callable[[IO[bytes]], None]) -> int:
-    """Predict the size of the next checkpoint: that of the largest so far or, without any, of the output of `save`."""
+    """Predict the next checkpoint's size: the largest size so far or, if there is none, the size of save's output."""
     largest = max((_size(path) for path in files.glob("*" + SUFFIX)), default=0)
     if largest:
         return largest
@@ -45,7 +45,7 @@ def needed_bytes(files: Path, save: Callable[[IO[bytes]], None]) -> int:
 def make_room(folder: Path, budget_gb: float, references: References, save: Callable[[IO[bytes]], None]) -> None:
     """Make sure that the run's budget has room for one more checkpoint. Deletes unreferenced files only if needed.
 
-    Raises NoSpaceError, which says how many GB the run would need.
+    Raises NoSpaceError if there is no room; the message says how many GB the run would need.
     """
     files = folder / CHECKPOINTS
     needed = needed_bytes(files, save)
@@ -67,10 +67,10 @@ def make_room(folder: Path, budget_gb: float, references: References, save: Call
 def demand(
     num_models: int, workers: int, budget_gb: float | None, checkpoint_bytes: int | str, folder: Path
 ) -> tuple[float | None, list[str]]:
-    """Estimate how many GB the run's checkpoints will take (None: unknown). Returns that and lines for the user.
+    """Estimate how many GB the run's checkpoints will take. Returns (the estimate or None, lines for the user).
 
-    checkpoint_bytes: size of a checkpoint, or a text that says why it is unknown. folder: the run's folder, which need
-    not exist. Raises SettingsError if max_disk_gb is less than the estimate.
+    checkpoint_bytes: size of a checkpoint, or a text that says why the size is unknown. folder: the run's folder, which
+    may not exist yet. Raises SettingsError if max_disk_gb is less than the estimate.
     """
     if isinstance(checkpoint_bytes, str):
         return None, [f"disk: unknown, because {checkpoint_bytes}"]

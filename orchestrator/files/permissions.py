@@ -1,7 +1,9 @@
-"""Permissions of a run's files. Its folder contains code: jobs are pickles, and the settings name modules to import.
+"""Permissions of a run's files. They matter because the run's folder contains code: jobs are pickles, and the settings
+name modules to import.
 
-Whatever the umask is, only the run's user has access to its folder (0700, files 0600); with "group", so do the members
-of that group (2770, 0660). orch opens no run whose folder every user can write or an untrusted user owns.
+Regardless of the umask, only the run's user has access to the folder (mode 0700) and its files (0600). With the setting
+"group", the members of that group have access too (2770, 0660). orch refuses to open a run if every user can write the
+run's folder or an untrusted user owns it.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from pathlib import Path
 from orchestrator.errors import RunError, SettingsError
 from orchestrator.files.run_folder import PARTS, SETTINGS_NAME
 
-PRIVATE, SHARED = 0o700, 0o2770  # modes of the run folder; setgid: new files in it belong to its group
+PRIVATE, SHARED = 0o700, 0o2770  # modes of the run folder; in a shared one, new files get the folder's group
 PRIVATE_UMASK, SHARED_UMASK = 0o077, 0o007
 _umask_at_start: int | None = None  # this process's original umask, set when `use_umask` changes it
 
 
 def group_id(name: str) -> int:
-    """Return a group's number. Raises SettingsError if there is no such group or this process is not in it."""
+    """Return a group's number. Raises SettingsError if the group does not exist or this process is not in it."""
     try:
         gid = grp.getgrnam(name).gr_gid
     except (KeyError, ValueError):  # ValueError: not a valid name
@@ -52,7 +54,7 @@ def _own_group_ids() -> set[int]:
 
 
 def user_name(uid: int) -> str:
-    """Return a user's name, or the number if the user has no name."""
+    """Return a user's name, or the user's number if there is no name for it."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -63,7 +65,7 @@ def user_name(uid: int) -> str:
 
 
 def make_folder(folder: Path, group: str | None) -> None:
-    """Create the folder of a run. The user's own umask applies to missing folders above it.
+    """Create the folder of a run. Missing parent folders are created with the user's own umask.
 
     Raises SettingsError for an unusable group, RunError if the file system ignores permissions, or OSError.
     """
@@ -103,7 +105,7 @@ def files_of(folder: Path) -> AbstractContextManager[None]:
 
 
 def use_umask(folder: Path) -> None:
-    """Like `files_of`, but for the rest of this process. For processes that work only for this run."""
+    """Do the same as `files_of` for the rest of this process. Call this only in a process that works for one run."""
     global _umask_at_start
     before = os.umask(_umask_of(folder))
     if _umask_at_start is None:
@@ -111,7 +113,7 @@ def use_umask(folder: Path) -> None:
 
 
 def users_umask() -> AbstractContextManager[None]:
-    """Inside the block, use the umask that this process was started with: for files outside runs, such as exports."""
+    """Inside the block, use the umask that this process was started with. For files outside runs, such as exports."""
     return nullcontext() if _umask_at_start is None else _umask(_umask_at_start)
 
 

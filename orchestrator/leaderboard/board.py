@@ -23,7 +23,7 @@ from orchestrator.rules.admission import Discard, Promote
 from orchestrator.settings.loading import thaw
 
 _SETTINGS_VERSION = Statement(select(run.c.settings_version))
-# Prefer suspended chunks of the same worker; among several, take the oldest.
+# Selects the suspended chunk to resume: the oldest of the same worker or, if there is none, the oldest of all.
 _SUSPENDED = Statement(
     select(chunk)
     .where(moves.IS_HELD, chunk.c.state == ChunkState.SUSPENDED)
@@ -41,7 +41,7 @@ class Outcome:
 
     promoted: bool
     reason: str
-    collectable: tuple[str, ...] = ()  # files that may be deleted: nothing refers to them any more
+    collectable: tuple[str, ...] = ()  # files that may be deleted, because nothing refers to them any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class _Claimant:
 
 
 class Board:
-    """The operations of workers on the board. Every method is one short transaction."""
+    """The workers' operations on the board. Every method is one short transaction."""
 
     def __init__(self, database: Database, policy: Policy) -> None:
         self._database = database
@@ -104,7 +104,7 @@ class Board:
     def _begin(
         self, tx: Connection, view: BoardView, policy: Policy, claimant: _Claimant, generation: int
     ) -> tuple[dict[str, Any], Any]:
-        """Insert a new chunk. Returns fields of its claim, and its parent's row (None: it trains a founder)."""
+        """Insert a new chunk. Returns fields of its claim, and the parent's row (None if it trains a founder)."""
         parent = claiming.choose_claim(view.entries, view.founders, policy.num_models, policy.metric)
         source, position, repeat = None, 0, 0
         if parent is not None:
@@ -177,7 +177,7 @@ class Board:
     def _record(
         self, tx: Connection, view: BoardView, claim: Claim, candidate: Candidate, now: float
     ) -> tuple[Outcome, Any]:
-        """Record a result. Returns the outcome and an updated context; the caller must write its `_progress`."""
+        """Record a result. Returns the outcome and an updated context, whose `_progress` the caller must write."""
         context = view.context
         policy = self._policy_of(tx, context.settings_version)
         decision = admission.ratchet(candidate.score, view.entries, policy.num_models, policy.metric)
@@ -214,10 +214,10 @@ class Board:
         return Outcome(promoted, reason, moves.release(tx) if freed else ()), after
 
     def suspend(self, claim: Claim, file: str, sha256: str, now: float) -> tuple[str, ...]:
-        """Suspend a chunk that was interrupted between two steps. file: the file with the state to continue from.
-        Returns the files that may now be deleted.
+        """Suspend a chunk that was interrupted between two steps. file: contains the state to continue from. Returns
+        the files that may now be deleted.
 
-        If the profile at the chunk's position has been amended meanwhile, the chunk expires instead.
+        If an amendment has given the chunk's position another profile meanwhile, the chunk expires instead.
         """
         whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id}
         with self._database.transaction() as tx:
@@ -245,15 +245,15 @@ class Board:
             moves.take_off(tx, entry_id, reason, now, worker_id=claim.worker_id, chunk_id=claim.chunk_id)
 
     def condemn_entry(self, entry_id: int, reason: str, now: float) -> None:
-        """Remove an entry from the board, because its checkpoint is damaged. See `condemn` if a claim found this."""
+        """Remove an entry from the board, because its checkpoint is damaged. If a claim found this, call `condemn`."""
         with self._database.transaction() as tx:
             moves.take_off(tx, entry_id, reason, now)
 
     def fail(self, claim: Claim, error: str, now: float) -> int:
         """Record that training raised an exception. Returns the worker's number of consecutive failures.
 
-        The position becomes free for another attempt. After max_chunk_attempts failures at the position, it is consumed
-        instead, so that its entry can continue with the next position.
+        The position becomes free for another attempt. After max_chunk_attempts failures at a position, the position is
+        consumed instead, so that its entry can continue with the next position.
         """
         error = error.replace("\0", "\N{REPLACEMENT CHARACTER}")  # PostgreSQL refuses NUL in text
         with self._database.transaction() as tx:
@@ -314,12 +314,12 @@ def _expire_late(tx: Connection, now: float) -> None:
 
 
 def _progress(context: Any) -> dict[str, int]:
-    """Return the new values of those columns in the run's row that change with each result."""
+    """Return new values for the columns of the run's row that each result changes."""
     return {"epochs": context.epochs, "chunks_since_promotion": context.chunks_since_promotion}
 
 
 def _refuse_stale(context: Any, claimant: _Claimant) -> None:
-    """Raise StaleClaimError if the claimant's job is not running or has been started again since."""
+    """Raise StaleClaimError if the claimant's job is not running, or if it has been started again meanwhile."""
     if context.job_state != JobState.RUNNING or context.starts != claimant.starts:
         raise StaleClaimError(
             f"job {claimant.job_id} (start {claimant.starts}) is no longer the running job of its chain: "

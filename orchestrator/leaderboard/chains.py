@@ -18,7 +18,7 @@ from orchestrator.rules import succession
 
 @dataclass(frozen=True, slots=True)
 class JobStart:
-    """A starting job: its token and worker, and where it runs."""
+    """A job that starts: its token and worker, and where it runs."""
 
     token: str
     worker_id: int
@@ -46,10 +46,11 @@ class Chains:
             return jobs
 
     def start(self, start: JobStart, now: float, max_failures: int, successor: bool = True) -> Started | str:
-        """Record the start of a job, which becomes the only running link of its chain. If it must not run, returns why.
+        """Record the start of a job, which becomes the only running link of its chain. If the job must not run, return
+        the reason instead.
 
-        The claims of earlier links expire: these jobs have ended, or their writes are refused from now on.
-        successor: whether to add a next link, which the started job must submit.
+        The claims of earlier links expire: their jobs have ended, or their writes are refused from now on. successor:
+        whether to add a next link, which the started job must submit.
         """
         token, worker_id = start.token, start.worker_id
         with self._database.transaction() as tx:
@@ -90,9 +91,9 @@ class Chains:
             return [worker_of(w) for w in tx.execute(select(worker).order_by(worker.c.worker_id)).all()]
 
     def submitted(self, taken: Iterable[Submitted]) -> list[ChainJob]:
-        """Record that the cluster has accepted these jobs. Jobs that have already started are left as they are.
+        """Record that the cluster has accepted these jobs. Jobs that have already started are not changed.
 
-        Returns the jobs that were cancelled meanwhile; the caller must remove them from the queue.
+        Returns the jobs that were cancelled or given up meanwhile; the caller must remove them from the queue.
         """
         unwanted = []
         with self._database.transaction() as tx:
@@ -106,8 +107,9 @@ class Chains:
         return unwanted
 
     def close(self, jobs: Sequence[ChainJob], state: JobState, reason: str, now: float) -> None:
-        """Close the given links, except those that are running. state: LOST if the cluster did not accept the jobs (the
-        chains are broken until mended), CANCELLED if the jobs are no longer wanted (if one starts, it does nothing)."""
+        """Close the given links, except those that are running. state: LOST if the cluster did not accept the jobs, so
+        that their chains are mended later; CANCELLED if the jobs are not wanted. A cancelled job that starts does
+        nothing."""
         with self._database.transaction() as tx:
             for it in jobs:
                 if tx.execute(select(job.c.state).where(job.c.job_id == it.job_id)).scalar_one() != JobState.RUNNING:
@@ -116,9 +118,9 @@ class Chains:
     def end(
         self, mine: ChainJob, outcome: str, error: bool, now: float, max_failures: int
     ) -> tuple[ChainJob | None, str | None]:
-        """Record the end of a job. Returns its open successor or None, and why that successor is not wanted or None.
+        """Record the end of a job. Returns its open successor, and why that successor is not wanted; each may be None.
 
-        An unwanted successor is marked as cancelled in the database; the caller must cancel it on the cluster.
+        A successor that is not wanted is marked as cancelled in the database; the caller must cancel it on the cluster.
         """
         with self._database.transaction() as tx:
             if not links.close_link(tx, mine.job_id, JobState.ENDED, outcome, now, mine.starts):
@@ -139,7 +141,8 @@ class Chains:
             return links.why_no_successor(tx, worker_id, now, max_failures)[1] is None
 
     def back_to_queue(self, mine: ChainJob, successor: ChainJob, now: float) -> bool:
-        """Mark a job as queued again: the queue has no room for its successor. Returns False if it isn't running."""
+        """Mark a job as queued again, because the queue has no room for its successor. Returns False if the job is not
+        running."""
         with self._database.transaction() as tx:
             done = tx.execute(
                 update(job)
@@ -157,8 +160,8 @@ class Chains:
     def apply_mend(
         self, lost: Sequence[ChainJob], adopt: Sequence[tuple[ChainJob, str]], now: float, reasons: Mapping[int, str]
     ) -> None:
-        """Record what the cluster reported. lost: jobs that no longer exist; reasons: how these ended, by job_id.
-        adopt: jobs still marked as SUBMITTING that the cluster has accepted, with their cluster_id."""
+        """Record what the cluster reported. lost: jobs that no longer exist. reasons: how lost jobs ended, by job_id.
+        adopt: jobs that the cluster has accepted but that are still marked as SUBMITTING, each with its cluster_id."""
         with self._database.transaction() as tx:
             for gone in lost:
                 if links.close_link(tx, gone.job_id, JobState.LOST, reasons[gone.job_id], now, gone.starts):
@@ -173,7 +176,7 @@ class Chains:
             links.settle(tx, now)
 
     def relink(self, worker_ids: Sequence[int], now: float, max_failures: int) -> list[ChainJob]:
-        """Add a link to each of these chains that has no open link and should continue. Returns the new links."""
+        """Add a link to each given chain that has no open link and should continue. Returns the new links."""
         base = new_base()
         made: list[ChainJob] = []
         with self._database.transaction() as tx:
@@ -203,5 +206,5 @@ def _count_later(tx: Connection, mine: ChainJob, which: ColumnElement[bool]) -> 
 
 
 def new_base() -> str:
-    """Return a unique name for a submission. A job's token is this name and the job's index in the submission."""
+    """Return a unique name for a submission. A job's token is this name, followed by its index in the submission."""
     return secrets.token_hex(8)

@@ -28,23 +28,24 @@ from orchestrator.locking.choice import Choice, lock_of, read_record
 from orchestrator.locking.mounts import LOCAL, mount_here
 from orchestrator.locking.soft_lock import HeldError
 
-# The server releases this lock when the transaction ends, however it ends. Advisory locks are granted in order of
-# request, row locks are not: with a row lock and 64 processes, some waited 3 s, and a third fewer chunks finished.
+# The server releases this lock when the transaction ends: by a commit, a rollback or a lost connection. Advisory locks
+# are granted in the order of the requests. Row locks are not: with a row lock and 64 processes, some processes waited
+# 3 s, and a third fewer chunks were finished.
 _RUN_LOCK = Statement(select(func.pg_advisory_xact_lock(bindparam("key", type_=BigInteger))))
 _ANYTHING = Statement(select(literal_column("1").label("one")))
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 SHORT_READ = sqlite3.SQLITE_IOERR | (2 << 8)  # SQLITE_IOERR_SHORT_READ: the file is truncated
-# How long commands and jobs retry to connect while the server restarts or has no free connection. Jobs retry longer,
-# since a job that gives up loses work.
+# How long commands and jobs try to connect while the server restarts or has no free connection. Jobs try longer,
+# because a job that gives up loses its work.
 CONNECT_FOR_S, JOB_CONNECTS_FOR_S = 3.0, 300.0
-# The server ends a transaction whose client hangs or is disconnected, so that other clients, which wait up to
+# The server ends a transaction whose client hangs or is disconnected. Then the other clients, which wait up to
 # lock_timeout for the run's lock, can continue. Don't use psycopg's pipelines: they send a Flush after a Sync, and the
 # Flush stops the server's timer for idle transactions.
 SERVER_LIMITS = "-c idle_in_transaction_session_timeout=60s -c lock_timeout=300s -c tcp_keepalives_idle=60"
 
 
 class Database:
-    """A database with the tables of one run, which allows one transaction at a time."""
+    """A database with the tables of one run. It allows only one transaction at a time."""
 
     def __init__(
         self, url: str | None, run_folder: Path, schema_name: str | None = None, connect_for_s: float = CONNECT_FOR_S
@@ -58,7 +59,7 @@ class Database:
             self.url: URL = make_url(url or f"sqlite:///{run_folder / DATABASE_NAME}")
             is_file = self.url.get_backend_name() == "sqlite"
             self.file = Path(self.url.database) if self.url.database and is_file else None
-            self.lock_choice = read_record(self.file) if self.file else None  # a server has its own locks
+            self.lock_choice = read_record(self.file) if self.file else None  # None: a server, which has its own locks
             self._engine = self._make_engine(schema_name)
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             raise LeaderboardError(
@@ -79,7 +80,8 @@ class Database:
             event.listen(engine, "connect", _prepare_sqlite)
             event.listen(engine, "begin", _begin_immediate)
             return engine
-        # Keep one connection until `release_connection`: a server has fewer connections than a large run has workers.
+        # Keep at most one connection, and only until `release_connection`: a large run has more workers than
+        # a server allows connections.
         engine = create_engine(
             self.url,
             poolclass=QueuePool,
@@ -121,9 +123,9 @@ class Database:
 
     @contextmanager
     def transaction(self, own_lock: bool = True) -> Iterator[Connection]:
-        """Run one transaction, serialised with all others of this run: by the file lock and BEGIN IMMEDIATE on SQLite,
-        by an advisory lock on a server. Commits at the end, rolls back on an exception. own_lock: take the
-        server's lock, which is not needed for reading.
+        """Run one transaction. Transactions of a run do not overlap: on SQLite because of the file lock and BEGIN
+        IMMEDIATE, on a server because of an advisory lock. Commits at the end, rolls back on an exception. own_lock:
+        whether to take the server's lock, which is not needed for reading.
 
         Raises LeaderboardError if the database does not respond or is damaged.
         """
@@ -140,22 +142,22 @@ class Database:
                 else f"{error.lock_file} was held by another process for {held_for_s:.0f} s; "
                 "is a process of this run stopped (SIGSTOP)?"
             ) from error
-        except OSError as error:  # raised by the lock's files
+        except OSError as error:  # a lock file can't be opened or locked
             raise LeaderboardError(f"{self.name}: lock file {error.filename}: {error.strerror or error}") from error
         except (DatabaseError, self._engine.dialect.loaded_dbapi.DatabaseError) as error:
-            cause = getattr(error, "orig", None) or error  # a Statement uses the driver directly
+            cause = getattr(error, "orig", None) or error  # no orig: Statement uses the driver directly
             text = " ".join(str(cause).split())  # a server's message may have several lines
             raise LeaderboardError(f"{self.name}: {text}{self._hint(cause)}") from error
 
     @contextmanager
     def _begin(self, own_lock: bool) -> Iterator[Connection]:
-        """Begin a transaction. On a server, retries to connect and to take the run's lock, but no later statement."""
+        """Begin a transaction. On a server, retries the connection and the run's lock, but no statement after these."""
         if self.file:
             self._forget_if_replaced(self.file)
             try:
                 with self._engine.begin() as connection:
                     yield connection
-            except BaseException:  # a kept connection may have a wrong view of the file after an error
+            except BaseException:  # after an error, don't keep the connection: its cache of the file may be wrong
                 self._engine.dispose()
                 raise
             return
@@ -195,9 +197,9 @@ class Database:
             self._opened = opened
 
     def _is_worth_another_try(self, error: BaseException) -> bool:
-        """Is the server starting, stopping, out of connections or unreachable? The SQLSTATE is then of class 53
-        (insufficient resources), 57 (operator intervention) or 08 (connection), or is missing. It is also missing
-        if the login is refused; only libpq's message shows that case."""
+        """Is the server starting, stopping, out of connections or unreachable? Then the SQLSTATE is missing or of class
+        53 (insufficient resources), 57 (operator intervention) or 08 (connection). It is also missing if the login is
+        refused, which only libpq's message shows."""
         cause = error.orig if isinstance(error, OperationalError) else error
         if not isinstance(cause, self._engine.dialect.loaded_dbapi.OperationalError):
             return False
@@ -207,8 +209,8 @@ class Database:
 
     @contextmanager
     def creation(self) -> Iterator[Connection]:
-        """Create the tables, and the SQLite file or the server's schema if missing. The caller writes the first rows in
-        the same transaction. Raises LeaderboardError if the tables already exist.
+        """Create the tables, and the SQLite file or, if missing, the server's schema. The caller writes the first rows
+        in the same transaction. Raises LeaderboardError if the tables or the file already exist.
         """
         if self.file:
             if self.file.exists():
@@ -229,7 +231,7 @@ class Database:
             yield connection
 
     def drop(self, schema_too: bool) -> None:
-        """Undo `creation`. schema_too: also drop the schema (if it was made for this run). Raises LeaderboardError."""
+        """Undo `creation`. schema_too: also drop the schema (if created for this run). Raises LeaderboardError."""
         if self.file:
             self.file.unlink(missing_ok=True)
             journal_of(self.file).unlink(missing_ok=True)
@@ -263,9 +265,9 @@ def _without_password(url: str | None) -> str:
 def _sqlite_options(file: Path, lock: Choice | None) -> dict[str, Any]:
     """Return create_engine's options for opening and keeping connections to a SQLite file.
 
-    On a local file system the connection is kept: SQLite then reads the schema and compiles the statements only once,
-    half of the work of a short transaction. A network file system shows other nodes' writes only when a file is opened,
-    so there each transaction opens the file after taking the lock.
+    On a local file system, the connection is kept. SQLite then reads the schema and compiles the statements only once,
+    which saves half of the work of a short transaction. A network file system shows the writes of other nodes only when
+    a file is opened, so on such a file system, each transaction opens the file after it has taken the lock.
     """
     options: dict[str, Any] = {"pool_reset_on_return": None}  # a returned connection has no open transaction
     mount = mount_here(file.parent.resolve())
@@ -280,10 +282,11 @@ def _sqlite_options(file: Path, lock: Choice | None) -> dict[str, Any]:
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     """Configure a new connection.
 
-    PERSIST commits by overwriting the header of the rollback journal, which is never deleted. DELETE would create and
-    delete a journal in each transaction: a quarter slower on a local disk, and two more requests to the metadata server
-    of a network file system, where other nodes may not see the journal at once. Also, the deletion survives a power cut
-    only with synchronous=EXTRA. WAL needs shared memory between the nodes.
+    With the journal mode PERSIST, a commit overwrites the header of the rollback journal and never deletes the journal.
+    DELETE would create and delete a journal in each transaction. This is a quarter slower on a local disk. On a network
+    file system, it costs two more requests to the metadata server, and other nodes may not see the journal at once.
+    Also, the deletion survives a power cut only with synchronous=EXTRA. WAL needs shared memory, which the processes of
+    different nodes do not have.
     """
     connection.isolation_level = None  # the driver begins no transactions; _begin_immediate does
     connection.execute("PRAGMA journal_mode=PERSIST")

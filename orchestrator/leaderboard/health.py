@@ -1,4 +1,4 @@
-"""Check, without changing it, whether a run's database exists, is intact and is consistent."""
+"""Check whether a run's database exists, is intact and is consistent. Changes nothing."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Health:
 
 
 def examine(database: Database) -> Health:
-    """Examine the database. Raises LeaderboardError if that is not possible now (the server does not respond, the file
-    is locked or not readable), or if an unknown version of orch wrote it."""
+    """Examine the database. Raises LeaderboardError if this is not possible now (the server does not respond, the file
+    is locked or not readable), or if an unknown version of orch wrote the database."""
     if not database.exists():
         return Health(Condition.LOST, (f"{database.name} is missing",))
     if database.file and not database.file.stat().st_size:
@@ -94,8 +94,8 @@ def _examine(tx: Connection, database: Database) -> Health:
 
 
 def _checked_version(tx: Connection, database: Database) -> int:
-    """Return the version of the tables, or the current version if it can't be read (the damage is reported later).
-    Raises LeaderboardError for an unknown version."""
+    """Return the version of the tables. If it can't be read, return the current version: the caller reports the damage
+    later. Raises LeaderboardError for an unknown version."""
     if database.file is None:  # on a server, a query that fails would end the transaction
         names = {column["name"] for column in inspect(tx).get_columns(schema.run.name, schema=database.schema_name)}
         if not {"schema_version", "orch_version"} <= names:
@@ -112,7 +112,7 @@ def _checked_version(tx: Connection, database: Database) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """The values of a damaged database's run row that a new database needs."""
+    """The values that a new database needs from the run's row of the damaged one."""
 
     settings: Settings
     import_paths: list[str]
@@ -152,7 +152,7 @@ def _salvaged(database: Database, query: Select[Any]) -> Sequence[Row[Any]]:
 
 
 def inconsistencies(tables: Tables) -> list[str]:
-    """Return descriptions of at most ten contradictions in the tables that orch never writes, one line each."""
+    """Return at most ten lines, each describing a contradiction in the tables. orch itself never writes such tables."""
     if len(tables["run"]) != 1:
         return [f"run: {len(tables['run'])} rows, not 1"]
     problems = [

@@ -23,7 +23,7 @@ from orchestrator.settings.settings import Settings
 
 
 class Leaderboard:
-    """One run's database: `create` makes it at launch, and later `open` opens it."""
+    """One run's database. A launch calls `create`; later commands and jobs call `open`."""
 
     def __init__(self, database: Database, settings: Settings, version: int) -> None:
         """settings, version: the run's current settings and their version."""
@@ -60,7 +60,7 @@ class Leaderboard:
 
     @staticmethod
     def discard(run_folder: Path, url: str | None, schema_name: str | None, schema_too: bool) -> None:
-        """Undo `create`, if the database responds. schema_too: also drop the schema (if made for this run)."""
+        """Undo `create`, if the database responds. schema_too: also drop the schema (if created for this run)."""
         with suppress(LeaderboardError):
             Database(url, run_folder, schema_name).drop(schema_too)
 

@@ -35,7 +35,8 @@ def add_link(tx: Connection, worker_id: int, after_job_id: int | None, token: st
 def close_link(
     tx: Connection, job_id: int, state: JobState, outcome: str, now: float, starts: int | None = None
 ) -> bool:
-    """Close a link. Returns False if the link is not open or, with `starts`, if it has been started again since."""
+    """Close a link. starts: how often the job had started when the caller saw it; None: ignore this. Returns False if
+    the link is not open, or if the job has started again meanwhile."""
     where = [job.c.job_id == job_id, IS_OPEN]
     if starts is not None:
         where.append(job.c.starts == starts)
@@ -54,7 +55,7 @@ def job_with(tx: Connection, token: str, worker_id: int) -> Row[Any] | None:
 
 
 def why_no_successor(tx: Connection, worker_id: int, now: float, max_failures: int) -> tuple[Worker, str | None]:
-    """Return the worker, and why its chain gets no further link (None: it gets one); see `should_resubmit`."""
+    """Return the worker, and why its chain gets no further link (None if it gets one); see `should_resubmit`."""
     who = worker_of(tx.execute(select(worker).where(worker.c.worker_id == worker_id)).one())
     row = tx.execute(select(run.c.state, run.c.deadline)).one()
     return who, succession.should_resubmit(RunState(row.state), now, row.deadline, who, max_failures)

@@ -23,7 +23,7 @@ HELD = (ChunkState.LIVE, ChunkState.SUSPENDED)
 
 
 def _is_one_of(states: Sequence[ChunkState]) -> ColumnElement[bool]:
-    """Compare a chunk's state with constants in the SQL: with bound parameters, no database uses a partial index."""
+    """Compare a chunk's state with constants in the SQL: databases don't use a partial index for bound parameters."""
     return chunk.c.state.in_([literal_column(f"'{state}'") for state in states])
 
 
@@ -88,14 +88,14 @@ class BoardView:
 
     context: Any  # see `context_of`
     entries: list[Entry]  # on the board
-    rows: Mapping[int, Any]  # by entry_id: each entry joined with its checkpoint's file, sha256 and epochs
+    rows: Mapping[int, Any]  # by entry_id: each entry's row, with the file, sha256 and epochs of its checkpoint
     founders: int  # number of live or suspended chunks that train a founder
     suspended: int  # number of suspended chunks
     first_lease_end: float | None  # when the first lease of a live chunk ends
 
 
 def context_of(tx: Connection, worker_id: int, job_id: int | None, chunk_id: int | None) -> Any:
-    """Return one row that joins the run, the worker, the job and the chunk. For an id of None, the fields are None."""
+    """Return one row that joins the run, the worker, the job and the chunk. If an id is None, its fields are None."""
     return _CONTEXT.first(tx, by_worker=worker_id, by_job=job_id, of_chunk=chunk_id)
 
 
@@ -142,7 +142,7 @@ def taken_positions(tx: Connection, entry_id: int, floor: int) -> tuple[set[int]
 
 
 def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> None:
-    """Count a finished chunk on an entry and advance the entry's floor. entry_id None (a founder): do nothing."""
+    """Count a finished chunk on an entry, and advance the entry's floor. Does nothing for a founder (entry_id None)."""
     if entry_id is None:
         return
     if position == floor:
@@ -152,7 +152,7 @@ def consume(tx: Connection, entry_id: int | None, position: int, floor: int) -> 
 
 
 def release(tx: Connection) -> tuple[str, ...]:
-    """Mark checkpoints as released if no entry on the board and no claim needs them. Returns their files."""
+    """Mark the checkpoints that no entry on the board and no claim needs as released. Returns their files."""
     rows = _UNREFERENCED.all(tx)
     if rows:
         ids = [r.checkpoint_id for r in rows]
@@ -170,7 +170,7 @@ def take_off(tx: Connection, entry_id: int, reason: str, now: float, **found_by:
 
 
 def expire(tx: Connection, claims: ColumnElement[bool], by: ExpiredBy, now: float) -> None:
-    """Revoke live claims. Chunks that were resumed from a suspended state are suspended again; others expire."""
+    """Revoke live claims. Chunks that were resumed from a suspended state are suspended again; the others expire."""
     for row in tx.execute(select(chunk).where(claims, chunk.c.state == ChunkState.LIVE)).all():
         resumable = row.suspended_file is not None
         tx.execute(

@@ -39,14 +39,14 @@ _LATER = job.alias("later")
 
 
 class Reader:
-    """Every method is one transaction and returns plain values."""
+    """Queries on the database. Every method is one transaction and returns plain values."""
 
     def __init__(self, database: Database, metric: Metric) -> None:
         self._database = database
         self._metric = metric
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return the board, best first; the older of two equal entries comes first."""
+        """Return the board, best first. Of two entries with equal scores, the older comes first."""
         with self._database.transaction() as tx:
             rows = tx.execute(
                 select(*_ENTRY)
@@ -57,7 +57,7 @@ class Reader:
             return [{"rank": rank, **row._mapping} for rank, row in enumerate(rows, start=1)]
 
     def counts(self) -> dict[str, Any]:
-        """Return the number of chunks and jobs in each state, and of epochs, training seconds and expired claims."""
+        """Return the numbers of chunks and jobs in each state, of epochs, of training seconds and of expired claims."""
         with self._database.transaction() as tx:
             by_state = select(chunk.c.state, func.count()).group_by(chunk.c.state)
             chunks: dict[str, int] = {row[0]: row[1] for row in tx.execute(by_state)}
@@ -87,8 +87,8 @@ class Reader:
             return [(r.worker_id, r.token, r.state in OPEN) for r in rows.all()]
 
     def never_begun(self) -> list[ChainJob]:
-        """Return the lost and cancelled jobs that never started. After a crash of Slurm's controller, such a job may
-        still be in the queue."""
+        """Return the lost and cancelled jobs that never started. Such a job may still be in the queue after a crash of
+        Slurm's controller."""
         with self._database.transaction() as tx:
             given_up = job.c.state.in_((JobState.LOST, JobState.CANCELLED))
             rows = tx.execute(select(job).where(given_up, job.c.started_at.is_(None), job.c.cluster_id.is_not(None)))

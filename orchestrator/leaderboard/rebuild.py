@@ -19,7 +19,7 @@ from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, job
 from orchestrator.records import ChunkState, ExpiredBy, JobState, RunState, StopKind
 
 REPAIRED = "repaired; `orch resume` continues it"
-COPIED = {"epochs", "score", "profile", "metrics", "file", "sha256", "size_bytes", "created_at"}  # fields of a record
+COPIED = {"epochs", "score", "profile", "metrics", "file", "sha256", "size_bytes", "created_at"}  # from a record
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Origin:
 
 
 def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | None, now: float) -> None:
-    """Create and fill the tables in one transaction. kept: where the old database was moved (None: nowhere).
+    """Create and fill the tables in one transaction. kept: where the old database is kept; None: there is none.
 
     Raises LeaderboardError.
     """
@@ -65,8 +65,8 @@ def rebuild(database: Database, origin: Origin, plan: RebuildPlan, kept: str | N
 
 
 def _add_workers(tx: Connection, origin: Origin, plan: RebuildPlan, now: float) -> None:
-    """Add the workers, each with a lost link. The links' job_ids are higher than any before the repair, so that a
-    job that is still running from before does not take a new job with the same job_id for itself."""
+    """Add the workers, each with one link in the state LOST. The links' job_ids are higher than all job_ids from before
+    the repair, so that no new job gets the job_id of an old job that is still running."""
     wanted = len(origin.devices)
     for worker_id in range(max(wanted, plan.workers)):
         values: dict[str, Any] = {"stopped": f"the run now has {wanted} workers", "stop_kind": StopKind.SURPLUS}
@@ -135,7 +135,7 @@ def _add_checkpoints(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) 
 
 
 def _add_entries(tx: Connection, plan: RebuildPlan, ids: Mapping[str, int]) -> dict[str, int]:
-    """Add the entries in order of creation, since the lower entry_id wins a tie. Returns the entry_ids, by file."""
+    """Add the entries in order of creation, since a tie goes to the lower entry_id. Returns the entry_ids, by file."""
     in_order = sorted(plan.checkpoints, key=lambda c: (c.record.created_at, c.record.generation))
     entries = {c.record.file: number for number, c in enumerate(in_order, start=1)}
     for made in in_order:

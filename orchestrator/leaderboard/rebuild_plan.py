@@ -1,7 +1,7 @@
 """Derive a leaderboard from the records beside the checkpoints, for `orch repair`. Pure functions.
 
-A record contains its checkpoint's whole lineage, so all ancestors of the board are known. Discarded chunks and
-lineages that died out left no record, so nothing is known about them.
+A record contains its checkpoint's whole lineage, so all ancestors of the board's entries are known. Discarded chunks
+and lineages that died out left no record, so nothing is known about them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from orchestrator.rules import admission, claiming
 from orchestrator.rules.admission import Promote
 from orchestrator.rules.checkpoint_names import chunk_of, generation_of
 
-# Added to the highest generation found: new claims must exceed all old ones, even those that left no file, so that
-# writes by a worker wrongly presumed dead are refused. No run issues this many generations between two checkpoints.
+# Added to the highest generation found. New generations must be higher than all old ones, even those that left no file:
+# then the writes of a worker that was wrongly presumed dead are refused. No run issues this many generations between
+# two checkpoints.
 GENERATION_GAP = 1_000_000
-MOST_GAPS = 1_000_000  # more than any run has; prevents damaged records from filling the database
+MOST_GAPS = 1_000_000  # more than any run has; a limit, so that damaged records can't fill the database
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +35,13 @@ class Rebuilt:
     floor: int
     worked_on: int
     on_board: bool
-    known: bool  # False: the checkpoint has no record; it is only named as the parent of another
+    known: bool  # False: the checkpoint has no record; another record names it as a parent
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
     """A position that was claimed before the repair, but whose result is unknown. It will be claimed again. file: the
-    checkpoint of the position's entry."""
+    file of the entry's checkpoint."""
 
     file: str
     position: int
@@ -71,7 +72,7 @@ class RebuildPlan:
 
 @dataclass
 class _Family:
-    """All checkpoints mentioned in the records, by file, and their children."""
+    """All checkpoints that the records mention, by file, and their children."""
 
     records: dict[str, CheckpointRecord]
     complete: set[str]  # files that exist and are intact
@@ -103,12 +104,12 @@ def plan(
 ) -> RebuildPlan:
     """Derive the board from the records of complete files. Raises CheckpointError if the records contradict each other.
 
-    names: the names of all files in the folder, intact or not. The highest generation is also taken from these.
+    names: the names of all files in the folder, intact or not. They count for the highest generation too.
     """
     family = _family([r for r in records if r.kind == "candidate"])
     on_board = _board(family, num_models, metric)
     suspended = _suspended([r for r in records if r.kind == "suspended"], family, cycle)
-    ordered = sorted(family.records.values(), key=lambda r: r.generation)  # parents first: a child's claim is later
+    ordered = sorted(family.records.values(), key=lambda r: r.generation)  # parents before children
     generations = [generation_of(name) or 0 for name in names] + [r.generation for r in (*ordered, *suspended)]
     _refuse_twins([*ordered, *suspended])
     rebuilt = tuple(
@@ -146,13 +147,13 @@ def _refuse_twins(records: Iterable[CheckpointRecord]) -> None:
 
 
 def _family(candidates: Sequence[CheckpointRecord]) -> _Family:
-    """Collect the candidates that may have been promoted, and their ancestors. Of two that consumed the same position,
-    keep only one: the claim of the other had expired, so its result was refused."""
+    """Collect the candidates that may have been promoted, and their ancestors. If two consumed the same position, keep
+    only one: the claim of the other had expired, so its result was refused."""
     ancestors = {a.file: a for record in candidates for a in record.ancestors}
     mentioned = ancestors | {record.file: record for record in candidates}
     chosen: dict[tuple[str, int], CheckpointRecord] = {}
     for record in sorted(mentioned.values(), key=lambda r: (r.file in ancestors, r.generation)):
-        chosen[record.work] = record  # the last one stays: prefers records with descendants, then later claims
+        chosen[record.work] = record  # the last one wins: a record with descendants, else the later claim
     records = {record.file: record for record in chosen.values()}
     known = set(records)
     complete = {record.file for record in candidates} & known
@@ -163,7 +164,7 @@ def _family(candidates: Sequence[CheckpointRecord]) -> _Family:
 
 
 def _forgotten(file: str, child: CheckpointRecord) -> CheckpointRecord:
-    """Return a substitute record for a parent of which only the name is known. The parent is treated as a founder."""
+    """Return a substitute for the missing record of a parent. The parent is treated as a founder."""
     return CheckpointRecord(
         kind="candidate",
         file=file,
@@ -182,7 +183,7 @@ def _forgotten(file: str, child: CheckpointRecord) -> CheckpointRecord:
 
 
 def _board(family: _Family, num_models: int, metric: Metric) -> set[str]:
-    """Apply the ratchet to the candidates in order of creation. Returns the files that are then on the board."""
+    """Apply the ratchet to the candidates in order of creation. Returns the files that are on the board at the end."""
     board: list[Entry] = []
     candidates = sorted((family.records[f] for f in family.complete), key=lambda r: (r.created_at, r.generation))
     for number, record in enumerate(candidates):
@@ -220,7 +221,7 @@ def _suspended(
 
 
 def _gaps(family: _Family, suspended: Sequence[CheckpointRecord], cycle: Sequence[Profile]) -> list[Gap]:
-    """Return the positions without a record that must have been claimed, since a higher one of the same entry was."""
+    """Return the positions that were claimed but have no record. An entry's lower positions are claimed first."""
     taken: dict[str, set[int]] = {file: family.consumed(file) for file in family.known}
     for record in suspended:
         if record.parent_file:
@@ -250,7 +251,7 @@ def _notes(rebuilt: Sequence[Rebuilt], given_up: int, num_models: int) -> list[s
     known = {c.record.file for c in rebuilt if c.known}
     lost = sorted(c.record.file for c in board if c.founder not in known)
     if lost:
-        notes.append(f"the founder of {', '.join(lost)} is unknown: no record holds their whole line")
+        notes.append(f"the founder of {', '.join(lost)} is unknown: no record holds their whole lineage")
     if len(board) < num_models:
         notes.append(f"{len(board)} of {num_models} models are left; new chunks will fill the free slots")
     if given_up:

@@ -1,4 +1,4 @@
-"""Writes at the end of a claim. `close` refuses them if the claim's generation is stale."""
+"""The writes at the end of a claim. `close` refuses them if the claim is no longer live."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Snapshot:
 
 
 def insert_run(tx: Connection, **values: Any) -> None:
-    """Insert the row of a new run. values: its name, settings, times and import paths; others override the defaults."""
+    """Insert the row of a new run. values: name, settings, times and import paths; other values override defaults."""
     fresh = {"state": RunState.ACTIVE, "generation": 0, "chunks_since_promotion": 0, "epochs": 0, "settings_version": 1}
     version = {"schema_version": SCHEMA_VERSION, "orch_version": __version__}
     tx.execute(insert(run).values({"run_id": 1} | version | fresh | values))
@@ -91,7 +91,7 @@ class RunStateStore:
             return had
 
     def revive(self, workers: int) -> None:
-        """Reset the failures of the first `workers` chains and undo their stops, so that they continue."""
+        """Reset the failures of the first `workers` chains and remove their stops, so that they can continue."""
         with self._database.transaction() as tx:
             first = update(worker).where(worker.c.worker_id < workers)
             tx.execute(first.values(failures=0, stopped=None, stop_kind=None))
@@ -101,8 +101,9 @@ class RunStateStore:
     ) -> list[ChainJob]:
         """Store amended settings. settings: as JSON. what: a description of the changes, for the event log.
 
-        Stops all workers but the first `workers`; returns their queued jobs, which the caller must cancel. If profiles
-        changed, a position may stand for another profile, so suspended chunks expire and free their positions.
+        Stops all workers except the first `workers`. Returns the queued jobs of the stopped workers, which the caller
+        must cancel. If profiles changed, suspended chunks expire and free their positions, because a position may now
+        have another profile.
         """
         with self._database.transaction() as tx:
             version = run.c.settings_version + 1
@@ -112,7 +113,8 @@ class RunStateStore:
                 suspended = update(chunk).where(chunk.c.state == ChunkState.SUSPENDED)
                 given_up = {"state": ChunkState.EXPIRED, "expired_by": ExpiredBy.AMENDED, "finished_at": now}
                 tx.execute(suspended.values(given_up))
-                live = update(chunk).where(chunk.c.state == ChunkState.LIVE)  # these expire too if their job is lost
+                # Without a suspended file, a live chunk also expires if its job is lost; see `moves.expire`.
+                live = update(chunk).where(chunk.c.state == ChunkState.LIVE)
                 tx.execute(live.values(suspended_file=None, suspended_sha256=None))
             reason = f"the run was amended to {workers} workers"
             wanted, surplus = worker.c.worker_id < workers, worker.c.worker_id >= workers
@@ -126,7 +128,7 @@ class RunStateStore:
             return [job_of(row) for row in rows]
 
     def settle(self, now: float) -> None:
-        """If the run is over, record its final state: its jobs may have died before recording it."""
+        """If the run is over, record its final state, because its jobs may have died before they could record it."""
         with self._database.transaction() as tx:
             settle(tx, now)
 

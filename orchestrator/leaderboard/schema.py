@@ -34,12 +34,12 @@ run = Table(
     Column("reason", Text),
     Column("created_at", Float, nullable=False),
     Column("deadline", Float, nullable=False),
-    Column("generation", Integer, nullable=False),  # generation of the latest claim; never reused
+    Column("generation", Integer, nullable=False),  # the latest claim's generation; never reused
     Column("chunks_since_promotion", Integer, nullable=False),
-    Column("epochs", Integer, nullable=False),  # total of the finished chunks, so that a claim need not count the rows
+    Column("epochs", Integer, nullable=False),  # total of all finished chunks, stored so that claims need not sum
     Column("settings", Text, nullable=False),  # all settings as JSON; amended in place
     Column("settings_version", Integer, nullable=False),
-    Column("import_paths", JSON, nullable=False),  # where the user's job module was found at launch
+    Column("import_paths", JSON, nullable=False),  # folders to search for the user's job module
 )
 
 worker = Table(
@@ -92,7 +92,7 @@ checkpoint = Table(
     Column("created_at", Float, nullable=False),
     Column("test_metrics", JSON),
     Column("tested_at", Float),
-    Column("released", Boolean, nullable=False, default=False),  # unreferenced; its file may be deleted
+    Column("released", Boolean, nullable=False, default=False),  # nothing refers to it; its file may be deleted
     Index("checkpoint_held", "released", sqlite_where=text("released = 0"), postgresql_where=text("NOT released")),
 )
 

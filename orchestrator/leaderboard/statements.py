@@ -1,8 +1,8 @@
 """Statements executed for every chunk: written in SQLAlchemy Core, compiled to SQL once per process.
 
-While a transaction holds the run's lock, all other workers wait. When Core executes the statements, alternating runs on
-one machine (median of three) finished 187 instead of 299 chunks/s with 1 process, 156 instead of 201 with 16, and 144
-instead of 187 with 64 (docs/decisions/0006).
+This saves time while a transaction holds the run's lock and all other workers wait. Measured on one machine (median of
+three alternating runs): with 1 process, 299 chunks/s, but 187 if Core executes the statements; with 16 processes, 201
+and 156; with 64 processes, 187 and 144 (docs/decisions/0006).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Compiled:
     """A statement compiled for one driver."""
 
     sql: str
-    names: tuple[str, ...]  # parameter names in the order of the SQL, since SQLite takes values by position
+    names: tuple[str, ...]  # of the parameters, in the order of the SQL, since SQLite takes values by position
     constants: Mapping[str, Any]
     processors: Mapping[str, Callable[[Any], Any]]  # convert values for the driver, such as a dict to JSON
 
@@ -42,7 +42,7 @@ class _Compiled:
 class Statement:
     """One statement with named parameters.
 
-    Rows have their columns as attributes. Values come unconverted from the driver: SQLite returns JSON as text and
+    Rows have their columns as attributes. The driver's values are not converted: SQLite returns JSON as text and
     Booleans as 0 or 1, so do not select JSON or Boolean columns.
     """
 
@@ -95,7 +95,7 @@ class Statement:
         key = (dialect.name, tables[None] if tables else None, names)
         if key in self._compiled:
             return self._compiled[key]
-        # column_keys: the columns to write. render_schema_translate: put the schema's name into the SQL here, once.
+        # column_keys: the columns to write. render_schema_translate: write the schema's name into the SQL now.
         core = self._core.compile(
             dialect=dialect, column_keys=list(names), schema_translate_map=tables, render_schema_translate=bool(tables)
         )

@@ -13,7 +13,7 @@ from orchestrator.leaderboard.schema import SCHEMA_VERSION, chunk, run, worker
 from orchestrator.records import ChunkState, ExpiredBy, StopKind
 
 ADDED_IN_2 = (worker.c.stop_kind, chunk.c.expired_by)
-# Version 1 stored these reasons as text; for chunks, in the column `error`.
+# Version 1 stored these reasons as text. Those of chunks were in the column `error`.
 SURPLUS_IN_1 = "the run was amended to %"
 REASONS_IN_1 = {
     "its job ended without a word": ExpiredBy.JOB_SILENT,
@@ -26,7 +26,7 @@ REASONS_IN_1 = {
 
 
 def check_version(database: Database, schema_version: int, orch_version: str) -> None:
-    """Raise LeaderboardError unless the tables are of this version or of one that can be upgraded."""
+    """Raise LeaderboardError unless the tables have this version or a version that can be upgraded."""
     if schema_version not in (1, SCHEMA_VERSION):
         raise LeaderboardError(
             f"{database.name} was written by orch {orch_version} (schema {schema_version}); this is orch "

@@ -33,7 +33,7 @@ class Choice:
 
     kind: LockKind
     why: str
-    sqlite_locks: bool = True  # does the file system also accept SQLite's own locks (fcntl)?
+    sqlite_locks: bool = True  # whether the file system also accepts SQLite's own locks (fcntl)
 
     def __str__(self) -> str:
         return f"{NAMES[self.kind]}, {self.why}"
@@ -44,10 +44,10 @@ UNRECORDED = Choice("flock", "the default, as no choice is recorded")
 
 
 def choose(folder: Path, several_nodes: bool, wanted: WantedLock) -> Choice:
-    """Test kinds of lock in this folder, and return the first that protects. Takes some tenths of a second.
+    """Test kinds of lock in this folder, and return the first kind that works. Takes some tenths of a second.
 
-    several_nodes: whether processes of the run may be on more than one machine. Raises LockError if no lock protects,
-    and OSError if the folder is not writable or a process can't be started.
+    several_nodes: whether processes of the run may be on more than one machine. Raises LockError if no lock works, and
+    OSError if the folder is not writable or a process can't be started.
     """
     mount = mount_here(folder.resolve())
     return decide(mount, several_nodes, wanted, lambda kind: _prove_once(folder, kind), sqlite_locks_work(folder))
@@ -60,9 +60,10 @@ def decide(
     problem_of: Callable[[LockKind], str | None],
     sqlite_locks: bool = True,
 ) -> Choice:
-    """Return the first kind of lock that protects. problem_of: tests a kind on this machine, as `prove` does.
+    """Return the first kind of lock that works. problem_of: tests a kind on this machine and returns its problem or
+    None, as `prove` does.
 
-    Raises LockError if no lock protects; the message names each lock's problem and what to do.
+    Raises LockError if no lock works; the message names each lock's problem and what to do.
     """
     facts = lock_facts(mount.fstype, mount.options) if mount else UNKNOWN
     where = str(mount) if mount else "this file system"
@@ -82,7 +83,7 @@ def decide(
 
 
 def _candidates(facts: LockFacts, several_nodes: bool, wanted: WantedLock) -> tuple[LockKind, ...]:
-    """Return the kinds of lock to test, best first; an empty tuple if none can protect.
+    """Return the kinds of lock to test, best first; an empty tuple if no kind can work.
 
     A test on one machine can't show whether flock works between nodes. With several nodes, flock is tested only if the
     file system's servers are known to manage it, or if the settings ask for it and the mount does not rule it out.
@@ -100,7 +101,7 @@ def _candidates(facts: LockFacts, several_nodes: bool, wanted: WantedLock) -> tu
 
 
 def _prove_once(folder: Path, kind: LockKind) -> str | None:
-    """Like `prove`, but skip a test already passed on this file system: a sweep launches many runs on the same one."""
+    """Like `prove`, but skip a test that this file system has passed: a sweep launches many runs from one process."""
     place = (folder.stat().st_dev, kind)
     problem = None if place in _proven else prove(folder, kind)
     if problem is None:
@@ -122,7 +123,7 @@ def write_record(database: Path, choice: Choice) -> None:
 
 
 def read_record(database: Path) -> Choice:
-    """Return the lock that all processes must use for this database. Raises LockError if this can't be determined."""
+    """Return the lock that all processes of the run must use. Raises LockError if the record is damaged or lost."""
     path = record_path(database)
     try:
         choice = Choice(**json.loads(path.read_bytes()))

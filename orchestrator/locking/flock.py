@@ -17,7 +17,8 @@ from filelock import Timeout
 from orchestrator.files.run_folder import LOCK_SUFFIX
 
 LOCK_TIMEOUT_S = 300.0
-# The first process in the queue waits between attempts for a tenth of its waiting time so far, within these bounds.
+# Between two attempts, the first process in the queue sleeps for a tenth of the time that it has waited so far, but not
+# less than FIRST_POLL_S and not more than LAST_POLL_S.
 FIRST_POLL_S, LAST_POLL_S = 0.0001, 0.01
 
 
@@ -25,7 +26,7 @@ class Lock(ABC):
     """A lock on a file, to be used in a `with` block."""
 
     def __init__(self, lock_file: str | os.PathLike[str], timeout: float) -> None:
-        """timeout: how many seconds `acquire` waits by default; below 0: without limit."""
+        """timeout: how many seconds `acquire` waits by default; a negative number: without limit."""
         self.lock_file = str(lock_file)
         self.timeout = timeout
 
@@ -46,13 +47,13 @@ class Lock(ABC):
 class FairFileLock(Lock):
     """A fair flock. It locks the same file as `filelock.FileLock`, so the two classes exclude each other.
 
-    FileLock polls, so waiting processes get the lock in random order: with 64 processes the p99 of the waits was 1.8 s,
-    against 0.27 s in the kernel's own queue of blocked flock calls. Here a process first blocks in flock on a second
-    file (`NAME.queue`). While it holds the queue file, it polls for the lock itself; as only one process polls, it can
-    poll often. Once it has the lock, it releases the queue file, so that the kernel wakes the next process during the
-    transaction: waking takes half as long as a short transaction.
+    FileLock polls, so waiting processes get the lock in random order. With 64 processes, the p99 of the waits was 1.8 s
+    with FileLock, but 0.27 s in the kernel's own queue of blocked flock calls. Therefore a process first locks a second
+    file (`NAME.queue`) with a blocking flock call. While it has locked this file, it polls for the lock itself; as only
+    this process polls, it can poll often. Once it has the lock, it unlocks the queue file, so that the kernel wakes the
+    next process during the transaction: waking takes half as long as a short transaction.
 
-    The kernel unlocks both files when the process that locked them dies. No lock is broken because of its age.
+    The kernel unlocks both files when the process that locked them dies. A lock is never removed because of its age.
     """
 
     def __init__(self, lock_file: str | os.PathLike[str], timeout: float = LOCK_TIMEOUT_S) -> None:
@@ -103,7 +104,7 @@ class FairFileLock(Lock):
 
 
 def _unlock(fd: int) -> None:
-    fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone does not unlock if a forked child also has the file open
+    fcntl.flock(fd, fcntl.LOCK_UN)  # close alone does not unlock the file if a forked child also has it open
     os.close(fd)
 
 

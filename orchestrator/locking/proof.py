@@ -1,5 +1,5 @@
-"""Test whether a lock protects: processes increment a shared counter under the lock. If two processes hold the lock at
-once, updates are lost and the final number is too small.
+"""Test whether a lock works: processes increment a shared counter under the lock. If two processes hold the lock at the
+same time, updates are lost and the final number is too small.
 
 `prove` runs this test on one machine, in a fraction of a second, before a run starts. The doctor's two-node test runs
 it between two nodes, and for longer.
@@ -33,17 +33,17 @@ Counted = Literal["lock", "database"]
 Access = tuple[Callable[[], int], Callable[[int], object]]  # (read, write) functions; call them under the lock
 LOCKS: Mapping[LockKind, Callable[..., Lock]] = {"flock": FairFileLock, "soft": SoftLock}
 
-PAUSE_S = 0.001  # between reading and writing, so that without protection another process writes in between
-DIGITS = 12  # the file's number is zero-padded to this length, so that each write replaces the old number completely
-GIVE_UP_AFTER = 5  # errors in a row
+PAUSE_S = 0.001  # pause between reading and writing, in which another process writes if the lock does not work
+DIGITS = 12  # the number in the file is zero-padded to this length, so that each write replaces all of the old number
+GIVE_UP_AFTER = 5  # stop after this many errors in a row
 INCREMENTS = 25  # how often each of the two processes of `prove` increments the number
 _PACKAGE_PARENT = str(Path(__file__).parents[2])  # so that a child finds orchestrator even if it is not installed
-ANSWER_S = 20.0  # how long to wait for a child's answer: a busy machine starts Python slowly, but a lock may hang
+ANSWER_S = 20.0  # limit for a child's answer, since a lock may hang; long, since Python may start slowly
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How one process's increments went."""
+    """The results of one process's increments."""
 
     kind: Counted
     wanted: int
@@ -61,7 +61,8 @@ def count(
     limit_s: float,
     is_busy: Callable[[Exception], bool] = lambda error: False,
 ) -> Tally:
-    """Increment the number `times` times, each time within `opened()`. limit_s: seconds after which none is started.
+    """Increment the number `times` times, each time within `opened()`. limit_s: start no increment after this many
+    seconds.
 
     Stops early after GIVE_UP_AFTER errors in a row. is_busy: returns whether an error is SQLITE_BUSY.
     """
@@ -124,10 +125,10 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def prove(folder: Path, kind: LockKind) -> str | None:
-    """Return why this kind of lock fails between processes of this machine in this folder; None: it works.
+    """Return why this kind of lock fails between processes of this machine in this folder, or None if it works.
 
-    While one process holds the lock, another must not get it; then both increment a counter under the lock. Takes about
-    0.3 s and removes the files that it writes. Raises OSError if it can't start a process or write a file.
+    While one process holds the lock, another must not get it. Then both increment a counter under the lock. Takes about
+    0.3 s, and removes the files that it writes. Raises OSError if it can't start a process or write a file.
     """
     scratch = tempfile.TemporaryDirectory(prefix=".lock-proof-", dir=folder, ignore_cleanup_errors=True)
     counter, lock_file = Path(scratch.name, "counter"), Path(scratch.name, "lock")
@@ -170,7 +171,7 @@ class _Child:
 
     def tell(self, order: str) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `answer` reports that the process died
+        with contextlib.suppress(BrokenPipeError):  # the process has died; `answer` reports this
             self._process.stdin.write(f"{order}\n".encode())
             self._process.stdin.flush()
 

@@ -1,10 +1,10 @@
 """A lock made of files, for file systems whose flock does not work between nodes.
 
 filelock's `StrictSoftFileLock` decides which process holds the lock: each process publishes a claim under a unique name
-with a hard link, which the server creates atomically. filelock keeps the claims of dead processes. `SoftLock` removes a
-claim if its process is proven dead: the process ran on this host since the last boot, and no process has the same pid
-and start time now. As claim names are never reused, several processes can remove the same dead claim without removing a
-live one. Claims from other hosts are never removed, and no claim is removed because of its age.
+with a hard link, which the server creates atomically. filelock itself keeps the claims of dead processes. `SoftLock`
+removes a claim if its process is proven dead: the process ran on this host since the last boot, and no process now has
+its pid and start time. Claim names are never reused, so several processes can remove the same dead claim without
+removing a live one. Claims from other hosts are never removed, and no claim is removed because of its age.
 
 Waiting processes get the lock in no particular order and some milliseconds late, so flock is better where it works.
 """
@@ -25,7 +25,7 @@ from filelock import SoftFileLockProtocolError, StrictSoftFileClaim, StrictSoftF
 from orchestrator.errors import LockError
 from orchestrator.locking.flock import Lock
 
-DEAD_CHECK_S = 0.5  # the time between two checks for dead claims, while waiting
+DEAD_CHECK_S = 0.5  # while waiting for the lock: the time between two checks for dead claims
 POLL_S = 0.01
 _TICK_BITS = 64  # in a claim's `start`, the lower 64 bits count clock ticks since the boot; the rest is the boot's id
 
@@ -107,8 +107,8 @@ class SoftLock(Lock):
 
 
 def is_dead(claim: StrictSoftFileClaim) -> bool:
-    """Return whether the process that made this claim is proven dead. This can't be proven if it ran on another
-    host or in another boot or pid namespace, or if its start time is not known."""
+    """Return whether the process that made this claim is proven dead. This can't be proven if the process ran on
+    another host or in another boot or pid namespace, or if its start time is not known."""
     own = _own_claim(os.getpid())
     if claim.hostname != own.hostname or claim.start is None or own.start is None:
         return False
@@ -128,7 +128,7 @@ def is_dead(claim: StrictSoftFileClaim) -> bool:
 
 @functools.cache
 def _own_claim(pid: int) -> StrictSoftFileClaim:
-    """Return a claim of this process, as filelock writes it. pid: the cache's key, so that a fork gets its own."""
+    """Return a claim of this process, as filelock writes it. pid: the cache's key, since a fork needs its own claim."""
     with tempfile.TemporaryDirectory(prefix="orch-") as folder:
         lock = StrictSoftFileLock(Path(folder) / "lock", timeout=10)
         with lock:

@@ -24,7 +24,8 @@ class Discard:
 
 
 def worst(entries: Iterable[Entry], metric: Metric) -> Entry | None:
-    """Return the entry to replace: the worst score; among equal scores the most worked on, then the newest."""
+    """Return the entry to replace: the one with the worst score. If several have this score, return the one with the
+    most finished chunks; among those, the newest."""
     return min(entries, key=lambda e: (metric.key(e.score), -e.worked_on, -e.entry_id), default=None)
 
 

@@ -11,7 +11,8 @@ def choose_claim(entries: Sequence[Entry], founders_in_progress: int, num_models
     """Return the entry to train next, or None to train a founder from initial weights.
 
     A founder is trained while the board is empty, or while there are more free slots than founders in progress.
-    Otherwise return the entry with the fewest chunks, finished or in progress; of those, the best, then the oldest.
+    Otherwise return the entry with the fewest chunks (finished or in progress). A tie goes to the entry with the best
+    score, then to the oldest.
     """
     if not entries or len(entries) + founders_in_progress < num_models:
         return None
@@ -21,8 +22,8 @@ def choose_claim(entries: Sequence[Entry], founders_in_progress: int, num_models
 def next_profile(start: int, consumed: Collection[int], leased: Collection[int]) -> int:
     """Return the smallest position >= start that is neither consumed nor leased.
 
-    Positions never wrap; `profile_at` maps them to the cycle. The position of an expired claim is in neither set, so
-    the next claim takes that position.
+    Positions count up without end; `profile_at` maps them to the cycle. The position of an expired claim is in neither
+    set, so the next claim takes that position.
     """
     position = start
     while position in consumed or position in leased:

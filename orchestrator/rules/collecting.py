@@ -46,7 +46,7 @@ def old_job_folders(ages_s: Mapping[str, float], jobs: Sequence[tuple[int, str, 
 
 
 def old_series(ages_s: Mapping[str, float], lines: Collection[int], kept_s: float) -> list[str]:
-    """Return the loggers' folders of chunks not in `lines`, if not written to for kept_s.
+    """Return the folders that loggers made for chunks not in `lines`, if nothing was written to them for kept_s.
 
     ages_s: seconds since the last write to each folder, by name. lines: the chunks in the lineages of all kept
     checkpoints.
@@ -64,6 +64,7 @@ def fits(used_bytes: float, needed_bytes: float, budget_bytes: float) -> bool:
 
 
 def checkpoints_at_most(num_models: int, workers: int) -> int:
-    """Return how many checkpoints exist at most, with rare exceptions: one per entry, and for each worker the file
-    that it writes and the file that it started from (an evicted entry or a suspended state)."""
+    """Return the highest number of checkpoints that a run normally has: one for each entry, and two for each worker.
+    A worker's two are the file that it writes and the file that it started from (an evicted entry or a suspended
+    state)."""
     return num_models + 2 * workers

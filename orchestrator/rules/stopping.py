@@ -8,12 +8,12 @@ from statistics import fmean
 from orchestrator.messages import counted, iso
 from orchestrator.records import ChunkState, Metric, Over, Progress, RunState, StopRules
 
-CHUNK_MARGIN = 1.25  # the next chunk is expected to take at most this many times the mean of recent chunks
+CHUNK_MARGIN = 1.25  # a chunk is expected to take at most this many times the mean duration of recent chunks
 
 
 def expected_chunk_s(durations_s: Sequence[float]) -> float | None:
-    """Estimate a chunk's duration: the longest of the last five chunks, or their mean with a margin if that is longer.
-    durations_s: latest last; if empty, returns None."""
+    """Estimate a chunk's duration: the longest of the last five durations, but at least their mean with a margin.
+    durations_s: latest last. Returns None if it is empty."""
     recent = durations_s[-5:]
     return max(max(recent), CHUNK_MARGIN * fmean(recent)) if recent else None
 
@@ -22,7 +22,7 @@ def should_start_chunk(now: float, job_end: float, durations_s: Sequence[float],
     """Does another chunk fit before the job's end?
 
     The first chunk of a job always starts if any time is left. A chunk that takes longer than a job is suspended at the
-    job's end and continues in the successor; otherwise it would never be trained.
+    job's end and continues in the successor; if it were not started, it would never be trained.
     """
     if now >= job_end:
         return False
@@ -33,12 +33,12 @@ def should_start_chunk(now: float, job_end: float, durations_s: Sequence[float],
 
 
 def stale_chunks(stale_cycles: int | None, cycle_length: int, num_models: int) -> int | None:
-    """Convert stale cycles to chunks: a cycle of work is every profile once on every entry of a full board."""
+    """Convert stale cycles to chunks: one cycle uses every profile once on every entry of a full board."""
     return None if stale_cycles is None else stale_cycles * cycle_length * num_models
 
 
 def converged(progress: Progress, stop: StopRules, metric: Metric) -> Over | None:
-    """Return the stop rule that ends the run before its lifetime is over, or None if the run continues."""
+    """Return the run's final state and the stop rule that ended the run; None if no stop rule is met."""
     best, stale = progress.best_score, progress.chunks_since_promotion
     if stop.score is not None and best is not None and metric.key(best) >= metric.key(stop.score):
         return Over(RunState.CONVERGED, f"the best {metric.name} {best:.6g} has reached {stop.score:.6g}")
@@ -53,21 +53,23 @@ def converged(progress: Progress, stop: StopRules, metric: Metric) -> Over | Non
 
 
 def run_over(now: float, deadline: float, stopped: Over | None = None) -> Over | None:
-    """Return why an active run ends: `stopped` (from `converged`), or its lifetime is over. None: it continues."""
+    """Return why an active run ends: `stopped` (the result of `converged`), or the end of the run's lifetime. None if
+    the run continues."""
     if stopped is None and lifetime_over(now, deadline):
         return Over(RunState.FINISHED, f"its total_lifetime ended at {iso(deadline)}")
     return stopped
 
 
 def settled(state: RunState, now: float, deadline: float, open_jobs: int, running_jobs: int) -> Over | None:
-    """Return why a run is over: draining with no running job, or past its deadline with no open job. Else None."""
+    """Return why the run is over: it is draining and no job is running, or its deadline has passed and no job is open.
+    Return None if the run is not over."""
     if state is RunState.DRAINING and not running_jobs:
         return Over(RunState.FINISHED, "drained by the user")
     return run_over(now, deadline) if state is RunState.ACTIVE and not open_jobs else None
 
 
 def warnings(chunks: Mapping[str, int], metric: str) -> list[str]:
-    """Return warnings about a run for the user, one line each. chunks: the number of chunks in each state. metric: the
+    """Return warnings for the user about a run, one line each. chunks: the number of chunks in each state. metric: the
     metric's name."""
     discarded = chunks[ChunkState.DISCARDED]
     if chunks[ChunkState.PROMOTED] or not discarded:

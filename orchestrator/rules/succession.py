@@ -11,11 +11,11 @@ from orchestrator.messages import counted
 from orchestrator.records import ChainJob, Evidence, JobState, RunState, Worker
 from orchestrator.rules.stopping import lifetime_over
 
-# How long the cluster may list a job after the job reported its end. Then the job is cancelled, since its successor is
-# waiting. (The job's process may hang, or Slurm's controller may have crashed and missed the end.)
+# How long the cluster may still list a job after the job reported its end. After this time, the job is cancelled, since
+# its successor is waiting. (The job's process may hang, or Slurm's controller may have crashed and missed the end.)
 EXIT_GRACE_S = 60.0
 SUBMITTING_GRACE_S = 120.0  # after this, the process that was submitting a job is presumed dead
-ORPHANED_GRACE_S = 10.0  # the same if that process is known to be dead: the cluster may list a job late
+ORPHANED_GRACE_S = 10.0  # used if that process is known to be dead; not 0, since the cluster may list a job late
 
 
 def refusal(job: ChainJob, cluster_id: str, followed: bool) -> str | None:
@@ -31,8 +31,8 @@ def refusal(job: ChainJob, cluster_id: str, followed: bool) -> str | None:
 
 
 def counts_as_failure(job: ChainJob, ended_as: JobState, finished_chunks: int) -> bool:
-    """Does the end of this job count against its chain? Yes if it finished no chunk and was lost while it ran or
-    vanished from the queue (it may have died in its set-up lines, before Python started)."""
+    """Does the end of this job count as a failure of its chain? Yes, if the job finished no chunk and was lost, either
+    while it ran or after the cluster had accepted it (its set-up lines may have failed before Python started)."""
     had_begun = job.state is JobState.RUNNING or (job.state is JobState.QUEUED and job.cluster_id is not None)
     return ended_as is JobState.LOST and had_begun and not finished_chunks
 
@@ -51,7 +51,7 @@ def should_resubmit(state: RunState, now: float, deadline: float, worker: Worker
 
 
 def jobs_at_most(total_lifetime_s: float, eon_lifetime_s: float) -> int:
-    """Return how many links a chain has if each runs for its full time and none waits in the queue."""
+    """Return how many links a chain has if each job runs for its full time and none waits in the queue."""
     return math.ceil(total_lifetime_s / eon_lifetime_s)
 
 
@@ -104,9 +104,9 @@ def mend(
 ) -> Mend:
     """Compare the chains in the database with what the cluster reports.
 
-    evidence: by job_id; a job without evidence is left alone. found_ids: ids in the cluster, by token, of jobs whose
-    row has no cluster_id. A chain is intact if it has an open job that is not lost. Each job submits its own
-    successor, so if a job is gone before it did so, its chain is broken.
+    evidence: by job_id; a job without evidence is not changed. found_ids: for jobs whose row has no cluster_id, the ids
+    that the cluster lists, by token. A chain is intact if it has an open job that is not lost. Each job submits its own
+    successor, so a chain breaks if a job disappears before it has done this.
     """
     gone = [job for job in open_jobs if evidence.get(job.job_id, Evidence.UNKNOWN) is Evidence.GONE]
     submitting = {job.job_id: job for job in open_jobs if job.state is JobState.SUBMITTING and job.cluster_id is None}

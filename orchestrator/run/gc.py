@@ -1,5 +1,5 @@
-"""orch gc: delete files that are no longer needed. Safe while the run continues: each folder is listed before the
-database is read, so files created afterwards are never deleted."""
+"""orch gc: delete files that are no longer needed. This is safe while the run continues: each folder is listed before
+the database is read, so files created after the listing are never deleted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from orchestrator.rules.checkpoint_names import generation_of
 from orchestrator.run.run import Run
 
 KINDS = ("checkpoints", "temporary files", "job folders", "curves", "dead launches")
-ORPHANED_S = 3600.0  # seconds; temporary files older than this are no longer in use
-CURVES_KEPT_S = 86400.0  # seconds; how long users can still inspect the curves of discarded chunks
+ORPHANED_S = 3600.0  # temporary files older than this belong to no running process
+CURVES_KEPT_S = 86400.0  # how long the curves of discarded chunks are kept for users
 SERIES_FOLDERS = ("tensorboard", "wandb")  # subfolders of logs/ in which loggers make a folder for each chunk
 _TEMPORARY = re.compile(r"\.tmp-.+-\d+|\.repair-.+")
 
@@ -38,7 +38,7 @@ class CollectionReport:
     trouble: list[str] = field(default_factory=list)
 
     def take(self, kind: str, path: Path) -> None:
-        """Delete a file or folder, or only count it in a dry run. If it is gone already, do not count it."""
+        """Delete a file or folder, or in a dry run only count it. Do not count it if it no longer exists."""
         size = disk_budget.used_bytes(path)
         if not self.dry_run:
             try:
@@ -53,14 +53,14 @@ class CollectionReport:
 
 
 def collect(run: Run, dry_run: bool, now: float) -> CollectionReport:
-    """Delete unneeded files. Raises LeaderboardError if the database, which shows what is needed, can't be read."""
+    """Delete files that the run does not need. Raises LeaderboardError if the database can't be read."""
     report = CollectionReport(run.name, dry_run)
     files = run.folder / CHECKPOINTS
     collectable = checkpoints.collectable(files, run.leaderboard.reader.references) if files.is_dir() else []
     for name in collectable:
         report.take("checkpoints" if not name.startswith(".") else "temporary files", files / name)
     for path in (*_listed(run.folder), *_listed(files)):
-        temporary = _TEMPORARY.fullmatch(path.name) and generation_of(path.name) is None  # claims' files: see above
+        temporary = _TEMPORARY.fullmatch(path.name) and generation_of(path.name) is None  # not a claim's file
         if temporary and now - _touched(path) > ORPHANED_S:
             report.take("temporary files", path)
     folders = [path for path in _listed(run.folder / JOBS) if path.is_dir()]
@@ -89,7 +89,8 @@ def _collect_curves(run: Run, report: CollectionReport, now: float) -> None:
 
 
 def _lines(run: Run) -> set[int]:
-    """Return the chunks in the lineages of all checkpoints that are still needed; any later one descends from these.
+    """Return the chunks in the lineages of all checkpoints that are needed now. A checkpoint written later descends
+    from one of these or is a new founder.
 
     Raises CheckpointError if a record can't be read."""
     files = run.leaderboard.reader.references()[0]
@@ -100,7 +101,7 @@ def _lines(run: Run) -> set[int]:
             before, files = files, run.leaderboard.reader.references()[0]
             if files == before:
                 raise
-            continue  # the board has changed: the unreadable checkpoint may have left it
+            continue  # the board has changed: the checkpoint without a readable record may have left it
         return {line.chunk for record in records for line in (record, *record.ancestors)}
 
 
@@ -125,7 +126,7 @@ def _dead_launches(folder: Path, now: float) -> list[Path]:
 
 
 def _touched(path: Path) -> float:
-    """Return when path or anything in it was last modified (Unix time); inf if path has just been deleted."""
+    """Return the latest modification time (Unix time) of path and all files in it; inf if path was just deleted."""
     times = []
     for each in (path, *(Path(folder, name) for folder, _, names in os.walk(path) for name in names)):
         try:

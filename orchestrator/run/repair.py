@@ -49,7 +49,7 @@ class RepairReport:
 
 
 def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport:
-    """Repair the run in folder. force: repair it even if it is unknown whether its jobs are alive.
+    """Repair the run in folder. force: repair the run even if it is not known whether its jobs are alive.
 
     Raises RunError if jobs are or may be alive, or if both database and settings are lost; LeaderboardError if the
     database can't be checked, or was written by an unknown version.
@@ -61,7 +61,7 @@ def repair(folder: Path, dry_run: bool, force: bool, now: float) -> RepairReport
     database = Database(place[0], folder, place[1])
     health = examine(database)
     for part in FOLDERS if not dry_run else ():
-        (folder / part).mkdir(exist_ok=True)  # a cleanup of the file system may have deleted empty folders
+        (folder / part).mkdir(exist_ok=True)  # a purge of the file system may have deleted empty folders
     report = RepairReport(folder.name, dry_run, str(health.condition), list(health.problems))
     if health.condition is Condition.HEALTHY:
         try:
@@ -100,7 +100,7 @@ def _settings(folder: Path) -> tuple[Settings | None, str]:
 
 
 def _entries_that_differ(folder: Path, board: Leaderboard) -> list[str]:
-    """Describe surplus entries, and entries whose file and record agree with each other but not with the database."""
+    """Describe entries beyond the number of slots, and entries whose file and record contradict the database."""
     lines = []
     entries, slots = board.reader.entries(), board.settings.num_models
     if len(entries) > slots:
@@ -112,7 +112,7 @@ def _entries_that_differ(folder: Path, board: Leaderboard) -> list[str]:
                 continue
             checkpoints.verify(folder / CHECKPOINTS, entry["file"], record.sha256)
         except CheckpointError:
-            continue  # the file or the record is damaged, not the database
+            continue  # the file or the record is damaged; the database may be right
         lines.append(f"entry {entry['entry']}: {entry['file']} and its record agree, but the database differs")
     return lines
 
@@ -171,8 +171,8 @@ def _refuse_if_alive(folder: Path, settings: Settings, database: Database, force
 
 
 def _known_jobs(folder: Path, settings: Settings, database: Database) -> tuple[list[str], list[str]]:
-    """Ask the queue about the jobs that are open according to the damaged database. Returns (cluster ids of live jobs,
-    cluster ids and hosts of jobs whose state can't be seen from here)."""
+    """Ask the queue about the jobs that are open according to the damaged database. Returns (cluster ids of the live
+    jobs, cluster ids and hosts of the jobs that can't be seen from here)."""
     from orchestrator.worker.job_main import job_main
 
     submitted = [job for job in open_jobs(database) if job.cluster_id]
@@ -212,7 +212,7 @@ def _rebuild(
 
 
 def _read(folder: Path) -> tuple[list[CheckpointRecord], list[str], dict[str, str]]:
-    """Return the records of the intact checkpoints, the names of all files, and why the others can't be used."""
+    """Return (records of the intact checkpoints, names of all files, why each other checkpoint can't be used)."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     records, unusable = [], {}
     stems = {n.rpartition(".")[0] for n in names if generation_of(n) is not None and not n.startswith(".")}
@@ -228,7 +228,7 @@ def _read(folder: Path) -> tuple[list[CheckpointRecord], list[str], dict[str, st
 
 
 def _set_aside(folder: Path, unusable: Iterable[str], stamp: str) -> list[str]:
-    """Move unusable checkpoints to another folder, since the next `orch gc` would delete them. Returns that folder."""
+    """Move unusable checkpoints to another folder, since `orch gc` would delete them. Returns that folder, if made."""
     aside = folder / f"{CHECKPOINTS}.damaged-{stamp}"
     for file in unusable:
         for name in (file, record_name(file)):
@@ -242,7 +242,7 @@ def _set_aside(folder: Path, unusable: Iterable[str], stamp: str) -> list[str]:
 def _origin(
     folder: Path, settings: Settings, salvaged: RunRow | None, records: Sequence[CheckpointRecord], now: float
 ) -> tuple[Origin, list[str]]:
-    """Return the values of the run's row in the new database, and notes on the values that had to be guessed."""
+    """Return the values for the run's row in the new database, and notes on values that had to be guessed."""
     notes = []
     with_origin = [r for r in sorted(records, key=lambda r: r.generation) if r.launched_at is not None]
     if salvaged:
@@ -267,7 +267,7 @@ def _origin(
 def _rebuild_file(
     database: Database, origin: Origin, plan: RebuildPlan, stamp: str, report: RepairReport, now: float
 ) -> None:
-    """Write the complete new database in a temporary folder, then rename the old file and put the new one there."""
+    """Write the new database to a temporary folder. Then rename the old file, and move the new file to its place."""
     file = database.file
     assert file is not None, "this database is on a server"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -300,7 +300,8 @@ def _keep(source: Path, target: Path, report: RepairReport) -> None:
 
 
 def _is_hot(journal: Path) -> bool:
-    """Return whether the journal contains a transaction to roll back. In SQLite, its first byte is then not 0."""
+    """Return whether the journal contains a transaction to roll back. If so, SQLite's journal starts with a byte other
+    than 0."""
     try:
         with journal.open("rb") as file:
             return file.read(1) not in (b"", b"\0")

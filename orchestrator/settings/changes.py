@@ -9,8 +9,8 @@ from typing import Any
 
 
 def changes(old: Any, new: Any, place: str = "") -> list[str]:
-    """Return a line for each value that differs, such as "profiles[0].learning_rate: 0.1 -> 0.05". Indices are those
-    in the new list; for removed items, those in the old list."""
+    """Return a line for each value that differs, such as "profiles[0].learning_rate: 0.1 -> 0.05". An index is the
+    item's position in the new list or, for a removed item, in the old list."""
     if old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict):

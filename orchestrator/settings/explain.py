@@ -36,7 +36,7 @@ def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{place}: unknown key; {allowed}"
     if detail["type"] == "missing":
         return f"{place}: is missing and has no default"
-    if detail["type"] == "value_error":  # raised by our own validators: the message names the value
+    if detail["type"] == "value_error":  # raised by orch's own validators; their messages name the value
         return f"{place}: {_sentence(str(context['error']))}"
     message = _sentence(detail["msg"])
     if detail["type"] == "string_pattern_mismatch":

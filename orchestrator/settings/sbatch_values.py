@@ -1,4 +1,4 @@
-"""Check values for a batch script's #SBATCH lines, where a line break in a value would start another command."""
+"""Check values that are written to #SBATCH lines: a line break in a value would start a command of the script."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from orchestrator.messages import one_line, shown
 
-# orch sets these itself: for example, it finds jobs by name and builds chains with dependencies.
+# Options that only orch may set: for example, it finds jobs by their name and builds chains with dependencies.
 OWNED = {
     "job-name", "output", "error", "dependency", "array", "open-mode", "nodes", "ntasks", "ntasks-per-node", "parsable",
 }  # fmt: skip
-# Options that have a settings key instead: orch computes leases and the end of a job's work from their values.
+# Options that must be set through a settings key, because orch computes leases and the end of a job's work from them.
 INSTEAD = {"time": "slurm.time_min", "signal": "slurm.signal_delay_s"}
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,59}")
 
@@ -52,7 +52,7 @@ def check_option(name: str, value: Any) -> None:
 
 
 def checked_setup(lines: list[str]) -> list[str]:
-    """Return the lines. Raises ValueError for a text with line breaks, and for a line that sbatch would parse."""
+    """Return the lines. Raises ValueError if one contains a line break or control character, or starts with #SBATCH."""
     for line in lines:
         one_line(line, allowed="\t")
         if line.startswith("#SBATCH"):

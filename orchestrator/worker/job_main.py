@@ -1,7 +1,7 @@
 """The entry point of a job: find out which job this is, wait for its predecessor, and work.
 
-With gpus_per_worker, a job has one process per GPU. Rank 0 is the worker; the other ranks follow it, and use neither
-the database nor the queue.
+If gpus_per_worker is 2 or more, a job has one process per GPU. Rank 0 is the worker; the other ranks follow its
+commands, and use neither the database nor the queue.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ log = logging.getLogger("orch")
 def job_main(run_folder: str, worker_id: int) -> str:
     """Run one process of one job; submitit calls this function.
 
-    On Slurm, end the process instead of returning: nothing uses the result that submitit would write, and with torch
-    loaded, Python takes 0.1 s or more to exit, which would delay the successor. A job with several processes also ends
-    this way (see `leave`).
+    On Slurm, this function ends the process instead of returning. Nothing uses the result that submitit would write,
+    and with torch loaded, Python takes 0.1 s or more to exit, which would delay the successor. If a job has several
+    processes, each also ends this way (see `leave`).
     """
     outcome = _work(run_folder, worker_id)
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" or this_place().count > 1:
@@ -49,8 +49,8 @@ def job_main(run_folder: str, worker_id: int) -> str:
 def leave() -> NoReturn:
     """End this process immediately, with exit code 0.
 
-    If the connections to other ranks are broken, a normal exit may end in an abort, because a gloo thread needs the
-    interpreter while it shuts down. Slurm would then kill rank 0 too.
+    After a broken connection to another rank, a normal exit may abort the process, because a thread of gloo needs the
+    interpreter while the interpreter shuts down. Slurm would then kill rank 0 too.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -61,12 +61,12 @@ def leave() -> NoReturn:
 def _work(run_folder: str, worker_id: int) -> str:
     permissions.use_umask(Path(run_folder))
     stop = StopFlag()
-    stop.listen()  # on every rank, so that signals don't kill the followers: rank 0 decides when to stop
+    stop.listen()  # on every rank: signals must not kill the other ranks, since rank 0 decides when to stop
     place = this_place()
     if place.executor == "local" and os.getpgrp() != os.getpid():
         os.setsid()  # so that Ctrl-C in the terminal of the launch does not reach this job
     _log_to(Path(run_folder) / LOGS / f"worker-{worker_id}.log" if place.rank == 0 else None)
-    team = Team(place) if place.count > 1 else None  # connect before waiting, so no rank waits once another has died
+    team = Team(place) if place.count > 1 else None  # connect before the wait, so that all end if rank 0 dies meanwhile
     if team is not None and place.rank > 0:
         return team.follow()
     try:
@@ -105,7 +105,7 @@ class Team:
         return ending
 
     def open_trainer(self, run: OpenedRun, cores: int, gpus: str | None, stop: StopFlag) -> Trainer:
-        """Open the job's trainer. Raises any error that occurred while connecting the processes or opening the job."""
+        """Open the job's trainer. Raises the error if connecting the processes or opening the job has failed."""
         from jobs.training.distributed import Opening, lead
 
         if self._ranks is None:
@@ -168,7 +168,7 @@ def be_worker(run: OpenedRun, this_job: ThisJob, worker_id: int, stop: StopFlag,
     for trainer in opened:
         try:
             trainer.close()
-        except Exception:  # not a failure of the job: its work is done and in the database
+        except Exception:  # not a failure of the job, since its work is already in the database
             log.warning("the trainer could not be closed: %s", traceback.format_exc())
     return ending
 

@@ -40,11 +40,11 @@ class JobLoop:
         self.leaderboard = self.run.leaderboard
         self.files = self.run.folder / CHECKPOINTS
         self._trainer: Trainer | None = None
-        self._next: Claim | Over | None = None  # from the transaction that recorded the last result
-        self._durations_s: list[float] = []  # of recent chunks, the latest last
+        self._next: Claim | Over | None = None  # what record_and_claim returned for the next chunk
+        self._durations_s: list[float] = []  # durations of recent chunks, the latest last
         self._origin: dict[str, Any] | None = None
-        self._stepped = False  # has the current chunk made a step?
-        self._began = 0.0  # when the model and the data were loaded
+        self._stepped = False  # whether the current chunk has made a step
+        self._began = 0.0  # when the model and the data had been loaded
         self._job_end = 0.0
         self._lease_until = 0.0
 
@@ -69,7 +69,7 @@ class JobLoop:
             ending = self._work(job, successor)
         except StaleClaimError as error:
             ending = Ending(str(error))
-        except Exception as error:  # the next job of the chain tries again; too many failures in a row end the chain
+        except Exception as error:  # the next job of the chain tries again, until there are max_failures in a row
             log.error("%s", traceback.format_exc())
             ending = Ending(f"{type(error).__name__}: {error}", error=True)
         try:
@@ -80,8 +80,8 @@ class JobLoop:
         return ending
 
     def _may_work(self) -> bool:
-        """Decide whether to open the trainer. Opening it takes a while, since it imports torch and loads data. So it is
-        skipped if the run is over, and comes before the first claim, so that no chunk is claimed during that time."""
+        """Decide whether to open the trainer. That takes a while, since it imports torch and loads data. So the trainer
+        is not opened if the run is over, and it is opened before the first claim, so that no claimed chunk waits."""
         now, run = self.clock(), self.leaderboard.run_state.snapshot()
         return not self.stop.reason and now < self._job_end and stopping.may_claim(run.state, now, run.deadline)
 
@@ -123,7 +123,7 @@ class JobLoop:
             result = self._chunk(claim, job)
             if isinstance(result, Ending):
                 failed += 1
-                if failed > 1 or result.final:  # this process or node may be broken: continue in a new job
+                if failed > 1 or result.final:  # this process or node may be broken, so continue in a new job
                     return result
             elif not result:
                 continue
@@ -132,13 +132,13 @@ class JobLoop:
             chunks += 1
 
     def _take_amendment(self) -> None:
-        """Use the amended settings. They can shorten this job but not extend it: its Slurm time limit is fixed."""
+        """Use the amended settings. They can shorten this job, but not extend it: its time limit in Slurm is fixed."""
         self.run.refresh()
         self._job_end = min(self._job_end, self._began + self.run.settings.eon_lifetime)
         log.info("the settings were amended (version %d)", self.run.version)
 
     def _chunk(self, claim: Claim, job: ChainJob) -> bool | Ending:
-        """Train one chunk. Return True if it was finished, False if it was not, and an Ending if it failed."""
+        """Train one chunk. Return True if it was finished, an Ending if training raised an error, else False."""
         work = self._prepare(claim)
         if work is None:
             return False
@@ -171,7 +171,7 @@ class JobLoop:
 
     def _should_stop(self) -> bool:
         """Decide, before each step, whether to stop. A chunk makes its first step even if the job's time is up:
-        otherwise, a chunk whose single steps take longer than a job would never advance."""
+        otherwise, a chunk would never advance if one step takes longer than a job."""
         first, self._stepped = not self._stepped, True
         return self.stop.reason is not None or (not first and self.clock() >= self._job_end)
 
@@ -219,7 +219,7 @@ class JobLoop:
         log.info("chunk %d is suspended after %d steps of an epoch", claim.chunk_id, result.steps)
 
     def _offer(self, claim: Claim, result: Finished, job: ChainJob, started: float) -> None:
-        """Write the checkpoint if the board would admit it, and record the result in a transaction, which checks again
+        """Write the checkpoint if the board would admit it. Then record the result in a transaction, which decides
         whether the board admits it. If there is time for another chunk, the same transaction claims one."""
         metric = self.run.settings.metric
         bar = claim.bar
@@ -253,7 +253,7 @@ class JobLoop:
         self._trainer.judged(outcome.promoted)
 
     def _write(self, claim: Claim, **result: Any) -> Written:
-        """Write the checkpoint and its record. result: the record's fields that describe the chunk's result."""
+        """Write the checkpoint and its record. result: those fields of the record that describe the chunk's result."""
         assert self._trainer is not None
         if self._origin is None:
             self._origin = self.leaderboard.run_state.origin()

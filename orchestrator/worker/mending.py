@@ -28,7 +28,7 @@ def reconcile(
     """
     snapshot = leaderboard.run_state.snapshot()
     if snapshot.state is not RunState.ACTIVE:
-        grace_s = 0.0  # jobs still being submitted are not worth waiting for: they are cancelled once they appear
+        grace_s = 0.0  # don't wait for jobs that are still being submitted: they are cancelled once they appear
     evidence = queue.evidence(snapshot.open_jobs)
     found_ids = queue.find([j for j in snapshot.open_jobs if j.cluster_id is None])
     todo = succession.mend(snapshot.workers, snapshot.open_jobs, evidence, found_ids, now, grace_s)
@@ -52,9 +52,9 @@ def reconcile(
             done.append(f"the chains of workers {workers} can't be repaired now: {error}")
     unneeded = leaderboard.reader.never_begun() + leaderboard.reader.awaited(now - succession.EXIT_GRACE_S)
     unwanted = succession.unwanted(snapshot.state, snapshot.open_jobs, evidence)
-    if unwanted:  # usually empty, so this check saves a transaction at each job start
+    if unwanted:  # there are usually none, so this check saves a transaction at each start of a job
         leaderboard.chains.close(unwanted, JobState.CANCELLED, f"the run is {snapshot.state}", now)
-    queue.cancel(unneeded + unwanted, now=True)  # cancel() first checks which of these jobs exist
+    queue.cancel(unneeded + unwanted, now=True)  # the queue skips jobs that no longer exist
     leaderboard.run_state.settle(now)
     return done
 
@@ -70,6 +70,6 @@ def submit_links(leaderboard: Leaderboard, queue: JobQueue, links: list[ChainJob
 
 
 def _gone(job: ChainJob, how: str | None) -> str:
-    """Describe a lost job. If it never started to work, it wrote no log, so name its output, which may show why."""
+    """Describe how a job was lost. A job that never started has no log; its output files may show why, so name them."""
     gone = f"its job is gone ({how})" if how else "its job is gone"
     return gone if job.started_at is not None else f"{gone}; its output is in {JOBS}/{job.base}*"

@@ -21,14 +21,14 @@ class Successor:
 
     def __init__(self, started: Started, chains: Chains, queue: JobQueue, clock: Callable[[], float]) -> None:
         self._job = started.job
-        self._link = started.successor  # None: there is nothing to submit, or it is submitted
+        self._link = started.successor  # None: there is no link to submit, or it has been submitted
         self._chains = chains
         self._queue = queue
         self._clock = clock
-        self._error: SubmissionError | None = None  # from the last attempt
+        self._error: SubmissionError | None = None  # raised by the last attempt that failed
 
     def submit(self) -> None:
-        """Submit the link unless it is queued already. The job calls this at its start, before each chunk and at its
+        """Submit the link unless it has been submitted. The job calls this at its start, before each chunk and at its
         end. If all attempts fail, another worker or `orch status` repairs the chain later."""
         if self._link is None:
             return
@@ -43,8 +43,8 @@ class Successor:
         self._link = None
 
     def retry_at_end(self) -> bool:
-        """Try a last time to submit the link, for up to RETRY_S seconds if the queue does not answer. Return True if
-        this job was requeued instead, because a submit limit leaves no room for a successor."""
+        """Submit the link if it has not been submitted; if the queue does not answer, retry for up to RETRY_S seconds.
+        Return True if this job was requeued instead, because a submit limit leaves no room for a successor."""
         retrying = Retrying(
             stop=stop_after_delay(RETRY_S),
             wait=wait_exponential(max=30),

@@ -1,4 +1,4 @@
-"""The interface for trainers, the flag that stops a job, and how a job ended."""
+"""The interface of trainers, the flag that stops a job, and the description of how a job ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Trainer(Protocol):
     def train(
         self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
     ) -> Finished | Interrupted:
-        """Train one chunk. Call should_stop before each step; when should_stop returns True, return Interrupted."""
+        """Train one chunk. Call should_stop before each step; if it returns True, stop and return Interrupted."""
         ...
 
     def save(self, target: IO[bytes]) -> None:
@@ -33,7 +33,7 @@ class Trainer(Protocol):
 
 
 class WithDefaults(Trainer):
-    """Wraps a user's trainer that does not inherit from Trainer, and supplies defaults for its missing methods."""
+    """Wraps a user's trainer that does not inherit from Trainer. Adds the default methods that the trainer lacks."""
 
     def __init__(self, own: Any) -> None:
         methods = ("train", "save", "judged", "close")
@@ -62,4 +62,4 @@ class Ending:
 
     outcome: str
     error: bool = False
-    final: bool = False  # the chain ends too: it failed too often in a row
+    final: bool = False  # the chain ends too, because it has failed too often in a row

@@ -65,7 +65,7 @@ def write_files(folder: Path, shape: Shape, user: str, port: int) -> None:
         "first_node_port": port + 2,
         "last_node_port": port + 1 + shape.nodes,
         "last_gpu": shape.gpus - 1,
-        # Nodes have the normal clock: by the controller's fast clock, they answer late and credentials expire early.
+        # Only the controller's clock is fast. By this clock, nodes answer late and credentials expire early.
         "cred_expire_s": 60 if shape.faketime else 5,
         "slurmd_timeout_s": 100 if shape.faketime else 10,
     }

@@ -34,7 +34,7 @@ ACCOUNTING_PACKAGES = {
 }
 FAKETIME_LIBRARIES = ("usr/lib/*/faketime/libfaketimeMT.so.1", "usr/lib*/faketime/libfaketimeMT.so.1")
 
-# All below 32768, where Linux's ephemeral ports usually begin: any client may use one of those for a moment.
+# All ports are below 32768, where Linux's ephemeral ports usually begin: any client may use an ephemeral port briefly.
 PORT_BASES = range(17000, 32000, 50)
 
 

@@ -1,7 +1,7 @@
 """The state of a folder after a power cut, computed from the journal that faults.c writes.
 
-A file's bytes are on the disk when fsync of the file has returned, its name when fsync of its folder has returned. All
-other bytes and names may be on the disk or not, independently: VARIANTS has the cases that are tried.
+A file's bytes are on the disk once fsync of the file has returned; its name is on the disk once fsync of its folder has
+returned. Each of the other bytes and names may or may not be on the disk. VARIANTS lists the cases that are tested.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Tree = Mapping[str, bytes]  # by path
 
 @dataclass
 class Disk:
-    """Names and bytes, as programs see them and as the disk has them."""
+    """The names and bytes that programs see, and those that are on the disk."""
 
     names: dict[str, int]  # inode by path
     names_synced: dict[str, int]
@@ -27,7 +27,7 @@ class Disk:
 
     @classmethod
     def of(cls, folder: Path) -> Disk:
-        """A folder that is completely on the disk."""
+        """Return the state of a folder whose files are completely on the disk."""
         files = {str(p): p for p in folder.rglob("*") if p.is_file()}
         names = {name: path.stat().st_ino for name, path in files.items()}
         return cls(dict(names), dict(names), {names[name]: path.read_bytes() for name, path in files.items()})
@@ -63,7 +63,7 @@ class Disk:
         self.names_synced.update({n: i for n, i in self.names.items() if str(PurePath(n).parent) == folder})
 
     def after_power_cut(self, variant: str, seed: int) -> Tree:
-        """The files after the power cut. Call `replay` and `look` first."""
+        """Return the files after the power cut. Call `replay` and `look` first."""
         draw = random.Random(seed)
         names = self.names_synced if variant in ("nothing unsynced", "bytes without names") else self.names
         if variant == "some pages" and draw.random() < 0.5:
@@ -91,7 +91,7 @@ class Disk:
 
 
 def write_tree(folder: Path, tree: Tree) -> None:
-    """Make the files in this folder the same as the tree's; the folders stay."""
+    """Make the files in this folder equal to those of the tree. Subfolders are not deleted."""
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         if str(path) not in tree or path.read_bytes() != tree[str(path)]:
             path.unlink()

@@ -1,12 +1,12 @@
-"""Make every fault at every point, and check the result. Run in a process that has faults.c preloaded:
+"""Cause a kind of fault at every point of a job, and check the result. Run it in a process that has faults.c preloaded:
 
     LD_PRELOAD=faults.so python -m tests.crash.explore '{"fault": "kill", "shard": 0, "shards": 1}'
 
-A point is one call that changes a file of the run. The job under test does: start, submit the successor, reconcile,
-collect, and chunks that are promoted (evicting another), discarded and suspended; the next job goes on with the
-suspended chunk. Each point has its own processes, forked from this one, which has imported everything.
+A point is one call that changes a file of the run. The job under test starts, submits its successor, reconciles,
+collects files, and trains chunks that are promoted (and evict an entry), discarded or suspended. The next job continues
+the suspended chunk. Each point has its own processes, forked from this process, which has imported all modules.
 
-Prints one JSON object: how many points and states there were, and a line for each violation.
+Prints one JSON object: the numbers of points and states, and a line for each violation.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ from tests.crash.world import World, dump
 from tests.support.invariants import violations
 
 OFF, COUNT, KILL, STOP, FAIL_ONCE, FAIL_ON = range(6)
-# The errors of a call of each kind, used in turn. EROFS stays for all later calls, the others are for one call.
+# For each kind of call, the errors that it fails with. Each of them makes only one call fail; EROFS, which is added
+# for every kind, makes all later calls fail too.
 ERRORS = {
     "create": (errno.ENOSPC, errno.EACCES), "open": (errno.EACCES, errno.EIO), "open-truncate": (errno.EACCES,),
     "write": (errno.ENOSPC, errno.EIO), "pwrite": (errno.ENOSPC, errno.EIO), "truncate": (errno.EIO,),
     "fsync": (errno.EIO, errno.ENOSPC), "rename": (errno.EACCES, errno.ENOSPC), "unlink": (errno.EACCES, errno.EIO),
     "mkdir": (errno.ENOSPC,),
 }  # fmt: skip
-# A process that dies (or is stopped) before one of these calls can leave other files than before an earlier call.
+# The calls that change files. A process that dies or stops leaves different files depending on how many it has made.
 CHANGES = ("create", "open-truncate", "write", "pwrite", "truncate", "rename", "unlink", "mkdir")
 CALLS = {
     "kill": CHANGES,
@@ -54,7 +55,7 @@ CALLS = {
     "power cut": (*CHANGES, "fsync"),
     "error": tuple(ERRORS),
 }
-# In the short form, one of so many calls: most calls write pages of the database, and they differ least.
+# The short form tests one in this many calls of these kinds: most calls write pages of the database, in similar ways.
 ONE_IN = {"pwrite": 10, "open": 4}
 STRIDE = 37  # prime
 JOBS = (1, 2)  # the jobs under test: the first ends with a suspended chunk, the second begins with it
@@ -71,24 +72,24 @@ class Findings:
 
 class Explorer:
     def __init__(self, fault: str, shard: int, shards: int, mutation: str | None, every: bool) -> None:
-        """every: all points and all errors; else the short form."""
+        """every: whether to test all points and all errors; otherwise the short form."""
         self.fault, self.shard, self.shards, self.every = fault, shard, shards, every
         self.library = ctypes.CDLL(None)
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.place = Path(tempfile.mkdtemp(prefix="orch-crash-", dir=memory))
         self.found = Findings()
-        self.known: dict[str, list[str]] = {}  # the violations after each state, by the digest of the state
+        self.known: dict[str, list[str]] = {}  # by the digest of a state: the violations after continuing from it
         self.mutation = mutation
 
     def take_away(self) -> None:
-        """Remove the safeguard in the process under test; the checks afterwards run with all safeguards."""
+        """Remove the safeguard in the process under test. The later checks run with all safeguards."""
         if self.mutation is not None:
             MUTATIONS[self.mutation][1]()
 
     # --- processes
 
     def forked(self, work: Callable[[], Any]) -> tuple[int, Any]:
-        """(wait status, result) of work in a process of its own; its exceptions are results."""
+        """Run `work` in a forked process. Returns its wait status and its result; an exception is also a result."""
         reader, writer = os.pipe()
         sys.stdout.flush()
         pid = os.fork()
@@ -110,7 +111,7 @@ class Explorer:
     # --- the scenes
 
     def prepare(self, jobs: int) -> Path:
-        """A run whose next job has number `jobs`, with a file of a dead worker that the job will collect."""
+        """Make a run whose next job has number `jobs`, with files of a dead worker, which that job will collect."""
         scene = self.place / f"scene-{jobs}"
         world = World(self.place / "now")
         shutil.rmtree(world.folder, ignore_errors=True)
@@ -130,14 +131,14 @@ class Explorer:
         return scene
 
     def world(self, scene: Path, jobs: int) -> World:
-        """The scene again, always at the same place: paths are part of what is compared."""
+        """Copy the scene, always to the same folder, because paths are part of the compared states."""
         world = World(self.place / "now", jobs=jobs + 1)
         shutil.rmtree(world.folder, ignore_errors=True)
         shutil.copytree(scene, world.folder)
         return world
 
     def calls(self, scene: Path, jobs: int) -> list[str]:
-        """The kinds of calls that the job makes, in order: its points."""
+        """Return the kinds of the calls that the job makes, in order. Each call is a point."""
         world, log = self.world(scene, jobs), self.place / "calls"
 
         def count() -> Any:
@@ -171,7 +172,7 @@ class Explorer:
         return self.found
 
     def points(self, kinds: list[str]) -> list[int]:
-        """The calls before which the fault comes, counted from 1; one more stands for after the last."""
+        """Return the numbers (from 1) of the calls before which a fault is caused; the last is for after all calls."""
         wanted: list[int] = []
         met: Counter[str] = Counter()
         for point, kind in enumerate(kinds, start=1):
@@ -181,7 +182,7 @@ class Explorer:
         if self.fault == "truncated" and not self.every:
             wanted = wanted[::3]
         wanted.append(len(kinds) + 1)
-        # In a scattered order: a bug mostly affects several calls in a row, so it is hit early.
+        # A scattered order finds most bugs early, because a bug usually affects several successive calls.
         return [wanted[i * STRIDE % len(wanted)] for i in range(len(wanted))] if len(wanted) % STRIDE else wanted
 
     def at_point(self, scene: Path, jobs: int, point: int, kind: str) -> None:
@@ -251,7 +252,7 @@ class Explorer:
         self.check(World(world.folder, jobs + 1), where)
 
     def zombie(self, scene: Path, jobs: int, point: int, where: str) -> None:
-        """The job is stopped and given up, and the run reaches its end; then the job continues."""
+        """Stop the job; another process mends the chain and runs the next job. Then let the stopped job continue."""
         world = self.world(scene, jobs)
         reader, writer = os.pipe()
         pid = os.fork()
@@ -275,7 +276,7 @@ class Explorer:
                 later.mend()
                 later.work()
 
-            # A job that was stopped while it held the lock is not a zombie: all others wait for it.
+            # If the job was stopped while it held the lock, the others can't work until it continues.
             if self.holds_no_lock(world):
                 _, problem = self.forked(go_on)
                 if problem is not None:
@@ -299,7 +300,7 @@ class Explorer:
         return True
 
     def truncate(self, world: World, point: int, where: str) -> None:
-        """The disk has also lost the end of a checkpoint."""
+        """Truncate a checkpoint in addition to the crash, and check the result."""
         files = sorted((world.run_folder / "checkpoints").glob("*.pt"))
         if files:
             victim = files[point % len(files)]
@@ -309,7 +310,7 @@ class Explorer:
     # --- checks
 
     def check(self, world: World, where: str, damaged: bool = False) -> None:
-        """Reopen, mend and check every invariant; then continue to the end of the run and check again."""
+        """Reopen and mend the run and check every invariant. Then continue to the end of the run and check again."""
         self.found.checks += 1
 
         def look() -> tuple[str, list[str]]:
@@ -335,9 +336,9 @@ class Explorer:
         """Continue to the end of the run and check again."""
 
         def finish() -> None:
-            if self.fault == "truncated":  # here, what comes after the fault is under test
+            if self.fault == "truncated":  # the work after the fault is under test, so it runs without the safeguard
                 self.take_away()
-                run = world.mend()  # long enough that each entry is used, and so checked, again
+                run = world.mend()  # a longer run, in which each entry is trained, and therefore verified, again
                 run.amend(["stop_after_epochs=20"], world.now())
                 run.resume(world.now())
             world.finish()
@@ -356,7 +357,7 @@ class Explorer:
 
 
 def torn(folder: Path) -> list[str]:
-    """Files that have their final name and are incomplete. (The scripted trainer's checkpoints are JSON too.)"""
+    """Return files that have their final name but are incomplete. (The scripted trainer's checkpoints are JSON too.)"""
     found = []
     for path in folder.glob("g*"):
         try:

@@ -1,6 +1,6 @@
-/* Faults at the boundary of system calls, for tests: preloaded into a process (LD_PRELOAD), it counts every call
-   that changes a file under one folder, and at the call with a given number kills or stops the process, or makes
-   the call fail. For power cuts it also keeps a journal of those calls, with the bytes that fsync has made durable.
+/* Faults at system calls, for tests. This library is preloaded into a process (LD_PRELOAD). It counts every call that
+   changes a file under one folder. At the call with a given number, it kills or stops the process, or makes the call
+   fail. For power cuts, it also keeps a journal of these calls, with the bytes that fsync has made durable.
 
    Nothing happens until fault_arm() is called. */
 
@@ -31,7 +31,7 @@ static char unsynced[64] = "";
 static char *path_of[MAX_FD];
 
 static long raw_copy(const char *from) {
-    /* The bytes of a file as they are now, as shadow/NUMBER; by raw system calls, which are not counted. */
+    /* Copies a file's present bytes to shadow/NUMBER and returns NUMBER. Uses raw system calls, which are not counted. */
     char to[PATH_MAX + 32], buffer[65536];
     long number = ++copies, size;
     snprintf(to, sizeof to, "%s/%ld", shadow, number);
@@ -50,7 +50,7 @@ static unsigned long inode(const char *path) {
 }
 
 static void note(const char *format, ...) {
-    /* One line of the journal, in one write. */
+    /* Appends one line to the journal, with a single write. */
     if (journal < 0) return;
     char line[3 * PATH_MAX];
     va_list values;
@@ -66,7 +66,7 @@ static int ours(const char *path) {
 
 static int ours_fd(int fd) { return mode != OFF && fd >= 0 && fd < MAX_FD && path_of[fd] != NULL; }
 
-/* 1 if this call must fail, with errno set. Called before each call that changes something. */
+/* Called before each call that changes a file. Returns 1, with errno set, if that call must fail. */
 static int fault(const char *call, const char *path) {
     if (mode == OFF) return 0;
     count++;
@@ -81,7 +81,8 @@ static int fault(const char *call, const char *path) {
     return 1;
 }
 
-/* Begin. calls_file: a line for each call that is counted (NULL: none). shadow_folder: keep a journal there. */
+/* Starts counting. calls_file: gets a line for each counted call (NULL: none). shadow_folder: where to keep a journal
+   (NULL: none). */
 void fault_arm(const char *folder, int how, long number, int with_errno, const char *calls_file, const char *shadow_folder) {
     snprintf(root, sizeof root, "%s", folder);
     root_length = strlen(root);
@@ -96,7 +97,7 @@ void fault_arm(const char *folder, int how, long number, int with_errno, const c
     mode = how;
 }
 
-/* What is synced under a name with this ending is never durable. */
+/* From now on, fsync of files whose names have this ending makes nothing durable. */
 void fault_ignore_sync(const char *ending) { snprintf(unsynced, sizeof unsynced, "%s", ending); }
 
 long fault_count(void) { return count; }

@@ -1,4 +1,4 @@
-"""Safeguards of orch that are removed one at a time: the crash tests must notice each."""
+"""Ways to remove single safeguards of orch. The crash tests must detect each missing safeguard."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _no_rename() -> None:
 
 
 def _no_sync_under(ending: bytes) -> Callable[[], None]:
-    return lambda: ctypes.CDLL(None).fault_ignore_sync(ending)  # of faults.c, which is preloaded
+    return lambda: ctypes.CDLL(None).fault_ignore_sync(ending)  # a function of faults.c, which is preloaded
 
 
 def _pragma(wanted: str) -> Callable[[], None]:
@@ -78,7 +78,7 @@ def _evict_before_the_commit() -> None:
 
 
 def _record_before_the_file() -> None:
-    """The board records a checkpoint before it is written."""
+    """Record each checkpoint on the board before its file is written."""
     publish = atomic.publish
     waiting: list[Callable[[], None]] = []
 
@@ -128,7 +128,7 @@ def _no_checksum() -> None:
     checkpoints.verify = lambda folder, file, sha256: folder / file
 
 
-# The removed safeguard: the kind of fault that must reveal it, and how it is removed.
+# For each removed safeguard: the kind of fault that must reveal its absence, and the function that removes it.
 MUTATIONS: dict[str, tuple[str, Callable[[], None]]] = {
     "no fsync of a checkpoint": ("power cut", _no_sync_of_the_file),
     "no fsync of the checkpoints' folder": ("power cut", _no_sync_of_the_folder),

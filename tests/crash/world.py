@@ -1,5 +1,5 @@
-"""A small world around one run: a queue that outlives its processes, a clock that always shows the same times, and a
-trainer with known scores. Everything else is orch itself: its worker, its database and its files."""
+"""Simulates the surroundings of one run: a queue in a file, a clock with predetermined times, and a trainer with known
+scores. Everything else is orch's own code: the worker, the database and the files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SETTINGS = Settings.model_validate(
 
 
 class Scripted(Trainer):
-    """A trainer: every other chunk is better than its parent; the others have the score 0."""
+    """A trainer whose chunks alternate: one is better than its parent, the next has the score 0."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
@@ -72,7 +72,7 @@ class Scripted(Trainer):
 
 
 class Queue(JobQueue):
-    """What Slurm knows, in a file elsewhere: a list of {"token", "state": queued, running or gone}."""
+    """Simulates Slurm's queue in a file: a list of {"token": ..., "state": "queued", "running" or "gone"}."""
 
     name = "slurm"
 
@@ -87,7 +87,7 @@ class Queue(JobQueue):
         self.file.write_text(json.dumps([{**j, "state": state} if j["token"] == token else j for j in self.listed()]))
 
     def next_up(self) -> str | None:
-        """The first job in the queue; the job that ran before is gone then, as with afterany."""
+        """Return the token of the first queued job. Marks a running job as gone, because afterany waits for its end."""
         self.file.write_text(
             json.dumps([{**j, "state": "gone"} if j["state"] == "running" else j for j in self.listed()])
         )
@@ -113,7 +113,7 @@ class Queue(JobQueue):
 
 
 class Job(ThisJob):
-    """The world's job: it works for JOB_S."""
+    """A job that works for JOB_S seconds of the simulated clock."""
 
     def working_s(self) -> float:
         return JOB_S
@@ -136,10 +136,10 @@ class Job(ThisJob):
 
 @dataclass
 class World:
-    """runs/world, the queue's file beside it, and the results that were reported as recorded (promises)."""
+    """The run runs/world, the file of the queue, and the results that were reported as recorded (promises)."""
 
     folder: Path  # holds runs/, queue.json and promises
-    jobs: int = 0  # that have run: the time depends on it
+    jobs: int = 0  # number of jobs that have run; the time depends on it
     promises: list[str] = field(default_factory=list)
 
     @property
@@ -164,7 +164,7 @@ class World:
         return run
 
     def found(self) -> None:
-        """A run with its first job in the queue."""
+        """Create the run, with its first job in the queue."""
         self.run_folder.mkdir(parents=True, mode=0o700)
         for part in FOLDERS:
             (self.run_folder / part).mkdir(mode=0o700)
@@ -175,7 +175,7 @@ class World:
         self.open().resume(self.now())
 
     def work(self) -> Ending | str:
-        """The next job of the queue, from its start to its end."""
+        """Run the next job of the queue, from its start to its end."""
         same_names(self.jobs, 1)
         queue = self.queue
         token = queue.next_up()
@@ -196,7 +196,7 @@ class World:
         return ending
 
     def _watch(self, leaderboard: Leaderboard) -> None:
-        """An answer of `record` is a promise: whatever happens later, the database must keep it."""
+        """Write down each outcome that `record` returns as a promise: the database must keep it, whatever happens."""
         board, promises = leaderboard.board, self.folder / "promises"
         record, record_and_claim = board.record, board.record_and_claim
 
@@ -229,7 +229,7 @@ class World:
         return [f"recorded and lost: chunk {promise}" for promise in made if promise not in known]
 
     def mend(self) -> Run:
-        """As `orch status` does it, after the running job has died."""
+        """Mend the run as `orch status` does, after the running job has died."""
         self.jobs += 1
         same_names(self.jobs, 2)
         self.queue.next_up()
@@ -238,7 +238,7 @@ class World:
         return run
 
     def finish(self) -> Run:
-        """Job after job until the run is over."""
+        """Run one job after another until the run is over."""
         for _ in range(30):
             run = self.mend()
             if run.leaderboard.run_state.snapshot().state != "active":
@@ -259,7 +259,7 @@ def same_names(jobs: int, by: int) -> None:
 
 
 def dump(run: Run) -> Mapping[str, Any]:
-    """Everything that the run's future depends on."""
+    """Return everything that the rest of the run depends on."""
     reader = run.leaderboard.reader
     tables = ("run", "job", "checkpoint", "entry", "chunk", "epoch", "event")
     files = {p.name: p.read_bytes().hex() for p in sorted((run.folder / "checkpoints").iterdir())}

@@ -17,7 +17,7 @@ from tests.support.command_line import OrchCall, orch, write_settings
 
 @pytest.fixture
 def orch_call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[OrchCall]:
-    """`orch` in this process, which has imported torch already. Returns its exit code and its two outputs."""
+    """Runs `orch` in this process, which has imported torch already. Returns exit code, output and error output."""
 
     def run(cwd: Path, *arguments: str) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -36,7 +36,7 @@ def orch_call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="session")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A folder with a finished run, and what its launch printed. Tests must not change it: see `folder`."""
+    """A folder with a finished run, and what its launch printed. Tests that change the folder use `folder` instead."""
     cwd = tmp_path_factory.mktemp("launched")
     done = orch(cwd, "launch", write_settings(cwd), "--json")
     assert done.returncode == 0, done.stderr
@@ -45,6 +45,6 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
 
 @pytest.fixture
 def folder(launched: tuple[Path, Any], tmp_path: Path) -> Path:
-    """A copy of that folder."""
+    """A copy of the folder of `launched`."""
     shutil.copytree(launched[0], tmp_path / "copy")
     return tmp_path / "copy"

@@ -1,4 +1,4 @@
-"""After an amendment of the profiles, no chunk goes on under another profile than the one that it began with."""
+"""After an amendment of the profiles, no chunk continues under a profile other than the one that it started with."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_chunk_that_was_resumed_before_begins_again_if_its_job_dies(run: Run, 
 
 
 def claimed(run: Run, now: float) -> Any:
-    """The claim of a job that works."""
+    """Start a job and return its claim."""
     (link,) = run.leaderboard.chains.relink([0], now, 10)
     started = start(run, link, now)
     return run.leaderboard.board.claim(0, started.job.job_id, started.job.starts, now, now + 100)

@@ -1,4 +1,4 @@
-"""What a claim, its result and the death of its worker do to the board: a sentence each, on both databases."""
+"""What a claim, its result and the death of its worker do to the board, on both databases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.storage import Storage
 
 @dataclass
 class Scene:
-    """A run with two workers at work."""
+    """A run with two running workers."""
 
     storage: Storage
     board: Leaderboard
@@ -36,7 +36,7 @@ class Scene:
         return self.board.board.record(claim, candidate(claim, score), self.now).promoted
 
     def entry_of(self, claim: Claim) -> dict[str, Any]:
-        """The entry that this claim's candidate became."""
+        """Return the entry of this claim's promoted candidate."""
         (row,) = [row for row in self.board.reader.entries() if row["file"] == file_of(claim)]
         return row
 
@@ -53,7 +53,7 @@ def scene(tmp_path: Path, storage: Storage) -> Scene:
     return Scene(storage, board, [s.job for s in started], [s.successor for s in started])
 
 
-# How worker 0 loses its claim.
+# Events by which worker 0 loses its claim.
 DEATHS: dict[str, Callable[[Scene], object]] = {
     "its lease ends": lambda scene: setattr(scene, "now", scene.now + LEASE_S + 1),
     "its successor begins": lambda scene: scene.begin(scene.waiting[0]),
@@ -120,7 +120,7 @@ def test_what_a_zombie_writes_is_refused_and_changes_nothing(scene, dies, write)
     scene.record(scene.claim(), 0.5)
     zombie = scene.claim(0)
     dies(scene)
-    heir = scene.claim(1)  # with it, the end of a lease takes effect
+    heir = scene.claim(1)  # an expired lease is taken away when another worker claims
     assert heir.position == zombie.position
     before = scene.storage.contents(scene.board)
     with pytest.raises(StaleClaimError, match=f"generation {zombie.generation} of worker 0 is stale"):
@@ -140,7 +140,7 @@ def test_a_result_and_the_next_claim_in_one_are_what_they_are_one_after_the_othe
     assert not outcome.promoted
     assert (third.position, third.parent_file) == (2, file_of(first))
     before = scene.storage.contents(scene.board)
-    with pytest.raises(StaleClaimError):  # neither half of it
+    with pytest.raises(StaleClaimError):  # the call neither records nor claims
         scene.board.board.record_and_claim(second, candidate(second, 0.9), *at)
     assert scene.storage.contents(scene.board) == before
 

@@ -1,5 +1,5 @@
-"""The leaderboard under any order of claims, results, deaths and zombies, on both databases, compared after each step
-with a model of plain sets and dicts."""
+"""The leaderboard with claims, results, deaths and zombies in any order, on both databases. After each step, it is
+compared with a model of plain sets and dicts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ mostly = st.sampled_from([True, True, True, False])
 
 class BoardMachine(RuleBasedStateMachine):
     storage: ClassVar[Storage]
-    seen: ClassVar[Counter[str]] = Counter()  # what has happened, over all examples
+    seen: ClassVar[Counter[str]] = Counter()  # how often each event has happened, in all examples together
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class BoardMachine(RuleBasedStateMachine):
         self.chunks: dict[int, ModelChunk] = {}
         self.zombies: list[Claim] = []  # claims that were taken from their workers
         self.settled: list[Claim] = []  # claims that their workers have ended
-        self.deleted: set[str] = set()  # files that a worker was told to delete, or deletes by itself
+        self.deleted: set[str] = set()  # files that a worker deletes: those that the board names, and its own
         self.generation = 0
         self.bar: float | None = None
         self.condemned = False
@@ -69,7 +69,7 @@ class BoardMachine(RuleBasedStateMachine):
 
     @initialize(
         mode=st.sampled_from(["max", "min"]),
-        num_models=st.sampled_from([1, 1, 2, 3]),  # a small board is full, and moves, sooner
+        num_models=st.sampled_from([1, 1, 2, 3]),  # a small board is full sooner, so entries are evicted sooner
         workers=st.integers(2, 3),
         founders=st.integers(0, 3),
     )
@@ -99,7 +99,7 @@ class BoardMachine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 2), in_a_chunk=st.booleans())
     def the_next_link_begins(self, pick: int, in_a_chunk: bool) -> None:
-        """Whatever its chain had running is dead, by a kill or by its own will."""
+        """The chain's running job has died or ended, so its successor starts."""
         if in_a_chunk:
             self.claim(pick)
         self._begin(pick)
@@ -121,7 +121,7 @@ class BoardMachine(RuleBasedStateMachine):
             started = begin(self.board, worker.running, self.now)
             assert isinstance(started, Started)
             assert started.job.starts == worker.running.starts + 1
-            worker.past.append(worker.running)  # its first start is a zombie now
+            worker.past.append(worker.running)  # the process of its first start is a zombie now
             self._started(worker, worker.running, started)
             self.seen["job requeued"] += 1
 
@@ -138,7 +138,7 @@ class BoardMachine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 2), in_a_chunk=st.booleans())
     def a_job_ends_by_itself(self, pick: int, in_a_chunk: bool) -> None:
-        """What it could not give back, after an error inside orch itself, is taken from it at once."""
+        """If an error in orch kept the job from giving back its claim, the claim is taken from it at once."""
         if in_a_chunk:
             self.claim(pick)
         worker = self.workers[pick % len(self.workers)]
@@ -153,7 +153,7 @@ class BoardMachine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 2), which=st.sampled_from(["running", "waiting", "both"]), in_a_chunk=st.booleans())
     def jobs_vanish(self, pick: int, which: str, in_a_chunk: bool) -> None:
-        """The cluster proves that jobs are gone, and a peer mends the chain."""
+        """The cluster proves that jobs are gone, and another worker mends the chain."""
         if in_a_chunk:
             self.claim(pick)
         number = pick % len(self.workers)
@@ -172,7 +172,7 @@ class BoardMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([LEASE_S / 2, LEASE_S, LEASE_S + 1]), pick=st.integers(0, 5))
     def time_passes(self, seconds: float, pick: int) -> None:
-        """With a chunk in hand; the next claim of a peer takes it if its lease is over."""
+        """Time passes while a worker trains a chunk. If its lease ends, another worker's next claim takes it away."""
         self._at_work(pick)
         self.now += seconds
 
@@ -182,7 +182,7 @@ class BoardMachine(RuleBasedStateMachine):
         return [chunk for chunk in self.chunks.values() if chunk.state == LIVE]
 
     def _take(self, chunks: list[ModelChunk]) -> None:
-        """These claims are taken from their workers, which may live on as zombies."""
+        """Take these claims from their workers, which may still be alive as zombies."""
         for chunk in chunks:
             chunk.state = SUSPENDED if chunk.suspended_file else "expired"
             self.zombies.append(chunk.claim)
@@ -226,7 +226,7 @@ class BoardMachine(RuleBasedStateMachine):
         )
 
     def _check_resumed(self, claim: Claim, entry: ModelEntry | None, suspended: list[int]) -> None:
-        """What was suspended goes on before anything new is begun: the worker's own first."""
+        """Check that suspended chunks are continued before a new chunk starts, the worker's own chunks first."""
         own = [chunk_id for chunk_id in suspended if self.chunks[chunk_id].claim.worker_id == claim.worker_id]
         assert claim.chunk_id == min(own or suspended)
         chunk = self.chunks[claim.chunk_id]
@@ -259,7 +259,7 @@ class BoardMachine(RuleBasedStateMachine):
     # --- results
 
     def _at_work(self, pick: int) -> ModelChunk | None:
-        """Any live claim, or that of a worker, which claims something if it holds nothing."""
+        """Return some live claim, or that of the chosen worker, which first makes a claim if it has none."""
         live = self._live()
         if live and pick >= len(self.workers):
             return live[pick % len(live)]
@@ -391,7 +391,7 @@ class BoardMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.settled)
     @rule(pick=st.integers(0, 20), write=st.sampled_from(sorted(WRITES)))
     def what_is_over_comes_back(self, pick: int, write: str) -> None:
-        """A claim that was settled is used again, and a job that is over asks for work."""
+        """A claim that was settled is used again, and a job that has ended asks for work."""
         self._is_refused(self.settled[pick % len(self.settled)], write)
         self.seen["second result refused"] += 1
         past = [job for worker in self.workers for job in worker.past]
@@ -409,7 +409,7 @@ class BoardMachine(RuleBasedStateMachine):
             WRITES[write](self.board, claim, self.now)
         assert self.storage.contents(self.board) == before, "a stale generation writes nothing"
 
-    # --- what must be so after each step
+    # --- invariants, checked after each step
 
     @invariant()
     def the_worst_of_a_full_board_never_falls(self) -> None:
@@ -479,7 +479,7 @@ class BoardMachine(RuleBasedStateMachine):
         assert not files & self.deleted, "what a worker deletes is not needed"
 
 
-@pytest.mark.timeout(900)  # a failure is made small before it is shown, which may take minutes
+@pytest.mark.timeout(900)  # hypothesis shrinks a failing example before it reports it, which may take minutes
 def test_the_invariants_hold_whatever_happens_in_whatever_order(storage):
     BoardMachine.storage = storage
     BoardMachine.seen.clear()

@@ -1,6 +1,6 @@
 """Each built-in job on real data with its settings file, but smaller: from `orch launch` to a full board.
 
-`make test` runs one file of each kind; `make test-long` runs the others.
+`make test` runs one of several similar settings files; `make test-long` runs the others.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tests.support.invariants import violations
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
 BATCH = 50
-TRAIN_IMAGES = 500  # a tenth of them for validation
-STEPS = 9  # of an epoch
+TRAIN_IMAGES = 500  # a tenth of them are used for validation
+STEPS = 9  # steps in an epoch
 
 SMALL = {
     "num_models": 2,
@@ -47,14 +47,14 @@ Launch = Callable[..., Run]
 
 
 def also(names: list[str]) -> list[Any]:
-    """Settings files that are similar to one that is always tested."""
+    """Mark settings files as long, because they are similar to one that is always tested."""
     return [pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
 @pytest.fixture
 def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
-    """Launches a settings file, waits for the end, and checks that the board is full and tested. The test runs in this
-    process, because importing torch takes most of the time."""
+    """Launches a settings file, waits for the end, evaluates the models, and checks that the board is full and has test
+    metrics. `orch evaluate` runs in this process, because importing torch again would take most of the time."""
 
     def run(name: str, root: Path, **changes: Any) -> Run:
         values = SMALL | {"training_source_dir": str(root)} | {key.replace("__", "."): v for key, v in changes.items()}
@@ -84,7 +84,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
 
 
 def rates(run: Run) -> list[list[float]]:
-    """The learning rate of each step, in each chunk of the longest line of chunks."""
+    """Return the learning rates of all steps, for each chunk of the longest lineage."""
     trained_by = {c["checkpoint_id"]: c["chunk_id"] for c in run.leaderboard.reader.rows("checkpoint")}
     lines: dict[int, list[list[float]]] = {}
     for chunk in run.leaderboard.reader.rows("chunk"):
@@ -106,7 +106,7 @@ def test_davidnet_fills_a_board(name: str, launch: Launch) -> None:
 
 # --- lenet5
 
-SCHEDULES: dict[str, Callable[[int], float]] = {  # of an epoch, counted from 0
+SCHEDULES: dict[str, Callable[[int], float]] = {  # the learning rate of an epoch, which is counted from 0
     "constant": lambda epoch: 0.001,
     "step": lambda epoch: 0.002 * 0.4 ** (epoch // 4),
     "multistep": lambda epoch: 0.002 * 0.3 ** sum(epoch >= milestone for milestone in (4, 8, 12)),
@@ -131,7 +131,7 @@ def test_lenet5_fills_a_board_with_one_cycle_in_each_chunk(launch: Launch) -> No
     for trained, peak in zip(rates(run), (0.003, 0.0005), strict=True):
         assert len(trained) == 8 * STEPS
         assert max(trained) == pytest.approx(peak, rel=0.001)  # the peak lies between two steps
-        assert trained[0] == pytest.approx(peak / 25)  # torch's defaults
+        assert trained[0] == pytest.approx(peak / 25)  # torch's default div_factor
         assert trained[-1] == pytest.approx(peak / 25 / 1e4)
         top = trained.index(max(trained))
         assert trained == sorted(trained[:top]) + sorted(trained[top:], reverse=True)

@@ -53,7 +53,7 @@ def test_an_amendment_that_ends_the_run_says_so(
     tmp_path: Path, orch_call: OrchCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(Storage(None), tmp_path / "runs/quick")
-    monkeypatch.setattr(Run, "reconcile", lambda *_: [])  # as while its jobs work
+    monkeypatch.setattr(Run, "reconcile", lambda *_: [])  # otherwise it would end the run, which has no jobs
     code, out, _ = orch_call(tmp_path, "amend", "quick", "--set", "total_lifetime=0.001")
     assert code == 0
     assert "quick has already lasted longer than its total_lifetime: it ends after the current chunks" in out
@@ -75,7 +75,7 @@ class Mine(Digits):
 
 @pytest.fixture
 def own_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder; processes that were started from it are killed after the test."""
+    """A folder for a run; its processes are killed after the test."""
     yield tmp_path
     for process in processes_of(tmp_path):
         process.kill()
@@ -100,7 +100,7 @@ def test_a_run_continues_after_a_gentle_and_after_an_immediate_cancel(own_folder
 
     launch_and_hold()
     assert output(orch(own_folder, "cancel", "quick")) == "quick is cancelled; its board stays as it is\n"
-    hold.unlink()  # its present step ends
+    hold.unlink()  # lets the job end its current step
     gentle = status_when_all_ended()
     assert [worker["state"] for worker in gentle["workers"]] == ["ended"]
     assert (gentle["chunks"]["suspended"], gentle["expirations"]) == (1, 0)

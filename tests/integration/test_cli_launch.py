@@ -1,4 +1,4 @@
-"""`orch launch`: what it refuses, what it makes, and how it continues a run that exists."""
+"""`orch launch`: what it refuses, what it creates, and how it continues an existing run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `orch` shows of runs: JSON for programs and tables for people."""
+"""What `orch` prints about runs: JSON for programs and tables for people."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_score_is_shown_whole_in_a_terminal_of_any_width(width: int) -> None:
 
 
 def test_a_count_of_one_has_a_singular_noun() -> None:
-    """In the lines that a waiting launch prints, and above the board."""
+    """In the progress lines of `orch launch --wait`, and above the board."""
     state = {"state": "active", "best": 0.5, "chunks": {"promoted": 1, "discarded": 0}, "epochs": 1}
     assert _line(state) == "active: best 0.5000, 1 promoted, 0 discarded, 1 epoch"
     board = {"run": "quick", "metric": {"name": "loss"}, "num_models": 1, "founders": 1, "entries": []}

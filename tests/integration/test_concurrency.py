@@ -1,5 +1,5 @@
-"""Many processes at one leaderboard: no result is lost or counted twice, and no process starves. A process that wakes
-up after its lease is refused."""
+"""Many processes use one leaderboard: no result is lost or counted twice, and no process starves. A process that was
+stopped and continues after its lease has ended is refused."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.support import invariants
 from tests.support.boards import begin, file_of
 from tests.support.storage import TABLES, Storage
 
-# A bound against starvation, far above what a busy machine needs for one round of all processes.
+# No process may wait longer for one call. This is far longer than one turn of all processes takes on a busy machine.
 PATIENCE_S = 10.0
 SECONDS = 1.0  # how long the processes claim and record
 ZOMBIES_LEASE_S = 0.5
 NUM_MODELS = 5
 
-# Forks a process for each job. Each claims and ends chunks until the time is up, and writes down what it did, the
-# errors it saw and its longest wait for one call. The tests hold without waiting for the disk, so it is not waited for.
+# Forks a process for each job. Each process claims and ends chunks until the time is up. Then it writes what it did,
+# its errors and its longest wait to a file. Commits do not wait for the disk, because these tests do not need that.
 MANY_WORKERS = """
 import collections, json, multiprocessing, random, sys, time
 from pathlib import Path
@@ -92,7 +92,7 @@ for worker in workers:
     worker.join()
 """
 
-# Claims, prints its claim, and waits for the test; then it writes all that a worker may write.
+# Makes a claim, prints it, and waits for a line from the test. Then it tries every kind of write that a worker makes.
 ZOMBIE = """
 import json, sys, time
 from pathlib import Path
@@ -147,7 +147,7 @@ def board(storage: Storage, tmp_path: Path) -> Iterator[Leaderboard]:
 
 
 def start_workers(board: Leaderboard, number: int) -> list[tuple[int, int, int]]:
-    """(worker, job, start) of each."""
+    """Start workers. Returns (worker id, job id, number of starts) of each."""
     now = time.time()
     started = [begin(board, job, now) for job in board.chains.add_workers([None] * number, now)]
     assert all(isinstance(s, Started) for s in started)
@@ -198,7 +198,7 @@ def test_processes_that_claim_and_record_all_the_time_lose_nothing_and_none_of_t
             for name in ("data", "metrics"):
                 if isinstance(row.get(name), str):
                     row[name] = json.loads(row[name])
-    # A worker reads the clock before it waits for the lock, which takes longer here than in a run.
+    # A worker reads the clock before it waits for the lock, and the waits are longer here than in a run.
     monkeypatch.setattr(invariants, "CLOCK_S", PATIENCE_S)
     checks = (invariants._worst_never_falls, invariants._positions, invariants._generations, invariants._epochs)
     assert [line for check in checks for line in check(tables)] == []

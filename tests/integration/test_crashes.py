@@ -1,8 +1,8 @@
 """A job dies, loses power, is stopped, or gets an error at each call that changes a file: nothing is lost.
 
-The short form tries each call, except that of the many calls that write a page of the database it tries one in ten, of
-those that open a file one in four, and it truncates a checkpoint at one in three. `make crashes` tries every call with
-every error, and removes every safeguard. See tests/crash/explore.py.
+`make crashes` tests every call with every error, and removes every safeguard. The short form, which is part of the test
+suite, tests fewer calls: one in ten of those that write a page of the database, one in four of those that open a file,
+and all others. It truncates a checkpoint at one in three of the calls. See tests/crash/explore.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ AT_LEAST = {
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Skips where there is no C compiler, or the system's C library is not the one that faults.c wraps."""
+    """Compile faults.c. Skips the test if there is no C compiler or the system is not Linux."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("a C library makes the faults at Linux system calls: needs Linux and gcc")

@@ -19,14 +19,14 @@ from orchestrator.settings.settings import Settings
 from tests.support import real_data
 
 ROOT = Path(__file__).parents[2]
-SEED = 5  # of the founder
+SEED = 5  # the founder's seed
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings_of(name: str, **changes: Any) -> Settings:
-    """The settings file, with a narrow network and changes to its parameters."""
+    """Load a settings file, changed to use a narrow network and other parameters."""
     params = changes.pop("job_params")
     options = [f"job_params.{key}={value}".replace("'", '"') for key, value in params.items()]
     settings, _ = load(ROOT / "settings" / f"{name}.json", options, **changes)
@@ -47,15 +47,15 @@ def test_a_narrow_network_learns_real_pictures_within_two_epochs() -> None:
     assert isinstance(result, Finished)
     first, second = (epoch.metrics for epoch in result.results)
     assert second["train_loss"] < first["train_loss"] < 2.3
-    assert result.score > 0.25  # one in ten is chance
+    assert result.score > 0.25  # guessing scores 0.1
 
 
-# --- every trick is in the checkpoint
+# --- the checkpoint contains the state of every trick
 
 
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise instead of CIFAR-10: what is learned does not matter here."""
+    """Replace CIFAR-10 by noise; these tests do not depend on what is learned."""
 
     def load_noise(root: Path, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(int(train))
@@ -88,7 +88,7 @@ def same(left: Any, right: Any) -> bool:
 @pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_tricks_together_resume_bit_for_bit(precision: str, tmp_path: Path) -> None:
-    """Two epochs in one chunk equal a chunk of one epoch, an interrupted one, and its rest, each in another session."""
+    """A chunk of two epochs equals two chunks of one epoch, the second interrupted, in three separate sessions."""
     whole = tricky(tmp_path, precision=precision)
     profile = page(whole.settings)
     whole.train(Work(profile, 2, SEED, 0, None, None), lambda: False, lambda epoch: None)
@@ -116,7 +116,7 @@ def test_all_tricks_together_resume_bit_for_bit(precision: str, tmp_path: Path) 
 
 @pytest.mark.usefixtures("pictures")
 def test_a_lineage_keeps_the_whitening_of_its_founder(tmp_path: Path) -> None:
-    """The filters come from the checkpoint, even if the pictures are others now."""
+    """The filters come from the checkpoint, even if the training pictures have changed."""
     session = tricky(tmp_path)
     session.train(Work(page(session.settings), 1, SEED, 0, None, None), lambda: False, lambda epoch: None)
     with (tmp_path / "parent.pt").open("wb") as file:

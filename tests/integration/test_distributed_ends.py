@@ -1,4 +1,4 @@
-"""One worker on several processes: how they end, and whole runs of such workers."""
+"""Workers with several processes: how the processes end, and whole runs."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_each_process_needs_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest
     [
         (["0", "1"], 2, ["0", "1"]),
         (["GPU-a", "GPU-b", "GPU-c"], 2, ["GPU-a", "GPU-b"]),
-        (["0"], 2, ["0", "0"]),  # a GPU that the cluster gave this rank alone, or too few: that shows later
+        (["0"], 2, ["0", "0"]),  # this rank's own GPU, or too few GPUs; Ranks.use finds out which
         ([], 2, ["", ""]),
         ([""], 2, ["", ""]),
     ],
@@ -198,13 +198,13 @@ def launch(runs_dir: Path, *options: str) -> Run:
 
 
 def seen_by(runs_dir: Path, rank: int) -> list[dict[str, Any]]:
-    """What processes of this rank have recorded, without the launch, which makes the model first to tell its size."""
+    """Return what the processes of a rank recorded, except the launch, which makes a model to estimate its size."""
     lines = [json.loads(line) for line in (runs_dir.parent / f"rank-{rank}").read_text().splitlines()]
     return [line for line in lines if rank > 0 or line["pid"] != lines[0]["pid"]]
 
 
 def pids(runs_dir: Path) -> list[int]:
-    """The process ids of the first job, rank 0 first."""
+    """Return the process ids of the first job, rank 0 first."""
     return [seen_by(runs_dir, rank)[0]["pid"] for rank in (0, 1)]
 
 
@@ -215,7 +215,7 @@ def outputs(run: Run, rank: int) -> list[str]:
 def test_a_run_with_two_processes_per_worker_has_one_writer_and_leaves_no_process(runs_dir: Path) -> None:
     run = launch(runs_dir, "--set", "stop_after_epochs=30")
     until("some work", lambda: run.leaderboard.reader.counts()["epochs"] >= 3)
-    for pid in pids(runs_dir):  # a cluster's signal reaches all processes of a job
+    for pid in pids(runs_dir):  # on a cluster, a signal reaches all processes of a job
         psutil.Process(pid).send_signal(signal.SIGUSR2)
     until("the end", lambda: run.status()["state"] == "finished" and not processes_of(runs_dir))
 
@@ -239,7 +239,7 @@ def test_a_run_with_two_processes_per_worker_has_one_writer_and_leaves_no_proces
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(  # a real cluster's are in tests/slurm/test_distributed.py
+@pytest.mark.parametrize(  # tests/slurm/test_distributed.py tests this on a real cluster
     "victim", [pytest.param(0, id="rank 0", marks=pytest.mark.long), pytest.param(1, id="rank 1")]
 )
 def test_a_killed_process_ends_the_others_and_the_chain_continues(runs_dir: Path, victim: int) -> None:
@@ -252,7 +252,7 @@ def test_a_killed_process_ends_the_others_and_the_chain_continues(runs_dir: Path
     until("the end", lambda: run.status()["state"] == "finished" and not processes_of(runs_dir))
     jobs = run.leaderboard.reader.rows("job")
     assert [job["link"] for job in jobs if job["started_at"]] == [0, 1]
-    if victim == 1:  # rank 0 could still write down how it went
+    if victim == 1:  # rank 0 was still alive and recorded the failure
         assert jobs[0]["outcome"] == "stopped by the failure of one of its processes"
         (failed,) = [e for e in run.leaderboard.reader.rows("event") if e["kind"] == "failed"]
         assert "another process of this job died or hangs" in failed["data"]["error"]

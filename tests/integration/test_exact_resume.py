@@ -1,5 +1,5 @@
-"""Training that is interrupted at any step of any chunk and resumed elsewhere equals the uninterrupted one bit for bit:
-weights, buffers, optimizer, random states, metrics, and the order of the data."""
+"""Training that is interrupted at any step of any chunk and resumed in another process equals uninterrupted training,
+bit for bit: weights, buffers, optimizer, random states, metrics, and the order of the data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from jobs.verify_resume.link import NO_STOP, ShortSession, Trial, break_points, 
 from orchestrator.cli.main import main
 from orchestrator.settings.settings import Settings
 
-CHUNKS, EPOCHS, STEPS = 3, 2, 3  # steps of an epoch: 40 examples of training, 16 a batch
+CHUNKS, EPOCHS, STEPS = 3, 2, 3  # an epoch has 3 steps: 40 training examples in batches of 16
 PER_CHUNK = EPOCHS * STEPS
 TOTAL = CHUNKS * PER_CHUNK
 
@@ -72,9 +72,9 @@ ONE_CYCLE = [
 
 
 def scramble(seed: int) -> None:
-    """A process of its own has other random states."""
+    """Change the random states, because a new process has other ones."""
     random.seed(seed)
-    random.gauss(0, 1)  # python and numpy keep the second of two draws
+    random.gauss(0, 1)  # Python and NumPy draw two numbers at a time and keep the second one
     np.random.seed(seed)
     np.random.normal()
     torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def scramble(seed: int) -> None:
 def link(
     plan: Trial, folder: Path, start: int, stop: int | None, snapshots: Collection[int] = (), seed: int | None = None
 ) -> dict[str, Any]:
-    """Does in this process what a process of its own would do: another Session, another job, other random states."""
+    """Run a link in this process as in a fresh process: with a new Session, a new job and other random states."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     scramble(1000 + start if seed is None else seed)
@@ -127,13 +127,13 @@ def test_each_step_of_the_compared_training_changes_the_whole_state(reference: R
     for steps in range(1, TOTAL):
         changed = {d.path for d in differences(reference.states[steps], reference.states[steps + 1])}
         assert {"model.0.weight", "model.1.running_mean", "model.1.num_batches_tracked"} <= changed
-        assert ("optimizer.state[0].momentum_buffer" in changed) is (steps < 2 * PER_CHUNK)  # the last profile has none
+        assert ("optimizer.state[0].momentum_buffer" in changed) is (steps < 2 * PER_CHUNK)  # "plain" has no momentum
         assert "rng.torch" in changed
         assert any(path.startswith("rng.python") for path in changed)
         assert any(path.startswith("rng.numpy") for path in changed)
     rates = [reference.states[PER_CHUNK * (chunk + 1)]["optimizer"]["param_groups"][0]["lr"] for chunk in range(CHUNKS)]
     assert rates == [0.05, 0.01, 0.02]
-    assert count_tensors(reference.states[1]) == 2 * 8 + 3 + 2  # weights and momentum; batch norm's buffers; random
+    assert count_tensors(reference.states[1]) == 2 * 8 + 3 + 2  # weights and momentum; buffers; random states
 
 
 @pytest.mark.parametrize("stop", range(1, TOTAL), ids=lambda stop: f"after {stop} steps")
@@ -185,7 +185,7 @@ def test_there_are_as_many_interruptions_as_wanted_all_inside_the_training(
 
 def in_this_process(plan: Trial, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
     scramble(7 + start)
-    torch.use_deterministic_algorithms(False)  # as it is in a process that begins
+    torch.use_deterministic_algorithms(False)  # as in a fresh process
     link_module.main(root, name, start, NO_STOP if stop is None else stop)
     result: dict[str, Any] = json.loads((root / "link.json").read_text())
     if "error" in result:
@@ -347,14 +347,14 @@ def test_a_killed_process_is_an_error_that_names_the_signal(tmp_path: Path, monk
         in_fresh_process(plan_for(), tmp_path, "resumed", 4, 6)
 
 
-# --- the command, with processes of its own
+# --- the command, with real processes
 
 Verify = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def verify_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verify:
-    """`orch verify-resume` in a folder of its own: its exit code and its two outputs."""
+    """Runs `orch verify-resume` in a new folder. Returns its exit code, its output and its error output."""
     (tmp_path / "temporary").mkdir()
     (tmp_path / "work").mkdir()
     shutil.copy(Path(__file__).parents[2] / "tests" / "support" / "resume_jobs.py", tmp_path / "work" / "mine.py")

@@ -1,4 +1,4 @@
-"""orch gc, and runs whose disk is full: what is kept, what goes, and what becomes of the work."""
+"""orch gc, and runs whose disk is full: which files stay, which are deleted, and what happens to the work."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def dead_pid() -> int:
 
 
 def tokens(*chains: str) -> list[tuple[int, str, bool]]:
-    """A string for each chain, a letter for each job; capital letters are open jobs."""
+    """Make jobs from a string for each chain, with a letter for each job; a capital letter is an open job."""
     return [(n, token(letter), letter.isupper()) for n, chain in enumerate(chains) for letter in chain]
 
 
@@ -278,7 +278,7 @@ def test_a_collection_is_safe_while_two_workers_train(tmp_path: Path, runs_dir: 
     assert sum(collect(run).freed_bytes.values()) == 0
 
 
-# --- a run that has no room
+# --- runs without disk space
 
 
 def test_a_run_beyond_its_budget_gives_chunks_back_and_goes_on_when_it_may_take_more(tmp_path: Path) -> None:

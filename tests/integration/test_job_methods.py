@@ -21,11 +21,11 @@ from tests.support.small_job import SGD, STEPS, Small, child, founder, session_o
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# --- batches of another structure
+# --- batches that are not (inputs, targets)
 
 
 class Sentences(Job):
-    """Batches are dicts, and the model gives its loss."""
+    """Batches are dicts, and the model computes its own loss."""
 
     def model(self) -> nn.Module:
         return Scorer()
@@ -69,7 +69,7 @@ def test_a_batch_may_be_a_dict_and_the_loss_the_models_own(tmp_path: Path) -> No
 
 
 class Returning(Small):
-    """Its methods return what the test wants."""
+    """One of its methods returns what the test sets."""
 
     wrong: tuple[str, Any]
 
@@ -90,7 +90,7 @@ class Returning(Small):
 
 
 class ReturningWhole(Returning):
-    """The same for the methods that get the whole batch."""
+    """Like Returning, but also for the methods that get the whole batch."""
 
     def training_loss(self, model: nn.Module, batch: Any) -> Any:
         return self.returned("training_loss", super().training_loss(model, batch))

@@ -1,4 +1,4 @@
-"""A checkpoint keeps all that a step depends on: schedules, averages, half precision, another optimizer."""
+"""A checkpoint contains everything that a step depends on: schedules, averages, loss scales, optimizer states."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ TORCHS: list[Callable[[torch.optim.Optimizer], Any] | None] = [
 
 
 def plain_loop(scheduler: Callable[[torch.optim.Optimizer], Any] | None, each_step: bool) -> nn.Module:
-    """A loop as in torch's tutorials; only the order of the examples is orch's."""
+    """Train with a loop as in torch's tutorials; only the order of the examples comes from orch."""
     session = session_of()
     feed = session.feed("train")
     randomness.seed_all(founder().seed)
@@ -108,7 +108,7 @@ def test_under_another_profile_the_schedule_begins_and_the_momentum_stays(tmp_pa
     assert_same(fresh["schedule"], start["schedule"])
     assert_same(before["optimizer"]["state"], start["optimizer"]["state"])
     back = train(session_of(), child(tmp_path / "start.pt", cycle), tmp_path / "back.pt", steps=0)
-    assert rates(back) == rates(fresh)  # it was away: its line is broken
+    assert rates(back) == rates(fresh)  # a chunk under another profile came between, so the schedule starts again
 
 
 def test_an_equal_profile_continues_its_schedule(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_another_optimizer_starts_without_state_and_the_same_one_keeps_it(tmp_pa
     assert_same(before["optimizer"]["state"], states["sgd"]["optimizer"]["state"])
 
 
-# --- exactness of everything that has a state
+# --- exact resume for everything that has a state
 
 FEATURES: dict[str, tuple[type[Job], dict[str, Any], Profile]] = {
     "bf16": (Small, {"precision": "bf16"}, SGD),
@@ -164,7 +164,7 @@ def test_an_interrupted_chunk_equals_the_uninterrupted_one(feature: str, steps: 
 
 
 class Exploding(Small):
-    """Its gradients overflow in fp16 until the loss scale is small enough."""
+    """Gradients overflow in fp16 until the loss scale is small enough."""
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         return super().loss(outputs, targets) * 4096
@@ -320,7 +320,7 @@ def test_interrupted_compiled_chunks_equal_the_uninterrupted_one(tmp_path: Path)
     changes = {"compile": True, "max_batch_size": 20}  # the last batch is smaller
     work = founder(epochs=2)
     whole = train(session_of(Tiny, **changes), work, tmp_path / "whole.pt")
-    torch._dynamo.reset()  # as in a process of its own, whose first batch is the smaller one
+    torch._dynamo.reset()  # as in a fresh process, whose first batch is the smaller one
     train(session_of(Tiny, **changes), work, tmp_path / "cut.pt", steps=2)
     torch._dynamo.reset()
     again = train(session_of(Tiny, **changes), replace(work, suspended=tmp_path / "cut.pt"), tmp_path / "again.pt")

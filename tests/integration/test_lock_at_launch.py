@@ -39,7 +39,7 @@ QUICK = {
 
 @pytest.fixture
 def orch(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """The command, in a new folder with the settings of a quick job in quick.json."""
+    """Runs `orch` in a new folder that contains quick.json, the settings of a quick job."""
     (tmp_path / "quick.json").write_text(json.dumps(QUICK))
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Real chunks and real runs: each logger's own reader finds the curves of the training."""
+"""Real chunks and real runs: the curves of the training can be read with each logger's own library."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tests.support.settings import settings as common_settings
 ROOT = Path(__file__).parents[2]
 ORCH = Path(sys.executable).with_name("orch")
 FAST = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.0005)
-STEPS = 6  # of an epoch of the digits, with the settings below
+STEPS = 6  # steps in an epoch of the digits, with the settings below
 FILE = "g00000001-c00000007.pt"
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.xdist_group("loggers"),  # one run for all tests
-    # What the libraries of the loggers warn of is theirs.
+    pytest.mark.xdist_group("loggers"),  # all tests share one run
+    # Ignore warnings from the loggers' libraries.
     *(pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Deprecation", "PendingDeprecation", "Future")),
 ]
 each_logger = pytest.mark.parametrize("logger", READERS)
@@ -45,7 +45,7 @@ close_to = pytest.approx  # TensorBoard keeps values as float32
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loggers set some variables unless the user has; this undoes it after each test."""
+    """After each test, undo changes of environment variables, because loggers set those that the user has not set."""
     for name in ("WANDB_MODE", "WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -72,7 +72,7 @@ class Job:
         self.results: list[EpochResult] = []
 
     def train(self, work: Work, steps: int | None = None) -> Finished | Interrupted:
-        """steps: stop after so many."""
+        """steps: after how many steps to stop; None: at the end of the chunk."""
         asked = itertools.count()
         return self.session.train(work, lambda: next(asked) == steps, self.results.append)
 
@@ -97,7 +97,7 @@ def test_a_suspended_chunk_whose_next_job_dies_is_one_series_without_repeated_st
     suspended = first.save()
     first.session.close()
 
-    killed = Job(tmp_path, logger)  # after it has logged steps, and before it could save
+    killed = Job(tmp_path, logger)  # dies after it has logged steps and before it has saved its state
     assert isinstance(killed.train(work(tmp_path, suspended=suspended), steps=4), Interrupted)
     killed.session.close()
 
@@ -145,12 +145,12 @@ def test_logging_does_not_change_the_training(tmp_path: Path) -> None:
     assert torch.equal(with_logger["rng"]["torch"], without["rng"]["torch"])
 
 
-# --- trouble
+# --- errors
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KB, or skip."""
+    """A file system of 64 KB. Skips the test if it can't be mounted."""
     folder = tmp_path / "logs"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
@@ -164,7 +164,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-# TensorBoard's own thread fails too.
+# On a full disk, TensorBoard's own thread fails too.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @each_logger
 def test_a_full_disk_turns_a_logger_off_and_the_chunk_is_trained(
@@ -176,7 +176,7 @@ def test_a_full_disk_turns_a_logger_off_and_the_chunk_is_trained(
     job = Job(tmp_path, logger, max_batch_size=2)
     assert isinstance(job.train(work(tmp_path, epochs=1)), Finished)
     job.session.close()
-    if logger != "wandb":  # whose own process writes, and says nothing
+    if logger != "wandb":  # wandb writes in its own process, which reports no error
         assert len(warnings(caplog)) == 1
         assert warnings(caplog)[0].startswith(f"logger {logger} is off for the rest of this job: ")
 
@@ -186,7 +186,7 @@ def test_a_name_that_is_not_a_logger_is_refused_at_launch() -> None:
         user_job.check_job(settings("not_there:Mine"), [])
 
 
-# --- a user's own
+# --- a user's own logger
 
 
 def test_the_example_of_the_docs_is_a_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_the_example_of_the_docs_is_a_logger(tmp_path: Path, monkeypatch: pytest
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, list[str]]]:
-    """A run of two workers whose models were tested, and its loggers."""
+    """A run of two workers, whose models were evaluated, and the names of its loggers."""
     from importlib.util import find_spec
 
     loggers = [name for name in READERS if find_spec(name)]

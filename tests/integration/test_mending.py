@@ -32,7 +32,7 @@ SETTINGS = Settings(name="run", training_profiles=[Profile(name="a", learning_ra
 
 @pytest.fixture
 def hangs() -> Iterator[psutil.Process]:
-    """A process that does not end, as torch with a broken GPU does."""
+    """A process that does not end, like a process whose torch hangs on a broken GPU."""
     process = subprocess.Popen(["sleep", "60"])
     yield psutil.Process(process.pid)
     process.kill()
@@ -54,7 +54,7 @@ def test_a_job_that_hangs_after_it_reported_its_end_is_killed_since_its_successo
     started = chains.start(start, now - since_s, 5)
     assert isinstance(started, Started)
     assert started.successor is not None
-    me = psutil.Process()  # in place of the successor, which waits
+    me = psutil.Process()  # takes the place of the waiting successor
     chains.submitted([Submitted(started.successor.job_id, "2", me.pid, me.create_time(), host_name())])
     chains.end(started.job, "no time is left", False, now - since_s, 5)
 
@@ -64,7 +64,7 @@ def test_a_job_that_hangs_after_it_reported_its_end_is_killed_since_its_successo
 
 
 def orphan_a_successor(run: Run, now: float) -> None:
-    """A job is killed after it has written its successor to the database and before it has submitted it."""
+    """Make a job that was killed after it wrote its successor to the database and before it submitted the successor."""
     (job,) = run.leaderboard.chains.relink([0], now, 5)
     start = JobStart(job.token, 0, "1", host_name(), 999_999_999, now)  # no process has such a pid
     started = run.leaderboard.chains.start(start, now, 5)
@@ -121,7 +121,7 @@ def test_a_resume_does_not_give_up_jobs_that_another_resume_is_submitting(
 
 def test_a_job_that_was_being_submitted_at_a_pause_does_not_delay_the_resume(tmp_path: Path) -> None:
     run = make_run(Storage(None), tmp_path, executor="local", workers=1)
-    run.leaderboard.chains.relink([0], time.time(), 5)  # whose submitter has died
+    run.leaderboard.chains.relink([0], time.time(), 5)  # the process that should submit this job has died
     run.leaderboard.run_state.change_state(RunState.PAUSED, list(RunState), None, time.time())
     run._queue = InlineQueue()
     run.resume(time.time())

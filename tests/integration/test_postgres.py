@@ -1,4 +1,4 @@
-"""A run whose leaderboard is on a real PostgreSQL server, from the command line to the last job."""
+"""Runs whose leaderboard is on a real PostgreSQL server, from the command line to the last job."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def orch(folder: Path, *arguments: str, environment: dict[str, str] | None = Non
 
 @pytest.mark.slow
 def test_a_run_outlives_kill_9_and_a_restart_of_the_server(tmp_path: Path, server: postgres.Postgres) -> None:
-    """The password, which every process has in its environment, is in none of the run's files."""
+    """Every process has the password in its environment, but no file of the run contains it."""
     done = orch(tmp_path, "launch", str(settings_file(tmp_path, server, stop_after_epochs=100)))
     assert done.returncode == 0, done.stderr
     run = Run.open(tmp_path / "runs/quick")
 
     def kill_one() -> bool:
-        with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # it ended just now
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):  # the process has ended meanwhile
             psutil.Process(working(run)[0]["pid"]).kill()
             return True
         return False
@@ -88,7 +88,7 @@ def test_a_run_outlives_kill_9_and_a_restart_of_the_server(tmp_path: Path, serve
     until("a worker to kill", lambda: run.leaderboard.reader.counts()["chunks"]["live"] and kill_one())
     until("more epochs", lambda: run.leaderboard.reader.counts()["epochs"] >= 10)
     run.leaderboard.database.release_connection()
-    server.stop("immediate")  # clients are not told, as in a crash
+    server.stop("immediate")  # as in a crash, without a message to the clients
     time.sleep(2)
     server.start()
     done = orch(tmp_path, "launch", str(settings_file(tmp_path, server, stop_after_epochs=100)), "--wait")
@@ -212,7 +212,7 @@ def test_a_job_whose_turn_comes_while_the_server_is_away_waits_for_it(
 ) -> None:
     run = make_run(Storage(server.url), tmp_path / "run")
     (job,) = run.leaderboard.chains.relink([0], time.time(), 1)
-    back = threading.Timer(3 * engine.CONNECT_FOR_S, server.start)  # a command has given up by then
+    back = threading.Timer(3 * engine.CONNECT_FOR_S, server.start)  # a command would have given up by then
 
     def its_turn(*_: Any) -> None:
         run.cancel(at_once=False, now=time.time())  # so that the job has nothing to do
@@ -265,7 +265,7 @@ def waiters(server: postgres.Postgres) -> int:
 def test_the_server_ends_a_transaction_whose_process_was_stopped(
     tmp_path: Path, server: postgres.Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise a worker that is stopped in the middle of its claim would hold up all others for ever."""
+    """Otherwise a worker that is stopped in the middle of its claim would block all others forever."""
     monkeypatch.setattr(engine, "SERVER_LIMITS", engine.SERVER_LIMITS.replace("=60s", "=1s"))
     assert "idle_in_transaction_session_timeout=1s" in engine.SERVER_LIMITS
     assert orch(

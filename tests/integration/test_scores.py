@@ -1,4 +1,4 @@
-"""How a chunk is scored: its metrics, the examples that they are measured on, and what a job must have for it."""
+"""How a chunk is scored: its metrics, the examples that they are measured on, and the methods that a job needs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_metric_to_minimise_is_the_score_without_a_change_of_sign() -> None:
     assert result.score == result.results[0].metrics["loss"] > 0
 
 
-# --- the process
+# --- threads and deterministic mode
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -88,7 +88,7 @@ def test_a_process_has_the_cores_and_the_determinism_of_the_settings(
     deterministic: bool,
 ) -> None:
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-    torch.use_deterministic_algorithms(False)  # as it is in a process that begins
+    torch.use_deterministic_algorithms(False)  # as in a fresh process
     session = open_session(digits_settings(deterministic=deterministic), cores=2)
     assert torch.get_num_threads() == 2
     assert torch.are_deterministic_algorithms_enabled() is deterministic
@@ -98,7 +98,7 @@ def test_a_process_has_the_cores_and_the_determinism_of_the_settings(
     assert train(session, founder()).epochs == 1
 
 
-# --- which examples
+# --- the examples of each split
 
 
 class ClosedTest(Digits):
@@ -121,7 +121,7 @@ def test_selection_on_validation_never_reads_the_test_set(tmp_path: Path) -> Non
     session = digits_session(ClosedTest)
     parent = save_trained(session, founder(epochs=2), tmp_path / "parent.pt")
     train(session, child(parent))
-    with pytest.raises(PermissionError):  # so reading it would have been noticed
+    with pytest.raises(PermissionError):  # so the test set can't have been read before
         session.evaluate_file(parent, "test")
 
 
@@ -158,7 +158,7 @@ def pixels_in(source: Any) -> list[list[float]]:
     return [image.flatten().tolist() for image, _ in source]
 
 
-# --- jobs that lack something
+# --- incomplete jobs
 
 
 class OnlyData(Job):

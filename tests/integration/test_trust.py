@@ -1,4 +1,4 @@
-"""Who may read and write a run: rights whatever the umask, a group's runs, and folders that are not opened."""
+"""Who may read and write a run: file modes whatever the umask, runs shared with a group, folders that are refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ QUICK = {
 
 
 def a_group_of_mine() -> str:
-    """A group that is not the user's first; root has the rights of every group."""
+    """Return a group of the user, if possible not the primary one. For root any group will do."""
     mine = sorted({os.getegid(), *os.getgroups()})
     gid = 100 if AS_ROOT else mine[-1]
     try:
@@ -62,11 +62,11 @@ def launched(runs_dir: Path, **changes: Any) -> Run:
 
 
 def rights(folder: Path) -> dict[str, set[str]]:
-    """{what: {octal mode, ...}} of everything in a run."""
+    """Return the modes (octal, without the sticky bit) of a run's folders, files and lock claims."""
     found: dict[str, set[str]] = {"folders": set(), "files": set(), "claims": set()}
     for path in (folder, *folder.rglob("*")):
         mode = stat.S_IMODE(path.lstat().st_mode)
-        claims = ".lock.filelock" in str(path)  # sticky, as filelock makes them
+        claims = ".lock.filelock" in str(path)  # filelock makes these with the sticky bit
         found["claims" if claims else "folders" if path.is_dir() else "files"].add(f"{mode & ~0o1000:o}")
     return found
 
@@ -143,7 +143,7 @@ def test_an_exported_model_has_the_rights_of_the_user_s_other_files(tmp_path, mo
     (tmp_path / "of-the-run").touch()
     modes = {path.name: f"{stat.S_IMODE(path.stat().st_mode):o}" for path in tmp_path.iterdir()}
     assert modes == {"best.pt": "644", "of-the-run": "600"}
-    assert export_entry  # what `orch export` runs inside users_umask
+    assert export_entry  # the function that `orch export` calls inside users_umask
 
 
 def test_a_run_is_refused_on_a_file_system_that_ignores_permissions(tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_run_is_refused_on_a_file_system_that_ignores_permissions(tmp_path, mo
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-# --- folders that are not opened ---------------------------------------------------------------------
+# --- folders that are refused ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("part", ["", "settings.json", "orch.db", "orch.db.lock.json", "checkpoints", "jobs", "logs"])
@@ -191,7 +191,8 @@ def test_a_run_with_files_of_another_user_is_not_opened(tmp_path, part):
 
 
 def as_nobody(script: str, *arguments: object) -> str:
-    """Run the script as user nobody, in the group with which the run is shared. All imports come first."""
+    """Run the script as user nobody, who is in the group given as the first argument. Imports come before the change of
+    user."""
     prologue = (
         "import os, sys, time, pathlib\n"
         "import orchestrator.worker.job_main, orchestrator.run.run, orchestrator.cluster.local\n"
@@ -242,7 +243,7 @@ def test_a_colleague_does_not_open_a_folder_whose_rights_are_not_those_of_its_gr
     run = launched(open_folder / "runs")
     os.chown(run.folder, 65533, gid)
     os.chown(run.folder / "settings.json", 65533, gid)
-    run.folder.chmod(0o755)  # everybody may read, and nothing shows that the group is trusted
+    run.folder.chmod(0o755)  # everybody may read the run, and its mode does not show that it was launched for a group
     (run.folder / "settings.json").chmod(0o644)
     outside = "try:\n    Run.open(folder)\nexcept OrchError as error:\n    print(error)"
     assert 'launch the run with "group" set' in as_nobody(outside, gid, run.folder)

@@ -1,4 +1,4 @@
-"""A database of an earlier version is upgraded when it is opened, and its run goes on."""
+"""A database of an earlier version is upgraded when it is opened, and its run continues."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.small_runs import CUT, board_of, make_run, opened, work
 from tests.support.storage import Storage
 
 SURPLUS = "the run was amended to 2 workers"
-# What version 1 wrote into a chunk's error, and what that is in version 2: (expired_by, error).
+# The text that version 1 stored as a chunk's error, and the values of version 2: (expired_by, error).
 REASONS = {
     "its job ended without a word": ("job_silent", None),
     "its job is gone": ("job_gone", None),
@@ -44,7 +44,7 @@ def sql(run: Run, *statements: str) -> None:
 
 @pytest.fixture
 def run(storage: Storage, tmp_path: Path) -> Iterator[Run]:
-    """A run of version 1: without the columns that came later, and with its reasons as text."""
+    """A run of version 1: without the columns of version 2, and with reasons stored as text."""
     made = make_run(storage, tmp_path / "run", workers=4, executor="inline")
     work(made, [0.5, 0.4, 0.6, 0.1, 0.7, CUT])
     now = 1.0

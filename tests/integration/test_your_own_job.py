@@ -95,7 +95,7 @@ def test_every_settings_block_is_valid() -> None:
         check_job(settings("jobs.digits:Digits", training_profiles=[profile]))
 
 
-# --- other libraries: modules of the same names replace them, since they need not be installed
+# --- other libraries, which are replaced by modules with the same names, because they may not be installed
 
 TRANSFORMERS = """
 import torch
@@ -208,7 +208,7 @@ def test_the_pages_jobs_for_other_libraries_train(
     assert one.evaluate_file(folder / "one.pt", "test")["accuracy"] > 0.9
 
 
-# --- the long form
+# --- a loop of the job's own
 
 
 def test_the_pages_own_loop_runs_with_orch_launch(folder: Path) -> None:
@@ -231,9 +231,9 @@ ONE = Profile("one", 0.1, 0.9, 0.0)
 
 
 class Walk(Job):
-    """A random walk; its state is the current place."""
+    """A random walk, whose state is its current position."""
 
-    STEPS = 4  # of an epoch
+    STEPS = 4  # steps in an epoch
 
     def train_chunk(self, context: ChunkContext) -> ChunkResult | ChunkInterrupted:
         state = dict(context.state or {"at": torch.randn(3), "step": 0})

@@ -1,8 +1,8 @@
-"""A real Slurm cluster for the tests in this folder: one for each pytest process, started by the first that asks.
+"""A real Slurm cluster for the tests in this folder. Each pytest process starts one for the first test that needs it.
 
-With pytest-xdist use `--dist loadgroup`: the tests here are one group, so that one process runs them all. (With
-pytest 9.2, pytest-xdist 3.8 does not see groups: each process then starts a cluster, which is slower, not wrong.)
-ORCH_DEVCLUSTER_KEEP=1 keeps the cluster's folder, with every log, after the tests.
+With pytest-xdist use `--dist loadgroup`: the tests here are one group, so that one process runs them all. (pytest-xdist
+3.8 ignores groups under pytest 9.2. Each process then starts a cluster, which is slower but works.)
+ORCH_DEVCLUSTER_KEEP=1 keeps the cluster's folder, with all logs, after the tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ GRACE_S = 20
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "leaves_jobs: the test may leave jobs in the queue; they are cancelled")
-    config.addinivalue_line("markers", "xdist_group(name): run by one pytest-xdist process")  # even without it
+    # Register this marker here too, so that it is known without pytest-xdist.
+    config.addinivalue_line("markers", "xdist_group(name): run by one pytest-xdist process")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
@@ -39,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def slurm_packages() -> None:
-    """Skips tests where Slurm is not installed; for those that start clusters of their own."""
+    """Skip tests if Slurm is not installed. Use it directly in tests that start their own clusters."""
     try:
         check_packages(accounting=True, faketime=False)
     except MissingPackagesError as missing:
@@ -48,7 +49,7 @@ def slurm_packages() -> None:
 
 @pytest.fixture(scope="session")
 def cluster(slurm_packages: None) -> Iterator[DevCluster]:
-    """The cluster that sbatch, squeue and submitit talk to while this fixture is active: see DevCluster."""
+    """A DevCluster. While this fixture is active, sbatch, squeue and submitit use this cluster."""
     with DevCluster.temporary() as cluster, pytest.MonkeyPatch.context() as environment:
         for name in [name for name in os.environ if name.startswith(FOREIGN_VARIABLES)]:
             environment.delenv(name)
@@ -59,13 +60,13 @@ def cluster(slurm_packages: None) -> Iterator[DevCluster]:
 
 @pytest.fixture(autouse=True)
 def _leaves_an_idle_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that leaves jobs behind is an error; the next test has an idle cluster in any case."""
+    """Fail a test that leaves jobs behind. In any case, the next test gets an idle cluster."""
     if "cluster" not in request.fixturenames:
         yield
         return
     cluster: DevCluster = request.getfixturevalue("cluster")
     yield
-    cluster.start()  # the daemons that the test has killed
+    cluster.start()  # restarts daemons that the test has killed
     left: list[str] = []
     if request.node.get_closest_marker("leaves_jobs") is None:
         with contextlib.suppress(DevClusterError):
@@ -77,5 +78,5 @@ def _leaves_an_idle_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def left_by(cluster: DevCluster) -> list[str]:
-    """Jobs in the queue, without those that have ended and that Slurm still cleans up."""
+    """Return the jobs in the queue, except jobs that have ended and that Slurm is still cleaning up."""
     return [f"{j['id']} {j['name']} {j['state']}" for j in cluster.squeue() if j["state"] != "COMPLETING"]

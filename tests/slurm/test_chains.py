@@ -21,7 +21,7 @@ from tests.support.slurm_runs import QUICK, ROOT, epochs, jobs, launch, over, se
 
 
 def times_of(cluster: DevCluster, run: Run) -> dict[str, tuple[float, float]]:
-    """Start and end in seconds of each of the run's jobs that sacct knows, by their id."""
+    """Return the start and end times (Unix seconds) of the run's jobs that sacct knows, by job id."""
     rows = cluster.run(["sacct", "-n", "-P", "-X", "-D", "-o", "JobID,Start,End,JobName"]).stdout.splitlines()
     jobs = [line.split("|") for line in rows]
     return {
@@ -218,7 +218,7 @@ def test_a_chain_continues_where_a_submit_limit_has_no_room_for_a_successor(
 
 
 def test_a_job_id_that_slurm_uses_again_is_not_mistaken_for_the_run_s_job(cluster: DevCluster, tmp_path: Path) -> None:
-    """A wiped cluster gives the same ids to other jobs."""
+    """A cluster that was wiped gives the ids of earlier jobs to other jobs."""
     run = launch(settings("reused", workers=1), tmp_path)
     until("work", lambda: epochs(run) >= 1)
     run.pause(time.time())
@@ -244,7 +244,7 @@ def test_status_without_a_run_says_what_to_do(tmp_path: Path) -> None:
 def test_jobs_that_die_before_python_begins_count_as_failures_and_the_run_says_how_they_died(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
-    """Without its module or its virtual environment, every job of the run dies like this."""
+    """This happens if the setup lines fail, for example because a module or the virtual environment is missing."""
     broken = {**QUICK["slurm"], "setup": ["exit 3"]}
     run = launch(settings("broken", workers=1, max_failures=3, slurm=broken), tmp_path)
     until("the end", lambda: over(run), 120, every_s=1)

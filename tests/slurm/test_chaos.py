@@ -1,6 +1,6 @@
-"""Faults against a run on a real cluster, drawn with a seed and printed; afterwards every invariant holds.
+"""Random faults in a run on a real cluster; afterwards, every invariant holds. The seed and the faults are printed.
 
-`make chaos` runs the long form (ORCH_CHAOS_FAULTS, ORCH_CHAOS_SEED); the short one is part of the suite.
+`make chaos` runs the long form (ORCH_CHAOS_FAULTS, ORCH_CHAOS_SEED); the short form is part of the test suite.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ON_LOW = {"partition": "low", "gpus": 1, "cpus": 1, "mem_gb": 0.5, "signal_delay
 
 
 class Chaos:
-    """The faults. After each of them the cluster works."""
+    """The faults. The cluster works again after each of them."""
 
     def __init__(self, cluster: DevCluster, run: Run, moments: random.Random) -> None:
         self.cluster = cluster
@@ -129,7 +129,7 @@ def test_after_any_faults_every_invariant_holds_and_every_chain_is_single(cluste
     )
 
     run.drain(time.time())
-    # A job that exists only for Slurm ends at its time limit.
+    # A job that only Slurm knows, and not the database, ends at its time limit.
     until("the end", lambda: heal(cluster) or over(run), 300, every_s=2)
     assert violations(run) == []
     assert max_at_work(run) <= WORKERS
@@ -147,12 +147,12 @@ def heal(cluster: DevCluster) -> None:
 
 
 def mended(run: Run) -> bool:
-    """What `orch status` or `orch keep` does from a login node."""
+    """Mend chains as `orch status` and `orch keep` do from a login node."""
     run.reconcile(time.time())
     return True
 
 
 def max_at_work(run: Run) -> int:
-    """The most workers that had a live claim at the same time; a fork would be one more."""
+    """Return the maximum number of live claims at the same time. A forked chain would add one."""
     spans = [(c["claimed_at"], c["finished_at"] or time.time()) for c in run.leaderboard.reader.rows("chunk")]
     return max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)

@@ -1,4 +1,4 @@
-"""The development cluster does what the other tests in this folder rely on, and what a real cluster does."""
+"""The development cluster behaves like a real cluster, and as the other tests in this folder expect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_job_runs_and_is_accounted_for(cluster: DevCluster) -> None:
     assert cluster.wait_state(job, "COMPLETED", "FAILED") == "COMPLETED"
     assert cluster.output(job) == "on node3\n"
 
-    def accounted() -> bool:  # a short job's first row is not complete: accounting is later than the queue
+    def accounted() -> bool:  # accounting is later than the queue, so a short job's row is incomplete at first
         return [(row["JobName"], row["State"]) for row in cluster.sacct("-j", str(job))] == [("hello", "COMPLETED")]
 
     wait_for(accounted, 90, "sacct to know the job")
@@ -275,7 +275,7 @@ with devcluster.DevCluster.temporary(devcluster.Shape(nodes=1, accounting=False)
 
 def test_only_processes_of_the_cluster_belong_to_it(cluster: DevCluster) -> None:
     log = cluster.folder / "log" / "slurmctld.log"
-    environment = cluster.env() | {"SLURM_JOB_ID": "1"}  # as if it were in a job
+    environment = cluster.env() | {"SLURM_JOB_ID": "1"}  # as in a job
     with subprocess.Popen(["tail", "-f", log], env=environment, stdout=subprocess.DEVNULL) as reader:
         pids = {process.pid for process in cluster.processes()}
         reader.kill()

@@ -1,4 +1,4 @@
-"""Workers of two GPUs on a real cluster: each process has its own, all end together, and the chain continues."""
+"""Workers with two GPUs on a real cluster: each process has its own GPU, all end together, and the chain continues."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def start(name: str, folder: Path, stop_after_epochs: int) -> Run:
 
 
 def seen(folder: Path) -> list[dict[str, Any]]:
-    """What the processes of the job wrote when they made their first model, rank 0 first."""
+    """Return what the job's processes recorded when they made their first model, rank 0 first."""
     return [json.loads((folder / f"rank-{rank}").read_text().splitlines()[0]) for rank in (0, 1)]
 
 
@@ -70,7 +70,7 @@ def test_each_process_sees_a_gpu_of_its_own_and_the_run_ends_by_itself(cluster: 
 def test_a_warning_reaches_all_processes_and_those_of_a_requeued_job_meet_again(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
-    """Slurm sends the signal to each process of the job; then, put back in the queue, the same job starts again."""
+    """Slurm sends a warning signal to each process of a job. Then a job is requeued and starts again."""
     run = start("warned", tmp_path, 14)
     until("work", lambda: epochs(run) >= 1, 120)
     (job,) = jobs(run, "running")

@@ -143,7 +143,7 @@ def test_limits_of_an_account_are_found(look: Look, cluster: DevCluster) -> None
 
 @pytest.mark.long
 def test_a_stopped_controller_is_an_error_and_the_rest_is_reported(look: Look, cluster: DevCluster) -> None:
-    cluster.stop_controller()  # not by a crash, which would bring back jobs of other tests
+    cluster.stop_controller()  # a crash would bring back jobs of other tests
     findings = look(two_nodes=True)
     (slurm,) = errors(findings)
     assert slurm.topic == "slurm"
@@ -208,7 +208,7 @@ def test_without_a_lock_two_nodes_lose_updates_and_that_is_reported(cluster: Dev
     tallies = [Tally(**json.loads((tmp_path / f"tally-{task}").read_text())) for task in range(2)]
     (finding,) = judge_counts("lock", tallies, proof.counted_in_file(tmp_path / "counter"), "between two nodes")
     assert finding.level == "error"
-    assert "of 600 updates were lost: the lock does not hold" in finding.what
+    assert "of 600 updates were lost: the lock does not work" in finding.what
 
 
 @pytest.mark.long
@@ -248,7 +248,7 @@ def test_a_signal_that_ends_the_doctor_ends_its_job(
     assert doctor.stderr is not None
     try:
         wait_for(lambda: [job for job in cluster.squeue() if job["state"] == when], 90, f"the job to be {when}")
-        os.killpg(doctor.pid, number)  # as a terminal does: the commands that the doctor runs get it too
+        os.killpg(doctor.pid, number)  # like a terminal, also signal the commands that the doctor runs
         assert doctor.wait(60) == code, doctor.stderr.read()
     finally:
         doctor.kill()

@@ -1,4 +1,4 @@
-"""On the real cluster: a run on the soft lock, and the doctor's two-node test of it."""
+"""On a real cluster: a run with the soft lock, and the doctor's two-node test of the soft lock."""
 
 from __future__ import annotations
 

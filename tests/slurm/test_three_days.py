@@ -1,5 +1,5 @@
-"""A three-day run in small: 8 chains, each job trains one second. `make three-days` runs all 864 jobs
-(259200 s of lifetime in jobs of 2400 s, for 8 workers); the suite runs the same with fewer links."""
+"""A shortened three-day run: 8 chains, in which each job trains for one second. `make three-days` runs all 864 jobs
+(259200 s of lifetime in jobs of 2400 s, for 8 workers); the test suite runs fewer links of each chain."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_chain_stays_whole_and_single_for_all_its_links(cluster: DevCluste
 
 
 def gaps_s(rows: list[dict[str, float]]) -> list[float]:
-    """Seconds from the end of each job to the start of the next in its chain."""
+    """Return the seconds from the end of each job to the start of the next job in its chain."""
     by_key = {(r["worker_id"], r["link"]): r for r in rows if r["started_at"]}
     return [
         row["started_at"] - by_key[worker, link - 1]["ended_at"]

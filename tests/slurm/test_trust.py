@@ -1,4 +1,4 @@
-"""On the real cluster: Slurm's files of a run have the run's rights, whatever the umask of the submission."""
+"""On a real cluster: the files that Slurm writes for a run have the run's modes, whatever the umask at submission."""
 
 from __future__ import annotations
 

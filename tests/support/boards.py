@@ -1,4 +1,4 @@
-"""A small board, and everything that a worker can do with a claim on it."""
+"""A small board, and every kind of write that a worker can make with a claim."""
 
 from __future__ import annotations
 

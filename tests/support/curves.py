@@ -29,7 +29,7 @@ def of_wandb(logs: Path, chunk: int) -> tuple[Curves, dict[str, str]]:
     """Return what `wandb sync` would upload: the files of a run, in the order in which they were started. A step that
     the run already has is ignored, as by the server."""
     curves: Curves = {}
-    summary: Curves = {}  # holds the last of each curve too
+    summary: Curves = {}  # also contains the last value of each curve
     config: dict[str, str] = {}
     last: dict[str, int] = {}
     for file in sorted(logs.glob(f"wandb/offline-run-*-c{chunk:08d}*/run-*.wandb"), key=_age):

@@ -38,8 +38,8 @@ ROOT = Path(__file__).parents[2]
 FAST = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.0005)
 STEPS = 6  # steps in an epoch, in batches of 200
 # Adding in another order changes the last bit of a float32 (6e-8 of its value), and the errors of all steps add up.
-# The differences measured in these tests are 3e-8 to 2.4e-7, for weights and momentum up to 1. Wrong weighting, such as
-# 1/2 each for parts of 74 and 75 examples, gives more than 2e-5.
+# The differences measured in these tests are 3e-8 to 2.4e-7, for weights and momentum up to 1. Wrong weights, such as
+# 1/2 each for parts of 75 and 76 examples, give more than 2e-5.
 CLOSE = 2e-6
 AT_ONCE_S = 20.0  # a dead process is noticed immediately, since its sockets close; the time is for slow test machines
 

@@ -1,4 +1,4 @@
-"""Short training for tests: a job with data in memory, a job with files, and the steps of a chain's processes."""
+"""Short training for tests: a job with data in memory, a job with files, and functions that train as a chain does."""
 
 from __future__ import annotations
 

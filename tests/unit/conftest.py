@@ -1,4 +1,4 @@
-"""Fixtures that several unit tests share. Most unit tests are for the everyday loop."""
+"""Fixtures that several unit tests share. Marks most unit tests as quick, for `make test-quick`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# Files that take more than some seconds: random input, real processes, torch imported anew, distributions.
+# Test files that take longer than a few seconds: they use random input or real processes, import torch in a new
+# process, or compare distributions.
 NOT_QUICK = (
     "augment",
     "davidnet",

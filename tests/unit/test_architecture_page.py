@@ -1,4 +1,4 @@
-"""docs/architecture.md names every file and the floors as they are."""
+"""docs/architecture.md lists exactly the files and the floors that the code has."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Augmentation of batches does what torchvision's transforms do to one image at a time: the same values for the same
-draw, and the same distribution."""
+"""The augmentation of batches equals torchvision's transforms of single images: the same random numbers give the same
+values, and the random numbers have the same distribution."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def photographs() -> Tensor:
-    """64 of CIFAR-10, uint8 (64, 3, 32, 32)."""
+    """64 images of CIFAR-10, uint8 (64, 3, 32, 32)."""
     images, _ = cifar10(cifar10_root(), train=False)
     return images[:64].contiguous(memory_format=torch.channels_last)
 
@@ -56,7 +56,7 @@ def numbered(height: int, width: int, channels: int = 3) -> Tensor:
     return torch.arange(1, channels * height * width + 1, dtype=torch.uint8).view(channels, height, width)
 
 
-# --- the same values for the same draw
+# --- the same values for the same random numbers
 
 
 @pytest.mark.parametrize("mode", Pad.MODES)
@@ -166,7 +166,7 @@ def test_colour_jitter_equals_torchvisions_for_the_same_factors_in_the_same_orde
         for number in drawn["order"][row].tolist():
             image = getattr(functional, f"adjust_{names[number]}")(image, drawn[names[number]][row].item())
         off = (changed[row].int() - image.int()).abs()
-        # float32 may round by one level; the next changes enlarge that at a few pixels.
+        # Rounding in float32 may change a value by one level; the following changes enlarge this at a few pixels.
         assert off.float().mean() < (0.05 if len(names) == 1 else 0.2)
         assert off.max() <= (1 if len(names) == 1 else 8)
 
@@ -241,7 +241,7 @@ def test_a_place_is_never_outside_the_range(places: int, bits: int) -> None:
 
 
 def alternate(images: Tensor, epochs: int, seed: int) -> list[Tensor]:
-    """As in Jordan's CIFAR-10 loader: half of the images are mirrored at the start, and all in every second epoch."""
+    """Mirror as Jordan's CIFAR-10 loader does: half of the images at the start, then all in every second epoch."""
     step = AlternatingFlip(seed)
     first = step.draw(len(images), seeded(), 0)["flipped"]
     images = torch.stack([image.flip(2) if flip else image for image, flip in zip(images, first, strict=True)])
@@ -262,7 +262,7 @@ def test_half_of_the_examples_are_flipped_in_the_first_epoch() -> None:
     assert not torch.equal(flipped, AlternatingFlip(1).draw(DRAWS, seeded(), 0)["flipped"])
 
 
-# --- what every step keeps
+# --- properties of every step
 
 STEPS = [
     PadCrop(32, 4, "reflect"),

@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all, and only what nothing refers to is deleted."""
+"""Checkpoints are written atomically, and only files that nothing refers to are deleted."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_the_size_of_a_checkpoint_is_counted_in_bytes_whatever_is_written(tmp_pa
 
 
 def test_a_measure_that_is_not_finite_stands_as_null_in_the_record(tmp_path):
-    # A model with a finite accuracy may have an infinite loss, and is admitted by the board all the same.
+    # The board admits a model with a finite accuracy even if its loss is infinite.
     metrics = {"accuracy": 0.004, "loss": math.nan, "train_loss": math.inf}
     write(tmp_path, STEM, save, score=0.004, metrics=metrics)
     record = json.loads((tmp_path / f"{STEM}.json").read_text())
@@ -171,7 +171,7 @@ def test_a_mistake_of_the_caller_is_passed_on_and_leaves_nothing(tmp_path, faili
 
 
 def fail_on_call(monkeypatch: pytest.MonkeyPatch, function: str, number: int, code: int) -> list[int]:
-    """Let the os function fail at its nth call; returns the numbers of the calls that were made."""
+    """Make an os function fail at call `number`. Returns a list to which each call appends its number, from 1."""
     real, calls = getattr(os, function), []
 
     def failing(*args: object) -> object:
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_nothing_of_the_checkpoint_and_says_what_to_do(
 
 @contextmanager
 def files_no_longer_than(size_bytes: int) -> Iterator[None]:
-    """A real limit that a real write runs into, as on a full disk."""
+    """Limit the size of files, so that a real write fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
     try:
@@ -230,8 +230,8 @@ def save_with_torch(target: IO[bytes]) -> None:
 
 @pytest.mark.parametrize("serialise", [save, save_with_torch], ids=["plain bytes", "torch.save"])
 def test_a_write_that_runs_out_of_room_is_an_error_of_the_checkpoint_and_leaves_nothing(tmp_path, serialise):
-    # torch.save raises an error of its own, which is not an OSError, in place of the file's.
-    write(tmp_path, "g00000001-c00000001", serialise)  # it can be written but for the limit
+    # torch.save replaces the file's OSError by its own error, which is not an OSError.
+    write(tmp_path, "g00000001-c00000001", serialise)  # without the limit, the write succeeds
     before = names(tmp_path)
     with files_no_longer_than(10_000), pytest.raises(CheckpointError, match="can't be written: File too large"):
         write(tmp_path, STEM, serialise)
@@ -285,7 +285,7 @@ def test_a_missing_checkpoint_is_damaged(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_read_just_now_is_not_called_damaged(tmp_path):
-    (tmp_path / FILE).mkdir()  # any error of the file system but "no such file"
+    (tmp_path / FILE).mkdir()  # reading it fails, but not with "no such file"
     with pytest.raises(CheckpointError, match="Is a directory") as caught:
         checkpoints.verify(tmp_path, FILE, "0" * 64)
     assert not isinstance(caught.value, DamagedCheckpointError)

@@ -1,4 +1,4 @@
-"""Splits and batches depend only on a seed, and drawing for them does not change the random state."""
+"""Splits and batches depend only on a seed, and making them does not change the random state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 BATCH = 8
 
 pytestmark = [
-    # These tests need two loader processes, also on one core and beside torch's threads.
+    # These tests use two loader processes even on one core, and fork them while torch has threads.
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
 ]
@@ -41,7 +41,7 @@ PIXELS, DIGITS = (torch.as_tensor(part) for part in load_digits(return_X_y=True)
 
 
 def digits(counts: Sequence[int]) -> TensorDataset:
-    """scikit-learn's digits, this many of each class, in mixed order."""
+    """scikit-learn's digits in mixed order. counts: how many of each class."""
     chosen = torch.cat([torch.nonzero(DIGITS.eq(digit)).flatten()[:count] for digit, count in enumerate(counts)])
     chosen = chosen.sort().values
     return TensorDataset(PIXELS[chosen].float(), DIGITS[chosen])
@@ -62,7 +62,7 @@ class Listed(Dataset[Any]):
 
 
 def noisy(image: Tensor) -> Tensor:
-    """Augmentation that draws from each of the three libraries."""
+    """Augment with random numbers of Python, NumPy and torch."""
     return image * random.uniform(0.5, 1.5) + np.random.normal() + torch.randn(image.shape)
 
 
@@ -168,7 +168,7 @@ Make = Callable[[int], Feed]
 
 @pytest.fixture(params=["in memory", "without processes", "with two processes"])
 def make(request: pytest.FixtureRequest) -> Make:
-    """Makes a feed of the same digits, of each kind, with a given batch size."""
+    """Makes a feed of the same digits with a given batch size. A test runs once for each kind of feed."""
     source = digits([20] * 10)
     if request.param == "in memory":
         return lambda size: TensorFeed(source, INDICES, size, CPU)
@@ -181,7 +181,7 @@ def flat(batches: Iterator[Any]) -> list[tuple[Tensor, ...]]:
 
 
 def same(left: Iterator[Any], right: Iterator[Any]) -> bool:
-    """Bit for bit, batch for batch."""
+    """Whether both give the same batches, bit for bit."""
     left_batches, right_batches = flat(left), flat(right)
     return [len(b) for b in left_batches] == [len(b) for b in right_batches] and all(
         torch.equal(a, b)
@@ -202,7 +202,7 @@ def test_an_epoch_has_each_example_once_in_full_batches_and_a_smaller_last_one(m
 def test_the_order_depends_on_the_seed_and_not_on_earlier_reads(make: Make) -> None:
     feed, again = make(BATCH), make(BATCH)
     assert not same(feed.shuffled(seed=5), feed.shuffled(seed=6))
-    next(feed.shuffled(seed=7))  # an abandoned epoch
+    next(feed.shuffled(seed=7))  # start an epoch and abandon it
     random.seed(1)
     torch.manual_seed(1)
     assert same(feed.shuffled(seed=5), again.shuffled(seed=5))
@@ -269,7 +269,7 @@ def test_augmentation_is_the_same_in_a_resumed_epoch(pictures: ImageFolder, firs
 
 
 def test_augmentation_differs_from_epoch_to_epoch_and_from_batch_to_batch(pictures: ImageFolder) -> None:
-    feed = LoaderFeed(pictures, [3] * 10, 5, CPU, 0)  # the same picture again and again
+    feed = LoaderFeed(pictures, [3] * 10, 5, CPU, 0)  # ten times the same picture
     one, two = (torch.cat([inputs for inputs, _ in feed.shuffled(seed)]) for seed in (5, 6))
     different = {tuple(picture.flatten().tolist()) for picture in torch.cat([one, two])}
     assert len(different) == 20
@@ -286,7 +286,7 @@ def test_augmentation_does_not_change_the_random_state(pictures: ImageFolder, pr
 
 
 class WhoReads(Dataset[Any]):
-    """Each example is the process that read it."""
+    """Each example is the id of the process that read it."""
 
     def __len__(self) -> int:
         return 40

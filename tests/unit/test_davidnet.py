@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[bool, tuple[Tensor, Tensor]]:
-    """Pictures instead of CIFAR-10's; the test images are darker than the others."""
+    """Replace CIFAR-10 by other pictures; the test images are darker than the training images."""
     generator = torch.Generator().manual_seed(1)
     made = {}
     for train, top in ((True, 256), (False, 100)):
@@ -58,7 +58,7 @@ def job(folder: Path, **params: Any) -> DavidNet:
 
 
 def batch_of(source: DavidNet, split: Any = "train", seed: int = 0) -> tuple[Tensor, Tensor]:
-    """All its images as one batch, in order, augmented under this seed."""
+    """All images of a split as one batch, in order, augmented with this seed."""
     data = source.data(split)
     assert isinstance(data, images.ImageTensors)
     feed = data.feed(range(len(data)), len(data), torch.device("cpu"), 1)
@@ -72,7 +72,7 @@ def batch_of(source: DavidNet, split: Any = "train", seed: int = 0) -> tuple[Ten
 
 
 def test_the_updates_equal_pages_for_the_mean_loss(tmp_path: Path) -> None:
-    """His update, as he gives it, is for the sum of the loss; ours is for the mean."""
+    """Page's update uses the sum of the loss over the batch; this job uses the mean."""
     ours = nn.Linear(5, 3)
     his = copy.deepcopy(ours)
     optimizer = job(tmp_path).optimizer(ours, PAGE)
@@ -333,7 +333,7 @@ def test_missing_data_is_an_error(tmp_path: Path) -> None:
 
 
 def test_importing_the_job_does_not_import_torchvision() -> None:
-    """It takes a second, and each job of a chain would have to wait for it."""
+    """Importing torchvision takes a second, and each job of a chain would wait for it."""
     script = "import sys, jobs.davidnet, jobs.lenet5; print('torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

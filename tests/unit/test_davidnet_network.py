@@ -42,7 +42,7 @@ def _seeded() -> None:
 
 
 def images(count: int, side: int = 32) -> Tensor:
-    """Smooth, as photographs are: neighbouring pixels are alike."""
+    """Random smooth images: neighbouring pixels are similar, as in photographs."""
     generator = torch.Generator().manual_seed(3)
     coarse = torch.randn(count, 3, side // 4, side // 4, generator=generator)
     fine = torch.randn(count, 3, side, side, generator=generator)
@@ -218,7 +218,7 @@ def test_a_frozen_scale_is_that_constant_and_is_not_trained(ghost_batch: int | N
     output.square().sum().backward()
     assert norm.weight.grad is None
     assert norm.bias.grad is not None
-    assert torch.equal(norm.state_dict()["weight"], torch.full((3,), 0.25))  # a checkpoint has it
+    assert torch.equal(norm.state_dict()["weight"], torch.full((3,), 0.25))  # so a checkpoint contains the scale
 
 
 # --- whitening
@@ -229,7 +229,7 @@ def patches_of(pictures: Tensor) -> Tensor:
 
 
 def test_whitened_patches_are_uncorrelated_and_of_one_scale() -> None:
-    pictures = images(700)  # more than one part of 100
+    pictures = images(700)  # processed in seven parts of 100
     filters = whitening_filters(pictures, epsilon=1e-9)
     assert filters.shape == (27, 3, 3, 3)
     before, after = torch.cov(patches_of(pictures)), torch.cov(filters.view(27, 27) @ patches_of(pictures))

@@ -1,4 +1,5 @@
-"""Pictures are decoded once on a node, are found again, and give the same batches on the device and fetched."""
+"""Pictures are decoded once per node and then found in the cache. They give the same batches whether they are kept on
+the device or fetched by loader processes."""
 
 from __future__ import annotations
 
@@ -31,12 +32,12 @@ from jobs.errors import JobError
 from tests.support.real_data import pets_root
 
 CPU = torch.device("cpu")
-SIZE = 20  # the shorter side
+SIZE = 20  # of the shorter side, in pixels
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # These tests need two loader processes, also on one core and beside torch's threads.
+    # These tests use two loader processes even on one core, and fork them while torch has threads.
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
 ]
@@ -44,7 +45,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty disk of this node."""
+    """An empty folder in place of this node's local disk."""
     place = tmp_path / "node"
     place.mkdir()
     monkeypatch.setenv("SLURM_TMPDIR", str(place))
@@ -52,7 +53,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def draw(folder: Path, sizes: list[tuple[int, int]]) -> list[Path]:
-    """PNG files of noise of these heights and widths."""
+    """Write PNG files of noise with these heights and widths."""
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0)
     paths = [folder / f"{number:03}.png" for number in range(len(sizes))]
@@ -76,7 +77,7 @@ def kept(node: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix != ".lock")
 
 
-# --- what is kept
+# --- the cache
 
 
 @pytest.mark.parametrize("cores", [1, 2])
@@ -180,7 +181,7 @@ def test_jobs_that_start_together_on_a_node_decode_once(squares: list[Path], nod
 
 def test_a_cached_list_is_sent_to_another_process_as_a_path(squares: list[Path]) -> None:
     pictures = decoded(squares, SIZE)
-    assert pictures[3].any()  # now it is mapped into memory
+    assert pictures[3].any()  # now the file is mapped into memory
     sent = pickle.dumps(pictures)
     assert len(sent) < 20_000
     assert np.array_equal(pickle.loads(sent)[3], pictures[3])
@@ -197,7 +198,7 @@ def test_an_empty_list_can_be_decoded() -> None:
     assert len(decoded([], SIZE)) == 0
 
 
-# --- what is no longer used
+# --- unused entries
 
 
 def age(entry: Path, days: float) -> None:
@@ -240,11 +241,11 @@ def test_a_dead_builders_files_are_removed_but_not_a_living_ones(squares: list[P
     assert (dead.exists(), alive.exists()) == (False, True)
 
 
-# --- where nothing can be kept
+# --- disks on which nothing can be cached
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file for pixels is the device that is always full."""
+    """Replace every pixel file by /dev/full, where each write fails as on a full disk."""
     opened = Path.open
 
     def open_full(path: Path, *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The disk budget and the estimate of what a run will take."""
+"""The disk budget, and the estimate of the disk space that a run needs."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_only_errors_make_the_exit_code(given, code, most):
     assert (exit_code(findings), worst(findings)) == (code, most)
 
 
-# --- the whole
+# --- the whole command
 
 
 @pytest.fixture

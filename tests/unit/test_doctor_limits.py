@@ -1,4 +1,4 @@
-"""How many jobs a user may have, as tables: rows of sacctmgr in, findings out."""
+"""The limits on a user's jobs, as tables: rows of sacctmgr and the findings that they give."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def qos(name: str = "normal", flags: str = "", **limits: str) -> dict[str, str]:
         (Accounting(), []),
         (Accounting(NO_LIMITS), []),
         (Accounting(NO_LIMITS | {"MaxSubmit": "10"}), ["MaxSubmitJobs=10 of account lab"]),
-        # the QOS goes before the association, and the partition's QOS before the job's
+        # a QOS overrides the association, and the partition's QOS overrides the job's
         (
             Accounting(NO_LIMITS | {"MaxSubmit": "10"}, job_qos=qos(MaxSubmitPU="4")),
             ["MaxSubmitJobsPerUser=4 of QOS normal"],
@@ -46,7 +46,7 @@ def qos(name: str = "normal", flags: str = "", **limits: str) -> dict[str, str]:
             Accounting(job_qos=qos(MaxSubmitPA="9", GrpSubmit="30")),
             ["MaxSubmitJobsPerAccount=9 of QOS normal", "GrpSubmitJobs=30 of QOS normal"],
         ),
-        # an account's own limit, else that of an account above it
+        # an account without a limit has that of the account above it
         (
             Accounting(NO_LIMITS, ({"Account": "lab", "GrpSubmit": ""}, {"Account": "school", "GrpSubmit": "50"})),
             ["GrpSubmitJobs=50 of account school"],
@@ -74,8 +74,8 @@ def test_running_jobs_and_submitted_jobs_have_different_limits():
         (7, 4, 0, "warning"),
         (2, 1, 0, "ok"),
         (8, 4, 0, "ok"),
-        (8, 4, 1, "warning"),  # 7 are left: less than twice
-        (8, 4, 5, "warning"),  # 3 are left: no room, but only now
+        (8, 4, 1, "warning"),  # room for 7 more jobs: fewer than two per worker
+        (8, 4, 5, "warning"),  # room for 3 more jobs: too few, but only until the other jobs end
         (1000, 4, 5, "ok"),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_limit_that_is_not_enforced_is_ok():
         ({}, 10, []),
         ({"MaxArraySize": "1001", "MaxJobCount": "10000"}, 1001, []),
         ({"MaxArraySize": "1001"}, 1002, ["error"]),
-        ({"MaxArraySize": "0"}, 1, []),  # no arrays here, and one worker needs none
+        ({"MaxArraySize": "0"}, 1, []),  # job arrays are not allowed, but one worker needs none
         ({"MaxArraySize": "0"}, 2, ["error"]),
         ({"SchedulerParameters": "bf_interval=1,max_array_tasks=4"}, 5, ["error"]),
         ({"MaxJobCount": "9"}, 10, ["error"]),

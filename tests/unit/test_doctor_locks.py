@@ -1,4 +1,4 @@
-"""Locks: what a mount promises, and counting on this machine with locks that protect and locks that do not."""
+"""Locks: what the mount options guarantee, and the counting test on this machine, with working and broken locks."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ not a line of mountinfo
     [
         ("/", "/", "ext4"),
         ("/var/lib/runs", "/", "ext4"),
-        ("/homework", "/", "ext4"),  # a beginning of a name is no folder
-        ("/home/me/runs", "/home", "nfs4"),  # the last of two at one point hides the other
+        ("/homework", "/", "ext4"),  # not inside /home, although the name begins with it
+        ("/home/me/runs", "/home", "nfs4"),  # of two mounts at one point, the later one hides the earlier one
         ("/dev/shm", "/dev/shm", "tmpfs"),
         ("/old/x", "/old", "nfs"),
         ("/scratch/me", "/scratch", "lustre"),
-        ("/scratch/node local/runs", "/scratch/node local", "xfs"),  # the longest, and \040 is a space
+        ("/scratch/node local/runs", "/scratch/node local", "xfs"),  # longer than /scratch; \040 is a space
         ("/gpfs/project", "/gpfs", "gpfs"),
     ],
 )
@@ -86,7 +86,7 @@ def test_this_machine_s_own_mountinfo_can_be_read(tmp_path):
         ("nfs4", "rw,vers=4.2,local_lock=none", "ok", "NFS 4.2"),
         ("nfs4", "rw", "ok", "NFS 4"),
         ("nfs4", "rw,vers=4.1,local_lock=flock", "error", "local_lock=flock"),
-        ("nfs4", "rw,vers=4.1,local_lock=posix", "ok", "NFS 4.1"),  # the lock around SQLite is flock
+        ("nfs4", "rw,vers=4.1,local_lock=posix", "ok", "NFS 4.1"),  # only POSIX locks are local; orch uses flock
         ("nfs", "rw,vers=3,local_lock=none", "note", "lockd"),
         ("nfs", "rw,vers=3,nolock,local_lock=all", "error", "nolock"),
         ("nfs", "rw,nfsvers=3,nolock", "error", "one node only"),
@@ -155,7 +155,7 @@ def test_a_lock_that_holds_loses_nothing(tmp_path):
 def test_without_a_lock_updates_are_lost_and_that_is_detected(tmp_path):
     (finding,) = count_with(contextlib.nullcontext, tmp_path / "counter")
     assert finding.level == "error"
-    assert "updates were lost: the lock does not hold" in finding.what
+    assert "updates were lost: the lock does not work" in finding.what
     assert "PostgreSQL" in finding.do
 
 

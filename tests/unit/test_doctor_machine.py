@@ -1,4 +1,4 @@
-"""What the doctor says about this machine, as tables: facts in, findings out."""
+"""The doctor's findings about this machine, as tables: facts and the findings that they give."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GOOD = PythonFacts("3.11.7", VERSIONS, "12.4", ("H200",))
         (PythonFacts("3.11.7", VERSIONS, None), 0, False, ["ok", "note"]),  # a login node
         (PythonFacts("3.11.7", VERSIONS, None), 2, False, ["ok", "warning"]),  # a CPU build beside GPUs
         (PythonFacts("3.11.7", VERSIONS, "12.4"), 2, False, ["ok", "warning"]),  # the driver is too old
-        (PythonFacts("3.11.7", VERSIONS, "12.4"), 0, True, ["ok", "error"]),  # a job that asked for one
+        (PythonFacts("3.11.7", VERSIONS, "12.4"), 0, True, ["ok", "error"]),  # a job that requested a GPU has none
         (PythonFacts("3.11.7", VERSIONS, None), 0, True, ["ok", "error"]),
     ],
 )
@@ -56,7 +56,7 @@ def folder(**changes: Any) -> FolderFacts:
         ({}, "ok"),
         ({"mode": stat.S_IFDIR | 0o775}, "ok"),
         ({"mode": stat.S_IFDIR | 0o777}, "warning"),
-        ({"mode": stat.S_IFDIR | 0o1777}, "warning"),  # a runs folder that all may write to, sticky or not
+        ({"mode": stat.S_IFDIR | 0o1777}, "warning"),  # every user may write to it, even with the sticky bit
         ({"mode": stat.S_IFDIR | 0o1777, "exists": False, "looked_at": "/tmp"}, "ok"),
         ({"mode": stat.S_IFDIR | 0o777, "exists": False, "looked_at": "/work"}, "warning"),
         ({"not_writable": "Permission denied"}, "error"),
@@ -89,13 +89,13 @@ LOCALFLOCK = Mount("/lustre", "lustre", "mgs:/fs", ("rw", "localflock"))
     [
         ({}, True, False, None, "ok"),
         ({"mount": EXT4}, False, False, None, "note"),
-        ({"mount": EXT4}, True, False, None, "warning"),  # nodes of a cluster do not share it
-        ({"mount": EXT4}, True, False, True, "ok"),  # they do, as these nodes are one machine
+        ({"mount": EXT4}, True, False, None, "warning"),  # the nodes of a cluster do not share a local file system
+        ({"mount": EXT4}, True, False, True, "ok"),  # the two-node test passed, because both nodes are one machine
         ({"mount": BEEGFS}, True, False, None, "warning"),
         ({"mount": BEEGFS}, True, False, True, "ok"),
-        ({"mount": BEEGFS}, True, False, False, "warning"),  # the test's own findings are the errors
+        ({"mount": BEEGFS}, True, False, False, "warning"),  # the two-node test reports the errors itself
         ({"mount": LOCALFLOCK}, True, False, None, "error"),
-        ({"mount": LOCALFLOCK}, True, False, True, "error"),  # luck is no proof against what the mount says
+        ({"mount": LOCALFLOCK}, True, False, True, "error"),  # a passed test does not outweigh the mount options
         ({"mount": LOCALFLOCK}, True, True, None, "ok"),  # PostgreSQL needs no lock
         ({"mount": None}, True, False, None, "warning"),
         ({"lock_error": "a lock can't be taken: [Errno 38]"}, True, False, None, "error"),

@@ -145,7 +145,7 @@ def test_what_scontrol_prints_can_be_read():
     assert partition.read_config(text) == {"MaxArraySize": "1001", "PrivateData": "none"}
 
 
-# --- what Slurm said
+# --- findings about Slurm's answers
 
 NO_LIMITS = {"Account": "lab", "MaxSubmit": "", "GrpSubmit": ""}
 

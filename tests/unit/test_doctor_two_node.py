@@ -1,4 +1,4 @@
-"""What the nodes of the two-node test reported, as a table."""
+"""The findings that the reports of the two-node test give, as a table."""
 
 from __future__ import annotations
 

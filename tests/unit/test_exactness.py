@@ -1,4 +1,4 @@
-"""Two states are the same bit for bit, or the place where they differ is named."""
+"""The comparison of two states finds them equal bit for bit, or names the place where they differ."""
 
 from __future__ import annotations
 

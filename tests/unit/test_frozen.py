@@ -1,4 +1,4 @@
-"""Each example goes through the layers that are not trained once, and nothing else changes."""
+"""Each example goes through the frozen layers only once, and the results are the same as without `frozen_part`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Net(nn.Module):
 
 
 class Frozen(Job):
-    """Every founder has other frozen weights."""
+    """Its founders have different frozen weights."""
 
     def model(self) -> nn.Module:
         return Net()
@@ -116,7 +116,7 @@ def _nothing_seen() -> None:
     Counted.seen = 0
 
 
-# --- nothing else changes
+# --- the results stay the same
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -134,7 +134,7 @@ def test_losses_metrics_and_weights_are_bit_for_bit_the_same(
 def test_each_example_goes_through_the_frozen_layers_once() -> None:
     running = session(Frozen)
     train(running, epochs=3)
-    compared = 2 * BATCH  # the first batch of each split is run twice, to see that the rest of the model fits
+    compared = 2 * BATCH  # `_compare` computes the first batch of each split again, with the whole model
     assert Counted.seen == TRAIN + VALIDATION + compared
     expected = session(NotKept)
     Counted.seen = 0
@@ -170,7 +170,7 @@ def test_verify_resume_records_the_batches_that_are_trained_on() -> None:
 
 
 def test_other_frozen_weights_have_their_own_outputs(tmp_path: Path) -> None:
-    """A job of the chain trains one model after the other."""
+    """A job trains several models, one after the other."""
     running, alone = session(Frozen), session(NotKept)
     parent = tmp_path / "parent.pt"
     _, first = train(running, seed=5)
@@ -224,7 +224,7 @@ def test_the_first_layers_of_a_sequential_may_be_frozen() -> None:
     assert Counted.seen < 4 * (TRAIN + VALIDATION)
 
 
-# --- where it is not done
+# --- when outputs are not kept
 
 
 def test_outputs_that_take_too_much_memory_are_not_kept(
@@ -240,7 +240,7 @@ def test_outputs_that_take_too_much_memory_are_not_kept(
 
 
 class Mixed(Frozen):
-    """Does something of its own to the images before the model gets them."""
+    """Changes the images before it passes them to the model."""
 
     def training_loss(self, model: nn.Module, batch: Any) -> Tensor:
         images, targets = batch
@@ -259,7 +259,7 @@ def test_a_job_that_changes_the_images_itself_gets_the_images() -> None:
     assert train(session(Mixed))[0] == train(session(MixedNotKept))[0]
 
 
-# --- what is not frozen
+# --- parts that are not frozen
 
 
 class Trained(Frozen):

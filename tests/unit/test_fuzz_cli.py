@@ -1,4 +1,4 @@
-"""Any command line after `orch` gives exit code 0, 1 or 2 and a message, no traceback, and no files elsewhere."""
+"""Any arguments of `orch` give exit code 0, 1 or 2 and a message. There is no traceback, and no file outside runs/."""
 
 from __future__ import annotations
 

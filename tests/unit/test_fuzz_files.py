@@ -1,4 +1,4 @@
-"""Any bytes in the files of a run: records, mounts and locks are read, or refused with a reason."""
+"""Whatever bytes they contain, records, lists of mounts and lock files are either read or refused with a reason."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ odd_values = (
 @examples(200)
 @given(data=st.data())
 def test_any_records_make_a_board_or_are_refused(place: Path, data: st.DataObject) -> None:
-    """A board that is made can be written into a database, and names no file but checkpoints."""
+    """A board made from records can be written to a database, and all its file names are names of checkpoints."""
     changed = family()
     for _ in range(data.draw(st.integers(1, 3))):
         mutate(data, changed[data.draw(st.integers(0, 2))] or raw(1), FIELDS, odd_values)
@@ -91,7 +91,7 @@ def test_any_records_make_a_board_or_are_refused(place: Path, data: st.DataObjec
             records.append(parse(json.loads(to_json(one)), name(number)))
         except CheckpointError:
             continue
-        except (ValueError, RecursionError):  # json.loads's: `read_record` handles them
+        except (ValueError, RecursionError):  # errors of json.loads, which `read_record` handles
             if "VERBATIM" not in repr(one):
                 raise
     try:
@@ -129,7 +129,7 @@ def test_a_record_that_no_run_writes_is_refused(change: dict[str, Any]) -> None:
 
 
 def test_a_record_beside_another_file_is_refused() -> None:
-    """The file that it tells of may be missing or damaged."""
+    """The checkpoint that the record describes may be missing or damaged."""
     with pytest.raises(CheckpointError, match="its file is named"):
         parse(raw(1), name(2))
 
@@ -178,7 +178,7 @@ def test_any_mountinfo_names_a_mount_above_the_folder_or_none(lines: list[str], 
     for text in ("\n".join(lines), data.decode("utf-8", "surrogateescape")):
         try:
             text.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:  # no file reads so
+        except UnicodeEncodeError:  # reading a file never gives this text
             continue
         mount = mount_of(text, "/home/me/runs")
         if mount is not None:
@@ -188,7 +188,7 @@ def test_any_mountinfo_names_a_mount_above_the_folder_or_none(lines: list[str], 
 
 @pytest.mark.parametrize("space", ["\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u2028"])
 def test_a_character_that_is_a_space_elsewhere_is_part_of_a_mounts_name(space: str) -> None:
-    """Else the options of another mount would say how far locks reach."""
+    """Otherwise the options of another mount would decide which lock is used."""
     root = "1 0 8:1 / / rw - ext4 /dev/sda rw"
     shared = f"2 1 0:9 / /a{space}b rw,nolock - nfs server:/x rw,vers=3,local_lock=all"
     mount = mount_of(f"{root}\n{shared}\n", f"/a{space}b/runs")
@@ -210,7 +210,7 @@ choices = st.fixed_dictionaries({}, optional={"kind": kinds, "why": json_values,
 @example(b'{"kind": "flock", "why": "", "sqlite_locks": "false"}')
 @example(b'{"kind": "flock", "why": ["by hand"]}')
 def test_any_bytes_say_which_lock_a_run_has_or_are_refused(place: Path, content: bytes) -> None:
-    """Nothing but what was chosen is taken for a choice: two kinds of locks at once are none."""
+    """Only a valid record counts as the choice of a lock, because mixing two kinds of lock gives no protection."""
     record_path(place / "orch.db").write_bytes(content)
     try:
         choice = read_record(place / "orch.db")
@@ -224,7 +224,7 @@ def test_any_bytes_say_which_lock_a_run_has_or_are_refused(place: Path, content:
 
 @pytest.fixture(scope="module")
 def claims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[Path, bytes]]]:
-    """A lock that is held, and the files that say so."""
+    """A lock that is held, and the content of its claim files."""
     path = tmp_path_factory.mktemp("soft") / "orch.db.lock"
     with SoftLock(path, timeout=5):
         files = (path.with_name(path.name + ".filelock") / "claims").glob("*.claim")

@@ -1,4 +1,4 @@
-"""Any settings file and any --set: settings that can be kept and used, or a SettingsError that says where."""
+"""Any settings file and any --set gives settings that can be stored and used, or a SettingsError that says where."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ KEYS = (
     "mem",
     "a b",
 )
-LONGEST_LINE = 900  # the list of all allowed keys; what was given is shortened
-# Every line that sbatch reads as an option, besides those that are asked for.
+LONGEST_LINE = 900  # the longest line lists all allowed keys; values from the input are shortened
+# The options that are always in a script, in addition to the requested ones.
 ALWAYS = {"array", "job-name", "nodes", "ntasks-per-node", "open-mode", "output", "signal", "time"}
 
 
@@ -86,7 +86,7 @@ def check_usable(settings: Settings, place: Path) -> None:
 
 
 def check_script(script: str, name: str, asked: set[str]) -> None:
-    """Only the options that were asked for, and those that orch sets itself."""
+    """Check that the script has only the requested options and those that orch always sets."""
     lines = [line for line in script.split("\n") if line.startswith("#SBATCH")]
     options = {}
     for line in lines:
@@ -248,7 +248,7 @@ def test_more_mistakes_than_a_screen_has_lines_are_counted(place: Path) -> None:
     "option", ["job-name", "job_name", "job-na", "dependency", "dep", "array", "open-m", "time", "signal"]
 )
 def test_options_that_orch_sets_itself_are_refused_as_additional_parameters(option: str) -> None:
-    """With another name a job would seem gone, and without its dependency it would not wait for its turn."""
+    """orch would take a job with another name for gone, and a job without its dependency would not wait its turn."""
     with pytest.raises(SettingsError, match="leave it out"):
         load(FOLDER / "digits.json", [f'slurm={{"additional_parameters": {{"{option}": "x"}}}}'])
 

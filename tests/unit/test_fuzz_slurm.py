@@ -1,4 +1,4 @@
-"""Any output of Slurm's commands can be read, or counts as no answer. No garbage makes a live job look gone."""
+"""Any output of Slurm's commands can be read, or counts as no answer. It never makes a live job count as gone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_an_incomplete_listing_proves_nothing_about_a_live_job(before: list[str]
     whole = "".join(f"{line}\n" for line in before) + ALIVE
     assert evidence_in(whole) is Evidence.RUNNING
     broken = whole[: max(0, len(whole) - 1 - cut)]
-    if broken and not broken.endswith("\n"):  # a break between two lines shows only in squeue's exit code
+    if broken and not broken.endswith("\n"):  # output cut between two lines is known only by squeue's exit code
         assert evidence_in(broken) is Evidence.UNKNOWN
 
 
@@ -79,7 +79,7 @@ def test_a_job_is_gone_only_if_every_line_could_be_read(answer: str) -> None:
 @examples(200)
 @given(garbage=lines, place=st.booleans())
 def test_one_unreadable_line_makes_the_whole_listing_prove_nothing(garbage: str, place: bool) -> None:
-    """It may be the line of the job in question."""
+    """The unreadable line may be that of the job in question."""
     if read_queue(f"{garbage}\n") is not None:
         return
     other = "1|RUNNING|N/A|sbatch"

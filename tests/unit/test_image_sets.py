@@ -1,4 +1,4 @@
-"""The part of a data set that is used in trials."""
+"""The subset of a data set that train_images and test_images select."""
 
 from __future__ import annotations
 

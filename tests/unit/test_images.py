@@ -1,5 +1,5 @@
-"""Images on the device: batches depend only on a seed and the epoch's number, and equal what torchvision's transforms
-make of each image."""
+"""Images on the device: batches depend only on a seed and the epoch's number, and equal the results of torchvision's
+transforms for each image."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_augmentation_of_an_example_does_not_depend_on_the_batch_size() -> N
 def test_an_epoch_depends_on_its_seed_and_does_not_change_the_random_state() -> None:
     made, again = feed(), feed()
     assert not equal(made.shuffled(5), made.shuffled(6))
-    next(made.shuffled(7))  # an abandoned epoch
+    next(made.shuffled(7))  # start an epoch and abandon it
     random.seed(1)
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -128,7 +128,7 @@ def test_the_parts_of_all_ranks_make_up_the_batch(count: int) -> None:
     batch = next(feed().shuffled(5))
     parts: list[tuple[Tensor, Tensor]] = []
     for rank in range(count):
-        ranks = object.__new__(Ranks)  # without other ranks, which share() does not need
+        ranks = object.__new__(Ranks)  # not connected to other ranks, because share() does not communicate
         ranks.rank, ranks.count = rank, count
         parts.append(ranks.share(next(feed().shuffled(5)), BATCH))
     images, targets = whole(iter(parts))
@@ -137,7 +137,7 @@ def test_the_parts_of_all_ranks_make_up_the_batch(count: int) -> None:
 
 
 def test_a_batch_equals_torchvisions_transforms_of_each_image() -> None:
-    """Each image gets its own draw."""
+    """Each image has its own random numbers."""
     images = drawn_images()
     steps: list[Step] = [Resize(16), PadCrop(12, 2, "reflect"), Flip(), Normalize(MEAN, STD)]
     made, targets = whole(feed(steps).shuffled(5))
@@ -156,7 +156,7 @@ def test_a_feed_without_examples_has_no_batches(steps: list[Step]) -> None:
     assert (made.batches, list(made.shuffled(5)), list(made.in_order())) == (0, [], [])
 
 
-# --- as a data set like any other
+# --- used as an ordinary data set
 
 
 def test_a_subset_of_the_images_is_fed_by_a_loader_with_the_same_augmentation() -> None:
@@ -250,7 +250,7 @@ class TestTraining:
             drawn_images(40), torch.arange(40) % 2, [AlternatingFlip()] if split == "train" else []
         )
         parent = None
-        for chunk in range(2):  # of one epoch each, the second from the first one's checkpoint
+        for chunk in range(2):  # each has one epoch; the second starts from the first one's checkpoint
             session = Session(job)
             done = session.train(Work(PROFILE, 1, 5, 0, parent, None), lambda: False, lambda epoch: None)
             assert isinstance(done, Finished)

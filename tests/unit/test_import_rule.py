@@ -1,4 +1,4 @@
-"""The layout's rules, read from the source itself: who may import whom, and how long things may be."""
+"""Rules for the source files: which module may import which, and how long a file or a function may be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("orchestrator", "jobs")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
-# Top to bottom. A part may import those below it, never those above. What shares a line shares a floor.
+# From top to bottom. Parts in one line are on the same floor. A part may import from its own floor and from the floors
+# below it, never from those above.
 FLOORS = (
     ("orchestrator.cli", "orchestrator.entry"),
     ("orchestrator.run",),
@@ -37,7 +38,7 @@ FLOORS = (
     ("orchestrator.rules",),
     ("orchestrator.records",),
     ("orchestrator.errors", "orchestrator.messages"),
-    ("orchestrator", "jobs"),  # the packages themselves: a version, a docstring
+    ("orchestrator", "jobs"),  # the __init__.py of both packages, which have only a version or a docstring
 )
 
 
@@ -48,7 +49,7 @@ class Import:
     path: Path
     line: int
     module: str
-    top_level: bool  # outside every function: done when the file is imported
+    top_level: bool  # outside all functions, so it is executed when the file is imported
 
     def __str__(self) -> str:
         return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.module}"
@@ -58,7 +59,7 @@ class Import:
 
 
 def name_of(path: Path) -> str:
-    """orchestrator/cli/board.py is orchestrator.cli.board"""
+    """Return the module of a file: orchestrator.cli.board for orchestrator/cli/board.py."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -66,7 +67,7 @@ MODULES = {name_of(path) for path in FILES}
 
 
 def imports_of(path: Path) -> list[Import]:
-    """Every import of a file: at the top, in functions, and for the type checker alone."""
+    """Return every import of a file: at the top, in functions, and under TYPE_CHECKING."""
     return list(_walk(path, ast.parse(path.read_text(encoding="utf-8")), top_level=True))
 
 
@@ -85,7 +86,7 @@ def _walk(path: Path, node: ast.AST, top_level: bool) -> Iterator[Import]:
 
 
 def part_of(module: str) -> str:
-    """The part that a module belongs to: the package or module right below orchestrator or jobs."""
+    """Return the part that a module belongs to: the package or module directly below orchestrator or jobs."""
     return ".".join(module.split(".")[:2])
 
 
@@ -95,7 +96,7 @@ def floor_of(module: str) -> int:
 
 
 def circles_of(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The strongly connected components of more than one module (Tarjan 1972)."""
+    """Return the strongly connected components that have more than one module (Tarjan 1972)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -175,7 +176,7 @@ def test_rules_and_records_import_nothing_of_the_project_but_each_other_and_mess
 @pure_file
 def test_rules_and_records_import_nothing_that_has_a_clock_or_touches_the_outside(path):
     allowed = {"__future__", "collections", "dataclasses", "datetime", "enum", "itertools", "math", "orchestrator"}
-    allowed |= {"pathlib", "pydantic", "pydantic_core", "re", "statistics", "typing"}  # a path, a pattern, a shape
+    allowed |= {"pathlib", "pydantic", "pydantic_core", "re", "statistics", "typing"}
     assert not wrong([i for i in ORCHESTRATOR[path] if i.module.split(".")[0] not in allowed])
 
 
@@ -243,7 +244,7 @@ def test_importing_all_of_orchestrator_loads_no_torch():
 
 @each_file
 def test_nothing_is_unpickled_but_tensors(path):
-    """A checkpoint is read by torch.load with weights_only, which runs no code of the file's."""
+    """Checkpoints are read by torch.load with weights_only=True, which executes no code from the file."""
     loads = [
         node
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

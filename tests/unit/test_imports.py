@@ -1,4 +1,4 @@
-"""Classes that settings name by "module:Class"."""
+"""Finding the classes that settings name by "module:Class"."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ PROFILE = {"name": "own", "learning_rate": 0.002}
 
 @pytest.fixture(autouse=True)
 def mnist(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digits with a black edge, as MNIST's are."""
+    """Replace MNIST by images with a black border, like MNIST's."""
     generator = torch.Generator().manual_seed(1)
     pixels = functional.pad(torch.randint(1, 256, (30, 1, 20, 20), dtype=torch.uint8, generator=generator), [4] * 4)
 

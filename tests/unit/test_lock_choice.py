@@ -1,4 +1,4 @@
-"""Which lock a run takes: decided from what the mount says, what the proof showed, and where the jobs are."""
+"""The choice of a run's lock, from the mount options, the result of the test, and whether jobs use several nodes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOTHING: Problems = {"flock": "7 of 50 updates were lost", "soft": "hard links u
 
 
 def decided(fstype: str, options: str, several: bool, wanted: str = "auto", proofs: Problems = HOLD) -> str:
-    """The kind, or the refusal's text."""
+    """Return the kind of lock, or the text of the refusal."""
     line = f"36 25 0:40 / /runs rw,relatime shared:1 - {fstype} server:/runs {options}"
     try:
         return decide(mount_of(line, "/runs/a"), several, wanted, proofs.__getitem__).kind
@@ -57,7 +57,7 @@ def decided(fstype: str, options: str, several: bool, wanted: str = "auto", proo
         ("fuse.ceph-fuse", "rw", "flock", "flock"),
         ("afs", "rw", "soft", "soft"),
         ("9p", "rw,trans=virtio,cache=none", "soft", "soft"),
-        ("9p", "rw,trans=virtio,cache=loose", "flock", "9p: whether locks hold"),
+        ("9p", "rw,trans=virtio,cache=loose", "flock", "9p: whether locks work"),
         ("cifs", "rw,vers=3.0", "flock", "depends on its server"),
         ("cifs", "rw,vers=3.0,nobrl", "flock", "mounted with nobrl"),
         ("fuse.sshfs", "rw", "fuse.sshfs has no locks", "fuse.sshfs has no locks"),
@@ -108,7 +108,7 @@ def test_where_the_kernel_names_no_mount_the_proof_alone_decides():
     assert decide(None, ONE, "auto", HOLD.__getitem__) == Choice("soft", "proven on this file system")
 
 
-# --- kept with the run -------------------------------------------------------------------------------
+# --- the record of the choice ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "cls"), [("flock", FairFileLock), ("soft", SoftLock)])

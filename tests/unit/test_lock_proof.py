@@ -1,6 +1,6 @@
-"""The proof before a launch: real processes on this machine's file system, with locks that hold and locks that do not.
+"""The test of a lock before a launch: real processes on this machine's file system, with working and broken locks.
 
-What is broken is the system call, replaced in every Python that the test starts.
+To break a lock, a system call is replaced in every Python process that the test starts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def link(*args, **kwargs):
     raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 os.link = link
 """
-# Each process has a folder of claims of its own: what a cache that is never refreshed looks like.
+# Each process sees only its own claim files, as on a network file system whose cache is never refreshed.
 BLIND = """
 import os
 real = os.scandir
@@ -54,7 +54,7 @@ os.supports_fd.add(scandir)
 
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Every Python that is started from here on begins with this code."""
+    """Make every Python process that is started from now on execute some code first."""
     monkeypatch.setattr(choice, "_proven", set())
 
     def start(code: str) -> Path:
@@ -95,7 +95,7 @@ def test_a_lock_that_hangs_is_detected(broken, monkeypatch):
 
 def test_lost_updates_are_counted(tmp_path):
     class Answers:
-        """Stands for a process of the proof; what it answers is what a lock that leaks makes it answer."""
+        """Replaces a process of the test, and answers like a process whose lock does not protect the counter."""
 
         def __init__(self, *said: str) -> None:
             self.said = list(said)

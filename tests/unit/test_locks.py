@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from orchestrator.locking.flock import FairFileLock, lock_path
 
-# Longer than anything here takes on a busy machine; only a broken lock waits for so long.
+# Longer than any operation here takes on a busy machine. A test waits this long only if a lock is broken.
 PATIENCE_S = 60.0
 
 PROLOGUE = """
@@ -33,7 +33,7 @@ with lock:
     sys.stdin.read()  # until the test closes it, or this process is killed
 say("released")
 """
-# Reads a number, waits a little and writes the next: two at once would lose one.
+# Reads a number, waits a little and writes the next number. Two processes at the same time would lose an update.
 COUNTER = """
 for _ in range(int(sys.argv[3])):
     with lock, open(sys.argv[2], "r+") as file:
@@ -42,7 +42,7 @@ for _ in range(int(sys.argv[3])):
         file.seek(0)
         file.write(str(number + 1))
 """
-# Takes turns until every process together has had so many.
+# Takes the lock again and again, until all processes together have had it a given number of times.
 TAKER = """
 say("ready")
 sys.stdin.readline()
@@ -55,7 +55,7 @@ while True:
         time.sleep(0.002)  # a short transaction
     time.sleep(0.001)  # and something else before the next
 """
-# Forks with the lock in hand; its child lives on after the release.
+# Forks while it holds the lock. The child still runs after the lock is released.
 FORKER = """
 with lock:
     child = os.fork()
@@ -66,7 +66,7 @@ say("released")
 say(child)
 sys.stdin.read()
 """
-# Is interrupted while it waits, and goes on with something else.
+# Is interrupted while it waits for the lock, and continues without the lock.
 INTERRUPTED = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -85,7 +85,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def spawn(path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start another process with a lock on path; it is dead when the test is over."""
+    """Start other processes, which use a lock on `path`. They are killed at the end of the test."""
     children: list[subprocess.Popen[str]] = []
 
     def start(script: str, *args: object) -> subprocess.Popen[str]:
@@ -120,7 +120,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def queued(path: Path) -> int:
-    """How many wait for the lock, in whatever process: one at the head of the queue, the others behind it."""
+    """Count the processes and threads that wait for the lock: the first one in the queue and those behind it."""
     if not os.path.exists(f"{path}.queue"):
         return 0
     inode = os.stat(f"{path}.queue").st_ino
@@ -190,7 +190,7 @@ def test_releasing_what_is_not_held_does_nothing(path):
         pass
 
 
-# --- the limit of a wait -----------------------------------------------------------------------------
+# --- time limits -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("timeout_s", [0, 0.3], ids=["no wait at all", "a wait"])
@@ -253,7 +253,7 @@ def test_a_lock_in_a_missing_folder_is_an_error_of_the_file_system(tmp_path):
         FairFileLock(tmp_path / "gone" / "lock").acquire()
 
 
-# --- the dead ----------------------------------------------------------------------------------------
+# --- dead processes ----------------------------------------------------------------------------------
 
 
 def test_the_lock_of_a_holder_that_was_killed_is_free_at_once(spawn, path):
@@ -323,7 +323,7 @@ def test_a_process_that_is_interrupted_while_it_waits_does_not_get_the_lock_late
         assert waiting.poll() is None, "it lives on without the lock"
 
 
-# --- turns -------------------------------------------------------------------------------------------
+# --- the order of waiters ----------------------------------------------------------------------------
 
 
 def test_waiters_get_the_lock_in_the_order_in_which_they_came(path):
@@ -361,7 +361,7 @@ def test_each_of_8_processes_gets_the_lock_many_times(spawn, tmp_path):
     assert max(counts.values()) <= 100, "twice an equal share at most"
 
 
-# --- where -------------------------------------------------------------------------------------------
+# --- the path of the lock file -----------------------------------------------------------------------
 
 
 def test_the_lock_file_is_beside_its_database():

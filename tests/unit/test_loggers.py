@@ -1,4 +1,4 @@
-"""Loggers get what was trained, and nothing that they do affects the training."""
+"""Loggers get the values of the training, and nothing that they do affects the training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PLACE = Place("run", Path("logs"))
 
 @dataclass
 class Kept(Logger):
-    """Keeps what it is called with."""
+    """Records the calls of its methods."""
 
     calls: list[Any] = field(default_factory=list)
     thread: str = ""
@@ -83,7 +83,7 @@ def result(number: int = 1, **metrics: float) -> EpochResult:
     return EpochResult(number, 2.5, {"train_loss": 0.7, "accuracy": 0.5} | metrics)
 
 
-# --- what they are called with
+# --- the calls of a logger
 
 
 def test_a_chunk_is_a_series_of_every_step_and_epoch(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_whether_a_chunk_was_promoted_is_logged_before_its_end(tmp_path: Path) -
         steps(observer, 1, 1)
         observer.judged(promoted)
     observer.chunk(FOUNDER)
-    observer.judged(True)  # of a chunk without a series
+    observer.judged(True)  # the chunk has no series
     observer.close()
     assert [calls for calls in kept.calls if isinstance(calls, bool | str)] == [True, "end", False, "end", "close"]
 
@@ -178,7 +178,7 @@ def test_a_resumed_chunk_rewrites_from_its_first_step(tmp_path: Path) -> None:
     assert (kept.calls[0].step, kept.calls[0].new, kept.calls[0].rewrites) == (41, False, True)
 
 
-# --- when
+# --- when loggers are called
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_logger_that_hangs_is_left_behind(
     for chunk in range(12):
         observer.chunk(replace(FOUNDER, chunk_id=chunk))
         steps(observer, 1, 1)
-        while len(kept.curve("train/loss")) < chunk:  # the other one keeps up
+        while len(kept.curve("train/loss")) < chunk:  # the other logger gets every chunk
             assert time.monotonic() - began < 60
             time.sleep(0.01)
     assert warnings() == ["logger hanging is off for the rest of this job: it is too slow: 20 calls are waiting"]
@@ -341,7 +341,7 @@ def test_closing_a_hanging_logger_has_a_time_limit(
     ]
 
 
-# --- which
+# --- the choice of loggers
 
 
 def test_built_in_loggers_import_their_libraries_only_when_they_write(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A profile's optimizer: torch's by name or a user's own, with the profile's numbers, fused if torch can."""
+"""A profile's optimizer: one of torch's or a user's own, with the profile's hyperparameters, and with fused kernels if
+torch has them."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def group(optimizer: torch.optim.Optimizer, number: int = 0) -> dict[str, Any]:
 
 
 class Doubling(torch.optim.SGD):
-    """A user's own."""
+    """A user's own optimizer."""
 
 
 class NoOptimizer:
@@ -120,7 +121,7 @@ def test_the_profiles_own_numbers_are_not_options(option: str) -> None:
 
 
 def train(optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> list[Tensor]:
-    """Some steps with gradients that depend on the step's number."""
+    """Make steps with gradients that depend on the step's number."""
     given = [p for g in optimizer.param_groups for p in g["params"]]
     for step in range(first, first + steps):
         for number, parameter in enumerate(given):

@@ -1,4 +1,4 @@
-"""Which board follows from records, as tables: what the ratchet, positions and generations make of them."""
+"""The board that follows from records, as tables: the ratchet, the positions and the generations."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_where_less_is_better_the_least_are_on_the_board() -> None:
 
 
 def test_the_order_in_which_files_were_written_counts_and_not_that_of_the_claims() -> None:
-    """Of two equal scores the first that was written holds the slot."""
+    """If two scores are equal, the checkpoint that was written first keeps the slot."""
     slow, quick = record(1, 0.5, created_at=20.0), record(2, 0.5, created_at=10.0)
     assert board(planned(slow, quick, num_models=1)) == [2]
 
@@ -88,7 +88,7 @@ def test_a_checkpoint_with_descendants_was_admitted() -> None:
     assert board(planned(record(1, 0.1), child, late, num_models=3)) == [1, 6]
 
 
-# --- lines and positions
+# --- lineages and positions
 
 
 def test_a_founder_starts_at_0_and_a_child_after_the_position_that_made_it() -> None:
@@ -120,7 +120,7 @@ def test_the_founder_of_a_line_without_records_is_unknown() -> None:
         (3, True, True),
     ]
     assert any(
-        line == f"the founder of {file(3)} is unknown: no record holds their whole line" for line in result.notes
+        line == f"the founder of {file(3)} is unknown: no record holds their whole lineage" for line in result.notes
     )
 
 

@@ -1,4 +1,4 @@
-"""What sbatch printed, as the kind of its refusal and as a message."""
+"""The kind of refusal and the message that follow from sbatch's output."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ EACH = {"trainval": 4, "test": 2}
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread, a separate cache of decoded pictures, and a machine where nothing was downloaded yet."""
+    """Use one thread, a separate cache of decoded pictures, and an empty download folder."""
     place = tmp_path_factory.mktemp("tmp")
     monkeypatch.setattr("tempfile.tempdir", str(place))
     monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
@@ -77,7 +77,7 @@ def step(source: ResNet18, net: nn.Module, seed: int = 0) -> None:
     optimizer.step()
 
 
-# --- what it starts from and what it trains
+# --- initial weights and trained layers
 
 
 def test_from_scratch_the_network_is_torchvisions_for_the_breeds(pets: Path) -> None:
@@ -134,7 +134,7 @@ def test_frozen_layers_are_offered_if_images_are_not_augmented(pets: Path, weigh
             assert torch.equal(net.fc(part(inputs).flatten(1)), net(inputs))
 
 
-# --- weights that are not there
+# --- missing and unusable weights
 
 
 @pytest.mark.parametrize("name", ["IMAGENET1K_V1", "DEFAULT"])
@@ -147,7 +147,7 @@ def test_missing_weights_are_never_replaced_by_untrained_ones(name: str, pets: P
 
 
 def cut_file() -> bytes:
-    """A file of torch.save without its end."""
+    """A truncated file of torch.save."""
     whole = io.BytesIO()
     torch.save({"conv1.weight": torch.ones(100)}, whole)
     return whole.getvalue()[:-100]
@@ -217,7 +217,7 @@ def test_a_relative_path_of_a_file_is_refused(pets: Path, weights: Path, monkeyp
 
 
 def batch_of(source: ResNet18, split: Any, epoch: int = 0) -> Tensor:
-    """All its pictures, in order."""
+    """All pictures of a split, in order."""
     pictures = source.data(split)
     feed = pictures.feed(range(len(pictures)), len(pictures), torch.device("cpu"), 1)
     pixels, targets = next(feed.shuffled(epoch))

@@ -1,4 +1,4 @@
-"""The ratchet: as tables of what is meant, then as properties that hold for any input."""
+"""The ratchet: first tables of inputs and results, then properties that hold for any input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker trains next: as tables, then as properties that hold for any input."""
+"""What a worker trains next: first tables of inputs and results, then properties that hold for any input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of files, and which files are deleted: as tables, then as properties that hold for any input."""
+"""File names, and which files are deleted: first tables of inputs and results, then properties of any input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a chunk starts and when a run is over: as tables, then as properties that hold for any input."""
+"""When a chunk starts and when a run is over: first tables of inputs and results, then properties of any input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chains of jobs: as tables, then as properties that hold for any input."""
+"""Chains of jobs: first tables of inputs and results, then properties that hold for any input."""
 
 from __future__ import annotations
 

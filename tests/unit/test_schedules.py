@@ -19,13 +19,13 @@ from jobs.optim.schedules import PiecewiseLinear, Schedule
 from orchestrator.records import Metric, Profile
 
 ACCURACY = Metric("accuracy", "max")
-STEPS = 3  # of an epoch
+STEPS = 3  # steps in an epoch
 EPOCHS = 6
 RATE = 0.1
 
 
 class Halving(lr_scheduler.LRScheduler):
-    """A user's own."""
+    """A user's own schedule."""
 
     def get_lr(self) -> list[Any]:
         return [rate * 0.5**self.last_epoch for rate in self.base_lrs]
@@ -46,7 +46,7 @@ def new_optimizer(given: Profile) -> Optimizer:
 
 
 def numbers(optimizer: Optimizer) -> list[tuple[Any, ...]]:
-    """The numbers that each group's next step uses."""
+    """Return the hyperparameters that the next step uses for each parameter group."""
     return [(g["lr"], g.get("momentum"), g.get("betas")) for g in optimizer.param_groups]
 
 
@@ -62,8 +62,8 @@ def one_step(optimizer: Optimizer) -> None:
 
 
 def in_chunks(given: Profile, chunks: list[int], cut_at: int | None = None) -> list[Any]:
-    """The numbers of each step. chunks: epochs of each; each chunk starts from the file of the one before. cut_at: the
-    step before which the training is saved and opened again."""
+    """Return the hyperparameters of each step. chunks: the number of epochs of each chunk; each chunk starts from the
+    previous one's file. cut_at: the step before which the training is saved and opened again."""
     steps: list[Any] = []
     saved: bytes | None = None
     epoch = 0
@@ -99,7 +99,7 @@ def in_chunks(given: Profile, chunks: list[int], cut_at: int | None = None) -> l
 
 
 def plainly(given: Profile, make: Callable[[Optimizer], Any], each_step: bool, length: int | None = None) -> list[Any]:
-    """The same with torch's scheduler in a plain loop. length: the number of its steps; then it is not called."""
+    """The same with torch's scheduler in a plain loop. length: how often the scheduler is stepped (None: always)."""
     optimizer = new_optimizer(given)
     scheduler = make(optimizer)
     steps = []
@@ -125,7 +125,7 @@ def plainly(given: Profile, make: Callable[[Optimizer], Any], each_step: bool, l
 L = lr_scheduler
 RATES = [RATE, RATE * 0.5]
 TOTAL = EPOCHS * STEPS
-# The schedule's dict, torch's own, whether it is stepped after each batch, and the number of its steps.
+# A schedule in the settings, torch's equivalent, whether it is stepped after each batch, and how often (None: always).
 CASES: list[tuple[dict[str, Any], Callable[[Optimizer], Any], bool, int | None]] = [
     ({"name": "StepLR", "step_size": 2, "gamma": 0.5}, lambda o: L.StepLR(o, 2, 0.5), False, None),
     ({"name": "StepLR", "step_size": 4, "every": "step"}, lambda o: L.StepLR(o, 4), True, None),

@@ -21,7 +21,7 @@ PROPERTY = hypothesis_settings(
 )
 
 
-# --- anything at all
+# --- arbitrary content
 
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 values = st.recursive(
@@ -35,7 +35,7 @@ keys = st.sampled_from(sorted(Settings.model_fields))
 @PROPERTY
 @given(old=values, new=values)
 def test_only_equal_values_have_no_changes(old, new):
-    assume("NaN" not in json.dumps([old, new]))  # which equals nothing, and is in no settings
+    assume("NaN" not in json.dumps([old, new]))  # NaN is not equal to itself, and settings never contain it
     assert bool(changes(old, new)) == (old != new)
 
 

@@ -1,4 +1,4 @@
-"""What a settings file must not say, and the message for each mistake."""
+"""Mistakes in a settings file, and the message for each mistake."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, make, expected):
     assert mistakes(path) == [expected]
 
 
-# --- what a profile may say
+# --- mistakes in a profile
 
 SCHEDULE = {"name": "OneCycleLR", "epochs": 5}
 

@@ -34,7 +34,7 @@ sys.stdin.read()
 lock.release()
 print("released", flush=True)
 """
-# Writes down when it is inside; some processes die there, by their own SIGKILL.
+# Logs when it takes and releases the lock. Some processes kill themselves with SIGKILL while they hold it.
 MORTAL = """
 log, turns, dies = sys.argv[2], int(sys.argv[3]), sys.argv[4] == "dies"
 print("ready", flush=True)
@@ -84,7 +84,7 @@ def claims(path: Path) -> list[Path]:
 
 
 def rewrite(path: Path, **changes: str) -> None:
-    """Make the claims on disk say something else: pid, host, start."""
+    """Change the pid, host or start time in the claim files."""
     for claim in claims(path):
         magic, token, pid, host, start, _ = claim.read_text().split("\n")
         new = {"pid": pid, "host": bytes.fromhex(host).decode(), "start": start} | changes

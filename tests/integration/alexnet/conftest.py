@@ -15,7 +15,7 @@ from tests.support.sketches import draw
 
 @pytest.fixture(scope="module", autouse=True)
 def _node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A separate disk for decoded pictures."""
+    """Use a separate folder for decoded pictures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_TMPDIR", str(tmp_path_factory.mktemp("node")))
         yield
@@ -43,7 +43,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine where nothing was downloaded yet."""
+    """An empty download folder, as on a machine where nothing was downloaded yet."""
     home = tmp_path / "torch"
     monkeypatch.setenv("TORCH_HOME", str(home))
     return home

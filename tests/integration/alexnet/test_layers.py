@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layers(state: dict[str, Tensor]) -> dict[tuple[str, int], list[Tensor]]:
-    """The tensors of each layer that has some."""
+    """Return the tensors of each layer that has any."""
     by_layer: dict[tuple[str, int], list[Tensor]] = {}
     for name, value in state.items():
         part, index, _ = name.split(".")
@@ -32,7 +32,7 @@ def layers(state: dict[str, Tensor]) -> dict[tuple[str, int], list[Tensor]]:
 
 
 def founder(job: Job) -> dict[str, Tensor]:
-    """The weights that training starts from."""
+    """Return the weights that a founder's training starts from."""
     randomness.seed_all(SEED)
     return {name: value.clone() for name, value in job.model().state_dict().items()}
 
@@ -72,7 +72,7 @@ def test_each_part_starts_from_and_trains_the_layers_in_its_settings(
 
 
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    """Weight and bias, bit for bit."""
+    """Whether weights and biases are the same, bit for bit."""
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 

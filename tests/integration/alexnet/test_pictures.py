@@ -1,4 +1,4 @@
-"""Folders of pictures: what is checked, what the network is shown, and how it learns from photographs."""
+"""Folders of pictures: checks before a launch, the network's inputs, and training on photographs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_pictures_too_small_for_the_convolutions_are_refused(sketches: Path) -> 
         job_of("part1", sketches, job_params={"image_size": 62})
 
 
-# --- what the network is shown
+# --- the network's inputs
 
 
 def test_training_pictures_are_augmented_and_the_others_are_not(sketches: Path) -> None:
@@ -89,7 +89,7 @@ def test_training_pictures_are_augmented_only_if_the_settings_say_so(augment: st
 def test_pictures_are_normalised_for_the_weights_or_by_the_training_sets_statistics(
     part: str, own: bool, sketches: Path, weights: Path
 ) -> None:
-    """By its own statistics the training set has mean 0 and variance 1; the test set does not count."""
+    """Normalised with its own statistics, the training set has mean 0 and variance 1. The test set has no influence."""
     job = job_of(part, sketches, pretrained_weights=str(weights))
     pictures = torch.stack([job.data("validation")[index][0] for index in range(80)])
     mean, std = pictures.mean(dim=(0, 2, 3)), pictures.std(dim=(0, 2, 3))
@@ -123,11 +123,11 @@ def test_a_settings_file_of_the_reports_system_works_unchanged(sketches: Path, t
         left = {path.name for path in tmp_path.iterdir()}
         assert left == {"train.sh", "old part.json", "runs"}, "neither a lock, a state nor a log file"
     finally:
-        shutil.rmtree(tmp_path / "runs", ignore_errors=True)  # half a gigabyte
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)  # it takes half a gigabyte
 
 
 def report_settings(sketches: Path) -> dict[str, Any]:
-    """It has no name and no job, and names files that orch does not need."""
+    """Settings without a name and a job, but with names of files that orch does not need."""
     return {
         "num_models": 5,
         "pretrained_features": [False] * 13,

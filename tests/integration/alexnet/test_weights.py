@@ -98,7 +98,7 @@ def test_a_launch_without_the_weights_says_what_to_do_and_creates_nothing(sketch
 
 @pytest.fixture
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of torchvision's weights is a closed port of this machine."""
+    """Change the URL of torchvision's weights to a closed port of this machine."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{held.getsockname()[1]}/alexnet-owt-7be5be79.pth"
@@ -139,7 +139,7 @@ def test_preparing_without_internet_says_what_to_do(
 def test_weights_named_relative_to_the_launch_folder_are_found_from_other_folders(
     sketches: Path, weights: Path, tmp_path: Path
 ) -> None:
-    """Like training_source_dir and slurm_file, because a job or `orch evaluate` may run in another folder."""
+    """A job or `orch evaluate` may run in another folder. (training_source_dir and slurm_file work like this, too.)"""
     (tmp_path / "alexnet.pth").symlink_to(weights)
     file = tmp_path / "mine.json"
     file.write_text(settings_of("part3", sketches, pretrained_weights="alexnet.pth").model_dump_json())

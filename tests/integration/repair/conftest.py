@@ -17,7 +17,7 @@ from tests.support.storage import Storage
 
 @pytest.fixture
 def run(storage: Storage, tmp_path: Path) -> Iterator[Run]:
-    """It has trained a little, on either database."""
+    """A run with some trained chunks. A test with this fixture runs on both databases."""
     made = make_run(storage, tmp_path / "run", workers=2)
     work(made, SCRIPT)
     yield made

@@ -83,7 +83,8 @@ def _with(**changes: Any) -> Callable[[Path], None]:
     ],
 )
 def test_a_checkpoint_whose_record_is(sqlite_run: Run, spoil: Callable[[Path], None]) -> None:
-    """...is not on the rebuilt board; it is set aside, since the next collection would delete it."""
+    """A checkpoint whose record is damaged is not on the rebuilt board. It is moved to another folder, because the next
+    collection would delete it."""
     folder = sqlite_run.folder
     best, *others = sorted(board_of(sqlite_run), key=lambda e: -e["score"])
     file, record = best["file"], best["file"].replace(".pt", ".json")

@@ -46,7 +46,7 @@ def test_a_repair_is_refused_while_a_process_of_the_run_is_alive(sqlite_run: Run
 
 @pytest.fixture
 def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Slurm's answer, from a fake squeue; "exit 1" is no answer."""
+    """Replace squeue by a script; the script "exit 1" simulates that Slurm does not answer."""
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
@@ -92,7 +92,7 @@ def test_what_slurm_says_of_the_run_s_jobs(
 
 
 def test_a_worker_that_was_taken_for_dead_finds_all_its_writes_refused(run: Run) -> None:
-    """--force, and a job was alive after all: it holds a claim that left no file."""
+    """The repair was forced although a job was alive. The job holds a claim that has not written a file yet."""
     chains, now = run.leaderboard.chains, time.time()
     (job,) = chains.relink([0], now, 10)
     started = chains.start(JobStart(job.token, 0, "c", "elsewhere", 1, 0.0), now, 10, successor=False)

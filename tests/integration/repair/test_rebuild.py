@@ -25,7 +25,7 @@ from tests.support.repairs import DAMAGE, MEMORY, SCRIPT, SQLITE, drop, everythi
 from tests.support.small_runs import CUT, board_of, lose, make_run, opened, work
 from tests.support.storage import Storage
 
-# --- the board comes back as it was
+# --- the rebuilt board equals the lost one
 
 scores = st.floats(0.0, 1.0)
 scripts = st.lists(st.lists(st.one_of(scores, scores, scores, st.just(CUT)), max_size=8), min_size=1, max_size=3)
@@ -58,7 +58,7 @@ def rebuilt_is_the_same(storage: Storage, script: list[list[float | str]], num_m
 
 
 def line_of(run: Run, checkpoint_id: int | None) -> list[str]:
-    """The files of a checkpoint's line, itself first."""
+    """Return the files of a checkpoint and its ancestors, its own first."""
     by_id = {c["checkpoint_id"]: c for c in run.leaderboard.reader.rows("checkpoint")}
     line = []
     while checkpoint_id is not None:
@@ -69,7 +69,7 @@ def line_of(run: Run, checkpoint_id: int | None) -> list[str]:
 
 @hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scripts, st.integers(1, 3), st.integers(1, 2))
-@example([[0.5, 0.5, 0.5, 0.5]], 2, 1)  # ties lose
+@example([[0.5, 0.5, 0.5, 0.5]], 2, 1)  # equal scores don't enter a full board
 @example([[0.1, 0.2, 0.3, CUT]], 2, 1)  # a chunk is suspended at the end
 @example([[CUT], [0.1, CUT], [0.9]], 1, 2)
 def test_after_any_promotions_the_rebuilt_board_is_the_board_that_was_lost(
@@ -88,7 +88,7 @@ def test_on_a_server_as_well(postgres_server: Any, script: list[list[float | str
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_database_that_is(sqlite_run: Run, damage: Callable[[Path], None]) -> None:
-    """...is kept under another name, and rebuilt."""
+    """A damaged or missing database is rebuilt; the damaged file is kept under another name."""
     folder = sqlite_run.folder
     before, counts = board_of(sqlite_run), sqlite_run.leaderboard.reader.counts()
     file = folder / "orch.db"

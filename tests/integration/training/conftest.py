@@ -1,4 +1,4 @@
-"""How the tests of training make sessions."""
+"""A fixture that makes sessions for the tests of training."""
 
 from __future__ import annotations
 

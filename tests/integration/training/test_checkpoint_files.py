@@ -67,7 +67,7 @@ def test_an_export_holds_only_the_weights(fresh: Fresh, tmp_path: Path) -> None:
 
 
 class RunsCode:
-    """Makes a file when it is unpickled without protection."""
+    """Creates a file when it is unpickled without weights_only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,7 +77,7 @@ class RunsCode:
 
 
 def pickle_alone(content: Any, target: IO[bytes]) -> None:
-    pickle.dump(content, target, protocol=2)  # the one that torch.load goes into
+    pickle.dump(content, target, protocol=2)  # torch.load starts to read files with this protocol
 
 
 @pytest.mark.parametrize("write", [torch.save, pickle_alone], ids=["as torch saves", "as pickle alone writes"])
@@ -89,10 +89,10 @@ def test_a_file_that_would_run_code_is_refused_without_running_it(write: Callabl
     assert not (tmp_path / "it ran").exists()
     if write is pickle_alone:
         pickle.loads((tmp_path / "bad.pt").read_bytes())
-        assert (tmp_path / "it ran").exists()  # so it would have
+        assert (tmp_path / "it ran").exists()  # so reading the file without protection would have run the code
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of a pickle of another protocol than torch's
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns about pickle protocols that it does not use
 @hypothesis_settings(deadline=None)
 @given(content=st.binary(max_size=200) | st.binary(max_size=100).map(lambda rest: b"\x80\x02" + rest))
 def test_arbitrary_bytes_are_an_error_that_names_the_file(content: bytes, tmp_path_factory: Any) -> None:

@@ -1,4 +1,4 @@
-"""A chunk is trained from a whole state to a whole state: interrupted and resumed elsewhere, it is the same."""
+"""A chunk starts from a complete state and ends with one. If it is interrupted and resumed, the result is the same."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_chunks_in_separate_jobs_equal_one_uninterrupted_training(fresh: Fresh, 
 
 
 def test_the_compared_state_is_complete_and_changes_in_each_epoch(tmp_path: Path) -> None:
-    """The other tests rely on it: the file holds momentum, weights and random state, and each epoch changes them."""
+    """The other tests rely on this: a file contains momentum, weights and random state, and each epoch changes them."""
     session = digits_session()
     train(session, founder())
     before = read(save(session, tmp_path / "one.pt"))
@@ -138,7 +138,7 @@ def test_every_epoch_and_every_founder_has_its_own_order_of_examples() -> None:
 
 
 class Reference:
-    """A chunk that was never interrupted, as a founder or on a parent, and how to do it again."""
+    """A chunk that was trained without interruption, and everything needed to train it again."""
 
     def __init__(self, fresh: Fresh, work: Work) -> None:
         self.fresh, self.work, self.session = fresh, work, fresh()
@@ -224,7 +224,7 @@ def test_a_new_profile_changes_the_numbers_and_keeps_the_momentum(profile: Profi
 
 
 def test_the_kept_momentum_moves_the_weights(tmp_path: Path) -> None:
-    """One step with zero gradients: only the parent's momentum moves the weights, with the new profile's numbers."""
+    """In a step with zero gradients, only the parent's momentum moves the weights, under the new hyperparameters."""
     parent = save_trained(digits_session(), founder(), tmp_path / "parent.pt")
     session = digits_session(FlatDigits)
     interrupt(session, child(parent, replace(FINE, weight_decay=0.0)), 1, tmp_path / "cut.pt")
