@@ -3,8 +3,12 @@ report's three parts differ in which of the 13 feature and 7 classifier layers a
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,17 +16,30 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.datasets import ImageFolder
 
+from jobs.data import sketches
+from jobs.data.download import Fetch, Say, Source, checked, download_all
 from jobs.errors import JobError
 from jobs.job import JobContext, local_path
 from jobs.pictures import Files, PictureJob, PictureParams
-from jobs.training.pretrained import read_weights, weights_file
+from jobs.training.pretrained import bring_weights, read_weights, weights_file, weights_source
+from jobs.training.session import Session
+from jobs.training.states import weights
+from orchestrator.files.atomic import publish
 from orchestrator.messages import counted
+from orchestrator.records import EpochResult, Finished, Profile, Work
 
 LAYERS = {"features": 13, "classifier": 7}
+WEIGHTS = "pretrained_weights"
+HIDDEN_UNITS = 4096  # of each of the two hidden classifier layers
+Url = Annotated[str, Field(pattern=r"^https?://\S+$", max_length=1000)]
 
 
 class Params(PictureParams):
     image_size: Annotated[int, Field(ge=63)] = 224  # pixels; AlexNet's convolutions need at least 63
+    hidden_units: Annotated[int, Field(ge=1)] = HIDDEN_UNITS  # fewer make a smaller and faster network, not AlexNet
+    dataset: Literal["tu_berlin"] | None = None  # what `orch prepare` fetches: the report's sketches, or nothing
+    dataset_url: Url = sketches.URL  # a mirror of the archive of sketches
+    weights_url: Url | None = None  # a mirror of torchvision's weights file
 
 
 class AlexNet(PictureJob):
@@ -59,14 +76,18 @@ class AlexNet(PictureJob):
             raise JobError(f"{folder}: {error}") from error
 
     def _folder(self, train: bool) -> Path:
+        setting: Literal["training_source_dir", "testing_source_dir"]
         setting = "training_source_dir" if train else "testing_source_dir"
-        return local_path(getattr(self.context.settings, setting), setting)
+        return local_path(self.context.settings, setting)
 
     def model(self) -> nn.Module:
         classes = sum(1 for path in self._folder(train=True).iterdir() if path.is_dir())
         net: nn.Module = models.alexnet(weights=None, num_classes=classes)
+        if (units := self.params.hidden_units) != HIDDEN_UNITS:
+            for index, inputs, outputs in ((1, 256 * 6 * 6, units), (4, units, units), (6, units, classes)):
+                net.set_submodule(f"classifier.{index}", nn.Linear(inputs, outputs))
         if self.uses_pretrained:
-            self._load_pretrained(net, read_weights(self.weights_file(), "pretrained_weights"))
+            self._load_pretrained(net, read_weights(self.weights_file(), WEIGHTS, self._command))
         for part in LAYERS:
             for layer, trainable in zip(net.get_submodule(part).children(), self.trainable[part], strict=True):
                 layer.requires_grad_(trainable)
@@ -87,9 +108,100 @@ class AlexNet(PictureJob):
                     with torch.no_grad():
                         value.copy_(state[key])
 
+    @property
+    def _command(self) -> str:
+        return self.context.settings.prepare_command
+
     def weights_file(self, download: bool = False) -> Path:
+        """Return the file of pretrained weights: for stand-in data those made with them, unless a file is named."""
+        stand_in = self._stand_in_weights()
+        if stand_in is not None:
+            return stand_in
         wanted = self.context.settings.pretrained_weights
-        return weights_file(wanted, models.AlexNet_Weights, "pretrained_weights", download)
+        return weights_file(
+            wanted,
+            models.AlexNet_Weights,
+            WEIGHTS,
+            command=self._command,
+            download=download,
+            mirror=self.params.weights_url,
+        )
+
+    def _stand_in_weights(self) -> Path | None:
+        source = self._source()
+        if source is None or not source.stand_in or Path(self.context.settings.pretrained_weights).is_file():
+            return None
+        file = self._root() / sketches.WEIGHTS
+        if not file.is_file():
+            raise JobError(
+                f"{WEIGHTS}: {file} is missing. Run `{self._command} --stand-in`, or name a file in {WEIGHTS}"
+            )
+        return file
+
+    # --- the sketches of the report, or drawings in their place
+
+    def _root(self) -> Path:
+        settings = self.context.settings
+        return sketches.root_of(settings.training_source_dir, settings.testing_source_dir)
+
+    def _source(self) -> sketches.DataSource | None:
+        return sketches.read_source(self._root()) if self.params.dataset == "tu_berlin" else None
+
+    def data_source(self) -> Mapping[str, Any]:
+        source = self._source()
+        return asdict(source) if source else {}
+
+    def fetch(self, how: Fetch) -> list[str]:
+        """Fetch the sketches and torchvision's weights, or make stand-in data. Raises JobError; if there is no network,
+        it names all files to bring."""
+        if self.params.dataset is None:
+            return super().fetch(how)
+        root = self._root()
+        if how.stand_in:
+            return self._make_stand_in(root, how)
+        source = self._source()
+        if source is not None and source.stand_in:
+            raise JobError(
+                f"{root} contains {source.name}. To use them, run `{self._command} --stand-in`; to fetch the sketches, "
+                "move that folder away"
+            )
+        pretrained = self._weights_to_fetch()
+        archive = Source(
+            self.params.dataset_url, root.parent / sketches.ARCHIVE, how.sha256 or "", sketches.ARCHIVE_BYTES
+        )
+        for file in how.brought:
+            if file.suffix not in (".pth", ".pt"):
+                sketches.unpack(file, root, url=None, sha256=checked(file, archive.sha256, how.say), say=how.say)
+            elif pretrained is None:
+                raise JobError(f"--from {file}: these settings need no weights from torchvision")
+            else:
+                bring_weights(file, pretrained, how.say)
+        missing = [] if sketches.is_there(root) else [archive]
+        missing += [pretrained] if pretrained and not pretrained.file.is_file() else []
+        sha256 = download_all(missing, self._command, how.say)
+        if archive in missing:
+            sketches.unpack(archive.file, root, url=archive.url, sha256=sha256[archive], say=how.say, remove=True)
+        return []
+
+    def _weights_to_fetch(self) -> Source | None:
+        """Return the weights file of torchvision that the settings need; None if they need none or name a file."""
+        if not self.uses_pretrained:
+            return None
+        wanted = self.context.settings.pretrained_weights
+        source = weights_source(wanted, models.AlexNet_Weights, WEIGHTS, self.params.weights_url)
+        return source if isinstance(source, Source) else None
+
+    def _make_stand_in(self, root: Path, how: Fetch) -> list[str]:
+        if how.brought or how.sha256:
+            raise JobError("--stand-in: it needs no files; leave out --from and --sha256")
+        source = self._source()
+        if source is not None and not source.stand_in:
+            raise JobError(f"{root} contains the {source.name}; stand-in data would replace them. Move it away first")
+        if source is None:
+            source = sketches.draw_stand_in(root, how.say)
+        if self.uses_pretrained and not (root / sketches.WEIGHTS).is_file():
+            pretrain(self, root, source, how.say)
+        return []
 
     def frozen_part(self, model: nn.Module) -> nn.Module | None:
         """Return the feature layers if none of them is trained and images are not augmented."""
@@ -104,4 +216,48 @@ class AlexNet(PictureJob):
             only = sorted(set(train.classes) ^ set(test.classes))
             raise JobError(f"training_source_dir and testing_source_dir have different classes: {', '.join(only[:5])}")
         classes = counted(len(train.classes), "class", "classes")
-        return [f"{classes} in {train.root}", *self.prepared(train.targets, download)]
+        source = self._source()
+        lines = [f"data: {source}"] if source else []
+        lines += [f"{classes} in {train.root}", *self.prepared(train.targets, download)]
+        if source and self.uses_pretrained:
+            lines += [f"{name}: {origin}" for name, origin in source.weights.items()]
+        return lines
+
+
+PRETRAINING_CLASSES, PRETRAINING_EPOCHS, PRETRAINING_SEED = 10, 4, 1
+PRETRAINING = Profile("pretraining", learning_rate=3e-4, optimizer="AdamW")
+
+
+def pretrain(job: AlexNet, root: Path, source: sketches.DataSource, say: Say) -> None:
+    """Make the pretrained weights of stand-in data: train the network from random weights on other drawn classes, and
+    write the weights to ROOT. Raises JobError."""
+    with TemporaryDirectory(prefix=".pretraining-", dir=root.parent) as folder:
+        other = Path(folder, "drawings")
+        sketches.draw_stand_in(other, say, PRETRAINING_CLASSES, PRETRAINING_SEED)
+        settings = job.context.settings.model_copy(
+            update={
+                "training_source_dir": str(other / "train"),
+                "testing_source_dir": str(other / "test"),
+                "pretrained_features": False,
+                "pretrained_classifier": False,
+                "trainable_features": True,
+                "trainable_classifier": True,
+                "job_params": job.context.settings.job_params | {"normalization": "imagenet"},
+            }
+        )
+        session = Session(AlexNet(JobContext(settings, cores=len(os.sched_getaffinity(0)))))
+        work = Work(PRETRAINING, PRETRAINING_EPOCHS, seed=PRETRAINING_SEED, repeat=0, parent=None, suspended=None)
+
+        def on_epoch(result: EpochResult) -> None:
+            accuracy = f"validation accuracy {result.metrics['accuracy']:.3f}"
+            say(f"pretraining on other drawings: epoch {result.number} of {PRETRAINING_EPOCHS}, {accuracy}")
+
+        say("pretraining a network on other drawings, since there are no weights from outside")
+        finished = session.train(work, lambda: False, on_epoch)
+        assert isinstance(finished, Finished), "nothing interrupts it"
+        publish(root / sketches.WEIGHTS, lambda target: torch.save(weights(session.state()), target))
+    origin = (
+        f"trained by `orch prepare --stand-in` on {PRETRAINING_CLASSES} other drawn classes, "
+        f"{PRETRAINING_EPOCHS} epochs, validation accuracy {finished.score:.3f}"
+    )
+    sketches.write_source(root, replace(source, weights={sketches.WEIGHTS: origin}))

@@ -4,9 +4,10 @@ Source: "How to Train Your ResNet" (myrtle.ai, 2018-2019; code: github.com/david
 is the network and recipe of post 4 and of Page's `dawn.py`. Post 8 is "Bag of Tricks".
 
 Page sums the loss over a batch of 512 and divides the learning rate by 512. This job averages the loss instead, so the
-equivalent learning rate is 0.4 and the equivalent weight decay 5e-4 (Page's 5e-4 * 512, divided by 512). Page's
-momentum buffer sums gradients times their step's learning rate; torch multiplies its buffer by the current rate. For a
-smooth schedule, the updates are nearly equal. Page drops the incomplete last batch of an epoch; this job trains on it.
+equivalent learning rate is 0.4 and the equivalent weight decay 5e-4 (Page's 5e-4 * 512, divided by 512). Page
+multiplies each gradient by the learning rate before adding it to the momentum buffer; torch adds the gradient and
+multiplies the whole buffer by the current rate. For a smooth schedule, the updates are nearly equal. Page drops the
+incomplete last batch of an epoch; this job trains on it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Params(Limits):
-    """The defaults are the network and augmentation of post 4. In the comments, quotes are post 8's headings."""
+    """The defaults are the network and augmentation of post 4. The comments quote the headings of post 8."""
 
     channels: tuple[Count, Count, Count, Count] = (64, 128, 256, 512)  # of prep, layer1, layer2 and layer3
     classifier_scale: Positive = 0.125  # factor applied to the logits; use 1/16 with batchnorm_scale 1
@@ -57,7 +58,7 @@ class Params(Limits):
     celu_alpha: Positive | None = None  # "CELU activations": 0.075, or 0.3 with batchnorm_scale 1; null: ReLU
     ghost_batch: Annotated[int, Field(ge=2)] | None = None  # "Ghost batch norm": 32 images
     batchnorm_scale: Positive | None = None  # "Frozen batch norm scales": 1 (or 0.25); null: learned
-    bias_lr_factor: Positive = 1.0  # of batch norm biases; Page: 64, at batchnorm_scale 1 (16 would offset the scale)
+    bias_lr_factor: Positive = 1.0  # for batch norm biases; Page: 64 with batchnorm_scale 1 (equal to 4 with 0.25)
     bias_weight_decay_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # same biases; Page: 1/64
     whitening: bool = False  # "Input patch whitening"
     ema_decay: Share | None = None  # "Exponential moving averages": 0.99 per step; null: none
@@ -72,7 +73,10 @@ class DavidNet(ImageSetJob):
     Params = Params
 
     def open(self, root: str | Path, train: bool, download: bool = False) -> Examples:
-        return images.cifar10(root, train, download)
+        return images.cifar10(root, train, download, self.context.settings.prepare_command)
+
+    def archives(self, root: str) -> images.Archives:
+        return images.cifar10_archives(root)
 
     def data(self, split: Split) -> Dataset[Any]:
         """Return an `ImageTensors`; for preprocessing "loader", a data set that uses torchvision's transforms."""
@@ -151,7 +155,7 @@ class DavidNet(ImageSetJob):
         return (outputs + model(inputs.flip(3))) / 2 if self.params.test_flip else outputs
 
     def averaging(self) -> Averaging | None:
-        """Return None without ema_decay; else convert it, a decay per step, to a decay per update of the average."""
+        """Convert ema_decay, a decay per step, to a decay per update of the average. Return None if it is not set."""
         if self.params.ema_decay is None:
             return None
         return Averaging(self.params.ema_decay**self.params.ema_every, self.params.ema_every)
@@ -311,7 +315,8 @@ class PatchWhitening(nn.Conv2d):
     """A frozen 3x3 convolution whose outputs over the training images are uncorrelated and have about equal variance.
 
     The filters are the eigenvectors of the covariance of 3x3 patches, each divided by the square root of its eigenvalue
-    (post 8, "Input patch whitening"; `whitening_filters`). They are zero until `set_filters`, and saved.
+    (post 8, "Input patch whitening"; `whitening_filters`). They are zero until `set_filters` sets them. Checkpoints
+    contain them.
     """
 
     def __init__(self, channels: int) -> None:

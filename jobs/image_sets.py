@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from jobs.data import images
-from jobs.data.images import Examples, Statistics
+from jobs.data.download import Fetch
+from jobs.data.images import Archives, Examples, Statistics, bring_archives
 from jobs.errors import JobError
 from jobs.job import Job, local_path
 from orchestrator.settings.fields import Strict
@@ -35,6 +36,16 @@ class ImageSetJob(Job):
         """Return all training or all test examples. Raises JobError if they are missing."""
         raise JobError(f"{type(self).__name__} has no open(root, train, download); it must return images and targets")
 
+    def archives(self, root: str) -> Archives:
+        """Return the files that `orch prepare --from` accepts; by default none."""
+        return {}
+
+    def fetch(self, how: Fetch) -> list[str]:
+        root = self.context.settings.training_source_dir
+        if how.stand_in or how.sha256 or not root:
+            return super().fetch(how)
+        return bring_archives(how.brought, self.archives(root))
+
     @cached_property
     def training_set(self) -> Examples:
         return self._examples(train=True)
@@ -49,7 +60,7 @@ class ImageSetJob(Job):
         return images.channel_statistics(self.training_set[0])
 
     def _examples(self, train: bool) -> Examples:
-        root = local_path(self.context.settings.training_source_dir, "training_source_dir")
+        root = local_path(self.context.settings, "training_source_dir")
         pixels, targets = self.open(root, train)
         chosen = limited(targets, self.params, train)
         return pixels[chosen], targets[chosen]
@@ -65,7 +76,7 @@ class ImageSetJob(Job):
 
 
 def limited(targets: Tensor, limits: Limits, train: bool) -> Tensor:
-    """Return the indices of the training or test examples to use: all, or as many as train_images or test_images."""
+    """Return the indices of the examples to use; train_images or test_images sets their number (None: all)."""
     count, name = (limits.train_images, "train") if train else (limits.test_images, "test")
     return first_of_each_class(targets, count, f"job_params: {name}_images")
 

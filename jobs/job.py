@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from jobs.data.batches import tensors
+from jobs.data.download import Fetch
 from jobs.data.feeds import Feed
 from jobs.data.splits import Split
 from jobs.errors import JobError
@@ -55,12 +56,13 @@ class JobContext:
 
 @dataclass(frozen=True)
 class ChunkContext:
-    """One chunk to train. orch restores the random states (Python, NumPy, torch, GPUs) before, and saves them after."""
+    """One chunk to train. orch restores the random states (Python, NumPy, torch, GPUs) before it calls train_chunk, and
+    saves them afterwards."""
 
     profile: Profile
     epochs: int  # number of epochs to train now; after an interruption, only the epochs not yet reported
     seed: int  # seed of a founder's initial weights; torch has already been seeded with it
-    repeat: int  # number of earlier children of this parent under this profile; torch is reseeded for each child
+    repeat: int  # number of earlier children of this parent under this profile; if above 0, the random seed is new
     device: torch.device
     settings: Settings
     state: Mapping[str, Any] | None  # as returned by the parent's chunk, or by this chunk if resumed; None: founder
@@ -92,7 +94,7 @@ class ChunkInterrupted:
 
 
 class Job:
-    """The base class of every job. One object is used for a whole Slurm job, so store slow-to-load data in it."""
+    """The base class of every job. One object is used for a whole Slurm job, so it can keep data that load slowly."""
 
     METRICS: ClassVar[tuple[str, ...]] = ("accuracy", "loss")  # names returned by the default `metrics`
     Params: ClassVar[type[BaseModel] | None] = None  # model that validates job_params; None: a dict with any keys
@@ -167,8 +169,8 @@ class Job:
         return None
 
     def frozen_part(self, model: nn.Module) -> nn.Module | None:
-        """Return the first layers if their output for an example never changes, else None. orch then computes it only
-        once. These layers must have no random layers, no trained parameters and no augmented input."""
+        """Return the first layers if their output for an example never changes, else None. orch then computes these
+        outputs only once. The layers must not be random or trained, and their input must not be augmented."""
         return None
 
     def train_chunk(self, context: ChunkContext) -> ChunkResult | ChunkInterrupted:
@@ -176,16 +178,34 @@ class Job:
         `orch evaluate` and `orch export` use; see docs/your-own-job.md."""
         raise JobError(f"{type(self).__name__} does not define train_chunk()")
 
+    def fetch(self, how: Fetch) -> list[str]:
+        """For `orch prepare`: use files that the user has brought (how.brought), or make stand-in data (how.stand_in).
+        Called before `prepare(download=True)`. Returns messages for the user. Raises JobError, by default if anything
+        was asked for."""
+        if how.brought or how.stand_in or how.sha256:
+            asked = "--stand-in" if how.stand_in else "--from" if how.brought else "--sha256"
+            raise JobError(f"{asked}: {type(self).__name__} does not support it, because it does not fetch such files")
+        return []
+
+    def data_source(self) -> Mapping[str, Any]:
+        """Return where the data come from, as JSON values for reports; {} if unknown. If they are artificial, include
+        "stand_in": True and a "name"."""
+        return {}
+
     def prepare(self, download: bool) -> list[str]:
         """Before a launch, check everything that can be checked without a GPU. download: first download missing files.
         Returns messages for the user. Raises JobError if a check fails."""
         return []
 
 
-def local_path(value: str | None, setting: str) -> Path:
-    """Return `value`, the value of `setting`, as a path. Raises JobError, naming the setting, if it is not a folder."""
+def local_path(settings: Settings, setting: Literal["training_source_dir", "testing_source_dir"]) -> Path:
+    """Return the folder that the setting names. Raises JobError if it is not a folder."""
+    value = getattr(settings, setting)
     if not value:
         raise JobError(f"{setting} is not set; it must name a folder")
     if not Path(value).is_dir():
-        raise JobError(f"{setting}: {value} is not a folder")
+        raise JobError(
+            f"{setting}: {value} is not a folder. Run `{settings.prepare_command}` to fetch the data, or correct the "
+            "path"
+        )
     return Path(value)

@@ -37,7 +37,10 @@ class LeNet5(ImageSetJob):
     default_optimizer = "Adam"  # the profile's momentum is Adam's first beta
 
     def open(self, root: str | Path, train: bool, download: bool = False) -> Examples:
-        return images.mnist(root, train, download)
+        return images.mnist(root, train, download, self.context.settings.prepare_command)
+
+    def archives(self, root: str) -> images.Archives:
+        return images.mnist_archives(root)
 
     def model(self) -> nn.Module:
         activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[self.params.activation]

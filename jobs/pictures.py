@@ -25,6 +25,8 @@ Files = tuple[list[Path], list[int]]  # picture files, and the class of each pic
 class PictureParams(Strict):
     image_size: Annotated[int, Field(ge=32)] = 224  # side of the square network input, in pixels
     augment: Literal["random", "none"] = "random"  # "random": crop and flip training images at random
+    # Whose mean and deviation normalise the images. "auto": ImageNet's if weights are pretrained, else this data set's.
+    normalization: Literal["auto", "imagenet", "training"] = "auto"
     memory_gb: Annotated[float, Field(ge=0)] | None = None  # device memory for images, in GB; see docs/data.md
 
 
@@ -47,9 +49,14 @@ class PictureJob(Job):
         size = self.params.image_size
         random = split == "train" and self.params.augment == "random"
         steps: list[Step] = [RandomCrop(size), Flip()] if random else [CenterCrop(size)]
-        steps.append(Normalize(*(IMAGENET if self.uses_pretrained else self.training_statistics)))
+        steps.append(Normalize(*(IMAGENET if self._like_imagenet else self.training_statistics)))
         memory_bytes = None if self.params.memory_gb is None else self.params.memory_gb * 1e9
         return DecodedImages(pictures, targets, steps, memory_bytes)
+
+    @property
+    def _like_imagenet(self) -> bool:
+        wanted = self.params.normalization
+        return self.uses_pretrained if wanted == "auto" else bool(wanted == "imagenet")
 
     @cached_property
     def training_statistics(self) -> Statistics:

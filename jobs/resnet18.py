@@ -12,12 +12,13 @@ from torch import nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from jobs.data.images import open_set
+from jobs.data.download import Fetch, Source
+from jobs.data.images import Archives, bring_archives, open_set
 from jobs.errors import JobError
 from jobs.image_sets import Limits, limited
 from jobs.job import JobContext, local_path
 from jobs.pictures import Files, PictureJob, PictureParams
-from jobs.training.pretrained import read_weights, weights_file
+from jobs.training.pretrained import bring_weights, read_weights, weights_file, weights_source
 
 BREEDS = 37
 SETTING = "job_params: pretrained"
@@ -46,8 +47,8 @@ class ResNet18(PictureJob):
         """Return the files and classes, limited by train_images or test_images."""
         root: Any = self.context.settings.training_source_dir
         if not (download and root):
-            root = local_path(root, "training_source_dir")
-        pets = open_set(_pets, "Oxford-IIIT Pet", root, train, download)
+            root = local_path(self.context.settings, "training_source_dir")
+        pets = open_set(_pets, "Oxford-IIIT Pet", root, train, download, self.context.settings.prepare_command)
         chosen = limited(torch.tensor(pets._labels), self.params, train).tolist()
         return [Path(pets._images[i]) for i in chosen], [pets._labels[i] for i in chosen]
 
@@ -64,7 +65,7 @@ class ResNet18(PictureJob):
     def _load(self, net: nn.Module) -> None:
         """Load the pretrained weights, but not a last layer of another shape. Any other mismatch raises JobError."""
         own = net.state_dict()
-        state = dict(read_weights(self.weights_file(), SETTING))
+        state = dict(read_weights(self.weights_file(), SETTING, self.context.settings.prepare_command))
         if "fc.weight" in state and state["fc.weight"].shape != own["fc.weight"].shape:
             state |= {name: own[name] for name in ("fc.weight", "fc.bias")}
         wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
@@ -79,13 +80,29 @@ class ResNet18(PictureJob):
         file = Path(self.params.pretrained).expanduser()
         if file.is_file() and not file.is_absolute():
             raise JobError(f"{SETTING}: {file} must be an absolute path, such as {file.absolute()}")
-        return weights_file(self.params.pretrained, models.ResNet18_Weights, SETTING, download)
+        command = self.context.settings.prepare_command
+        return weights_file(
+            self.params.pretrained, models.ResNet18_Weights, SETTING, command=command, download=download
+        )
 
     def frozen_part(self, model: nn.Module) -> nn.Module | None:
         """Return all layers but the last if only the last one is trained and images are not augmented."""
         if self.params.train != "head" or self.params.augment != "none":
             return None
         return nn.Sequential(*(child for name, child in model.named_children() if name != "fc"))
+
+    def fetch(self, how: Fetch) -> list[str]:
+        root = self.context.settings.training_source_dir
+        if how.stand_in or how.sha256 or not root:
+            return super().fetch(how)
+        pretrained, brought = self.params.pretrained, list(how.brought)
+        if pretrained is not False:
+            source = weights_source(pretrained, models.ResNet18_Weights, SETTING)
+            for file in how.brought:
+                if isinstance(source, Source) and file.name == source.file.name:
+                    bring_weights(file, source, how.say)
+                    brought.remove(file)
+        return bring_archives(brought, _archives(root))
 
     def prepare(self, download: bool) -> list[str]:
         (_, train), (_, test) = self.files(True, download), self.files(False, download)
@@ -103,6 +120,13 @@ class _FrozenBody(ResNet):  # type: ignore[misc]  # torchvision has no types
             if name != "fc":
                 child.train(False)
         return self
+
+
+def _archives(root: str) -> Archives:
+    from torchvision.datasets import OxfordIIITPet
+
+    resources = {url.rpartition("/")[2]: md5 for url, md5 in OxfordIIITPet._RESOURCES}
+    return {name: (Path(root, "oxford-iiit-pet", name), md5) for name, md5 in resources.items()}
 
 
 def _pets(root: str, train: bool, download: bool) -> Any:

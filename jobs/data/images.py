@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jobs.data.augment import AlternatingFlip, Drawn, Step
+from jobs.data.download import copy_into_place
 from jobs.data.feeds import Epoch, Feed, OwnFeed
 from jobs.data.randomness import hash_seed
 from jobs.errors import JobError
@@ -162,33 +163,67 @@ def statistics_of(counts: Tensor) -> Statistics:
 # --- torchvision's data sets as tensors
 
 
-def cifar10(root: str | Path, train: bool, download: bool = False) -> Examples:
+PREPARE = "orch prepare SETTINGS"  # how the command is named in errors if the settings file is unknown
+Archives = Mapping[str, tuple[Path, str]]  # by file name: where torchvision expects the file, and its MD5
+
+
+def cifar10(root: str | Path, train: bool, download: bool = False, command: str = PREPARE) -> Examples:
     """Return 50,000 training or 10,000 test images (3, 32, 32). Raises JobError if missing or not downloadable."""
     from torchvision.datasets import CIFAR10
 
-    opened = open_set(CIFAR10, "CIFAR-10", root, train, download)
+    opened = open_set(CIFAR10, "CIFAR-10", root, train, download, command)
     return torch.from_numpy(opened.data).permute(0, 3, 1, 2), torch.tensor(opened.targets)
 
 
-def mnist(root: str | Path, train: bool, download: bool = False) -> Examples:
+def mnist(root: str | Path, train: bool, download: bool = False, command: str = PREPARE) -> Examples:
     """Return 60,000 training or 10,000 test images (1, 28, 28). Raises JobError if missing or not downloadable."""
     from torchvision.datasets import MNIST
 
-    opened = open_set(MNIST, "MNIST", root, train, download)
+    opened = open_set(MNIST, "MNIST", root, train, download, command)
     return opened.data[:, None], opened.targets
 
 
-def open_set(kind: Callable[..., Any], name: str, root: str | Path, train: bool, download: bool) -> Any:
-    """Open the torchvision data set of class `kind`. Raises JobError if it can't be opened or downloaded."""
+def cifar10_archives(root: str | Path) -> Archives:
+    from torchvision.datasets import CIFAR10
+
+    return {CIFAR10.filename: (Path(root, CIFAR10.filename), CIFAR10.tgz_md5)}
+
+
+def mnist_archives(root: str | Path) -> Archives:
+    from torchvision.datasets import MNIST
+
+    return {name: (Path(root, "MNIST", "raw", name), md5) for name, md5 in MNIST.resources}
+
+
+def bring_archives(files: Sequence[Path], archives: Archives) -> list[str]:
+    """Copy files that the user has carried here to where torchvision expects them. Returns messages. Raises JobError if
+    a file has another name, is damaged, or can't be copied."""
+    from torchvision.datasets.utils import check_integrity
+
+    for file in files:
+        if file.name not in archives:
+            raise JobError(f"--from {file}: expected a file named {' or '.join(archives)}")
+        target, md5 = archives[file.name]
+        if not check_integrity(file, md5):
+            raise JobError(f"--from {file}: it is incomplete or damaged: its MD5 is not {md5}. Copy it again")
+        copy_into_place(file, target)
+    return [f"copied {file}" for file in files]
+
+
+def open_set(
+    kind: Callable[..., Any], name: str, root: str | Path, train: bool, download: bool, command: str = PREPARE
+) -> Any:
+    """Open the torchvision data set of class `kind`. command: the `orch prepare` command, for errors. Raises JobError
+    if the data set can't be opened or downloaded."""
     try:
         return kind(str(root), train=train, download=download)
     except (RuntimeError, OSError) as error:  # torchvision raises RuntimeError for missing or damaged files
         if download:
             raise JobError(
-                f"{name} can't be downloaded to training_source_dir {root}: {error}. Run `orch prepare SETTINGS` on a "
-                "machine with internet and copy the folder"
+                f"{name} can't be downloaded to training_source_dir {root}: {error}. Run `{command}` on a machine with "
+                f"internet and copy the folder, or download the archives there and run `{command} --from FILE` here"
             ) from error
         raise JobError(
-            f"{name} is not in training_source_dir {root}, or is damaged there. Run `orch prepare SETTINGS` where "
-            "there is internet, or name the folder that torchvision has downloaded it to"
+            f"{name} is not in training_source_dir {root}, or is damaged there. Run `{command}` where there is "
+            "internet, or name the folder that torchvision has downloaded it to"
         ) from error

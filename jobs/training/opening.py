@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from jobs.data.download import Fetch
 from jobs.errors import JobError
 from jobs.imports import find_class
 from jobs.job import Job, JobContext
@@ -39,8 +40,9 @@ def has_own_loop(job: Job) -> bool:
     return type(job).train_chunk is not Job.train_chunk
 
 
-def check_job(settings: Settings, download: bool = False) -> list[str]:
-    """Check the job as far as possible before a launch. Returns lines to show to the user. Raises JobError."""
+def check_job(settings: Settings, fetch: Fetch | None = None) -> list[str]:
+    """Check the job as far as possible before a launch. fetch: first fetch missing files. Returns lines to show to the
+    user. Raises JobError."""
     choice.check_loggers(settings.loggers)
     job = load_job(settings)
     own, metric = type(job), settings.metric
@@ -61,7 +63,8 @@ def check_job(settings: Settings, download: bool = False) -> list[str]:
             mistakes.append(str(error))
     if mistakes:
         raise JobError("\n".join(mistakes))
-    return job.prepare(download)
+    fetched = job.fetch(fetch) if fetch else []
+    return fetched + job.prepare(download=fetch is not None)
 
 
 def set_up(settings: Settings, cores: int) -> torch.device:

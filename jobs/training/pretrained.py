@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import warnings
 from pathlib import Path
 
@@ -10,44 +11,71 @@ import torch
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
+from jobs.data import download as downloader
+from jobs.data.download import Say, Source, checked, copy_into_place
 from jobs.errors import JobError
 from jobs.training.states import why_unreadable
 
 # Mean and standard deviation of ImageNet's training set; torchvision's weights expect inputs normalised with them.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+_HASH = re.compile(r"-([0-9a-f]{8,64})\.")
 
-def weights_file(wanted: str, known: type[WeightsEnum], setting: str, download: bool = False) -> Path:
+
+def weights_file(
+    wanted: str,
+    known: type[WeightsEnum],
+    setting: str,
+    *,
+    command: str,
+    download: bool = False,
+    mirror: str | None = None,
+    say: Say = lambda line: None,
+) -> Path:
     """Return the path of the weights file chosen by a setting. wanted: the setting's value, either a path or a name in
     `known`; the files of these names are in torch's hub folder (in $TORCH_HOME). setting: its name, for errors.
-    download: fetch the file if it is missing. Raises JobError if the file is missing or can't be fetched."""
+    command: the `orch prepare` command of these settings, for errors. download: fetch the file if it is missing, from
+    the address `mirror` if given. Raises JobError if the file is missing, UnreachableError if it can't be fetched."""
+    source = weights_source(wanted, known, setting, mirror)
+    if isinstance(source, Path):
+        return source
+    if not source.file.is_file() and download:
+        downloader.download(source, say)
+    if not source.file.is_file():
+        raise JobError(
+            f"{setting}: {wanted} is not on this machine ({source.file}). Run `{command}` where there is internet, or "
+            f"carry {source.file.name} here and run `{command} --from {source.file.name}`, or name a file in {setting}"
+        )
+    return source.file
+
+
+def weights_source(wanted: str, known: type[WeightsEnum], setting: str, mirror: str | None = None) -> Path | Source:
+    """Return the file that the user named, or what to download for a name in `known`. Raises JobError."""
     if Path(wanted).expanduser().is_file():
         return Path(wanted).expanduser()
     if wanted not in known.__members__:
         names = ", ".join(known.__members__)
         raise JobError(f"{setting}: {wanted!r} is neither a file nor one of torchvision's: {names}")
-    url: str = known[wanted].url
-    cached: Path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if not cached.is_file() and download:
-        try:
-            torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise JobError(
-                f"{setting}: {wanted} can't be downloaded: {error}. On a machine with internet, run "
-                f"`orch prepare` and copy {cached.name} to {cached.parent}, or name a file in {setting}"
-            ) from error
-    if not cached.is_file():
-        raise JobError(
-            f"{setting}: {wanted} is not on this machine ({cached}). Run `orch prepare SETTINGS` where "
-            f"there is internet, or name a file in {setting}"
-        )
-    return cached
+    weights = known[wanted]
+    name = weights.url.rsplit("/", 1)[-1]
+    digits = _HASH.search(name)  # torchvision's file names end with the first digits of the SHA-256
+    file = Path(torch.hub.get_dir()) / "checkpoints" / name
+    size_mb = weights.meta.get("_file_size")
+    return Source(mirror or weights.url, file, digits[1] if digits else "", int(size_mb * 2**20) if size_mb else None)
 
 
-def read_weights(file: Path, setting: str) -> dict[str, Tensor]:
-    """Load a file's tensors by name, on the CPU, without executing code in it. setting: its name, for errors."""
+def bring_weights(file: Path, source: Source, say: Say) -> None:
+    """Copy a file that the user has carried here to where `weights_file` finds it. Raises JobError if its checksum is
+    wrong or the disk is full."""
+    say(f"{file}: SHA-256 {checked(file, source.sha256)}")
+    copy_into_place(file, source.file)
+
+
+def read_weights(file: Path, setting: str, command: str) -> dict[str, Tensor]:
+    """Load a file's tensors by name, on the CPU, without executing code in it. setting: its name,
+    command: the `orch prepare` command, both for errors. Raises JobError."""
     again = (
-        "fetch it again (a torchvision file: delete it and run `orch prepare SETTINGS`), or name another file "
+        f"fetch it again (a torchvision file: delete it and run `{command}`), or name another file "
         "written by torch.save(model.state_dict(), file)"
     )
     try:

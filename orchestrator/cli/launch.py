@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from orchestrator.settings.settings import Settings
 
 MEND_EVERY_S = 10.0
-PATIENCE_S = 300.0  # how long to keep trying while the database can't be used; jobs wait as long
+PATIENCE_S = 300.0  # how long to keep trying while the database can't be used; jobs try as long
 
 
 def launch(
@@ -47,7 +47,7 @@ def launch(
     from orchestrator.records import RunState
     from orchestrator.run.launch import launch as launch_run
     from orchestrator.run.run import STOPPED, Run
-    from orchestrator.worker.user_job import check_job
+    from orchestrator.worker.user_job import check_job, data_source
 
     loaded, notes = _load(settings, set_ or [], workers, executor)
     folder = runs_dir / loaded.name
@@ -63,7 +63,7 @@ def launch(
             existing.refuse_if_over(time.time())
         _print_plan(loaded, folder, existing is not None, needed_gb, json)
         return
-    run = existing or launch_run(loaded, runs_dir, import_paths)
+    run = existing or launch_run(loaded, runs_dir, import_paths, data_source=data_source(loaded))
     permissions.use_umask(run.folder)
     for line in run.resume(time.time()) if existing else []:
         say(line)
@@ -95,7 +95,7 @@ def _load(path: Path, overrides: list[str], workers: int | None, executor: str |
 
 
 def _disk(settings: Settings, folder: Path) -> float | None:
-    """Print and return about how many GB the checkpoints will take; None: not known."""
+    """Estimate, print and return how many GB the checkpoints will take; None: not known."""
     from orchestrator.files import disk_budget
     from orchestrator.worker.user_job import checkpoint_bytes
 
@@ -111,9 +111,9 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
     from orchestrator.errors import RunError
     from orchestrator.settings.loading import difference
 
-    if wanted.lock == "auto":  # the launch chose the kind of lock, so ignore this difference
+    if wanted.lock == "auto":  # the first launch chose the kind of lock, so this is not a change
         wanted = wanted.model_copy(update={"lock": existing.settings.lock})
-    if wanted.database_schema is None:  # the launch made up a name, so ignore this difference
+    if wanted.database_schema is None:  # the first launch generated a name, so this is not a change
         wanted = wanted.model_copy(update={"database_schema": existing.settings.database_schema})
     changed = difference(existing.settings, wanted)
     if changed:
@@ -171,16 +171,16 @@ def _slurm_plan(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _wait(run: Run, quiet: bool) -> None:
-    """Show the run until no job is left, and restart broken chains meanwhile. Ctrl-C ends the display, not the run.
+    """Show the run until no job is left, and meanwhile restart broken chains. Ctrl-C ends the display, not the run.
 
-    Raises LeaderboardError if the database can't be used for PATIENCE_S (full disk, server down).
+    Raises LeaderboardError if the database can't be used for PATIENCE_S seconds (full disk, server down).
     """
     from rich.console import Console
     from rich.live import Live
 
     console = Console(stderr=True, quiet=quiet)
     waiting = _Waiting(run, console)
-    look_every_s = 0.5 if run.queue.name == "local" else 5.0  # spare Slurm's controller, which all users share
+    look_every_s = 0.5 if run.queue.name == "local" else 5.0  # all users share Slurm's controller, so ask it less often
     answered_at = time.monotonic()
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -229,7 +229,7 @@ class _Waiting:
         else:
             self.say(_line(state))
         if not has_jobs(state):
-            return state["state"] in STOPPED or not self._mend()  # over, unless broken chains were restarted
+            return state["state"] in STOPPED or not self._mend()  # not over if broken chains were restarted
         if time.time() - self._mended_at > MEND_EVERY_S:  # a killed job may have broken its chain
             self._mend()
         return False

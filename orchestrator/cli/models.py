@@ -17,17 +17,38 @@ from orchestrator.cli.options import (
     SettingsFile,
     open_run,
     print_json,
+    say,
 )
 from orchestrator.messages import counted
 
 
-def prepare(settings: SettingsFile, set_: Set = None) -> None:
-    """Download the weights and data that a job needs, for nodes without internet access."""
+def prepare(
+    settings: SettingsFile,
+    set_: Set = None,
+    from_: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from", metavar="FILE", exists=True, dir_okay=False, help="An archive or weights that you carried here."
+        ),
+    ] = None,
+    stand_in: Annotated[
+        bool, typer.Option("--stand-in", help="Make a small artificial data set instead; needs no network.")
+    ] = False,
+    sha256: Annotated[
+        str | None, typer.Option("--sha256", metavar="HEX", help="The checksum that the data's archive must have.")
+    ] = None,
+) -> None:
+    """Fetch the weights and data that a job needs, for nodes without internet access.
+
+    An interrupted download continues where it stopped.
+    """
     from orchestrator.settings.loading import load
-    from orchestrator.worker.user_job import check_job
+    from orchestrator.worker import user_job
 
     loaded, notes = load(settings, set_ or [])
-    for line in notes + check_job(loaded, [str(Path.cwd())], download=True):
+    brought = [file.absolute() for file in from_ or []]
+    lines = user_job.prepare(loaded, [str(Path.cwd())], brought=brought, stand_in=stand_in, sha256=sha256, say=say)
+    for line in notes + (lines or [f"job {loaded.job} needs no files"]):
         print(line)
 
 
@@ -53,7 +74,7 @@ def evaluate(
 def export(
     run: RunArgument = None,
     rank: Annotated[int, typer.Option("--rank", min=1, help="1 is the best.")] = 1,
-    out: Annotated[Path, typer.Option("--out", help="The file to write; a .json file beside it describes it.")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="The file to write; a description goes into a .json file.")] = Path(
         "best.pt"
     ),
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,

@@ -31,7 +31,7 @@ def _table(*headings: str, title: str | None = None) -> Table:
 
 
 def _add_whole(table: Table, heading: str, cells: Sequence[str]) -> None:
-    """Add a column whose cells are never cut off. Instead, other columns shrink, and a long heading is wrapped."""
+    """Add a column whose cells are never cut off: other columns shrink instead, and a long heading is wrapped."""
     width = max([min(len(heading), 10), *map(len, cells)])
     folded = Text(heading, no_wrap=False, overflow="fold")
     table.add_column(folded, justify="right", no_wrap=True, min_width=width, max_width=width)
@@ -45,10 +45,17 @@ def _cells(row: dict[str, Any], keys: Sequence[str]) -> list[str]:
     return ["-" if row.get(key) is None else str(row[key]) for key in keys]
 
 
+def _stand_in(report: dict[str, Any]) -> list[str]:
+    """Return a line that says that the data are artificial, if they are."""
+    data = report.get("data") or {}
+    return [f"STAND-IN DATA: {data.get('name')}"] if data.get("stand_in") else []
+
+
 def board(board: dict[str, Any]) -> Table:
     metric, entries = board["metric"]["name"], board["entries"]
     held = f"{len(entries)} of {counted(board['num_models'], 'model')}, {counted(board['founders'], 'lineage')}"
-    table = _table(title=f"{board['run']}: {held}; {metric} on the {board['select_on']} set")
+    title = f"{board['run']}: {held}; {metric} on the {board['select_on']} set"
+    table = _table(title="\n".join([title, *_stand_in(board)]))
     whole = {"rank": [str(entry["rank"]) for entry in entries], metric: [_score(entry["score"]) for entry in entries]}
     if any(entry["test_metrics"] for entry in entries):
         whole["on test"] = [_score((entry["test_metrics"] or {}).get(metric)) for entry in entries]
@@ -73,6 +80,7 @@ def status(state: dict[str, Any]) -> Group:
         Text(f"chunks: {chunks}"),
         Text(f"ends at the latest at {state['deadline']}"),
         Text(f"lock: {state['lock']}"),
+        *(Text(line, style="bold yellow") for line in _stand_in(state)),
     ]
     if state["last_error"]:
         error = f"last error ({state['last_error_at']}): {state['last_error']} (more in {state['logs']})"

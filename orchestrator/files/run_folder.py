@@ -1,4 +1,4 @@
-"""The names of the files in a run's folder, and finding a run by name or path."""
+"""The names of the files in a run's folder; functions that find a run by its name or path."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from orchestrator.errors import RunError
 
 SETTINGS_NAME = "settings.json"
 DATABASE_NAME = "orch.db"
+DATA_NAME = "data.json"  # where the training data come from, as far as the job knows
 LOCK_SUFFIX, LOCK_RECORD_SUFFIX = ".lock", ".lock.json"  # appended to the database's name
 CHECKPOINTS, JOBS, LOGS = "checkpoints", "jobs", "logs"  # folders
 FOLDERS = (CHECKPOINTS, JOBS, LOGS)
@@ -37,7 +38,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_run(run: str | None, runs_dir: Path) -> Path:
-    """Find a run by name or path; None: the newest one. Raises RunError, which names the existing runs."""
+    """Find a run by name or path; None: the newest run. Raises RunError, whose message names the existing runs."""
     known = all_runs(runs_dir)
     if run is None:
         if not known:
@@ -53,7 +54,7 @@ def find_run(run: str | None, runs_dir: Path) -> Path:
 
 
 def without_its_files(folder: Path) -> str:
-    """Return the message for a folder with neither settings nor a database."""
+    """Return the error message for a folder that has neither settings nor a database."""
     message = f"{folder} is not a run: it has neither {SETTINGS_NAME} nor {DATABASE_NAME}"
     if not any((folder / CHECKPOINTS).glob("*.pt")):
         return f"{message}. Choose another name, or move the folder away"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from orchestrator.errors import RunError
 from orchestrator.files import permissions
 from orchestrator.files.atomic import publish, sync_folder
-from orchestrator.files.run_folder import FOLDERS, SETTINGS_NAME, is_run, without_its_files
+from orchestrator.files.run_folder import DATA_NAME, FOLDERS, SETTINGS_NAME, is_run, without_its_files
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.locking import choice
@@ -22,10 +24,15 @@ from orchestrator.settings.settings import Settings, new_schema
 
 
 def launch(
-    settings: Settings, runs_dir: Path, import_paths: Sequence[str] = (), clock: Callable[[], float] = time.time
+    settings: Settings,
+    runs_dir: Path,
+    import_paths: Sequence[str] = (),
+    clock: Callable[[], float] = time.time,
+    *,
+    data_source: Mapping[str, Any] | None = None,
 ) -> Run:
     """Create the run's folder and database, and queue its workers. If the jobs are refused, the folder and the database
-    are deleted again.
+    are deleted again. data_source: where the job's data come from, as JSON values; kept with the run for its reports.
 
     Raises RunError if the folder exists or can't be created, LockError if no lock works on the file system,
     LeaderboardError if the database can't be created, SubmissionError if the jobs are refused.
@@ -50,12 +57,15 @@ def launch(
                 settings = _with_lock(settings, building, undo)
                 frozen = loading.freeze(settings)
                 publish(building / SETTINGS_NAME, lambda file: file.write(f"{frozen}\n".encode()))
+                if data_source:
+                    text = json.dumps(data_source, indent=1)
+                    publish(building / DATA_NAME, lambda file: file.write(f"{text}\n".encode()))
                 place = (building, settings.database, settings.database_schema)
                 deadline = now + settings.total_lifetime
                 Leaderboard.create(*place, settings=settings, import_paths=import_paths, now=now, deadline=deadline)
                 undo.callback(Leaderboard.discard, *place, own_schema)
             sync_folder(building)
-            building.rename(folder)  # from now on, the run exists and is complete
+            building.rename(folder)  # now the run exists, and is complete
             sync_folder(runs_dir)
         except OSError as error:
             if folder.exists():
@@ -69,12 +79,12 @@ def launch(
 
 
 def _with_lock(settings: Settings, building: Path, undo: ExitStack) -> Settings:
-    """Choose a lock that works on this file system, record it beside the database, and return the settings with it.
+    """Choose a lock that works on this file system, write its record beside the database, and add it to the settings.
 
     Raises LockError, OSError.
     """
     file = Database(settings.database, building).file
-    if file is None or file.exists():  # a server has its own locks; Leaderboard.create refuses an existing file
+    if file is None or file.exists():  # None: a server, with its own locks. Leaderboard.create refuses an existing file
         return settings
     file.parent.mkdir(parents=True, exist_ok=True)
     chosen = choice.choose(file.parent, settings.several_nodes, settings.lock)

@@ -20,7 +20,7 @@ log = logging.getLogger("orch")
 
 
 def test_models(run: Run, again: bool, now: float) -> None:
-    """Test the models on the board, record their test metrics, and send these to the run's loggers.
+    """Test the models on the board, record their test metrics, and send the metrics to the run's loggers.
 
     Entries with test metrics are skipped unless `again`. Raises JobSpecError.
     """
@@ -42,7 +42,7 @@ def test_models(run: Run, again: bool, now: float) -> None:
             path = checkpoints.verify(run.folder / "checkpoints", entry["file"], entry["sha256"])
             with as_job_error(job):
                 metrics = session.evaluate_file(path, "test")
-            with suppress(FileNotFoundError):  # the entry has left the board; record_test then rejects the result
+            with suppress(FileNotFoundError):  # the entry has left the board, and its file is deleted
                 tests[path.name] = (last_step(path), metrics)
             try:
                 run.leaderboard.board.record_test(entry["checkpoint"], entry["sha256"], metrics, now)
@@ -73,7 +73,7 @@ def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         publish(out, lambda target: export(source, target))
-        text = json.dumps({"run": run.name, "job": run.settings.job, **entry}, indent=2)
+        text = json.dumps({"run": run.name, "job": run.settings.job, "data": run.data_source(), **entry}, indent=2)
         publish(out.with_suffix(".json"), lambda target: target.write(text.encode()))
     except JobError as error:  # a custom train_chunk may return a state without a model
         raise JobSpecError(f"job {run.settings.job}: {error}") from error

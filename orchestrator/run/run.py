@@ -1,7 +1,8 @@
-"""Control an existing run and read its state; used by the command line and the Python API."""
+"""Control an existing run and read its state, for the command line and the Python API."""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from orchestrator.cluster.host import gpus_of
 from orchestrator.cluster.inline import InlineJob
 from orchestrator.errors import RunError
 from orchestrator.files import atomic
-from orchestrator.files.run_folder import LOGS, SETTINGS_NAME
+from orchestrator.files.run_folder import DATA_NAME, LOGS, SETTINGS_NAME
 from orchestrator.leaderboard.engine import CONNECT_FOR_S, JOB_CONNECTS_FOR_S
 from orchestrator.leaderboard.run_state import Snapshot
 from orchestrator.messages import iso
@@ -26,8 +27,8 @@ from orchestrator.worker.opened_run import OpenedRun
 from orchestrator.worker.trainer import Ending, StopFlag
 from orchestrator.worker.user_job import apart_from_stdout
 
-OVER = (RunState.CONVERGED, RunState.FINISHED)  # the run ended by itself and can't be paused, drained or cancelled
-STOPPED = (*OVER, RunState.PAUSED, RunState.CANCELLED, RunState.FAILED)  # jobs still running end soon
+OVER = (RunState.CONVERGED, RunState.FINISHED)  # the run has ended by itself: it can't be paused, drained or cancelled
+STOPPED = (*OVER, RunState.PAUSED, RunState.CANCELLED, RunState.FAILED)  # jobs that still run will end soon
 HOLDABLE = tuple(state for state in RunState if state not in OVER)
 
 log = logging.getLogger("orch")
@@ -56,13 +57,13 @@ class Run(OpenedRun):
     # --- control
 
     def resume(self, now: float) -> list[str]:
-        """Activate the run and queue a job for each chain without one, at any time. Returns a line for each change.
+        """Activate the run from any state, and queue a job for each chain without one. Returns a line for each change.
 
         Raises RunError if the run's lifetime is over, or a stop rule is still met.
         """
         snapshot = self.refuse_if_over(now)
-        # Jobs whose submission was cut off when the run stopped must be closed before the run is active again: after
-        # that, they can't be told from jobs that another `resume` is submitting.
+        # Close the jobs whose submission was interrupted when the run stopped, before the run is active again. In an
+        # active run, they can't be distinguished from jobs that another `resume` is submitting.
         closed = [] if snapshot.state is RunState.ACTIVE else self.reconcile(now)
         self.leaderboard.run_state.revive(self.settings.workers)
         self.leaderboard.run_state.change_state(RunState.ACTIVE, list(RunState), None, now)
@@ -94,8 +95,8 @@ class Run(OpenedRun):
         return self._hold(RunState.DRAINING, "drained by the user", now)
 
     def cancel(self, at_once: bool, now: float) -> list[str]:
-        """End the run: no more chunks or jobs start. Running jobs suspend their chunks and end; with at_once, they are
-        killed. Returns a line for each failure."""
+        """End the run: no more chunks or jobs start. Running jobs suspend their chunks and end. at_once: kill the jobs
+        instead. Returns a line for each failure."""
         trouble = self._hold(RunState.CANCELLED, "cancelled by the user", now)
         running = self.leaderboard.run_state.snapshot().open_jobs
         return trouble + self.queue.cancel([j for j in running if j.state is JobState.RUNNING], at_once)
@@ -105,7 +106,7 @@ class Run(OpenedRun):
         if self.leaderboard.run_state.change_state(state, HOLDABLE, reason, now) not in HOLDABLE:
             return []
         jobs = self.leaderboard.run_state.snapshot().open_jobs
-        evidence = self.queue.evidence(jobs)  # Slurm may have requeued a job that the database calls running
+        evidence = self.queue.evidence(jobs)  # Slurm may have requeued a job that is RUNNING in the database
         queued = [j for j in jobs if j.state is not JobState.RUNNING or evidence[j.job_id] is Evidence.QUEUED]
         trouble = self.queue.cancel(queued, now=True)
         self.leaderboard.chains.close(queued, JobState.CANCELLED, reason, now)
@@ -114,7 +115,7 @@ class Run(OpenedRun):
     def amend(self, overrides: Sequence[str], now: float) -> list[str]:
         """Change settings of the run; workers use the new values from their next claim. Returns a line for each change.
 
-        Raises SettingsError, and changes nothing, if a setting can't be changed or a value is invalid.
+        Raises SettingsError if a setting can't be changed or a value is invalid; then nothing is changed.
         """
         amended = loading.amend(self.settings, overrides)
         changes = loading.difference(self.settings, amended)
@@ -171,12 +172,21 @@ class Run(OpenedRun):
             "metric": asdict(self.settings.metric),
             "num_models": self.settings.num_models,
             "select_on": self.settings.select_on,
-            "founders": len({e["founder"] for e in entries}),  # number of remaining lineages
+            "data": self.data_source(),
+            "founders": len({e["founder"] for e in entries}),  # number of lineages on the board
             "entries": entries,
         }
 
+    def data_source(self) -> dict[str, Any] | None:
+        """Return where the training data come from; None if the job did not know at launch."""
+        try:
+            source: dict[str, Any] = json.loads((self.folder / DATA_NAME).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return source
+
     def summary(self, snapshot: Snapshot | None = None) -> dict[str, Any]:
-        """Return the data for a line of `orch runs`, from the database only. snapshot: the run's, if already read."""
+        """Return the data for a line of `orch runs`, from the database only. snapshot: the run's; None: read it now."""
         snapshot = snapshot or self.leaderboard.run_state.snapshot()
         return {
             "run": self.name,
@@ -202,6 +212,7 @@ class Run(OpenedRun):
             "last_error": error,
             "last_error_at": iso(failed_at),
             "logs": str(self.folder / LOGS),
+            "data": self.data_source(),
             "warnings": stopping.warnings(counts["chunks"], self.settings.metric.name),
             **counts,
         }

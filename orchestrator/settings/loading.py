@@ -19,7 +19,7 @@ from orchestrator.settings.changes import changes
 from orchestrator.settings.explain import explain
 from orchestrator.settings.settings import Settings
 
-# Keys of the original system that are no longer needed, because each run now has a database and a folder.
+# Keys of the original system that are ignored, because each run now has its own database and folder.
 OBSOLETE = ("lock_file", "lock_timeout", "state_file", "log_file", "model_name_format")
 
 
@@ -38,7 +38,7 @@ def thaw(text: str) -> Settings:
 
 def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Settings, list[str]]:
     """Read a settings file. overrides: "key=value" texts, such as "slurm.nice=5"; the value is JSON.
-    fixed: values of command-line options, which take precedence; None: not given.
+    fixed: values of command-line options, which take precedence over file and overrides; None: option not given.
 
     Returns settings (with absolute paths) and notes for the user. Raises SettingsError with a line for each mistake.
     """
@@ -61,6 +61,7 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
     if isinstance(weights, str) and os.path.isfile(weights):
         raw["pretrained_weights"] = str(Path(weights).absolute())
     settings = _validated(raw, source)
+    settings.came_from(str(path), *(word for override in overrides for word in ("--set", override)))
     if settings.group is not None:
         try:
             permissions.group_id(settings.group)
@@ -148,7 +149,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     try:
         value = _read_json(Path(text[1:])) if text.startswith("@") else json.loads(text)
     except json.JSONDecodeError:
-        value = text  # a bare word is a string
+        value = text  # not JSON: a string without quotes
     except (SettingsError, ValueError, RecursionError) as error:
         raise SettingsError(f"{option}: {error}") from error
     *parents, last = path.split(".")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shlex
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator
 
 from orchestrator.messages import one_line, shown
 from orchestrator.records import CLASS, Line, Metric, Policy, Profile, StopRules, WantedLock
@@ -32,14 +33,14 @@ def _check_logger(name: str) -> str:
 
 
 def _check_database(url: str) -> str:
-    """Return the URL if it is allowed; otherwise raise ValueError, whose message never contains the password."""
+    """Return the URL if it is allowed; otherwise raise ValueError. The message never contains the password."""
     one_line(url)
     try:
         parts = urlsplit(url)
         query = {key.lower() for key in parse_qs(parts.query, keep_blank_values=True)}
         password = parts.password or query & {"password", "sslpassword"}
         parts.port  # noqa: B018  # raises ValueError if the port is not a number
-    except ValueError as error:  # urlsplit raises it for brackets without an IPv6 address
+    except ValueError as error:  # urlsplit raises it if brackets do not contain an IPv6 address
         raise ValueError(f"not a URL: {str(error).split(':')[0]}") from error
     if parts.scheme == "sqlite":
         if parts.path in ("", "/", "/:memory:"):
@@ -129,11 +130,13 @@ class Settings(Strict):
     cores_per_worker: Count | None = Field(None, description="CPU cores; default: the cores allocated to the job")
     total_lifetime: Lifetime = Field(259200, description="seconds from launch to the end of the run")
     eon_lifetime: Lifetime = Field(2400, description="seconds of work in one job")
-    stop_after_stale_cycles: Count | None = Field(1, description="end after cycles without a promotion; null: never")
+    stop_after_stale_cycles: Count | None = Field(
+        1, description="end after this many cycles without a promotion; null: never"
+    )
     stop_at_score: float | None = Field(None, allow_inf_nan=False, description="end when a model has this score")
     stop_after_epochs: Count | None = Field(None, description="end after this many epochs in total")
     max_failures: Count = Field(5, description="failures in a row that end a chain")
-    max_chunk_attempts: Count = Field(3, description="failures of a profile on a model before it is skipped")
+    max_chunk_attempts: Count = Field(3, description="failures of a profile on a model before the profile is skipped")
     max_disk_gb: Size | None = Field(None, description="limit for the run's folder in GB (10^9 bytes)")
     slurm_file: FilePath | None = Field(None, description="an sbatch file whose options and setup lines are used")
     slurm: SlurmSettings = Field(SlurmSettings(), description="what jobs request from Slurm; overrides slurm_file")
@@ -143,6 +146,9 @@ class Settings(Strict):
     database_schema: str | None = Field(
         None, pattern=r"^[a-z_][a-z0-9_]*$", max_length=63, description="PostgreSQL schema; default: a new one per run"
     )
+
+    # The command-line words that give these settings: a file and its --set options. Not stored; empty if unknown.
+    _origin: tuple[str, ...] = PrivateAttr(())
 
     @field_validator("loggers")
     @classmethod
@@ -173,13 +179,22 @@ class Settings(Strict):
 
     @property
     def uses_server(self) -> bool:
-        """Whether the database is a server. A server needs no file lock, but the run's tables need a schema."""
+        """Whether the database is on a server. A server needs no file lock, but the run's tables need a schema."""
         return self.database is not None and not self.database.startswith("sqlite")
 
     @property
     def several_nodes(self) -> bool:
         """Whether the run's jobs may be on more than one machine, so that locks must work between machines."""
         return self.executor not in ("local", "inline")
+
+    def came_from(self, *words: str) -> None:
+        """Remember the command-line words that give these settings: a settings file, and its --set options."""
+        self._origin = words
+
+    @property
+    def prepare_command(self) -> str:
+        """The command that fetches missing data and weights, for messages."""
+        return shlex.join(["orch", "prepare", *(self._origin or ("SETTINGS",))])
 
     @property
     def data_folders(self) -> tuple[str, ...]:

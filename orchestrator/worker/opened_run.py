@@ -26,7 +26,7 @@ class OpenedRun:
         self.folder = folder
         self.leaderboard = leaderboard
         self.settings = leaderboard.settings
-        self.version = leaderboard.version  # the settings' version, which each amendment increases
+        self.version = leaderboard.version  # of the settings; each amendment increases it
         self.name = self.settings.name
         self._job_main = job_main
         self._queue: JobQueue | None = None
@@ -52,6 +52,7 @@ class OpenedRun:
 
     def use(self, settings: Settings, version: int) -> None:
         """Replace the settings in memory."""
+        settings.came_from(str(self.folder / SETTINGS_NAME))
         self.settings, self.version, self._queue = settings, version, None
 
     @classmethod
@@ -83,7 +84,7 @@ class OpenedRun:
 
 
 def _refuse_two_locks(leaderboard: Leaderboard) -> None:
-    """Raise RunError if this process would use another kind of lock than the run was launched with."""
+    """Raise RunError if the recorded kind of lock differs from the one that the run was launched with."""
     database, lock = leaderboard.database, leaderboard.settings.lock
     if database.file and database.lock_choice and lock not in ("auto", database.lock_choice.kind):
         record = choice.record_path(database.file)

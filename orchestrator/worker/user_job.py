@@ -18,11 +18,13 @@ from orchestrator.errors import JobSpecError, OrchError
 from orchestrator.settings.settings import Settings
 
 if TYPE_CHECKING:
+    from jobs.data.download import Fetch
     from orchestrator.worker.trainer import Trainer
 
 
-def check_job(settings: Settings, import_paths: Sequence[str], download: bool = False) -> list[str]:
-    """Import the job and check that its requirements are met. Returns lines for the user. Raises JobSpecError."""
+def check_job(settings: Settings, import_paths: Sequence[str], fetch: Fetch | None = None) -> list[str]:
+    """Import the job and check that its requirements are met. fetch: first fetch missing files. Returns lines for the
+    user. Raises JobSpecError."""
     from jobs.imports import brings_own_trainer, look_first_in
 
     look_first_in(import_paths)
@@ -31,7 +33,39 @@ def check_job(settings: Settings, import_paths: Sequence[str], download: bool = 
             return []
         from jobs.training import opening  # imports torch
 
-        return opening.check_job(settings, download)
+        return opening.check_job(settings, fetch)
+
+
+def prepare(
+    settings: Settings,
+    import_paths: Sequence[str],
+    *,
+    brought: Sequence[Path],
+    stand_in: bool,
+    sha256: str | None,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Fetch the data and weights that the job needs. brought: files that the user has carried here. stand_in: make
+    artificial data instead. sha256: expected checksum of the data's archive. say: called with lines about progress.
+    Returns lines for the user. Raises JobSpecError."""
+    from jobs.data.download import Fetch
+
+    return check_job(settings, import_paths, Fetch(tuple(brought), stand_in, sha256, say))
+
+
+def data_source(settings: Settings) -> dict[str, Any]:
+    """Return where the job's data come from, as JSON values; {} if unknown. Call check_job first.
+
+    Raises JobSpecError.
+    """
+    from jobs.imports import brings_own_trainer
+
+    with as_job_error(settings.job):
+        if brings_own_trainer(settings.job):
+            return {}
+        from jobs.training.opening import load_job
+
+        return dict(load_job(settings).data_source())
 
 
 def checkpoint_bytes(settings: Settings) -> int | str:
@@ -53,7 +87,7 @@ def checkpoint_bytes(settings: Settings) -> int | str:
 
 @contextmanager
 def apart_from_stdout() -> Iterator[None]:
-    """Send what the user's code and libraries print to stdout to stderr instead: stdout is for orch's own output."""
+    """Redirect stdout to stderr inside the block, where the user's code may print: stdout is for orch's own output."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -67,7 +101,7 @@ def apart_from_stdout() -> Iterator[None]:
 
 @contextmanager
 def as_job_error(job: str) -> Iterator[None]:
-    """Turn any error from the user's code into a JobSpecError, and send everything that the code prints to stderr."""
+    """Turn any error of the user's code in the block into a JobSpecError, and redirect the code's output to stderr."""
     from jobs.errors import JobError
 
     try:
@@ -82,8 +116,8 @@ def as_job_error(job: str) -> Iterator[None]:
 
 
 def import_ahead(job: str) -> threading.Thread:
-    """Import the job's module and torch in a background thread. This takes seconds; meanwhile, the worker waits
-    for sbatch, squeue and the database. Errors are ignored here, because opening the job raises them again.
+    """Import the job's module and torch in a background thread. This takes seconds, during which the worker waits for
+    sbatch, squeue and the database. Errors are ignored here, because opening the job raises them again.
 
     Join the thread before opening the job: two threads must not import torch's modules at the same time.
     """
@@ -123,7 +157,7 @@ def verify_resume(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Test whether this job resumes exactly on this machine. Returns the data of `orch verify-resume --json`. say:
-    called with a line of text at each stage. Raises JobSpecError if the job can't be trained."""
+    called with a line for the user at each stage. Raises JobSpecError if the job can't be trained."""
     for line in check_job(settings, import_paths):
         say(line)
     from jobs.imports import brings_own_trainer

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +58,17 @@ def orch(cwd: Path, *arguments: str, **environment: str) -> subprocess.Completed
     kept = {name: value for name, value in os.environ.items() if name not in ("ORCH_RUNS_DIR", "TORCH_HOME")}
     command = [str(ORCH), *arguments]
     return subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=240)
+
+
+def sketch_archive(path: Path, classes: Mapping[str, Iterable[int]], others: Iterable[str] = ()) -> Path:
+    """Write an archive like that of the sketches: png/CLASS/NUMBER.png. others: more files in it."""
+    pixels = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for label, numbers in classes.items():
+            for number in reversed([*numbers]):
+                content = io.BytesIO()
+                Image.fromarray(pixels.integers(0, 256, (64, 64), dtype=np.uint8)).save(content, "png")
+                archive.writestr(f"png/{label}/{number}.png", content.getvalue())
+        for name in others:
+            archive.writestr(name, "x")
+    return path

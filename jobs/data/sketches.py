@@ -1,0 +1,190 @@
+"""The sketch data of the original report: fetched, or artificial drawings of the same layout in their place.
+
+The sketches are those of Eitz, Hays and Alexa, "How Do Humans Sketch Objects?", ACM Trans. Graph. 31(4), 2012: 250
+classes, 80 drawings of each. ROOT/train and ROOT/test hold one folder per class; ROOT/SOURCE.json says where they come
+from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from operator import itemgetter
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from jobs.data.download import MB, Say
+from jobs.data.strokes import draw_class
+from jobs.errors import JobError
+from orchestrator.files.atomic import publish
+from orchestrator.messages import counted
+
+URL = "https://cybertron.cg.tu-berlin.de/eitz/projects/classifysketch/sketches_png.zip"
+ARCHIVE = "sketches_png.zip"
+ARCHIVE_BYTES = 525_000_000  # roughly
+CLASSES, DRAWINGS = 250, 80  # in the original
+TRAIN = 60  # of each class, the first by file number; the others are the test set
+RECORD = "SOURCE.json"
+WEIGHTS = "stand-in-weights.pth"  # in ROOT of stand-in data: pretrained weights made with them
+_MEMBER = re.compile(r"(?:.*/)?(?P<label>[^/]+)/(?P<number>\d+)\.png")
+
+STAND_IN_CLASSES, STAND_IN_SIZE, STAND_IN_SEED = 10, 256, 0  # classes, pixels
+STAND_IN = "stand-in drawings made by `orch prepare --stand-in`, not the sketches of the report"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where the files of a data set come from. Stored beside them as SOURCE.json."""
+
+    name: str
+    stand_in: bool = False  # artificial data in place of the real ones
+    url: str | None = None
+    sha256: str | None = None  # of the archive
+    classes: int = 0
+    train_images: int = 0
+    test_images: int = 0
+    weights: dict[str, str] = field(default_factory=dict)  # for stand-in data: the pretrained weights made with them
+
+    def __str__(self) -> str:
+        counts = f"{self.train_images} training and {self.test_images} test images"
+        return f"{self.name}: {counted(self.classes, 'class', 'classes')}, {counts}"
+
+
+_SOURCE = TypeAdapter(DataSource)
+
+
+def read_source(root: Path) -> DataSource | None:
+    """Return the record of the data in a folder; None if there is none. Raises JobError if it is damaged."""
+    try:
+        return _SOURCE.validate_json((root / RECORD).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValidationError) as error:
+        raise JobError(f"{root / RECORD} can't be read: delete {root} and run `orch prepare` again") from error
+
+
+def write_source(root: Path, source: DataSource) -> None:
+    text = json.dumps(asdict(source), indent=1) + "\n"
+    publish(root / RECORD, lambda target: target.write(text.encode()))
+
+
+def root_of(train: str | None, test: str | None) -> Path:
+    """Return the folder that contains the training and the test folder. Raises JobError if it is not ROOT/train and
+    ROOT/test."""
+    if not train or not test or Path(train) != Path(test).with_name("train") or Path(test).name != "test":
+        raise JobError(
+            f"training_source_dir is {train} and testing_source_dir {test}; for dataset tu_berlin, they must be "
+            "FOLDER/train and FOLDER/test"
+        )
+    return Path(train).parent
+
+
+def is_there(root: Path) -> bool:
+    return (root / "train").is_dir() and (root / "test").is_dir()
+
+
+def unpack(archive: Path, root: Path, *, url: str | None, sha256: str, say: Say, remove: bool = False) -> DataSource:
+    """Unpack the archive of sketches and split it: of each class, the first 60 drawings by file number are training
+    images, the others test images. ROOT appears only when it is complete. remove: delete the archive afterwards, and
+    also if it is damaged.
+
+    Raises JobError if the archive is damaged or not one of sketches, if the disk is full, or if ROOT exists already.
+    """
+
+    def fill(folder: Path) -> DataSource:
+        with zipfile.ZipFile(archive) as opened:
+            drawings = _drawings(opened, archive)
+            total = sum(map(len, drawings.values()))
+            say(f"unpacking {total} drawings of {counted(len(drawings), 'class', 'classes')}")
+            for label, members in drawings.items():
+                for place, (number, member) in enumerate(sorted(members, key=itemgetter(0))):
+                    part = folder / ("train" if place < TRAIN else "test") / label
+                    part.mkdir(parents=True, exist_ok=True)
+                    with opened.open(member) as source, (part / f"{number}.png").open("xb") as target:
+                        shutil.copyfileobj(source, target)
+        train = TRAIN * len(drawings)
+        return DataSource("TU Berlin sketches", False, url, sha256, len(drawings), train, total - train)
+
+    try:
+        source = _build(root, fill)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        if remove:
+            archive.unlink(missing_ok=True)
+        raise JobError(
+            f"{archive} is damaged or incomplete ({error}). Copy or download it again; the whole archive has about "
+            f"{ARCHIVE_BYTES / MB:.0f} MB"
+        ) from error
+    if remove:
+        archive.unlink(missing_ok=True)
+    if (source.classes, source.train_images) != (CLASSES, TRAIN * CLASSES):
+        say(f"note: the original has {CLASSES} classes with {DRAWINGS} drawings each; this archive differs")
+    return source
+
+
+def _drawings(opened: zipfile.ZipFile, archive: Path) -> dict[str, list[tuple[int, zipfile.ZipInfo]]]:
+    """Return the drawings of each class, with their numbers. Raises JobError if there are none, or too few."""
+    drawings: dict[str, list[tuple[int, zipfile.ZipInfo]]] = {}
+    for member in opened.infolist():
+        match = _MEMBER.fullmatch(member.filename)
+        if match and not match["label"].startswith((".", "_")):
+            drawings.setdefault(match["label"], []).append((int(match["number"]), member))
+    if not drawings:
+        raise JobError(f"{archive} contains no drawings; the sketches are files such as png/airplane/1.png")
+    few = [label for label, members in drawings.items() if len({number for number, _ in members}) <= TRAIN]
+    if few:
+        raise JobError(
+            f"{archive}: {', '.join(sorted(few)[:3])} have {TRAIN} drawings or fewer; each class needs {TRAIN} for "
+            "training and at least one for testing. Is the archive complete?"
+        )
+    return drawings
+
+
+def draw_stand_in(root: Path, say: Say, classes: int = STAND_IN_CLASSES, seed: int = STAND_IN_SEED) -> DataSource:
+    """Draw artificial classes of strokes, with 60 training and 20 test images each, in place of the sketches. The same
+    seed gives the same files. Raises JobError if ROOT exists already or the disk is full."""
+
+    def fill(folder: Path) -> DataSource:
+        say(f"drawing {counted(classes, 'class', 'classes')} of strokes")
+        for label in range(classes):
+            name = f"stand-in-{label:03d}"
+            draw_class(folder / name, (seed, label), DRAWINGS, STAND_IN_SIZE)
+            for part, numbers in (("train", range(1, TRAIN + 1)), ("test", range(TRAIN + 1, DRAWINGS + 1))):
+                (folder / part / name).mkdir(parents=True)
+                for number in numbers:
+                    (folder / name / f"{number}.png").rename(folder / part / name / f"{number}.png")
+            (folder / name).rmdir()
+        test_images = (DRAWINGS - TRAIN) * classes
+        return DataSource(STAND_IN, True, classes=classes, train_images=TRAIN * classes, test_images=test_images)
+
+    return _build(root, fill)
+
+
+def _build(root: Path, fill: Callable[[Path], DataSource]) -> DataSource:
+    """Fill a new folder, then give it its name. Raises JobError if that name is in use or the disk is full."""
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise JobError(
+            f"{root} exists already, and `orch prepare` did not make it. Move it away, or name other folders in "
+            "training_source_dir and testing_source_dir"
+        )
+    building = root.with_name(f".{root.name}-{os.getpid()}")
+    try:
+        building.mkdir(parents=True)
+        source = fill(building)
+        write_source(building, source)
+        os.sync()  # the files must be on disk before the folder gets its name
+        if root.is_dir():
+            root.rmdir()
+        building.rename(root)
+    except OSError as error:
+        reason = error.strerror or error
+        raise JobError(f"{root} can't be filled: {reason}. Free some space and run the same command again") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return source
