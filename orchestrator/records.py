@@ -354,6 +354,8 @@ class Work:
     repeat: int
     parent: Path | None
     suspended: Path | None
+    in_memory: bool = False  # the parent is the state of the trainer's last snapshot, so its file need not be read
+    tentative: bool = False  # not claimed yet: report nothing to loggers before `Trainer.confirmed` is called
     # Only for logs and loggers; training must not depend on the fields below.
     chunk_id: int = 0
     generation: int = 0

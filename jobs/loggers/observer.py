@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from orchestrator.records import EpochResult, Work
@@ -28,3 +30,22 @@ class Observer:
 
     def close(self) -> None:
         """Write all remaining data: the process is about to end."""
+
+
+class Held(Observer):
+    """Keeps the reports of a chunk that may be thrown away."""
+
+    def __init__(self) -> None:
+        self._reports: list[Callable[[Observer], None]] = []
+
+    def step(self, step: int, loss: Tensor, learning_rate: float) -> None:
+        self._reports.append(lambda observer: observer.step(step, loss, learning_rate))
+
+    def epoch(self, result: EpochResult) -> None:
+        self._reports.append(lambda observer: observer.epoch(result))
+
+    def release(self, observer: Observer, work: Work) -> None:
+        """Pass the reports on. work: the chunk as it was claimed."""
+        observer.chunk(work)
+        for report in self._reports:
+            report(observer)

@@ -58,6 +58,12 @@ class DistributedSession:
     def save(self, target: IO[bytes]) -> None:
         self._session.save(target)
 
+    def snapshot(self) -> Callable[[IO[bytes]], None] | None:
+        return None
+
+    def confirmed(self, work: Work) -> None:
+        """Never called, since `snapshot` returns None."""
+
     def judged(self, promoted: bool) -> None:
         self._session.judged(promoted)
 

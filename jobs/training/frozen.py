@@ -55,6 +55,12 @@ class FrozenParts:
         _bypass(part, True)
         return feed.instead(self._outputs[split][1])
 
+    def undo(self, model: nn.Module) -> None:
+        """Make the frozen part of a model compute its output again."""
+        part = self._job.frozen_part(model)
+        if part is not None:
+            _bypass(part, False)
+
     def _allows(self, split: Split) -> bool:
         """Return whether inputs reach the model unchanged. A method overridden by the job might change them first."""
         names = ["training_loss"] if split == "train" else ["predict", "evaluation_metrics"]

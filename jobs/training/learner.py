@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from jobs.job import Averaging, Job
 from jobs.optim import optimizers
 from jobs.optim.schedules import Schedule
+from jobs.training import reuse
 from jobs.training.checked import checked_loss, checked_model
 from jobs.training.precision import Speed, arrange
 from jobs.training.ranks import Alone
@@ -22,13 +23,24 @@ from orchestrator.records import Metric, Profile
 class Predictor:
     """A job's model on its device, for evaluation only, with the settings' memory layout and compilation."""
 
-    def __init__(self, job: Job, speed: Speed, group: Alone) -> None:
-        """Create the model with its initial weights."""
+    def __init__(self, job: Job, speed: Speed, group: Alone, model: nn.Module | None = None) -> None:
+        """model: an existing one of this job, on its device; None: create one with initial weights."""
         self.job = job
         self.speed = speed
-        self.model = group.adopt(checked_model(job, job.model()).to(speed.device))
+        if model is None:
+            made = checked_model(job, job.model())
+            self._made = reuse.description(made)
+            model = group.adopt(made.to(speed.device))
+        else:
+            self._made = reuse.description(model)
+        self.model = model
         self._channels_last = speed.lay_out(self.model)
         self.running = speed.compiled(self.model)  # the module to call; it shares the model's weights
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the model object may train another chunk, starting with the weights that it has now."""
+        return self._made is not None and self._made == reuse.description(self.model)
 
     @property
     def evaluated(self) -> tuple[nn.Module, nn.Module]:
@@ -41,21 +53,32 @@ class Predictor:
 
 
 class Learner(Predictor):
-    """A model in training. `state` returns its complete state, and `restore` continues from such a state."""
+    """A model in training. `state` returns its complete state, from which another Learner can continue."""
 
     def __init__(
-        self, job: Job, profile: Profile, speed: Speed, group: Alone, steps_per_epoch: int, metric: Metric
+        self,
+        job: Job,
+        profile: Profile,
+        speed: Speed,
+        group: Alone,
+        steps_per_epoch: int,
+        metric: Metric,
+        state: Mapping[str, Any] | None = None,
+        model: nn.Module | None = None,
     ) -> None:
-        super().__init__(job, speed, group)
+        """state: continue from it; None: a founder. model: see Predictor."""
+        super().__init__(job, speed, group, model)
         self.steps = 0  # optimizer steps of the whole lineage
         self._group = group
         self._profile = profile
         self._optimizer = job.optimizer(self.model, profile)
         self._schedule = Schedule(profile, self._optimizer, steps_per_epoch, metric)
-        optimizers.complete(self._optimizer)
         self._scaler = speed.scaler()
         averaging = job.averaging()
         self._average = Average(self.model, averaging, speed) if averaging else None
+        if state is not None:
+            self._restore(state)
+        optimizers.complete(self._optimizer)
 
     @property
     def learning_rate(self) -> float:
@@ -100,7 +123,7 @@ class Learner(Predictor):
             "scaler": self._scaler.state_dict(),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def _restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state. If it was saved with another profile, the schedule starts anew, and the optimizer
         takes over the saved optimizer's state (such as momentum) only if both have the same class."""
         self.steps = state["steps"]
@@ -114,7 +137,6 @@ class Learner(Predictor):
             self._schedule.load_state_dict(state["schedule"])
         else:
             optimizers.take_over(self._optimizer, state["optimizer"], state["optimizer_class"])
-        optimizers.complete(self._optimizer)
 
 
 class Average:

@@ -20,13 +20,13 @@ from jobs.data.randomness import hash_seed, random_state, seed_all, set_random_s
 from jobs.data.splits import Split
 from jobs.errors import JobError
 from jobs.job import Job
-from jobs.loggers.observer import Observer
+from jobs.loggers.observer import Held, Observer
 from jobs.training.checked import checked_data, checked_metrics
 from jobs.training.frozen import FrozenParts
 from jobs.training.learner import Learner, Predictor
 from jobs.training.precision import Speed
 from jobs.training.ranks import ALONE, Alone
-from jobs.training.states import FORMAT, read, weights
+from jobs.training.states import FORMAT, Copies, read, weights
 from orchestrator.records import EpochResult, Finished, Interrupted, Work
 
 
@@ -41,6 +41,7 @@ class JobTrainer:
         self.metric = self.settings.metric
         self.epochs = 0  # trained in the whole lineage
         self._observer = observer or Observer()
+        self._reports: Observer = self._observer  # where the current chunk's reports go
         self._cut: dict[str, Any] | None = None  # where the chunk was interrupted; None if it was not
 
     def _load(self, work: Work) -> dict[str, Any] | None:
@@ -67,6 +68,14 @@ class JobTrainer:
         """Write the complete training state to a file, sequentially (without seeking)."""
         torch.save(self.state(), target)
 
+    def snapshot(self) -> Callable[[IO[bytes]], None] | None:
+        return None
+
+    def confirmed(self, work: Work) -> None:
+        if isinstance(self._reports, Held):
+            held, self._reports = self._reports, self._observer
+            held.release(self._observer, work)
+
     def judged(self, promoted: bool) -> None:
         self._observer.judged(promoted)
 
@@ -82,6 +91,8 @@ class Session(JobTrainer):
         self._speed = Speed(self.settings, self.device)
         self._frozen = FrozenParts(job, self._speed)
         self._learner: Learner | None = None
+        self._copies = Copies()
+        self._last: dict[str, Any] | None = None  # the state of the last snapshot: not a copy, but the tensors in use
         self._feeds: dict[str, Feed] = {}
 
     def train(
@@ -89,7 +100,8 @@ class Session(JobTrainer):
     ) -> Finished | Interrupted:
         """Train work.epochs epochs and validate after each. should_stop is called before every step."""
         learner, cut = self._begin(work)
-        self._observer.chunk(work)
+        self._reports = Held() if work.tentative else self._observer
+        self._reports.chunk(work)
         results = [EpochResult(**result) for result in cut["results"]]
         lost = False
         while len(results) < work.epochs and not lost:
@@ -98,24 +110,43 @@ class Session(JobTrainer):
                 self._cut = cut | {"results": [asdict(r) for r in results], "rng": random_state()}
                 return Interrupted(cut["step"])
             results.append(result)
-            self._observer.epoch(result)
+            self._reports.epoch(result)
             on_epoch(result)
             cut = fresh_cut()
             lost = not math.isfinite(result.metrics["train_loss"])  # training can't recover from a NaN loss
         score = math.nan if lost else results[-1].metrics[self.metric.name]  # NaN is never admitted to the board
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
 
+    def snapshot(self) -> Callable[[IO[bytes]], None] | None:
+        """Copy the state to host memory. None for several ranks: the followers would not hold the state."""
+        if self.group.count > 1:
+            return None
+        self._last = self.state()
+        copied = self._copies.copy(self._last)
+        return lambda target: torch.save(copied, target)
+
+    def _load(self, work: Work) -> dict[str, Any] | None:
+        last, self._last = self._last, None
+        if not work.in_memory:
+            return super()._load(work)
+        assert last is not None, "a chunk starts in memory only right after a snapshot"
+        self._cut, self.epochs = None, last["epochs"]
+        return last
+
     def _begin(self, work: Work) -> tuple[Learner, dict[str, Any]]:
         """Return the learner, ready to start or continue the chunk, and the position in the current epoch."""
         batches = self.feed("train").batches
         state = self._load(work)
+        model = self._reusable_model() if work.in_memory else None
         with randomness.random_state_kept() if state else nullcontext():  # a founder draws its initial weights
-            learner = Learner(self.job, work.profile, self._speed, self.group, batches, self.metric)
-        self._learner = learner
-        if state is None:
-            return learner, fresh_cut()
-        learner.restore(state)
-        return learner, resume_random_state(state, work)
+            about = (self.job, work.profile, self._speed, self.group, batches, self.metric)
+            self._learner = learner = Learner(*about, state, model)
+        return learner, resume_random_state(state, work) if state else fresh_cut()
+
+    def _reusable_model(self) -> nn.Module | None:
+        assert self._learner is not None, "a chunk in memory continues the last one"
+        self._frozen.undo(self._learner.model)
+        return self._learner.model if self._learner.reusable else None
 
     def _train_epoch(
         self, learner: Learner, cut: dict[str, Any], should_stop: Callable[[], bool]
@@ -140,7 +171,7 @@ class Session(JobTrainer):
             loss = learner.step(group.share(batch, size))
             loss_sum.add_(loss, alpha=size)
             cut["step"] += 1
-            self._observer.step(learner.steps, loss, rate)
+            self._reports.step(learner.steps, loss, rate)
         next(batches, None)  # lets the loader finish the epoch
         metrics = {"train_loss": loss_sum.item() / feed.count}
         metrics |= self._evaluate(learner, self.settings.select_on)

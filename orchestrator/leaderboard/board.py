@@ -174,6 +174,16 @@ class Board:
                 _RUN.write(tx, **_progress(context))
             return outcome, following
 
+    def foresee(
+        self, claim: Claim, candidate: Candidate, job_id: int, starts: int, now: float, lease_until: float
+    ) -> Claim | Over:
+        """Return what `record_and_claim` would claim now, and change nothing."""
+        claimant = _Claimant(claim.worker_id, job_id, starts, now, lease_until)
+        with self._database.transaction(keep=False) as tx:
+            view = moves.look(tx, moves.context_of(tx, claim.worker_id, job_id, claim.chunk_id))
+            _, context = self._record(tx, view, claim, candidate, now)
+            return self._claim(tx, claimant, context)
+
     def _record(
         self, tx: Connection, view: BoardView, claim: Claim, candidate: Candidate, now: float
     ) -> tuple[Outcome, Any]:

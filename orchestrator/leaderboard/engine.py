@@ -122,10 +122,10 @@ class Database:
             raise LeaderboardError(f"{self.file} is empty. {self.advice}")
 
     @contextmanager
-    def transaction(self, own_lock: bool = True) -> Iterator[Connection]:
+    def transaction(self, own_lock: bool = True, keep: bool = True) -> Iterator[Connection]:
         """Run one transaction. Transactions of a run do not overlap: on SQLite because of the file lock and BEGIN
         IMMEDIATE, on a server because of an advisory lock. Commits at the end, rolls back on an exception. own_lock:
-        whether to take the server's lock, which is not needed for reading.
+        whether to take the server's lock, which is not needed for reading. keep: if False, roll back at the end.
 
         Raises LeaderboardError if the database does not respond or is damaged.
         """
@@ -134,6 +134,8 @@ class Database:
         try:
             with self._lock or nullcontext(), self._begin(own_lock) as connection:
                 yield connection
+                if not keep:
+                    connection.rollback()
         except Timeout as error:
             held_for_s = self._lock.timeout if self._lock else 0
             raise LeaderboardError(

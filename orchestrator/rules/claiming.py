@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from orchestrator.records import Entry, Metric, Profile
+from orchestrator.records import Claim, Entry, Metric, Profile
 
 
 def choose_claim(entries: Sequence[Entry], founders_in_progress: int, num_models: int, metric: Metric) -> Entry | None:
@@ -56,6 +56,17 @@ def repeat_number(entry: Entry, position: int, cycle: Sequence[Profile]) -> int:
     rounds, remaining = divmod(position - start, len(cycle))
     per_round = sum(p == profile for p in cycle)
     return rounds * per_round + sum(profile_at(start + i, cycle) == profile for i in range(remaining))
+
+
+def same_work(foreseen: Claim, claimed: Claim) -> bool:
+    """Whether a chunk that was begun for the foreseen claim is exactly the chunk that was claimed later.
+
+    The claims may differ in what training does not depend on: generation, the score to beat, the parent's checksum. The
+    seed of a founder depends on its chunk_id.
+    """
+    unseeded = claimed.parent_file is not None or foreseen.chunk_id == claimed.chunk_id
+    names = ("position", "profile", "repeat", "parent_file", "parent_epochs", "settings_version", "suspended_file")
+    return unseeded and all(getattr(foreseen, name) == getattr(claimed, name) for name in names)
 
 
 def expired(now: float, lease_until: float) -> bool:

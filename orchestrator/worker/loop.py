@@ -5,25 +5,48 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.cluster.protocol import ThisJob
 from orchestrator.errors import CheckpointError, DamagedCheckpointError, OrchError, StaleClaimError
-from orchestrator.files import checkpoints, disk_budget
-from orchestrator.files.checkpoint_record import CheckpointRecord, lineage
+from orchestrator.files import checkpoints
 from orchestrator.files.checkpoints import Written
 from orchestrator.files.run_folder import CHECKPOINTS
 from orchestrator.messages import counted
-from orchestrator.records import Candidate, ChainJob, Claim, EpochResult, Finished, Interrupted, Over, Started, Work
-from orchestrator.rules import stopping
-from orchestrator.rules.checkpoint_names import SUFFIX, checkpoint_stem
+from orchestrator.records import ChainJob, Claim, EpochResult, Finished, Interrupted, Over, Started, Work
+from orchestrator.rules import claiming, stopping
 from orchestrator.worker.mending import reconcile
 from orchestrator.worker.opened_run import OpenedRun
 from orchestrator.worker.successor import Successor
 from orchestrator.worker.trainer import Ending, StopFlag, Trainer
+from orchestrator.worker.writing import CheckpointWriter, Unrecorded, candidate, file_of, thread, unwritten
 
 log = logging.getLogger("orch")
+
+
+Trained = Finished | Interrupted | Exception  # what became of a chunk's training
+
+
+@dataclass
+class Ahead:
+    """The next chunk, trained while the checkpoint of the last one is written."""
+
+    last: Unrecorded
+    claim: Claim  # as foreseen; the real claim if confirmed
+    job: ChainJob
+    started: float
+    decided: bool = False  # has the last result been recorded, or has this failed?
+    confirmed: bool = False  # is the claim real?
+    result: Trained | None = None
+    error: Exception | None = None  # why the last result could not be recorded
+    epochs: list[EpochResult] = field(default_factory=list)  # finished before the claim was confirmed
+
+
+def _log_claim(claim: Claim) -> None:
+    what = (claim.profile.name, claim.position, claim.parent_file or "a founder")
+    log.info("chunk %d (generation %d): %s at position %d of %s", claim.chunk_id, claim.generation, *what)
 
 
 @dataclass
@@ -35,14 +58,16 @@ class JobLoop:
     open_trainer: Callable[[], Trainer]
     clock: Callable[[], float]
     stop: StopFlag = field(default_factory=StopFlag)
+    background: Executor | None = None  # writes checkpoints while the next chunk trains; None: a thread
 
     def __post_init__(self) -> None:
         self.leaderboard = self.run.leaderboard
         self.files = self.run.folder / CHECKPOINTS
+        self.writer = CheckpointWriter(self.run, self.clock, self.background or thread())
         self._trainer: Trainer | None = None
         self._next: Claim | Over | None = None  # what record_and_claim returned for the next chunk
         self._durations_s: list[float] = []  # durations of recent chunks, the latest last
-        self._origin: dict[str, Any] | None = None
+        self._ahead: Ahead | None = None
         self._stepped = False  # whether the current chunk has made a step
         self._began = 0.0  # when the model and the data had been loaded
         self._job_end = 0.0
@@ -72,6 +97,7 @@ class JobLoop:
         except Exception as error:  # the next job of the chain tries again, until there are max_failures in a row
             log.error("%s", traceback.format_exc())
             ending = Ending(f"{type(error).__name__}: {error}", error=True)
+        self.writer.background.shutdown()
         try:
             self._finish(job, successor, ending)
         except OrchError as error:  # another worker or `orch status` will see that the job is gone and repair the chain
@@ -105,22 +131,15 @@ class JobLoop:
         self._durations_s = self.leaderboard.reader.recent_chunk_seconds()
         chunks = failed = 0
         while True:
-            if self.stop.reason:
-                return Ending(f"stopped by {self.stop.reason}")
-            successor.submit()
-            now = self.clock()
-            claim, self._next = self._next, None
-            if claim is None:
-                if not stopping.should_start_chunk(now, self._job_end, self._durations_s, chunks):
-                    return Ending("no time is left for another chunk")
-                claim = self.leaderboard.board.claim(job.worker_id, job.job_id, job.starts, now, self._lease_until)
-            if isinstance(claim, Over):
-                return Ending(claim.reason)
-            what = (claim.profile.name, claim.position, claim.parent_file or "a founder")
-            log.info("chunk %d (generation %d): %s at position %d of %s", claim.chunk_id, claim.generation, *what)
-            if claim.settings_version != self.run.version:
-                self._take_amendment()
-            result = self._chunk(claim, job)
+            if self._ahead is not None:  # its chunk was trained ahead, and claimed meanwhile
+                ahead, self._ahead = self._ahead, None
+                assert ahead.result is not None, "training has ended"
+                result = self._settle(ahead.claim, ahead.result, job, ahead.started)
+            else:
+                claim = self._next_claim(job, successor, chunks)
+                if isinstance(claim, Ending):
+                    return claim
+                result = self._chunk(claim, job)
             if isinstance(result, Ending):
                 failed += 1
                 if failed > 1 or result.final:  # this process or node may be broken, so continue in a new job
@@ -130,6 +149,24 @@ class JobLoop:
             else:
                 failed = 0
             chunks += 1
+
+    def _next_claim(self, job: ChainJob, successor: Successor, chunks: int) -> Claim | Ending:
+        """Return the next chunk to train, or why there is none. chunks: how many this job has trained."""
+        if self.stop.reason:
+            return Ending(f"stopped by {self.stop.reason}")
+        successor.submit()
+        now = self.clock()
+        claim, self._next = self._next, None
+        if claim is None:
+            if not stopping.should_start_chunk(now, self._job_end, self._durations_s, chunks):
+                return Ending("no time is left for another chunk")
+            claim = self.leaderboard.board.claim(job.worker_id, job.job_id, job.starts, now, self._lease_until)
+        if isinstance(claim, Over):
+            return Ending(claim.reason)
+        _log_claim(claim)
+        if claim.settings_version != self.run.version:
+            self._take_amendment()
+        return claim
 
     def _take_amendment(self) -> None:
         """Use the amended settings. They can shorten this job, but not extend it: its time limit in Slurm is fixed."""
@@ -144,13 +181,23 @@ class JobLoop:
             return False
         assert self._trainer is not None, "the trainer is opened before the first claim"
         started = self.clock()
+        return self._settle(claim, self._train(work, self._should_stop), job, started)
+
+    def _train(self, work: Work, should_stop: Callable[[], bool]) -> Trained:
+        """Train a chunk. Returns any error of the user's model, data or device."""
+        assert self._trainer is not None, "the trainer is opened before the first claim"
         self.leaderboard.database.release_connection()
         self._stepped = False
         try:
-            result = self._trainer.train(work, self._should_stop, self._on_epoch)
-        except Exception as error:  # from the user's model, data or device
+            return self._trainer.train(work, should_stop, self._on_epoch)
+        except Exception as error:
             log.error("%s", traceback.format_exc())
-            message = f"{type(error).__name__}: {error}"
+            return error
+
+    def _settle(self, claim: Claim, result: Trained, job: ChainJob, started: float) -> bool | Ending:
+        """Record what became of a chunk. Returns the same as `_chunk`."""
+        if isinstance(result, Exception):
+            message = f"{type(result).__name__}: {result}"
             failures = self.leaderboard.board.fail(claim, message, self.clock())
             self._remove(claim)
             outcome = f"chunk {claim.chunk_id} failed ({failures} in a row): {message}"
@@ -162,7 +209,7 @@ class JobLoop:
             self._offer(claim, result, job, started)
         except StaleClaimError as error:
             log.warning("%s", error)
-            checkpoints.remove(self.files, [checkpoint_stem(claim.generation, claim.chunk_id) + SUFFIX])
+            checkpoints.remove(self.files, [file_of(claim)])
             return False
         except CheckpointError as error:
             self.leaderboard.board.give_back(claim, str(error), self.clock())
@@ -176,6 +223,12 @@ class JobLoop:
         return self.stop.reason is not None or (not first and self.clock() >= self._job_end)
 
     def _on_epoch(self, result: EpochResult) -> None:
+        if self._ahead is not None and not self._ahead.decided:
+            self._ahead.epochs.append(result)
+        else:
+            self._log_epoch(result)
+
+    def _log_epoch(self, result: EpochResult) -> None:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
         log.info("epoch %d: %s (%.1f s)", result.number, shown, result.seconds)
 
@@ -195,87 +248,137 @@ class JobLoop:
             log.error("%s; its entry is removed from the board", error)
             self.leaderboard.board.condemn(claim, str(error), self.clock())
             return None
+        return self._work_of(claim, parent=parent, suspended=suspended)
+
+    def _work_of(self, claim: Claim, **how: Any) -> Work:
+        """how: the fields of Work that say where the chunk starts."""
         return Work(
             profile=claim.profile,
             epochs=self.run.settings.epochs_per_chunk,
             seed=self.run.settings.seed * 1_000_003 + claim.chunk_id,
             repeat=claim.repeat,
-            parent=parent,
-            suspended=suspended,
             chunk_id=claim.chunk_id,
             generation=claim.generation,
             worker_id=claim.worker_id,
             position=claim.position,
             parent_file=claim.parent_file,
             parent_epochs=claim.parent_epochs,
+            **how,
         )
 
     # --- results
 
     def _suspend(self, claim: Claim, result: Interrupted) -> None:
-        written = self._write(claim, kind="suspended", step=result.steps)
+        assert self._trainer is not None
+        written = self.writer.write_suspended(claim, result.steps, self._trainer.save)
         garbage = self.leaderboard.board.suspend(claim, written.file, written.sha256, self.clock())
         self._remove(claim, *garbage)
         log.info("chunk %d is suspended after %d steps of an epoch", claim.chunk_id, result.steps)
 
     def _offer(self, claim: Claim, result: Finished, job: ChainJob, started: float) -> None:
-        """Write the checkpoint if the board would admit it. Then record the result in a transaction, which decides
-        whether the board admits it. If there is time for another chunk, the same transaction claims one."""
+        """Record a result. If the board would admit it, its checkpoint is written first; if the trainer can go on
+        meanwhile, the chunk that the worker will claim next is trained during that time."""
+        assert self._trainer is not None
         metric = self.run.settings.metric
         bar = claim.bar
         if bar is None or metric.better(result.score, than=bar):
             bar = self.leaderboard.board.bar()  # the bar may have risen since the claim
-        written: Written | None = None
-        if metric.better(result.score, than=bar):
-            written = self._write(
-                claim,
-                kind="candidate",
-                score=result.score,
-                epochs=result.epochs,
-                metrics=dict(result.results[-1].metrics),
-                results=[asdict(epoch) for epoch in result.results],
-                train_seconds=result.train_seconds,
-            )
-        file = (written.file, written.sha256, written.size_bytes) if written else ()
-        candidate = Candidate(result.score, result.epochs, result.results, result.train_seconds, *file)
+        if not metric.better(result.score, than=bar):
+            self._record(claim, result, None, job, started)
+            return
+        work, foreseen = self._foresee(claim, result, job, started)
+        save = self._trainer.snapshot() if work is not None else None
+        if work is None or foreseen is None or save is None:
+            self._record(claim, result, self.writer.write(claim, result, self._trainer.save), job, started)
+            return
+        self._train_ahead(Ahead(self.writer.start(claim, result, started, save), foreseen, job, self.clock()), work)
+
+    def _record(self, claim: Claim, result: Finished, written: Written | None, job: ChainJob, started: float) -> None:
+        """Record a result in a transaction, which decides whether the board admits it. If there is time for another
+        chunk, the same transaction claims one. written: None if the board would not admit it."""
         board, now = self.leaderboard.board, self.clock()
         self._durations_s.append(now - started)
-        if not self.stop.reason and stopping.should_start_chunk(now, self._job_end, self._durations_s, 1):
+        if self._goes_on(now):
             at = (job.job_id, job.starts, now, self._lease_until)
-            outcome, self._next = board.record_and_claim(claim, candidate, *at)
+            outcome, self._next = board.record_and_claim(claim, candidate(result, written), *at)
         else:
-            outcome = board.record(claim, candidate, now)
+            outcome = board.record(claim, candidate(result, written), now)
         refused = () if outcome.promoted or not written else (written.file,)
-        self._remove(claim, *outcome.collectable, *refused)
-        what = "promoted" if outcome.promoted else "discarded"
+        self.writer.background.submit(self._remove, claim, *outcome.collectable, *refused)  # large files take a while
+        what, metric = "promoted" if outcome.promoted else "discarded", self.run.settings.metric
         log.info("chunk %d: %s %.6g, %s (%s)", claim.chunk_id, metric.name, result.score, what, outcome.reason)
         assert self._trainer is not None
         self._trainer.judged(outcome.promoted)
 
-    def _write(self, claim: Claim, **result: Any) -> Written:
-        """Write the checkpoint and its record. result: those fields of the record that describe the chunk's result."""
+    def _goes_on(self, now: float) -> bool:
+        return not self.stop.reason and stopping.should_start_chunk(now, self._job_end, self._durations_s, 1)
+
+    # --- training ahead
+
+    def _foresee(
+        self, claim: Claim, result: Finished, job: ChainJob, started: float
+    ) -> tuple[Work, Claim] | tuple[None, None]:
+        """Return the chunk that this worker will most likely claim when the result is recorded."""
+        now = self.clock()
+        if not self._goes_on(now):
+            return None, None
+        at = (job.job_id, job.starts, now, self._lease_until)
+        foreseen = self.leaderboard.board.foresee(claim, candidate(result, unwritten(claim)), *at)
+        if isinstance(foreseen, Over) or foreseen.suspended_file or foreseen.settings_version != self.run.version:
+            return None, None
+        how: dict[str, Any] = {"suspended": None, "tentative": True}
+        if foreseen.parent_file == file_of(claim):
+            return self._work_of(foreseen, parent=self.files / foreseen.parent_file, in_memory=True, **how), foreseen
+        if foreseen.parent_file is None:
+            if self.run.settings.uses_server:  # its sequence gives the real founder another id, and so another seed
+                return None, None
+            return self._work_of(foreseen, parent=None, **how), foreseen
+        try:
+            parent = checkpoints.verify(self.files, foreseen.parent_file, foreseen.parent_sha256 or "")
+        except CheckpointError:  # the claim will report it
+            return None, None
+        return self._work_of(foreseen, parent=parent, **how), foreseen
+
+    def _train_ahead(self, ahead: Ahead, work: Work) -> None:
+        """Train the foreseen chunk. As soon as the checkpoint of the last chunk is complete, its result is recorded and
+        the next chunk claimed. If that is another chunk than the foreseen one, the training is thrown away."""
+        self._ahead = ahead
+        ahead.result = self._train(work, self._should_stop_ahead)
+        if not ahead.decided:
+            self._decide(ahead)
+        if not ahead.confirmed:
+            self._ahead = None
+        if ahead.error is not None:
+            raise ahead.error
+
+    def _should_stop_ahead(self) -> bool:
+        ahead = self._ahead
+        assert ahead is not None
+        if not ahead.decided:
+            if not ahead.last.written.done():
+                self._stepped = True
+                return self.stop.reason is not None or self.clock() >= self._job_end
+            self._decide(ahead)
+            self.leaderboard.database.release_connection()
+        return not ahead.confirmed or self._should_stop()
+
+    def _decide(self, ahead: Ahead) -> None:
+        """Record the last result when its checkpoint is complete, and see whether the foreseen chunk is claimed."""
+        last, ahead.decided = ahead.last, True
         assert self._trainer is not None
-        if self._origin is None:
-            self._origin = self.leaderboard.run_state.origin()
-        if self.run.settings.max_disk_gb is not None:
-            references = self.leaderboard.reader.references
-            disk_budget.make_room(self.run.folder, self.run.settings.max_disk_gb, references, self._trainer.save)
-        about_claim: dict[str, Any] = {
-            "chunk": claim.chunk_id,
-            "generation": claim.generation,
-            "worker": claim.worker_id,
-            "position": claim.position,
-            "profile": claim.profile.name,
-            "parent_file": claim.parent_file,
-            "ancestors": lineage(self.files, claim.parent_file),
-            "created_at": self.clock(),
-        }
-
-        def record(written: Written) -> CheckpointRecord:
-            return CheckpointRecord(**result, **about_claim, **asdict(written), **(self._origin or {}))
-
-        stem = checkpoint_stem(claim.generation, claim.chunk_id)
-        return checkpoints.write(self.files, stem, self._trainer.save, record)
+        try:
+            self._record(last.claim, last.result, last.written.result(), ahead.job, last.started)
+        except Exception as error:  # raised again when the training has stopped
+            ahead.error = error
+            return
+        if isinstance(self._next, Claim) and claiming.same_work(ahead.claim, self._next):
+            ahead.claim, ahead.confirmed, self._next = self._next, True, None
+            _log_claim(ahead.claim)
+            self._trainer.confirmed(self._work_of(ahead.claim, parent=None, suspended=None))
+            for result in ahead.epochs:
+                self._log_epoch(result)
+        elif self._next is not None:
+            log.info("the chunk trained ahead was not the next one; its training is thrown away")
 
     def _remove(self, claim: Claim, *garbage: str) -> None:
         """Delete the given files, and the file with the claim's suspended state, if it has one."""

@@ -25,6 +25,17 @@ class Trainer(Protocol):
         """Write the complete training state of the finished or interrupted chunk to target."""
         ...
 
+    def snapshot(self) -> Callable[[IO[bytes]], None] | None:
+        """Copy the complete training state. Return a function that writes the copy to a file; another thread calls it
+        while the next chunk trains. Return None if this trainer can't do that: then `save` is called.
+
+        A trainer that returns a function must also support `Work.in_memory` and `Work.tentative`."""
+        return None
+
+    def confirmed(self, work: Work) -> None:
+        """Called while a chunk with work.tentative trains, or after it: the chunk has been claimed as `work`. Without
+        this call, the chunk's result is thrown away."""
+
     def judged(self, promoted: bool) -> None:
         """Called after each finished chunk. promoted: whether the chunk entered the leaderboard."""
 
@@ -36,7 +47,7 @@ class WithDefaults(Trainer):
     """Wraps a user's trainer that does not inherit from Trainer. Adds the default methods that the trainer lacks."""
 
     def __init__(self, own: Any) -> None:
-        methods = ("train", "save", "judged", "close")
+        methods = ("train", "save", "snapshot", "confirmed", "judged", "close")
         self.__dict__.update({name: getattr(own, name) for name in methods if hasattr(own, name)})
 
 

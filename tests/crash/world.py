@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -46,17 +47,34 @@ SETTINGS = Settings.model_validate(
 )  # fmt: skip
 
 
+class AtOnce(Executor):
+    """Writes a checkpoint when it is asked to, not in another thread: the order of the calls must not vary."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 class Scripted(Trainer):
     """A trainer whose chunks alternate: one is better than its parent, the next has the score 0."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
 
     def train(
         self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
     ) -> Finished | Interrupted:
         source = work.suspended or work.parent
-        self.state = json.loads(Path(source).read_bytes()) if source else {"epochs": 0, "score": 0.1}
+        self.state = {"epochs": 0, "score": 0.1}
+        if work.in_memory:
+            self.state = dict(self.last)
+        elif source:
+            self.state = json.loads(Path(source).read_bytes())
         self.state.setdefault("step", 0)
         while self.state["step"] < STEPS:
             if should_stop():
@@ -69,6 +87,15 @@ class Scripted(Trainer):
 
     def save(self, target: IO[bytes]) -> None:
         target.write(json.dumps(self.state).encode())
+
+    def snapshot(self) -> Callable[[IO[bytes]], None]:
+        self.last = dict(self.state)
+        text = json.dumps(self.last).encode()
+
+        def write(target: IO[bytes]) -> None:
+            target.write(text)
+
+        return write
 
 
 class Queue(JobQueue):
@@ -191,7 +218,7 @@ class World:
             return started
         self._watch(run.leaderboard)
         trainer = Scripted()
-        ending = JobLoop(run, Job(SETTINGS), lambda: trainer, clock, StopFlag()).work(started)
+        ending = JobLoop(run, Job(SETTINGS), lambda: trainer, clock, StopFlag(), AtOnce()).work(started)
         queue.mark(token, "gone")
         return ending
 
