@@ -11,7 +11,7 @@ help:
 	@echo "make demo          train handwritten digits with 2 local workers, and test the best models"
 	@echo "make test          style, types and all tests but the long ones; COVERAGE=1: with a floor for the unit tests"
 	@echo "make test-quick    the unit tests and one run from launch to export, for the everyday loop (about a minute)"
-	@echo "make test-long     the tests that wait for minutes"
+	@echo "make test-long     the tests that wait for minutes, and more cases of those in make test"
 	@echo "make lint          style and types"
 	@echo "make install       the virtual environment only"
 	@echo "make wheel         build the wheel and try it in an environment of its own"

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from orchestrator.files import permissions
 from tests.support import postgres
+from tests.support.command_line import umask_as_it_was
 from tests.support.storage import Storage
 
 
 @pytest.fixture(autouse=True)
 def _own_umask() -> Iterator[None]:
     """Restore the umask after each test: commands change it permanently, and tests may run commands in this process."""
-    before = os.umask(0o022)
-    os.umask(before)
+    with umask_as_it_was():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_children() -> Iterator[None]:
+    """Wait for the local jobs that a test started from this process. They have ended, or are killed here."""
     yield
-    os.umask(before)
-    permissions._umask_at_start = None
+    if local := sys.modules.get("orchestrator.cluster.local"):
+        while local._children:
+            job = local._children.pop()
+            try:
+                job.wait(10)
+            except subprocess.TimeoutExpired:
+                job.kill()
+                job.wait()
 
 
 @contextmanager

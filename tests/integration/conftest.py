@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.main import main
-from tests.support.command_line import OrchCall, orch, write_settings
+from tests.support.command_line import OrchCall, orch_here, write_settings
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def orch_call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A folder with a finished run, and what its launch printed. Tests that change the folder use `folder` instead."""
     cwd = tmp_path_factory.mktemp("launched")
-    done = orch(cwd, "launch", write_settings(cwd), "--json")
+    done = orch_here(cwd, "launch", write_settings(cwd), "--json")
     assert done.returncode == 0, done.stderr
     return cwd, done
 

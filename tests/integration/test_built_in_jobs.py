@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,12 @@ from torchvision import models
 
 from jobs.data import randomness
 from jobs.resnet18 import BREEDS
-from orchestrator.cli.main import main
 from orchestrator.run.run import Run
 from tests.support import curves, real_data
+from tests.support.command_line import orch_here, output
 from tests.support.invariants import violations
 
 ROOT = Path(__file__).parents[2]
-ORCH = Path(sys.executable).with_name("orch")
 BATCH = 50
 TRAIN_IMAGES = 500  # a tenth of them are used for validation
 STEPS = 9  # steps in an epoch
@@ -37,6 +34,7 @@ SMALL = {
     "max_batch_size": BATCH,
     "total_lifetime": 200,
     "eon_lifetime": 100,
+    "stop_after_stale_cycles": None,  # so that a run ends after its epochs, however good its few pictures are
     "slurm_file": None,
     "job_params.train_images": TRAIN_IMAGES,
     "job_params.test_images": 100,
@@ -52,20 +50,17 @@ def also(names: list[str]) -> list[Any]:
 
 
 @pytest.fixture
-def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
+def launch(tmp_path: Path) -> Launch:
     """Launches a settings file, waits for the end, evaluates the models, and checks that the board is full and has test
-    metrics. `orch evaluate` runs in this process, because importing torch again would take most of the time."""
+    metrics. The commands run in this process, and with the executor "inline" the job does too, because importing torch
+    again would take most of the time."""
 
-    def run(name: str, root: Path, **changes: Any) -> Run:
+    def run(name: str, root: Path, executor: str = "inline", **changes: Any) -> Run:
         values = SMALL | {"training_source_dir": str(root)} | {key.replace("__", "."): v for key, v in changes.items()}
         options = [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-        command = [str(ORCH), "launch", str(ROOT / "settings" / f"{name}.json"), "--executor", "local", "--wait"]
-        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        monkeypatch.setattr(sys, "argv", ["orch", "evaluate", name])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert not end.value.code
+        file = str(ROOT / "settings" / f"{name}.json")
+        output(orch_here(tmp_path, "launch", file, "--executor", executor, "--wait", *options))
+        output(orch_here(tmp_path, "evaluate", name))
         run = Run.open(tmp_path / "runs" / name)
         status = run.status()
         assert status["state"] == "finished", status
@@ -77,9 +72,6 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
             assert math.isfinite(entry["test_metrics"]["loss"])
         return run
 
-    monkeypatch.delenv("ORCH_RUNS_DIR", raising=False)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.chdir(tmp_path)
     return run
 
 
@@ -139,7 +131,7 @@ def test_lenet5_fills_a_board_with_one_cycle_in_each_chunk(launch: Launch) -> No
 
 def test_lenet5_learns_digits_within_a_few_epochs_and_fills_a_board(launch: Launch) -> None:
     changes = {"workers": 2, "stop_after_epochs": 8, "job_params__train_images": 3000, "job_params__test_images": 1000}
-    run = launch("lenet5", real_data.mnist_root(), **changes)
+    run = launch("lenet5", real_data.mnist_root(), "local", **changes)
     assert run.board()["entries"][0]["test_metrics"]["accuracy"] > 0.85
 
 

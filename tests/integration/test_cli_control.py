@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.run.run import Run
-from tests.support.command_line import OrchCall, orch, output, write_job, write_settings
+from tests.support.command_line import OrchCall, orch, output, write_settings
 from tests.support.invariants import violations
 from tests.support.processes import processes_of, until
 from tests.support.small_runs import make_run
@@ -62,35 +62,28 @@ def test_an_amendment_that_ends_the_run_says_so(
 # --- cancel
 
 
-WAITS = """
-from jobs.digits import Digits
-class Mine(Digits):
-    def loss(self, outputs, targets):
-        Path("training").touch()
-        while Path("hold").exists():
-            time.sleep(0.02)
-        return super().loss(outputs, targets)
-"""
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def own_folder(tmp_path: Path) -> Iterator[Path]:
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for a run; its processes are killed after the test."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the job in tests.support
     yield tmp_path
     for process in processes_of(tmp_path):
         process.kill()
 
 
 def test_a_run_continues_after_a_gentle_and_after_an_immediate_cancel(own_folder: Path) -> None:
-    write_job(own_folder, WAITS)
-    file = write_settings(own_folder, job="mine:Mine", executor="local")
-    hold, training = own_folder / "hold", own_folder / "training"
+    hold = own_folder / "hold"
+    job = {"job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.1, "hold": [str(hold), 5]}}
+    file = write_settings(own_folder, executor="local", **job)
 
     def launch_and_hold() -> None:
         hold.touch()
-        training.unlink(missing_ok=True)
         output(orch(own_folder, "launch", file))
-        until("the job to train", training.exists)
+        counts = Run.open(own_folder / "runs/quick").leaderboard.reader.counts
+        until("the job to train", lambda: counts()["chunks"]["live"])
 
     def status_when_all_ended() -> dict[str, Any]:
         until("the job to end", lambda: not processes_of(own_folder))
@@ -100,7 +93,6 @@ def test_a_run_continues_after_a_gentle_and_after_an_immediate_cancel(own_folder
 
     launch_and_hold()
     assert output(orch(own_folder, "cancel", "quick")) == "quick is cancelled; its board stays as it is\n"
-    hold.unlink()  # lets the job end its current step
     gentle = status_when_all_ended()
     assert [worker["state"] for worker in gentle["workers"]] == ["ended"]
     assert (gentle["chunks"]["suspended"], gentle["expirations"]) == (1, 0)

@@ -11,7 +11,17 @@ from orchestrator.errors import JobSpecError
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
 from orchestrator.worker.user_job import check_job
-from tests.support.command_line import OrchCall, events, job_with, names_in, orch, output, write_job, write_settings
+from tests.support.command_line import (
+    OrchCall,
+    events,
+    job_with,
+    names_in,
+    orch,
+    orch_here,
+    output,
+    write_job,
+    write_settings,
+)
 from tests.support.invariants import violations
 from tests.support.small_runs import make_run
 from tests.support.storage import Storage
@@ -217,7 +227,7 @@ def test_a_job_in_the_users_folder_trains_and_is_evaluated_from_any_other(tmp_pa
     assert (result["state"], result["epochs"], result["executor"]) == ("finished", 6, "inline")
     assert result["best"] > 0.5
 
-    board = json.loads(output(orch(tmp_path, "evaluate", "work/runs/own", "--json")))
+    board = json.loads(output(orch_here(tmp_path, "evaluate", "work/runs/own", "--json")))
     assert all(entry["test_metrics"]["accuracy"] > 0.4 for entry in board["entries"])
 
 

@@ -2,7 +2,8 @@
 
 `make crashes` tests every call with every error, and removes every safeguard. The short form, which is part of the test
 suite, tests fewer calls: one in ten of those that write a page of the database, one in four of those that open a file,
-and all others. It truncates a checkpoint at one in three of the calls. See tests/crash/explore.py.
+and all others. It truncates a checkpoint at one in three of the calls. `make test` tests the first part of these calls,
+and `make test-long` the other parts. See tests/crash/explore.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ SHORT = (
     "no generation check",
     "no checksum",
 )
-SHARDS = {"kill": 1, "power cut": 2, "error": 2, "zombie": 1, "truncated": 1}
+SHARDS = {"kill": 2, "power cut": 4, "error": 4, "zombie": 2, "truncated": 2}  # parts; the calls of each are scattered
+PARTS = [
+    pytest.param(fault, shard, marks=pytest.mark.long if shard else ())
+    for fault in CALLS
+    for shard in range(SHARDS[fault])
+]
 AT_LEAST = {
     "kill": 75,
     "power cut": 150,
@@ -64,7 +70,7 @@ def explore(library: Path, **asked: Any) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(7200 if EVERY else 600)
-@pytest.mark.parametrize(("fault", "shard"), [(f, shard) for f in CALLS for shard in range(SHARDS[f])])
+@pytest.mark.parametrize(("fault", "shard"), PARTS)
 def test_after_a_fault_at_any_call_every_invariant_holds_and_the_run_reaches_its_end(
     library: Path, fault: str, shard: int
 ) -> None:

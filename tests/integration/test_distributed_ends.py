@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from jobs.training.distributed import dismiss, own_gpu
 from jobs.training.ranks import RankLostError, Ranks, meet
 from orchestrator.cluster import host
 from orchestrator.run.run import Run
+from tests.support.command_line import orch_here, output
 from tests.support.distributed_jobs import (
     AT_ONCE_S,
     ROOT,
@@ -34,8 +33,6 @@ from tests.support.distributed_jobs import (
 from tests.support.invariants import violations
 from tests.support.settings import settings as common_settings
 
-ORCH = Path(sys.executable).with_name("orch")
-
 
 def test_three_processes_train_as_a_single_process_does(tmp_path: Path) -> None:
     with team_of(3, tmp_path) as three:
@@ -47,7 +44,7 @@ def test_three_processes_train_as_a_single_process_does(tmp_path: Path) -> None:
 # --- deaths
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_follower_that_is_killed_ends_the_others_at_once(count: int, tmp_path: Path) -> None:
     with team_of(count, tmp_path) as team:
         session = team.open(settings(Unlucky, job_params={"what": "dies"}))
@@ -189,11 +186,11 @@ def launch(runs_dir: Path, *options: str) -> Run:
     changes = ["gpus_per_worker=2", f"job={Watched.__module__}:Watched", "stop_after_stale_cycles=null"]
     changes += [f"job_params.seen={json.dumps(str(runs_dir.parent))}", "cores_per_worker=2"]
     changes += ["eon_lifetime=200", "total_lifetime=300"]
-    command = [str(ORCH), "launch", str(ROOT / "settings/digits.json"), "--executor", "local", "--workers", "1"]
+    command = ["launch", str(ROOT / "settings/digits.json"), "--executor", "local", "--workers", "1"]
     command += ["--runs-dir", str(runs_dir), *options]
     for change in changes:
         command += ["--set", change]
-    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=240)
+    output(orch_here(ROOT, *command))
     return Run.open(runs_dir / "digits")
 
 

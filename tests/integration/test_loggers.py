@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
 from orchestrator.worker import user_job
 from tests.integration.test_local_chains import processes_of
+from tests.support.command_line import orch_here, output
 from tests.support.curves import READERS, Curves, needed
 from tests.support.settings import settings as common_settings
 
 ROOT = Path(__file__).parents[2]
-ORCH = Path(sys.executable).with_name("orch")
 FAST = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.0005)
 STEPS = 6  # steps in an epoch of the digits, with the settings below
 FILE = "g00000001-c00000007.pt"
@@ -216,16 +215,19 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, li
 
     loggers = [name for name in READERS if find_spec(name)]
     runs_dir = tmp_path_factory.mktemp("launched")
-    command = [str(ORCH), "launch", str(ROOT / "settings/digits.json"), "--executor", "local", "--wait"]
     options = {
         "loggers": json.dumps(loggers), "stop_after_epochs": "24", "num_models": "3", "epochs_per_chunk": "2",
         "eon_lifetime": "60", "total_lifetime": "200", "max_batch_size": "250",
+        "job_params.width": "4",
     }  # fmt: skip
     changes = [part for key, value in options.items() for part in ("--set", f"{key}={value}")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "MLFLOW"))}
-    where = {"env": environment, "check": True, "capture_output": True, "timeout": 240}
-    subprocess.run([*command, "--runs-dir", str(runs_dir), *changes], **where)  # type: ignore[call-overload]
-    subprocess.run([str(ORCH), "evaluate", "digits", "--runs-dir", str(runs_dir)], **where)  # type: ignore[call-overload]
+    file = str(ROOT / "settings/digits.json")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("WANDB", "MLFLOW"))]:
+            patch.delenv(name)
+        launch = ("launch", file, "--executor", "local", "--wait", "--runs-dir", str(runs_dir), *changes)
+        output(orch_here(runs_dir, *launch))
+        output(orch_here(runs_dir, "evaluate", "digits", "--runs-dir", str(runs_dir)))
     yield Run.open(runs_dir / "digits"), loggers
     for process in processes_of(runs_dir):
         process.kill()

@@ -35,7 +35,7 @@ def times_of(cluster: DevCluster, run: Run) -> dict[str, tuple[float, float]]:
 def test_six_workers_run_at_once_each_on_a_gpu_of_its_own_and_end_by_themselves(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
-    run = launch(settings("six", workers=6, eon_lifetime=3, stop_after_epochs=90), tmp_path)
+    run = launch(settings("six", workers=6, eon_lifetime=2, stop_after_epochs=60), tmp_path)
     until("the six to work", lambda: len(jobs(run, "running")) == 6)
     shown = cluster.run(["squeue", "-h", "-t", "R", "-O", "JobArrayID:20,NodeList:20,tres-alloc:80"]).stdout
     assert shown.count("gres/gpu=1") == 6

@@ -17,7 +17,7 @@ from tests.support.invariants import violations
 from tests.support.slurm_runs import epochs, jobs, launch, over, settings, until, worked
 
 TWO_GPUS: dict[str, Any] = {
-    "job": "tests.support.distributed_jobs:Watched",
+    "job": "tests.support.distributed_jobs:Paced",
     "gpus_per_worker": 2,
     "slurm": {"gpus": 2, "cpus": 1, "mem_gb": 1},
     "eon_lifetime": 200,
@@ -25,9 +25,8 @@ TWO_GPUS: dict[str, Any] = {
 }
 
 
-def start(name: str, folder: Path, stop_after_epochs: int) -> Run:
-    wanted = settings(name, **TWO_GPUS, stop_after_epochs=stop_after_epochs, job_params={"seen": str(folder)})
-    return launch(wanted, folder)
+def start(name: str, folder: Path, **changes: Any) -> Run:
+    return launch(settings(name, **TWO_GPUS | changes, job_params={"seen": str(folder)}), folder)
 
 
 def seen(folder: Path) -> list[dict[str, Any]]:
@@ -44,7 +43,7 @@ def gone(pid: int) -> bool:
 
 
 def test_each_process_sees_a_gpu_of_its_own_and_the_run_ends_by_itself(cluster: DevCluster, tmp_path: Path) -> None:
-    run = start("two", tmp_path, 8)
+    run = start("two", tmp_path, stop_after_epochs=8, job="tests.support.distributed_jobs:Watched")
     until("work", lambda: epochs(run) >= 1, 120)
     shown = cluster.run(["squeue", "-h", "-t", "R", "-O", "NumNodes:5,NumTasks:5,tres-alloc:80"]).stdout
     assert shown.split()[:2] == ["1", "2"]
@@ -71,7 +70,7 @@ def test_a_warning_reaches_all_processes_and_those_of_a_requeued_job_meet_again(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
     """Slurm sends a warning signal to each process of a job. Then a job is requeued and starts again."""
-    run = start("warned", tmp_path, 14)
+    run = start("warned", tmp_path)
     until("work", lambda: epochs(run) >= 1, 120)
     (job,) = jobs(run, "running")
     cluster.run(["scancel", "--signal=USR2", job["cluster_id"]])
@@ -82,6 +81,8 @@ def test_a_warning_reaches_all_processes_and_those_of_a_requeued_job_meet_again(
     until("its work", lambda: epochs(run) > done, 120)
     (job,) = jobs(run, "running")
     cluster.run(["scontrol", "requeue", job["cluster_id"]])
+    until("the job to start again", lambda: jobs(run, "running") and jobs(run, "running")[0]["starts"] == 2, 120)
+    run.amend([f"stop_after_epochs={epochs(run) + 2}"], time.time())
     until("the end", lambda: over(run), 240)
     (again,) = [j for j in worked(run) if j["job_id"] == job["job_id"]]
     assert again["starts"] == 2
@@ -89,18 +90,20 @@ def test_a_warning_reaches_all_processes_and_those_of_a_requeued_job_meet_again(
     until("an empty queue", lambda: not cluster.squeue())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1], ids=["rank 0", "rank 1"])
+@pytest.mark.parametrize(  # tests/integration/test_distributed_ends.py kills rank 1 on this machine
+    "victim", [pytest.param(0, id="rank 0"), pytest.param(1, id="rank 1", marks=pytest.mark.long)]
+)
 def test_a_killed_process_ends_the_others_and_the_chain_continues(
     cluster: DevCluster, tmp_path: Path, victim: int
 ) -> None:
-    run = start(f"killed-{victim}", tmp_path, 10)
+    run = start(f"killed-{victim}", tmp_path)
     until("work", lambda: epochs(run) >= 1, 120)
     processes = [one["pid"] for one in seen(tmp_path)]
     killed_at = time.monotonic()
     os.kill(processes[victim], signal.SIGKILL)
     until("all processes to be gone", lambda: all(map(gone, processes)), 30)
     print(f"after {time.monotonic() - killed_at:.1f} s")
+    run.amend([f"stop_after_epochs={epochs(run) + 4}"], time.time())
 
     until("the end", lambda: over(run), 120)
     assert [job["link"] for job in worked(run)] == [0, 1]

@@ -16,7 +16,7 @@ from tests.support.invariants import violations
 from tests.support.slurm_runs import epochs, jobs, launch, over, settings, until, worked
 
 WORKERS = 8
-LINKS = int(os.environ.get("ORCH_LINKS", "4"))
+LINKS = int(os.environ.get("ORCH_LINKS", "3"))
 
 
 @pytest.mark.slow

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from orchestrator.files import permissions
 
 ORCH = Path(sys.executable).with_name("orch")
 
@@ -44,6 +50,38 @@ def orch(cwd: Path, *arguments: str, timeout_s: float = 240) -> subprocess.Compl
     return subprocess.run(
         command, cwd=cwd, env=kept | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=timeout_s
     )
+
+
+@contextlib.contextmanager
+def umask_as_it_was() -> Iterator[None]:
+    before = os.umask(0o022)
+    os.umask(before)
+    try:
+        yield
+    finally:
+        os.umask(before)
+        permissions._umask_at_start = None
+
+
+def orch_here(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `orch` in this process, which has imported torch already: a new process would need seconds for that."""
+    from orchestrator.cli.main import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, umask_as_it_was():
+        patch.delenv("ORCH_RUNS_DIR", raising=False)
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", ["orch", *arguments])
+        patch.setattr(sys, "path", [*sys.path])
+        patch.chdir(cwd)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+                main()
+        finally:
+            for name, module in list(sys.modules.items()):
+                if Path(getattr(module, "__file__", None) or "/").parent == cwd:  # the user's own modules
+                    del sys.modules[name]
+    return subprocess.CompletedProcess(["orch", *arguments], int(end.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def output(done: subprocess.CompletedProcess[str], code: int = 0) -> str:

@@ -177,12 +177,33 @@ class Watched(Digits):
     Params: ClassVar[Any] = None
 
     def model(self) -> nn.Module:
+        self.record()
+        self.params = type("Width", (), {"width": 4})
+        return super().model()
+
+    def record(self) -> None:
         names = ("CUDA_VISIBLE_DEVICES", "SLURM_LOCALID", "SLURM_PROCID", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID")
         seen = {name: os.environ.get(name) for name in names} | {"pid": os.getpid(), "cores": self.context.cores}
         with Path(self.context.settings.job_params["seen"], f"rank-{rank()}").open("a") as file:
             file.write(json.dumps(seen) + "\n")
-        self.params = type("Width", (), {"width": 4})
-        return super().model()
+
+
+class Paced(Watched):
+    """Also records, but trains nothing: the processes only talk to each other, once in each epoch. A process starts
+    faster without an optimizer."""
+
+    Params: ClassVar[Any] = None
+
+    def train_chunk(self, context: ChunkContext) -> ChunkResult | ChunkInterrupted:
+        self.record()
+        for _ in range(context.epochs):
+            if context.should_stop():
+                return ChunkInterrupted({"ranks": context.ranks})
+            time.sleep(0.2)
+            total = torch.tensor(context.rank + 1.0)
+            dist.all_reduce(total)
+            context.report({"accuracy": total.item() / 10})
+        return ChunkResult({"ranks": context.ranks})
 
 
 def settings(job: type[Digits] = Plain, **changes: Any) -> Settings:

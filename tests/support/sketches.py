@@ -43,7 +43,7 @@ def settings_of(part: str, sketches: Path, **changes: Any) -> Settings:
         "training_source_dir": str(sketches / "train"),
         "testing_source_dir": str(sketches / "test"),
         "job_params": {"image_size": 63},
-        "max_batch_size": 12,
+        "max_batch_size": 30,
         "validation_fraction": 0.25,
     }
     settings, _ = load(ROOT / "settings" / f"{part}.json", **(small | changes))

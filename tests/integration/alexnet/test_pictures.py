@@ -18,7 +18,8 @@ from jobs.training.pretrained import IMAGENET
 from jobs.training.session import Session
 from orchestrator.records import Finished, Work
 from orchestrator.settings.loading import OBSOLETE
-from tests.support.sketches import ALEX, CLASSES, ROOT, SEED, job_of, orch
+from tests.support.command_line import orch_here
+from tests.support.sketches import ALEX, CLASSES, ROOT, SEED, job_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,7 +109,7 @@ def test_a_settings_file_of_the_reports_system_works_unchanged(sketches: Path, t
     (tmp_path / "old part.json").write_text(json.dumps(report_settings(sketches)))
     try:
         lifetimes = ["--set", "total_lifetime=200", "--set", "eon_lifetime=100", "--set", "stop_after_epochs=1"]
-        done = orch(tmp_path, "launch", "old part.json", "--executor", "inline", "--json", *lifetimes)
+        done = orch_here(tmp_path, "launch", "old part.json", "--executor", "inline", "--json", *lifetimes)
         assert done.returncode == 0, done.stderr
         lines = done.stderr.splitlines()
         assert [line for line in lines if "no longer needed" in line] == [

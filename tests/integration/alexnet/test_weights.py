@@ -15,7 +15,8 @@ from torchvision import models
 from jobs.errors import JobError
 from jobs.training.opening import load_job
 from orchestrator.settings.loading import load
-from tests.support.sketches import CLASSES, job_of, orch, settings_of
+from tests.support.command_line import orch_here
+from tests.support.sketches import CLASSES, job_of, settings_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,10 +86,13 @@ def test_incomplete_weights_are_an_error_that_names_the_file(sketches: Path, wei
 # --- the command line
 
 
-def test_a_launch_without_the_weights_says_what_to_do_and_creates_nothing(sketches: Path, tmp_path: Path) -> None:
+def test_a_launch_without_the_weights_says_what_to_do_and_creates_nothing(
+    sketches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     file = tmp_path / "mine.json"
     file.write_text(settings_of("part3", sketches, name="mine", executor="inline").model_dump_json())
-    done = orch(tmp_path, "launch", str(file), TORCH_HOME=str(tmp_path / "torch"))
+    done = orch_here(tmp_path, "launch", str(file))
     assert done.returncode == 2
     assert done.stderr.startswith("orch: pretrained_weights: IMAGENET1K_V1 is not on this machine")
     assert "Run `orch prepare SETTINGS` where there is internet" in done.stderr
