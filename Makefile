@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SEEDS ?= 3  # of make report
 FLOOR := 65  # percent of orchestrator and jobs that the unit tests cover
 
-.PHONY: help install demo test test-quick test-long lint wheel cluster-up cluster-down chaos crashes fuzz three-days bench clean
+.PHONY: help install demo report test test-quick test-long lint wheel cluster-up cluster-down chaos crashes fuzz three-days bench clean
 
 help:
 	@echo "make demo          train handwritten digits with 2 local workers, and test the best models"
+	@echo "make report        the report's three attempts in small, on drawings made here (up to 10 minutes; SEEDS=3)"
 	@echo "make test          style, types and all tests but the long ones; COVERAGE=1: with a floor for the unit tests"
 	@echo "make test-quick    the unit tests and one run from launch to export, for the everyday loop (about a minute)"
 	@echo "make test-long     the tests that wait for minutes, and more cases of those in make test"
@@ -41,6 +43,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+report: install
+	$(BIN)/python benchmarks/report.py --seeds $(SEEDS) --out build/report.json
 
 # CI sets COVERAGE=1: the floor holds for the unit tests, whose code runs in one process.
 test: lint

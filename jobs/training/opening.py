@@ -16,6 +16,7 @@ from jobs.optim import schedules
 from jobs.training.own_loop import OwnLoop
 from jobs.training.ranks import ALONE, Alone
 from jobs.training.session import Session
+from orchestrator.files.run_folder import CHECKPOINTS
 from orchestrator.settings.settings import Settings
 
 
@@ -33,7 +34,9 @@ def open_session(
     """Open the settings' job for training. group: the ranks that train together. run_folder: if None, log nothing."""
     job = load_job(settings, set_up(settings, cores), cores)
     observer = choice.observer(settings, run_folder if group.rank == 0 else None)
-    return (OwnLoop if has_own_loop(job) else Session)(job, group, observer)
+    if has_own_loop(job):
+        return OwnLoop(job, group, observer)
+    return Session(job, group, observer, run_folder / CHECKPOINTS if run_folder else None)
 
 
 def has_own_loop(job: Job) -> bool:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
-from jobs.data import download as downloader
-from jobs.data.download import Say, Source, checked, copy_into_place
+from jobs.data.download import Say, Source, checked, copy_into_place, download_all
 from jobs.errors import JobError
 from jobs.training.states import why_unreadable
 
@@ -40,7 +39,7 @@ def weights_file(
     if isinstance(source, Path):
         return source
     if not source.file.is_file() and download:
-        downloader.download(source, say)
+        download_all([source], command, say)
     if not source.file.is_file():
         raise JobError(
             f"{setting}: {wanted} is not on this machine ({source.file}). Run `{command}` where there is internet, or "

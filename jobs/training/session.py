@@ -21,6 +21,7 @@ from jobs.data.splits import Split
 from jobs.errors import JobError
 from jobs.job import Job
 from jobs.loggers.observer import Held, Observer
+from jobs.training import frozen_file
 from jobs.training.checked import checked_data, checked_metrics
 from jobs.training.frozen import FrozenParts
 from jobs.training.learner import Learner, Predictor
@@ -86,8 +87,12 @@ class JobTrainer:
 class Session(JobTrainer):
     """Orch's training loop. Keeps the model in training, and keeps the data loaded between chunks."""
 
-    def __init__(self, job: Job, group: Alone = ALONE, observer: Observer | None = None) -> None:
+    def __init__(
+        self, job: Job, group: Alone = ALONE, observer: Observer | None = None, folder: Path | None = None
+    ) -> None:
+        """folder: the checkpoints' folder, where frozen layers are kept once; None: in every checkpoint."""
         super().__init__(job, group, observer)
+        self._folder = folder if group.count == 1 else None  # followers get the bytes of a checkpoint, and no folder
         self._speed = Speed(self.settings, self.device)
         self._frozen = FrozenParts(job, self._speed)
         self._learner: Learner | None = None
@@ -122,8 +127,18 @@ class Session(JobTrainer):
         if self.group.count > 1:
             return None
         self._last = self.state()
-        copied = self._copies.copy(self._last)
-        return lambda target: torch.save(copied, target)
+        return self._writer(self._copies.copy(self._last))
+
+    def save(self, target: IO[bytes]) -> None:
+        self._writer(self.state())(target)
+
+    def _writer(self, state: dict[str, Any]) -> Callable[[IO[bytes]], None]:
+        """Return a function that writes the state to a file."""
+        assert self._learner is not None
+        folder, frozen = self._folder, frozen_file.frozen_names(self._learner.model)
+        if folder is None or not frozen:
+            return lambda target: torch.save(state, target)
+        return lambda target: torch.save(frozen_file.leave_out(state, frozen, folder), target)
 
     def _load(self, work: Work) -> dict[str, Any] | None:
         last, self._last = self._last, None

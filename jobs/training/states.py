@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jobs.data.batches import map_tensors
 from jobs.errors import JobError
+from jobs.training import frozen_file
 
 FORMAT = 2
 
@@ -34,7 +35,7 @@ def read(path: Path | IO[bytes]) -> dict[str, Any]:
         raise JobError(f"{name}: not a checkpoint of format {FORMAT}: it names no format")
     if state["format"] != FORMAT:
         raise JobError(f"{name}: not a checkpoint of format {FORMAT}: its format is {state['format']!r:.40}")
-    return state
+    return frozen_file.put_back(state, path.parent) if isinstance(path, Path) else state
 
 
 class Copies:

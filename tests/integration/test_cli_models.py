@@ -71,7 +71,12 @@ def test_an_exported_model_loads_and_scores_as_it_did(folder: Path) -> None:
     done = orch(folder, "export", "--out", "out/model.pt")
     entry = Run.open(folder / "runs/quick").board()["entries"][0]
     assert f"out/model.pt: rank 1, score {entry['score']:.6g}, {entry['epochs']} epochs\n" in output(done)
-    assert json.loads((folder / "out/model.json").read_text()) == {"run": "quick", "job": QUICK["job"], **entry}
+    assert json.loads((folder / "out/model.json").read_text()) == {
+        "run": "quick",
+        "job": QUICK["job"],
+        "data": None,
+        **entry,
+    }
     assert names_in(folder / "out") == {"model.pt", "model.json"}
 
     weights = torch.load(folder / "out/model.pt", weights_only=True)

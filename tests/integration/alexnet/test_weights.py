@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_missing_weights_are_never_replaced_by_untrained_ones(name: str, sketches: Path) -> None:
     job = job_of("part2", sketches, pretrained_weights=name)
     message = (
-        f"pretrained_weights: {name} is not on this machine .* Run `orch prepare SETTINGS` where there is internet"
+        f"pretrained_weights: {name} is not on this machine .* Run `orch prepare .*part2.json` where there is internet"
     )
     for build in (job.model, lambda: job.prepare(download=False)):
         with pytest.raises(JobError, match=message):
@@ -95,7 +95,7 @@ def test_a_launch_without_the_weights_says_what_to_do_and_creates_nothing(
     done = orch_here(tmp_path, "launch", str(file))
     assert done.returncode == 2
     assert done.stderr.startswith("orch: pretrained_weights: IMAGENET1K_V1 is not on this machine")
-    assert "Run `orch prepare SETTINGS` where there is internet" in done.stderr
+    assert f"Run `orch prepare {file}` where there is internet, or carry alexnet-owt-7be5be79.pth here" in done.stderr
     assert done.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
 
@@ -134,9 +134,10 @@ def test_preparing_without_internet_says_what_to_do(
     message = capsys.readouterr().err
     fetched = torch_home / "hub" / "checkpoints"
     assert left.value.code == 2
-    assert "orch: pretrained_weights: IMAGENET1K_V1 can't be downloaded: <urlopen error" in message
-    assert "On a machine with internet, run `orch prepare`" in message
-    assert f"copy alexnet-owt-7be5be79.pth to {fetched}, or name a file in pretrained_weights" in message
+    assert "orch: these files are missing and can't be downloaded here:" in message
+    assert "alexnet-owt-7be5be79.pth (about 244 MB): http://127.0.0.1" in message
+    assert f"orch prepare {file} --from alexnet-owt-7be5be79.pth" in message
+    assert f"or put them into {fetched} and run" in message
     assert not fetched.exists() or list(fetched.iterdir()) == []
 
 
