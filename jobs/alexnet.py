@@ -169,6 +169,8 @@ class AlexNet(PictureJob):
         archive = Source(
             self.params.dataset_url, root.parent / sketches.ARCHIVE, how.sha256 or "", sketches.ARCHIVE_BYTES
         )
+        if not sketches.is_there(root):
+            sketches.refuse_to_replace(root)
         for file in how.brought:
             if file.suffix not in (".pth", ".pt"):
                 sketches.unpack(file, root, url=None, sha256=checked(file, archive.sha256, how.say), say=how.say)

@@ -11,9 +11,11 @@ import json
 import os
 import re
 import shutil
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -32,6 +34,7 @@ ARCHIVE_BYTES = 525_000_000  # roughly
 CLASSES, DRAWINGS = 250, 80  # in the original
 TRAIN = 60  # of each class, the first by file number; the others are the test set
 RECORD = "SOURCE.json"
+ABANDONED_S = 6 * 3600.0
 WEIGHTS = "stand-in-weights.pth"  # in ROOT of stand-in data: pretrained weights made with them
 _MEMBER = re.compile(r"(?:.*/)?(?P<label>[^/]+)/(?P<number>\d+)\.png")
 
@@ -166,16 +169,34 @@ def draw_stand_in(root: Path, say: Say, classes: int = STAND_IN_CLASSES, seed: i
     return _build(root, fill)
 
 
+def refuse_to_replace(root: Path) -> None:
+    """Raise JobError if the folder exists and is not empty."""
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        made = (
+            "contains data already"
+            if (root / RECORD).exists()
+            else "exists already, and `orch prepare` did not make it"
+        )
+        raise JobError(
+            f"{root} {made}. Move it away, or name other folders in training_source_dir and testing_source_dir"
+        )
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Delete what killed processes have left: filling a folder takes minutes, not hours."""
+    for folder in root.parent.glob(f".{root.name}-*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def _build(root: Path, fill: Callable[[Path], DataSource]) -> DataSource:
     """Fill a new folder, then give it its name. Raises JobError if that name is in use or the disk is full."""
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise JobError(
-            f"{root} exists already, and `orch prepare` did not make it. Move it away, or name other folders in "
-            "training_source_dir and testing_source_dir"
-        )
+    refuse_to_replace(root)
     building = root.with_name(f".{root.name}-{os.getpid()}")
     try:
         building.mkdir(parents=True)
+        _remove_abandoned(root)
         source = fill(building)
         write_source(building, source)
         os.sync()  # the files must be on disk before the folder gets its name

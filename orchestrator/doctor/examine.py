@@ -54,7 +54,7 @@ def examine(
         findings += machine.judge_locks(folder, several_nodes, settings.uses_server, proof.locks_hold)
         if settings.database is not None:
             findings.append(_judge_database(settings, runs_dir))
-    findings += [_judge_data(path) for path in settings.data_folders]
+    findings += [_judge_data(path, settings.prepare_command) for path in settings.data_folders]
     findings += machine.judge_disk(folder)
     findings.append(machine.judge_home(machine.look_at_home()))
     say("importing torch")
@@ -148,10 +148,10 @@ def _judge_database(settings: Settings, runs_dir: Path) -> Finding:
     return Finding("error", "database", error, 'start the server, or correct "database"')
 
 
-def _judge_data(path: str) -> Finding:
+def _judge_data(path: str, command: str) -> Finding:
     try:
         os.listdir(path)
     except OSError as error:
-        do = "correct the path in the settings, or run `orch prepare SETTINGS` to download the data of built-in jobs"
+        do = f"correct the path in the settings, or run `{command}` to download the data of built-in jobs"
         return Finding("error", "data", f"{path}: can't be read here: {error.strerror or error}", do)
     return Finding("ok", "data", f"{path} can be read here")
