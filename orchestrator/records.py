@@ -137,7 +137,7 @@ class Profile:
             raise ValueError('"name" is missing; it says which schedule, e.g. {"name": "StepLR", "step_size": 5}')
         checked_class(schedule["name"], '"StepLR", "OneCycleLR", "PiecewiseLinear"')
         if schedule.get("every", "step") not in ("step", "epoch"):
-            raise ValueError(f'every: {shown(repr(schedule["every"]))}; allowed are "step" and "epoch"')
+            raise ValueError(f'every: {shown(repr(schedule["every"]))}; allowed: "step" and "epoch"')
         _check_epochs(schedule.get("epochs"))
         return schedule
 
@@ -146,7 +146,7 @@ def checked_class(name: Any, examples: str) -> str:
     """Return `name` if it is a torch class name or "package.module:Class"; otherwise raise ValueError."""
     if not isinstance(name, str) or len(name) > 300 or not CLASS.fullmatch(name):
         raise ValueError(
-            f'{shown(repr(name))} is not the name of a class; allowed are {examples}, ... and "package.module:Class"'
+            f'{shown(repr(name))} is not the name of a class; allowed: {examples}, ... and "package.module:Class"'
         )
     return name
 
@@ -157,7 +157,7 @@ def _check_epochs(epochs: Any) -> None:
     plain = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
     if not plain or any(a >= b for a, b in pairwise(numbers)):
         allowed = "a number above 0, or an increasing list of numbers (PiecewiseLinear)"
-        raise ValueError(f"epochs: {shown(repr(epochs))}; allowed is {allowed}")
+        raise ValueError(f"epochs: {shown(repr(epochs))}; allowed: {allowed}")
 
 
 @dataclass(frozen=True, slots=True)

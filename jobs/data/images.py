@@ -225,5 +225,5 @@ def open_set(
             ) from error
         raise JobError(
             f"{name} is not in training_source_dir {root}, or is damaged there. Run `{command}` where there is "
-            "internet, or name the folder that torchvision has downloaded it to"
+            "internet, or set training_source_dir to the folder that holds it"
         ) from error

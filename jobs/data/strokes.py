@@ -46,7 +46,7 @@ def _stroke(random: Generator) -> np.ndarray:
 
 
 def _distorted(strokes: Strokes, random: Generator) -> Strokes:
-    """Draw by another hand: rotated, scaled and moved as a whole, and every stroke bent and moved a little."""
+    """Imitate another hand: rotate, shear, scale and move the whole drawing; bend and move each stroke a little."""
     angle, shear = random.normal(0, 0.15), random.normal(0, 0.1)
     scale = random.uniform(0.65, 1.0) * random.uniform(0.85, 1.15, 2)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle) + shear, math.cos(angle)]])

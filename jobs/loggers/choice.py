@@ -42,7 +42,7 @@ def find_logger(name: str) -> type[Logger]:
     logger = find_class(BUILT_IN[name][0] if name in BUILT_IN else name, what)
     if not issubclass(logger, Logger):
         raise JobError(
-            f"{what} is not derived from jobs.loggers.Logger; allowed are {', '.join(BUILT_IN)} and "
+            f"{what} is not derived from jobs.loggers.Logger; allowed: {', '.join(BUILT_IN)} and "
             '"module:Class", where Class is derived from it'
         )
     return logger

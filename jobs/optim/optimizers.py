@@ -112,7 +112,7 @@ def find(spec: str, what: str, home: Any, base: type, unfit: Mapping[str, str], 
     known = sorted({*also, *(n for n in classes if not n.startswith("_") and n not in unfit)})
     by_lower = {n.lower(): n for n in reversed(known)}
     near = [by_lower[n] for n in get_close_matches(name.lower(), by_lower, n=1)]
-    allowed = f"did you mean {near[0]!r}? Allowed are torch's classes" if near else f"allowed are {', '.join(known)}"
+    allowed = f"did you mean {near[0]!r}? Allowed: torch's classes" if near else f"allowed: {', '.join(known)}"
     raise JobError(f'{what}: torch has no suitable class of that name; {allowed}, or "package.module:Class"')
 
 
@@ -131,7 +131,7 @@ def check_options(options: Iterable[str], kind: Any, what: str, taken: Sequence[
     for option in options:
         if option not in names:
             near = get_close_matches(option, names, n=1)
-            allowed = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(names)}"
+            allowed = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(names)}"
             raise JobError(f"{what}: it has no option {option!r}; {allowed}")
 
 

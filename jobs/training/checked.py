@@ -19,14 +19,14 @@ def checked_data(job: Job, data: Any, split: str) -> Dataset[Any]:
     """Return `data`, a split's data set. Raises JobError unless it has __len__ and __getitem__."""
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         allowed = "a torch Dataset with __len__ and __getitem__"
-        raise JobError(f"{type(job).__name__}.data({split!r}) returned {_described(data)}; allowed is {allowed}")
+        raise JobError(f"{type(job).__name__}.data({split!r}) returned {_described(data)}; allowed: {allowed}")
     return data  # type: ignore[no-any-return]  # any class with these methods will do
 
 
 def checked_model(job: Job, model: Any) -> nn.Module:
     """Return `model`. Raises JobError unless it is a module."""
     if not isinstance(model, nn.Module):
-        raise JobError(f"{type(job).__name__}.model() returned {_described(model)}; allowed is a torch.nn.Module")
+        raise JobError(f"{type(job).__name__}.model() returned {_described(model)}; allowed: a torch.nn.Module")
     return model
 
 
@@ -34,7 +34,7 @@ def checked_loss(job: Job, loss: Any) -> Tensor:
     """Return the loss of a training batch as a scalar. Raises JobError unless it is one number with a gradient."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         allowed = "a tensor of one number, the mean over the batch"
-        raise JobError(f"{_named(job, 'training_loss', 'loss')} returned {_described(loss)}; allowed is {allowed}")
+        raise JobError(f"{_named(job, 'training_loss', 'loss')} returned {_described(loss)}; allowed: {allowed}")
     if not loss.requires_grad:
         raise JobError(
             f"{_named(job, 'training_loss', 'loss')} returned {_described(loss)} without a gradient; it must be "
@@ -47,12 +47,12 @@ def checked_metrics(job: Job, metrics: Any) -> Mapping[str, Any]:
     """Return `metrics`, measured on an evaluation batch. Raises JobError unless it maps names to numbers."""
     method, allowed = _named(job, "evaluation_metrics", "metrics"), 'one number for each name, such as {"mse": 0.1}'
     if not isinstance(metrics, Mapping):
-        raise JobError(f"{method} returned {_described(metrics)}; allowed is a dict with {allowed}")
+        raise JobError(f"{method} returned {_described(metrics)}; allowed: a dict with {allowed}")
     for name, value in metrics.items():
         if not isinstance(name, str):
-            raise JobError(f"{method} returned a dict with the key {name!r:.60}; allowed are names (strings)")
+            raise JobError(f"{method} returned a dict with the key {name!r:.60}; allowed: names (strings)")
         if not _is_number(value):
-            raise JobError(f"{method} returned {_described(value)} for {name!r}; allowed is {allowed}")
+            raise JobError(f"{method} returned {_described(value)} for {name!r}; allowed: {allowed}")
     return metrics
 
 

@@ -28,7 +28,7 @@ from orchestrator.records import EpochResult, Finished, Interrupted, Work
 def checked_state(state: Any) -> Mapping[str, Any]:
     """Return `state`. Raises JobError if orch could not load it after saving: orch loads only data, never code."""
     if not isinstance(state, Mapping):
-        raise JobError(f"train_chunk returned a state that is a {type(state).__name__}; allowed is a dict")
+        raise JobError(f"train_chunk returned a state that is a {type(state).__name__}; allowed: a dict")
     shape, written = map_tensors(state, lambda tensor: tensor.detach().new_empty(0)), io.BytesIO()
     try:
         torch.save(dict(shape), written)
@@ -36,7 +36,7 @@ def checked_state(state: Any) -> Mapping[str, Any]:
         torch.load(written, weights_only=True)
     except Exception as error:  # pickle can raise anything that the pickled objects raise
         raise JobError(
-            f"train_chunk returned a state that can't be kept: {why_unreadable(error)}; allowed are dicts, lists, "
+            f"train_chunk returned a state that can't be kept: {why_unreadable(error)}; allowed: dicts, lists, "
             "tensors and plain values, such as a state_dict()"
         ) from error
     return state
@@ -92,7 +92,7 @@ class OwnLoop(JobTrainer):
         outcome = self.job.train_chunk(context)
         if not isinstance(outcome, ChunkResult | ChunkInterrupted):
             kind = type(outcome).__name__
-            raise JobError(f"train_chunk returned {kind}; allowed are ChunkResult and ChunkInterrupted")
+            raise JobError(f"train_chunk returned {kind}; allowed: ChunkResult and ChunkInterrupted")
         self._own = checked_state(outcome.state)
         if isinstance(outcome, ChunkInterrupted):
             if not told_to_stop and self.group.rank == 0:

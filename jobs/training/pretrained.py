@@ -1,4 +1,4 @@
-"""Pretrained weights, chosen by a file path or by a torchvision name. `orch prepare` downloads the file of a name."""
+"""Pretrained weights: a file given by path, or a torchvision file given by name, which `orch prepare` downloads."""
 
 from __future__ import annotations
 

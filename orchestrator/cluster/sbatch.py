@@ -80,7 +80,7 @@ def minutes(time: str) -> int:
     days-hours[:minutes[:seconds]]. Raises ValueError."""
     match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9}(?::\d{1,9}){0,2})", time.strip())
     if not match:
-        raise ValueError(f"time {shown(time, 100)!r}: allowed are MIN, MIN:SEC, H:MIN:SEC and DAYS-H:MIN:SEC")
+        raise ValueError(f"time {shown(time, 100)!r}; allowed: MIN, MIN:SEC, H:MIN:SEC and DAYS-H:MIN:SEC")
     parts = [int(part) for part in match[2].split(":")]
     if match[1] is None and len(parts) < 3:
         parts.insert(0, 0)  # the time has no hours

@@ -156,7 +156,7 @@ def names_of(wanted: object, partitions: Sequence[Partition]) -> list[str]:
 def judge_partition(
     wanted: object, partitions: Sequence[Partition], nodes: Sequence[Node], request: Request, need: Need
 ) -> list[Finding]:
-    """Check that the job fits a wanted partition (see `names_of`). If so, errors of others become warnings."""
+    """Check the wanted partitions (see `names_of`). If the job fits one, the others' errors become warnings."""
     known = {partition["PartitionName"]: partition for partition in partitions if "PartitionName" in partition}
     judged = [
         _judge_one(name, known, [node for node in nodes if node.partition == name], request, need)

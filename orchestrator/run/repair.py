@@ -43,7 +43,7 @@ class RepairReport:
     condition: str  # of the database before the repair: healthy, damaged or lost
     problems: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)  # new paths of the damaged files
+    kept: list[str] = field(default_factory=list)  # paths to which damaged files were renamed
     entries: list[dict[str, Any]] = field(default_factory=list)  # entries of the rebuilt board
     unknown: list[str] = field(default_factory=list)  # facts that the records do not contain
 

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.messages import shown
 
-PATTERNS = {"name": "allowed are letters, digits, '.', '_' and '-'", "job": 'allowed is "module:Class"'}
+PATTERNS = {"name": "allowed: letters, digits, '.', '_' and '-'", "job": 'allowed: "module:Class"'}
 MOST_LINES = 40  # about one screen
 
 
@@ -32,7 +32,7 @@ def _explain_one(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model or a dataclass
         known = _keys_at(detail["loc"][:-1], model)
         near = get_close_matches(str(detail["loc"][-1])[:100], known, n=1, cutoff=0.5)
-        allowed = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}"
+        allowed = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
         return f"{place}: unknown key; {allowed}"
     if detail["type"] == "missing":
         return f"{place}: is missing and has no default"

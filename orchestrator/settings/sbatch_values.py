@@ -41,7 +41,7 @@ def checked_additional(options: dict[str, Any]) -> dict[str, Any]:
 def check_option(name: str, value: Any) -> None:
     """Raise ValueError if the option's name or value is not allowed."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{shown(name, 60)!r} is not a long sbatch option; allowed are names such as 'reservation'")
+        raise ValueError(f"{shown(name, 60)!r} is not a long sbatch option; allowed: names such as 'reservation'")
     if isinstance(value, str):
         try:
             one_line(value)

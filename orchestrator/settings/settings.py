@@ -28,7 +28,7 @@ Flags = bool | list[bool]
 def _check_logger(name: str) -> str:
     if name not in LOGGERS and not (len(name) <= 300 and ":" in name and CLASS.fullmatch(name)):
         allowed = f'{", ".join(LOGGERS)} and "package.module:Class"'
-        raise ValueError(f"{shown(repr(name))} is not a logger; allowed are {allowed}")
+        raise ValueError(f"{shown(repr(name))} is not a logger; allowed: {allowed}")
     return name
 
 
@@ -47,7 +47,7 @@ def _check_database(url: str) -> str:
             raise ValueError("a database in memory is lost when its process ends; use sqlite:////folder/file.db")
     elif parts.scheme != POSTGRES:
         raise ValueError(
-            f"orch does not support the database {parts.scheme[:40]!r}; allowed are {POSTGRES}://user@host/name and "
+            f"orch does not support the database {parts.scheme[:40]!r}; allowed: {POSTGRES}://user@host/name and "
             "sqlite:////folder/file.db"
         )
     elif password:

@@ -102,36 +102,36 @@ class ReturningWhole(Returning):
 @pytest.mark.parametrize(
     ("kind", "method", "change", "message"),
     [
-        (Returning, "model", lambda model: None, r"None; allowed is a torch\.nn\.Module"),
-        (Returning, "loss", lambda loss: None, r"None; allowed is a tensor of one number, the mean over the batch"),
+        (Returning, "model", lambda model: None, r"None; allowed: a torch\.nn\.Module"),
+        (Returning, "loss", lambda loss: None, r"None; allowed: a tensor of one number, the mean over the batch"),
         (
             Returning,
             "loss",
             lambda loss: loss.item(),
-            r"a value of type float, \d.*; allowed is a tensor of one",
+            r"a value of type float, \d.*; allowed: a tensor of one",
         ),
-        (Returning, "loss", lambda loss: loss.expand(3), r"a tensor of shape \(3,\) \(torch.float32\); allowed is a"),
+        (Returning, "loss", lambda loss: loss.expand(3), r"a tensor of shape \(3,\) \(torch.float32\); allowed: a"),
         (
             Returning,
             "loss",
             lambda loss: loss.detach(),
             r"a tensor of shape \(\) .* without a gradient; it",
         ),
-        (ReturningWhole, "training_loss", lambda loss: {"loss": loss}, r"a value of type dict; allowed is a tensor of"),
-        (Returning, "metrics", lambda metrics: None, r'None; allowed is a dict with one number .* \{"mse": 0.1\}'),
-        (Returning, "metrics", lambda metrics: metrics["loss"], r"a tensor of shape \(\) .*; allowed is a dict"),
+        (ReturningWhole, "training_loss", lambda loss: {"loss": loss}, r"a value of type dict; allowed: a tensor of"),
+        (Returning, "metrics", lambda metrics: None, r'None; allowed: a dict with one number .* \{"mse": 0.1\}'),
+        (Returning, "metrics", lambda metrics: metrics["loss"], r"a tensor of shape \(\) .*; allowed: a dict"),
         (
             Returning,
             "metrics",
             lambda metrics: metrics | {"per class": None},
-            r"None for 'per class'; allowed is one",
+            r"None for 'per class'; allowed: one",
         ),
-        (Returning, "metrics", lambda metrics: metrics | {3: 0.5}, r"a dict with the key 3; allowed are names"),
+        (Returning, "metrics", lambda metrics: metrics | {3: 0.5}, r"a dict with the key 3; allowed: names"),
         (
             ReturningWhole,
             "evaluation_metrics",
             lambda metrics: metrics | {"accuracy": torch.ones(3)},
-            r"a tensor of shape \(3,\) \(torch.float32\) for 'accuracy'; allowed is one number for each name",
+            r"a tensor of shape \(3,\) \(torch.float32\) for 'accuracy'; allowed: one number for each name",
         ),
         (
             ReturningWhole,
@@ -151,7 +151,7 @@ def test_a_wrong_return_value_is_an_error_that_names_the_method(
 
 def test_data_without_a_length_is_an_error_that_names_the_method() -> None:
     job = type("Mine", (Returning,), {"wrong": ("data", lambda data: iter(()))})
-    with pytest.raises(JobError, match=r"^Mine\.data\('train'\) returned a value of type tuple_iterator; allowed is a"):
+    with pytest.raises(JobError, match=r"^Mine\.data\('train'\) returned a value of type tuple_iterator; allowed: a"):
         session_of(job).train(founder(), lambda: False, lambda _epoch: None)
 
 

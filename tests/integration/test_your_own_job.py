@@ -333,11 +333,11 @@ class Bare(Walk):
     ("job", "message"),
     [
         (Hasty, r"returned ChunkInterrupted, but context.should_stop\(\) had not returned True"),
-        (Whole, r"a state that can't be kept: .*Linear.*; allowed are dicts, lists, tensors"),
-        (Bare, r"a state that is a str; allowed is a dict"),
+        (Whole, r"a state that can't be kept: .*Linear.*; allowed: dicts, lists, tensors"),
+        (Bare, r"a state that is a str; allowed: a dict"),
         (Lazy, r"reported 1 of 3 epochs; call context.report"),
         (Silent, r"metric.name: 'accuracy' is not among the metrics that were reported: loss"),
-        (Forgetful, r"train_chunk returned dict; allowed are ChunkResult and ChunkInterrupted"),
+        (Forgetful, r"train_chunk returned dict; allowed: ChunkResult and ChunkInterrupted"),
     ],
 )
 def test_a_loop_that_breaks_a_rule_is_an_error_that_names_the_rule(

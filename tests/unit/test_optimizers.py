@@ -85,7 +85,7 @@ def test_parameters_without_gradients_and_empty_groups_are_left_out() -> None:
     ("given", "message"),
     [
         (profile("Adm"), r"profile 'one': optimizer Adm: torch has no .*did you mean 'Adam'"),
-        (profile("Xyz"), r"optimizer Xyz: torch has no .*allowed are ASGD, .*SGD.*\"package.module:Class\""),
+        (profile("Xyz"), r"optimizer Xyz: torch has no .*allowed: ASGD, .*SGD.*\"package.module:Class\""),
         (
             profile("LBFGS"),
             r"optimizer LBFGS: it calls the model several times per step.*train_chunk.*own-job",
@@ -96,7 +96,7 @@ def test_parameters_without_gradients_and_empty_groups_are_left_out() -> None:
         (profile("no_such_module:A"), r"no_such_module can't be imported: ModuleNotFoundError"),
         (profile(f"{__name__}:NoOptimizer"), r"no class NoOptimizer that is derived from torch's Optimizer"),
         (profile("SGD", nestrov=True), r"optimizer SGD: it has no option 'nestrov'; did you mean 'nesterov'\?"),
-        (profile("Adam", xyz=1), r"optimizer Adam: it has no option 'xyz'; allowed are .*betas.*eps"),
+        (profile("Adam", xyz=1), r"optimizer Adam: it has no option 'xyz'; allowed: .*betas.*eps"),
         (profile("SGD", momentum=0.0, nesterov=True), r"optimizer SGD: Nesterov momentum requires a momentum"),
         (profile("Adam", betas=[2, 0.9]), r"optimizer Adam: Invalid beta parameter at index 0: 2"),
         (profile("Adam", betas=[0.9]), r"optimizer Adam: .*\(given: .*\"betas\": \[0.9\]"),

@@ -244,7 +244,7 @@ def test_piecewise_linear_is_between_its_neighbouring_corners(
     ("schedule", "message"),
     [
         ({"name": "StepLr"}, r"profile 'one': schedule StepLr: torch has no .*did you mean 'StepLR'"),
-        ({"name": "Xyz"}, r"schedule Xyz: torch has no .*allowed are .*OneCycleLR.*PiecewiseLinear"),
+        ({"name": "Xyz"}, r"schedule Xyz: torch has no .*allowed: .*OneCycleLR.*PiecewiseLinear"),
         (
             {"name": "LambdaLR"},
             r"schedule LambdaLR: it takes functions, which a settings file can't contain; use Piece",

@@ -66,17 +66,17 @@ REPEATED = [ALEX, RON, ALEX | {"momentum": 0.8}]
         ),
         pytest.param(
             {"name": "my run"},
-            "name: \"my run\" is not allowed; allowed are letters, digits, '.', '_' and '-'",
+            "name: \"my run\" is not allowed; allowed: letters, digits, '.', '_' and '-'",
             id="a name with a space",
         ),
         pytest.param(
             {"name": "../run"},
-            "name: \"../run\" is not allowed; allowed are letters, digits, '.', '_' and '-'",
+            "name: \"../run\" is not allowed; allowed: letters, digits, '.', '_' and '-'",
             id="a name that is a path",
         ),
         pytest.param(
             {"job": "jobs/alexnet.py"},
-            'job: "jobs/alexnet.py" is not allowed; allowed is "module:Class"',
+            'job: "jobs/alexnet.py" is not allowed; allowed: "module:Class"',
             id="a job that is a file",
         ),
         pytest.param(
@@ -123,7 +123,7 @@ REPEATED = [ALEX, RON, ALEX | {"momentum": 0.8}]
         ),
         pytest.param(
             {"metric": {"xyzzy": 1}},
-            "metric.xyzzy: unknown key; allowed are mode, name",
+            "metric.xyzzy: unknown key; allowed: mode, name",
             id="no key is near, so all are named",
         ),
     ],
@@ -261,7 +261,7 @@ def test_a_profile_s_optimizer_and_schedule_reach_the_board_s_policy(written):
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ({"optimizer": "A dam"}, 'optimizer: \'A dam\' is not the name of a class; allowed are "SGD", "Adam"'),
+        ({"optimizer": "A dam"}, 'optimizer: \'A dam\' is not the name of a class; allowed: "SGD", "Adam"'),
         ({"optimizer": "a:b:c"}, "optimizer: 'a:b:c' is not the name of a class"),
         (
             {"optimizer_options": {"lr": 1}},
@@ -269,12 +269,12 @@ def test_a_profile_s_optimizer_and_schedule_reach_the_board_s_policy(written):
         ),
         ({"optimizer_options": {"momentum": 1}}, "optimizer_options: 'momentum' is the profile's own 'momentum'"),
         ({"schedule": {"step_size": 3}}, 'schedule: "name" is missing; it says which schedule'),
-        ({"schedule": {"name": 3}}, 'schedule: 3 is not the name of a class; allowed are "StepLR"'),
+        ({"schedule": {"name": 3}}, 'schedule: 3 is not the name of a class; allowed: "StepLR"'),
         ({"schedule": {"name": "StepLR", "every": "batch"}}, "schedule: every: 'batch'; allowed are"),
-        ({"schedule": SCHEDULE | {"epochs": 0}}, "schedule: epochs: 0; allowed is a number above 0"),
+        ({"schedule": SCHEDULE | {"epochs": 0}}, "schedule: epochs: 0; allowed: a number above 0"),
         (
             {"schedule": SCHEDULE | {"epochs": [0, 2, 2]}},
-            "schedule: epochs: [0, 2, 2]; allowed is a number above 0, or",
+            "schedule: epochs: [0, 2, 2]; allowed: a number above 0, or",
         ),
         ({"schedule": SCHEDULE | {"epochs": True}}, "schedule: epochs: True; allowed is"),
         ({"schedule": "StepLR"}, 'schedule: "StepLR" is not allowed'),
@@ -300,7 +300,7 @@ def test_a_repeat_with_another_schedule_is_a_mistake(written):
         ({"compile": "fast"}, 'compile: "fast" is not allowed'),
         (
             {"loggers": ["tensorbord"]},
-            "loggers[0]: 'tensorbord' is not a logger; allowed are tensorboard, wandb, mlflow and",
+            "loggers[0]: 'tensorbord' is not a logger; allowed: tensorboard, wandb, mlflow and",
         ),
         ({"loggers": "wandb"}, 'loggers: "wandb" is not allowed'),
         (
