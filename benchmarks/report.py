@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("part1", "part2", "part3")
 REPORT = {"part1": 57.78, "part2": 65.56, "part3": 71.92}  # test accuracy in percent, on 250 classes of real sketches
 OLD_SYSTEM = (
-    "the report's system: 3,754 to 3,906 epochs for each part; 78 % and 88 % of the evaluations of two parts discarded; its "
-    "cost is not known"
+    "the report's system: 3,754 to 3,906 epochs a part; 78 % and 88 % of the evaluations in two parts discarded; "
+    "its cost is not known"
 )
 # AlexNet's convolutions on small pictures, with a smaller classifier: 1.7 million of its 61 million parameters.
 SMALL = {
