@@ -9,6 +9,7 @@ default every next chunk continues its child. With --vs REV, an earlier revision
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -67,8 +68,9 @@ def draw(folder: Path, each: int) -> None:
             Image.fromarray(pixels).save(folder / f"{label:03d}" / f"{number}.png")
 
 
-def boundaries_s(code: Path, part: str, data: Path, args: argparse.Namespace) -> list[float]:
-    """Launch a run in this process's place with the code in a folder; return the seconds of its boundaries."""
+def measured_s(code: Path, part: str, data: Path, args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Launch a run with the code in a folder. Return the seconds of each boundary and of the chunk that it begins:
+    from the end of one validation to the end of the next."""
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         log = Path(place, "log")
         changes = {
@@ -92,13 +94,11 @@ def boundaries_s(code: Path, part: str, data: Path, args: argparse.Namespace) ->
         done = subprocess.run(command, cwd=code, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-        found, last = [], None
-        for line in log.read_text().splitlines():
-            what, at = json.loads(line)
-            if what == "step" and last is not None and last[0] == "validated":
-                found.append(at - last[1])
-            last = (what, at)
-    return found[1:] if args.num_models == 1 else found  # the first one may still load code
+        notes = [json.loads(line) for line in log.read_text().splitlines()]
+    between = [(a[1], b[1]) for a, b in itertools.pairwise(notes) if (a[0], b[0]) == ("validated", "step")]
+    ends = [end for end, _ in between[1:]] + [notes[-1][1]]
+    found = [(begin - end, following - end) for (end, begin), following in zip(between, ends, strict=True)]
+    return found[1:]  # the first boundary may still load code
 
 
 def main() -> None:
@@ -124,15 +124,18 @@ def main() -> None:
             subprocess.run(["git", "worktree", "add", "-q", "--detach", codes[args.vs], args.vs], cwd=ROOT, check=True)
         try:
             for part in args.parts:
-                found: dict[str, list[float]] = {name: [] for name in codes}
+                found: dict[str, list[tuple[float, float]]] = {name: [] for name in codes}
                 for _ in range(args.rounds):
                     for name, code in codes.items():
-                        found[name] += boundaries_s(code, part, data, args)
+                        found[name] += measured_s(code, part, data, args)
                 results[part] = {name: _figures(values) for name, values in found.items()}
                 for name, figures in results[part].items():
-                    print(f"{part}, {name}: median {figures['median_s']:.2f} s of {figures['boundaries']} boundaries")
+                    print(
+                        f"{part}, {name}: {figures['boundary_s']:.2f} s at a boundary, {figures['chunk_s']:.2f} s from "
+                        f"chunk to chunk (medians of {figures['boundaries']})"
+                    )
                 if args.vs:
-                    ratio = results[part]["now"]["median_s"] / results[part][args.vs]["median_s"]
+                    ratio = results[part]["now"]["boundary_s"] / results[part][args.vs]["boundary_s"]
                     results[part]["ratio"] = round(ratio, 3)
                     print(f"{part}: {ratio:.2f} of {args.vs}'s")
         finally:
@@ -142,11 +145,14 @@ def main() -> None:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _figures(seconds: list[float]) -> dict[str, Any]:
+def _figures(seconds: list[tuple[float, float]]) -> dict[str, Any]:
+    boundaries, chunks = zip(*seconds, strict=True)
     return {
-        "median_s": round(statistics.median(seconds), 3),
+        "boundary_s": round(statistics.median(boundaries), 3),
+        "chunk_s": round(statistics.median(chunks), 3),
         "boundaries": len(seconds),
-        "all_s": [round(s, 3) for s in seconds],
+        "all_boundaries_s": [round(s, 3) for s in boundaries],
+        "all_chunks_s": [round(s, 3) for s in chunks],
     }
 
 
