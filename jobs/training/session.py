@@ -21,7 +21,7 @@ from jobs.data.splits import Split
 from jobs.errors import JobError
 from jobs.job import Job
 from jobs.loggers.observer import Held, Observer
-from jobs.training import frozen_file
+from jobs.training import frozen_file, memory
 from jobs.training.checked import checked_data, checked_metrics
 from jobs.training.frozen import FrozenParts
 from jobs.training.learner import Learner, Predictor
@@ -123,11 +123,15 @@ class Session(JobTrainer):
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
 
     def snapshot(self) -> Callable[[IO[bytes]], None] | None:
-        """Copy the state to host memory. None for several ranks: the followers would not hold the state."""
+        """Copy the state to host memory. None if that would take more than half of what is free, and for several ranks,
+        whose followers would not hold the state."""
         if self.group.count > 1:
             return None
-        self._last = self.state()
-        return self._writer(self._copies.copy(self._last))
+        state = self.state()
+        if self._copies.needed_bytes(state) > memory.free_bytes() / 2:
+            return None
+        self._last = state
+        return self._writer(self._copies.copy(state))
 
     def save(self, target: IO[bytes]) -> None:
         self._writer(self.state())(target)

@@ -68,6 +68,7 @@ class JobLoop:
         self._next: Claim | Over | None = None  # what record_and_claim returned for the next chunk
         self._durations_s: list[float] = []  # durations of recent chunks, the latest last
         self._ahead: Ahead | None = None
+        self._snapshots = True  # whether the trainer can go on while a checkpoint is written
         self._stepped = False  # whether the current chunk has made a step
         self._began = 0.0  # when the model and the data had been loaded
         self._job_end = 0.0
@@ -131,12 +132,14 @@ class JobLoop:
         self._durations_s = self.leaderboard.reader.recent_chunk_seconds()
         chunks = failed = 0
         while True:
+            if not self.stop.reason:
+                successor.submit()
             if self._ahead is not None:  # its chunk was trained ahead, and claimed meanwhile
                 ahead, self._ahead = self._ahead, None
                 assert ahead.result is not None, "training has ended"
                 result = self._settle(ahead.claim, ahead.result, job, ahead.started)
             else:
-                claim = self._next_claim(job, successor, chunks)
+                claim = self._next_claim(job, chunks)
                 if isinstance(claim, Ending):
                     return claim
                 result = self._chunk(claim, job)
@@ -150,11 +153,10 @@ class JobLoop:
                 failed = 0
             chunks += 1
 
-    def _next_claim(self, job: ChainJob, successor: Successor, chunks: int) -> Claim | Ending:
+    def _next_claim(self, job: ChainJob, chunks: int) -> Claim | Ending:
         """Return the next chunk to train, or why there is none. chunks: how many this job has trained."""
         if self.stop.reason:
             return Ending(f"stopped by {self.stop.reason}")
-        successor.submit()
         now = self.clock()
         claim, self._next = self._next, None
         if claim is None:
@@ -286,8 +288,10 @@ class JobLoop:
         if not metric.better(result.score, than=bar):
             self._record(claim, result, None, job, started)
             return
-        work, foreseen = self._foresee(claim, result, job, started)
+        work, foreseen = self._foresee(claim, result, job) if self._snapshots else (None, None)
         save = self._trainer.snapshot() if work is not None else None
+        if work is not None and save is None:
+            self._snapshots = False  # don't ask again
         if work is None or foreseen is None or save is None:
             self._record(claim, result, self.writer.write(claim, result, self._trainer.save), job, started)
             return
@@ -315,9 +319,7 @@ class JobLoop:
 
     # --- training ahead
 
-    def _foresee(
-        self, claim: Claim, result: Finished, job: ChainJob, started: float
-    ) -> tuple[Work, Claim] | tuple[None, None]:
+    def _foresee(self, claim: Claim, result: Finished, job: ChainJob) -> tuple[Work, Claim] | tuple[None, None]:
         """Return the chunk that this worker will most likely claim when the result is recorded."""
         now = self.clock()
         if not self._goes_on(now):

@@ -255,3 +255,10 @@ def test_loggers_never_hear_of_a_tentative_chunk_that_is_thrown_away(tmp_path: P
     session.judged(True)
     train(session, replace(child(file), chunk_id=6))
     assert kept.reports[:3] == ["promoted True", "chunk 6", "step 7"]
+
+
+def test_without_memory_for_a_copy_there_is_no_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = digits_session()
+    train(session, founder())
+    monkeypatch.setattr("jobs.training.memory.free_bytes", lambda: 1000)
+    assert session.snapshot() is None
