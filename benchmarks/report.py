@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+from scipy import stats  # comes with scikit-learn
 
 from jobs.data.sketches import draw_stand_in
 from orchestrator.cli.main import main as command_line
