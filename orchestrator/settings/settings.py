@@ -187,6 +187,10 @@ class Settings(Strict):
         """Whether the run's jobs may be on more than one machine, so that locks must work between machines."""
         return self.executor not in ("local", "inline")
 
+    def __eq__(self, other: object) -> bool:
+        """Compare the values of all settings, wherever they came from."""
+        return isinstance(other, Settings) and self.__dict__ == other.__dict__
+
     def came_from(self, *words: str) -> None:
         """Remember the command-line words that give these settings: a settings file, and its --set options."""
         self._origin = words

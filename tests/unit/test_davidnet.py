@@ -45,7 +45,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[bool, tuple[T
         pixels = torch.randint(top, (COUNTS[train], 32, 32, 3), dtype=torch.uint8, generator=generator)
         made[train] = (pixels.permute(0, 3, 1, 2), torch.arange(COUNTS[train]) % 10)
 
-    def load(root: Path, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
+    def load(root: Path, train: bool, download: bool = False, command: str = "") -> tuple[Tensor, Tensor]:
         assert root == tmp_path
         return made[train]
 

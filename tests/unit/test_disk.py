@@ -192,16 +192,16 @@ class LooksAtValues(Job):
 
 @pytest.mark.parametrize(
     ("job", "momentum", "times"),
-    [("Large", 0.9, 2), ("Large", 0.0, 1), ("LargeAdam", 0.9, 3), ("Frozen", 0.9, 1)],
-    ids=["SGD with momentum", "SGD without", "AdamW", "layers that are not trained"],
+    [("Large", 0.9, 2), ("Large", 0.0, 1), ("LargeAdam", 0.9, 3), ("Frozen", 0.9, 0)],
+    ids=["SGD with momentum", "SGD without", "AdamW", "frozen layers, which the run keeps once"],
 )
-def test_the_estimate_knows_what_the_optimizer_keeps(job: str, momentum: float, times: int) -> None:
+def test_the_estimate_knows_what_each_checkpoint_contains(job: str, momentum: float, times: int) -> None:
     profiles = [
         {"name": "a", "learning_rate": 0.1, "momentum": 0},
         {"name": "b", "learning_rate": 0.1, "momentum": momentum},
     ]
     values = settings(job=f"{__name__}:{job}", training_profiles=profiles)
-    assert checkpoint_bytes(values) == pytest.approx(times * 400e6, rel=0.01)
+    assert checkpoint_bytes(values) == pytest.approx(times * 400e6, rel=0.01, abs=1e6)
 
 
 def test_a_model_that_needs_its_values_is_made_on_the_cpu() -> None:

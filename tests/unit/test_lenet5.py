@@ -30,7 +30,7 @@ def mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     pixels = functional.pad(torch.randint(1, 256, (30, 1, 20, 20), dtype=torch.uint8, generator=generator), [4] * 4)
 
-    def load(root: Path, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
+    def load(root: Path, train: bool, download: bool = False, command: str = "") -> tuple[Tensor, Tensor]:
         return (pixels, torch.arange(30) % 10) if train else (pixels[:10] // 4, torch.arange(10))
 
     monkeypatch.setattr(images, "mnist", load)

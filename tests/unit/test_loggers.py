@@ -375,7 +375,7 @@ def test_an_extra_that_is_not_installed_is_an_error_that_says_how(
     ("name", "problem"),
     [
         ("not_there:Mine", "not_there can't be imported: ModuleNotFoundError"),
-        ("jobs.digits:Digits", "loggers: 'jobs.digits:Digits' is not derived from jobs.loggers.Logger; allowed are"),
+        ("jobs.digits:Digits", "loggers: 'jobs.digits:Digits' is not derived from jobs.loggers.Logger; allowed: "),
         ("jobs.digits:Nothing", "loggers: 'jobs.digits:Nothing': jobs.digits has no class Nothing"),
         ("jobs.digits", "jobs.digits has no class "),
     ],
