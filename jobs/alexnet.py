@@ -17,7 +17,7 @@ from torchvision import models
 from torchvision.datasets import ImageFolder
 
 from jobs.data import sketches
-from jobs.data.download import Fetch, Say, Source, checked, download_all
+from jobs.data.download import Fetch, Say, Source, UnreachableError, check_sha256, checked, download_all
 from jobs.errors import JobError
 from jobs.job import JobContext, local_path
 from jobs.pictures import Files, PictureJob, PictureParams
@@ -136,7 +136,18 @@ class AlexNet(PictureJob):
             raise JobError(
                 f"{WEIGHTS}: {file} is missing. Run `{self._command} --stand-in`, or name a file in {WEIGHTS}"
             )
+        wanted = self._network()
+        if source.weights_params not in ({}, wanted):
+            made, asked = (", ".join(f"{k}={v}" for k, v in p.items()) for p in (source.weights_params, wanted))
+            raise JobError(
+                f"{WEIGHTS}: {file} was made with job_params {made}, but these settings have {asked}. Use the "
+                f"same --set options as for `orch prepare`, or delete the file and run `{self._command} --stand-in`"
+            )
         return file
+
+    def _network(self) -> dict[str, int]:
+        """The job_params that weights depend on."""
+        return {"image_size": self.params.image_size, "hidden_units": self.params.hidden_units}
 
     # --- the sketches of the report, or drawings in their place
 
@@ -166,24 +177,41 @@ class AlexNet(PictureJob):
                 "move that folder away"
             )
         pretrained = self._weights_to_fetch()
+        expected = "" if how.sha256 is None else check_sha256(how.sha256)
         archive = Source(
-            self.params.dataset_url, root.parent / sketches.ARCHIVE, how.sha256 or "", sketches.ARCHIVE_BYTES
+            self.params.dataset_url, root.parent / sketches.ARCHIVE, expected, True, sketches.ARCHIVE_BYTES
         )
         if not sketches.is_there(root):
             sketches.refuse_to_replace(root)
+        elif source is not None and not (source.sha256 or "").startswith(expected):
+            raise JobError(f"{root} was made from an archive with the SHA-256 {source.sha256}, not {expected}")
+        for file in how.brought:
+            if file.suffix in (".pth", ".pt"):
+                if pretrained is None:
+                    raise JobError(f"--from {file}: these settings need no weights from torchvision")
+                bring_weights(file, pretrained, how.say)
         for file in how.brought:
             if file.suffix not in (".pth", ".pt"):
-                sketches.unpack(file, root, url=None, sha256=checked(file, archive.sha256, how.say), say=how.say)
-            elif pretrained is None:
-                raise JobError(f"--from {file}: these settings need no weights from torchvision")
-            else:
-                bring_weights(file, pretrained, how.say)
+                self._bring_archive(file, root, source, expected, how.say)
         missing = [] if sketches.is_there(root) else [archive]
         missing += [pretrained] if pretrained and not pretrained.file.is_file() else []
-        sha256 = download_all(missing, self._command, how.say)
+        try:
+            sha256 = download_all(missing, self._command, how.say)
+        except UnreachableError as error:
+            stand_in = f"For a small artificial data set, which needs no network, run\n  {self._command} --stand-in"
+            raise JobError(f"{error}\n{stand_in}") from error
         if archive in missing:
             sketches.unpack(archive.file, root, url=archive.url, sha256=sha256[archive], say=how.say, remove=True)
         return []
+
+    def _bring_archive(
+        self, file: Path, root: Path, source: sketches.DataSource | None, expected: str, say: Say
+    ) -> None:
+        sha256 = checked(file, expected, say=say)
+        if source is not None and source.sha256 == sha256 and sketches.is_there(root):
+            say(f"{root} was made from this archive already")
+            return
+        sketches.unpack(file, root, url=None, sha256=sha256, say=say)
 
     def _weights_to_fetch(self) -> Source | None:
         """Return the weights file of torchvision that the settings need; None if they need none or name a file."""
@@ -233,7 +261,7 @@ PRETRAINING = Profile("pretraining", learning_rate=3e-4, optimizer="AdamW")
 def pretrain(job: AlexNet, root: Path, source: sketches.DataSource, say: Say) -> None:
     """Make the pretrained weights of stand-in data: train the network from random weights on other drawn classes, and
     write the weights to ROOT. Raises JobError."""
-    with TemporaryDirectory(prefix=".pretraining-", dir=root.parent) as folder:
+    with TemporaryDirectory(prefix=f".{root.name}-pretraining-", dir=root.parent) as folder:
         other = Path(folder, "drawings")
         sketches.draw_stand_in(other, say, PRETRAINING_CLASSES, PRETRAINING_SEED)
         settings = job.context.settings.model_copy(
@@ -254,7 +282,7 @@ def pretrain(job: AlexNet, root: Path, source: sketches.DataSource, say: Say) ->
             accuracy = f"validation accuracy {result.metrics['accuracy']:.3f}"
             say(f"pretraining on other drawings: epoch {result.number} of {PRETRAINING_EPOCHS}, {accuracy}")
 
-        say("pretraining a network on other drawings, since there are no weights from outside")
+        say("pretraining a network on these, since there are no weights from outside; this takes minutes on a CPU")
         finished = session.train(work, lambda: False, on_epoch)
         assert isinstance(finished, Finished), "nothing interrupts it"
         publish(root / sketches.WEIGHTS, lambda target: torch.save(weights(session.state()), target))
@@ -262,4 +290,5 @@ def pretrain(job: AlexNet, root: Path, source: sketches.DataSource, say: Say) ->
         f"trained by `orch prepare --stand-in` on {PRETRAINING_CLASSES} other drawn classes, "
         f"{PRETRAINING_EPOCHS} epochs, validation accuracy {finished.score:.3f}"
     )
-    sketches.write_source(root, replace(source, weights={sketches.WEIGHTS: origin}))
+    made = replace(source, weights={sketches.WEIGHTS: origin}, weights_params=job._network())
+    sketches.write_source(root, made)

@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,7 +49,15 @@ class Source:
     url: str
     file: Path  # where it is kept on this machine
     sha256: str = ""  # the expected checksum in hexadecimal, or its first digits; "": not known
+    sha256_by_user: bool = False  # the user gave the checksum, perhaps a wrong one, so keep the file if they differ
     size_bytes: int | None = None  # roughly, for messages; None: not known
+
+
+def check_sha256(text: str) -> str:
+    """Return a checksum that the user gave. Raises JobError unless it is hexadecimal."""
+    if not re.fullmatch(r"[0-9a-fA-F]{8,64}", text):
+        raise JobError(f"--sha256 {text!r:.80}: give the 64 hexadecimal digits of the SHA-256, or the first 8 or more")
+    return text.lower()
 
 
 class UnreachableError(JobError):
@@ -63,7 +72,7 @@ def download(source: Source, say: Say) -> str:
     is wrong, or if another process downloads the same file.
     """
     if source.file.is_file():
-        return checked(source.file, source.sha256, say)
+        return checked(source.file, source.sha256, say=say)
     part = source.file.with_name(source.file.name + ".part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +86,7 @@ def download(source: Source, say: Say) -> str:
             ):
                 with attempt:
                     _continue(source, part, say)
-            sha256 = checked(part, source.sha256, say, remove=True)
+            sha256 = checked(part, source.sha256, say=say, remove=not source.sha256_by_user)
             os.rename(part, source.file)
             _validator_file(part).unlink(missing_ok=True)
     except HTTPError as error:
@@ -115,13 +124,13 @@ def _what_to_bring(failures: Mapping[Source, UnreachableError], command: str) ->
             *lines,
             "Download them where there is internet, bring them to this machine, and run",
             f"  {command} {' '.join(f'--from {name}' for name in names)}",
-            f"or put them into {' and '.join(sorted({str(source.file.parent) for source in failures}))} and run",
+            f"or put {', '.join(f'{source.file.name} into {source.file.parent}' for source in failures)}, and run",
             f"  {command}",
         ]
     )
 
 
-def checked(file: Path, expected: str, say: Say = lambda line: None, remove: bool = False) -> str:
+def checked(file: Path, expected: str, *, say: Say = lambda line: None, remove: bool = False) -> str:
     """Return a file's SHA-256. expected: the checksum or its first digits; "": not known. Raises JobError if they
     differ, after deleting the file if `remove`."""
     with file.open("rb") as content:
@@ -130,7 +139,7 @@ def checked(file: Path, expected: str, say: Say = lambda line: None, remove: boo
         if remove:
             file.unlink(missing_ok=True)
             _validator_file(file).unlink(missing_ok=True)
-        what = "It was deleted: run the same command again to download it anew" if remove else "Delete or replace it"
+        what = "It was deleted: run the same command again to download it anew" if remove else "It was left as it is"
         raise JobError(
             f"{file.name.removesuffix('.part')} in {file.parent} has the SHA-256 {actual}, but {expected} is expected: "
             f"it is damaged or another file. {what}"
@@ -174,7 +183,11 @@ def _continue(source: Source, part: Path, say: Say) -> None:
     except OSError as error:  # URLError, a timeout
         raise ConnectionError(f"can't be reached: {getattr(error, 'reason', error)}") from error
     with answer:
+        if answer.headers.get_content_type() == "text/html":
+            raise UnreachableError(f"{source.url}: the server answers with a web page, not with a file")
         if answer.status != 206:  # the server sends the whole file
+            if offset:
+                say(f"{source.file.name}: the server can't continue the download, or has another file; starting again")
             offset = 0
         length = answer.headers.get("Content-Length")
         total = offset + int(length) if length else None

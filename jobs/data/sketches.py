@@ -7,6 +7,7 @@ from.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -54,6 +55,7 @@ class DataSource:
     train_images: int = 0
     test_images: int = 0
     weights: dict[str, str] = field(default_factory=dict)  # for stand-in data: the pretrained weights made with them
+    weights_params: dict[str, int] = field(default_factory=dict)  # the job_params that these weights were made with
 
     def __str__(self) -> str:
         counts = f"{self.train_images} training and {self.test_images} test images"
@@ -140,7 +142,11 @@ def _drawings(opened: zipfile.ZipFile, archive: Path) -> dict[str, list[tuple[in
             drawings.setdefault(match["label"], []).append((int(match["number"]), member))
     if not drawings:
         raise JobError(f"{archive} contains no drawings; the sketches are files such as png/airplane/1.png")
-    few = [label for label, members in drawings.items() if len({number for number, _ in members}) <= TRAIN]
+    for label, members in drawings.items():
+        numbers = [number for number, _ in members]
+        if len({*numbers}) < len(numbers):
+            raise JobError(f"{archive}: {label} contains two drawings of the same number. Is it the original archive?")
+    few = [label for label, members in drawings.items() if len(members) <= TRAIN]
     if few:
         raise JobError(
             f"{archive}: {', '.join(sorted(few)[:3])} have {TRAIN} drawings or fewer; each class needs {TRAIN} for "
@@ -193,6 +199,7 @@ def _remove_abandoned(root: Path) -> None:
 def _build(root: Path, fill: Callable[[Path], DataSource]) -> DataSource:
     """Fill a new folder, then give it its name. Raises JobError if that name is in use or the disk is full."""
     refuse_to_replace(root)
+    root = root.resolve()  # may be a link to an empty folder on another file system
     building = root.with_name(f".{root.name}-{os.getpid()}")
     try:
         building.mkdir(parents=True)
@@ -204,8 +211,11 @@ def _build(root: Path, fill: Callable[[Path], DataSource]) -> DataSource:
             root.rmdir()
         building.rename(root)
     except OSError as error:
-        reason = error.strerror or error
-        raise JobError(f"{root} can't be filled: {reason}. Free some space and run the same command again") from error
+        if error.errno == errno.ENOTEMPTY:
+            raise JobError(f"another `orch prepare` has made {root} in the meantime; run the command again") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = ". Free some space and run the same command again" if full else ""
+        raise JobError(f"{root} can't be filled: {error.strerror or error}{advice}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return source

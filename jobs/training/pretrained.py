@@ -60,7 +60,8 @@ def weights_source(wanted: str, known: type[WeightsEnum], setting: str, mirror: 
     digits = _HASH.search(name)  # torchvision's file names end with the first digits of the SHA-256
     file = Path(torch.hub.get_dir()) / "checkpoints" / name
     size_mb = weights.meta.get("_file_size")
-    return Source(mirror or weights.url, file, digits[1] if digits else "", int(size_mb * 2**20) if size_mb else None)
+    size_bytes = int(size_mb * 2**20) if size_mb else None
+    return Source(mirror or weights.url, file, digits[1] if digits else "", size_bytes=size_bytes)
 
 
 def bring_weights(file: Path, source: Source, say: Say) -> None:

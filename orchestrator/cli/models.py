@@ -88,3 +88,5 @@ def export(
         entry = export_entry(opened, rank, out)
     print(f"{out}: rank {rank}, score {entry['score']:.6g}, {counted(entry['epochs'], 'epoch')}")
     print(f"{out.with_suffix('.json')}: its description")
+    if (data := opened.data_source()) and data.get("stand_in"):
+        print(f"STAND-IN DATA: {data['name']}")

@@ -20,7 +20,9 @@ STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "bold red
 
 def show(*views: RenderableType) -> None:
     """Print the views on standard output."""
-    Console().print(*views)
+    console = Console()
+    for view in views:
+        console.print(view)
 
 
 def _table(*headings: str, title: str | None = None) -> Table:

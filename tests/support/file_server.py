@@ -16,6 +16,7 @@ class FileServer:
     cuts: list[int] = field(default_factory=list)  # the next answers end after so many bytes
     ranges: bool = True  # whether the server can continue a file
     etag: str | None = '"1"'
+    content_type: str | None = None
     status: int | None = None  # answer every request with this error
     requests: list[tuple[str, str | None]] = field(default_factory=list)  # path, Range header
 
@@ -45,6 +46,8 @@ def serving(**files: bytes) -> Iterator[FileServer]:
             self.send_header("Content-Length", str(len(content) - start))
             if state.etag:
                 self.send_header("ETag", state.etag)
+            if state.content_type:
+                self.send_header("Content-Type", state.content_type)
             self.end_headers()
             cut = state.cuts.pop(0) if state.cuts else None
             with suppress(ConnectionError):  # the client may give up

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from filelock import FileLock
 
 from jobs.data import download as downloads
-from jobs.data.download import Source, UnreachableError, copy_into_place, download, download_all
+from jobs.data.download import Source, UnreachableError, check_sha256, copy_into_place, download, download_all
 from jobs.errors import JobError
 from tests.support.file_server import FileServer, serving
 
@@ -151,6 +152,28 @@ def test_a_disk_that_fills_up_is_an_error_and_the_download_continues_later(
     assert server.requests[-1][1] == f"bytes={len(CONTENT)}-"
 
 
+def test_a_web_page_in_place_of_the_file_is_an_error_and_not_kept(server: FileServer, tmp_path: Path) -> None:
+    server.content_type = "text/html; charset=utf-8"
+    with pytest.raises(UnreachableError, match="data: the server answers with a web page, not with a file"):
+        download(source_of(server, tmp_path), print)
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_a_wrong_checksum_from_the_user_deletes_nothing(server: FileServer, tmp_path: Path) -> None:
+    given = replace(source_of(server, tmp_path), sha256="0" * 64, sha256_by_user=True)
+    with pytest.raises(JobError, match=r"is expected: it is damaged or another file\. It was left as it is"):
+        download(given, print)
+    assert fetched(server, tmp_path) == ["data.zip"]
+    assert server.requests[-1][1] == f"bytes={len(CONTENT)}-"
+
+
+@pytest.mark.parametrize("text", ["", "sha256:deadbeef", "abc", "g" * 64, "0" * 65])
+def test_a_checksum_must_be_hexadecimal(text: str) -> None:
+    assert check_sha256("DEADBEEF") == "deadbeef"
+    with pytest.raises(JobError, match=r"--sha256 .*: give the 64 hexadecimal digits"):
+        check_sha256(text)
+
+
 def test_two_processes_do_not_download_the_same_file(server: FileServer, tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     with (
@@ -173,7 +196,7 @@ def test_without_a_network_one_message_names_every_file_to_bring(tmp_path: Path)
     assert f"a.zip (about 500 MB): {gone.url}/a.zip: can't be reached" in message
     assert f"b.pth: {gone.url}/b.pth: can't be reached" in message
     assert "  orch prepare mine.json --from a.zip --from b.pth\n" in message
-    assert f"or put them into {tmp_path} and run\n  orch prepare mine.json" in message
+    assert f"or put a.zip into {tmp_path}, b.pth into {tmp_path}, and run\n  orch prepare mine.json" in message
 
 
 def test_a_copied_file_appears_only_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,12 @@ def test_a_damaged_archive_is_one_error_and_leaves_nothing(damage, message: str,
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
+def test_two_drawings_of_one_number_are_an_error(tmp_path: Path) -> None:
+    archive = sketch_archive(tmp_path / "a.zip", {"ant": range(1, 81)}, ["copy/ant/1.png"])
+    with pytest.raises(JobError, match=r"a\.zip: ant contains two drawings of the same number"):
+        unpacked(archive, tmp_path / "root")
+
+
 @pytest.mark.parametrize("numbers", [range(1, 61), range(1, 2)])
 def test_a_class_with_too_few_drawings_is_an_error(numbers: Sequence[int], tmp_path: Path) -> None:
     archive = sketch_archive(tmp_path / "a.zip", {"ant": range(1, 81), "bee": numbers})

@@ -26,6 +26,7 @@ from tests.support.sketches import ROOT, orch, sketch_archive
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ("--set", "job_params.image_size=63", "--set", "job_params.hidden_units=8")
+WRONG = "0" * 64
 CLASSES = {"airplane": range(1, 81), "ant": range(81, 161)}
 
 
@@ -123,6 +124,23 @@ def test_a_second_prepare_fetches_nothing(place: Path, prepare: Prepare, server:
     assert server.requests == []
 
 
+def test_a_checksum_is_compared_with_data_that_are_there(place: Path, prepare: Prepare, server: FileServer) -> None:
+    sha256 = hashlib.sha256(server.files["sketches_png.zip"]).hexdigest()
+    assert prepare("--sha256", sha256[:16])[0] == 0
+    assert prepare("--sha256", sha256)[0] == 0
+    status, _, err = prepare("--sha256", WRONG)
+    assert (status, f"was made from an archive with the SHA-256 {sha256}, not {WRONG}" in err) == (2, True)
+
+
+def test_an_archive_that_is_unpacked_already_may_be_named_again(
+    place: Path, prepare: Prepare, server: FileServer
+) -> None:
+    (place / "again.zip").write_bytes(server.files["sketches_png.zip"])
+    assert prepare("--from", "again.zip")[0] == 0
+    status, _, err = prepare("--from", "again.zip")
+    assert (status, "data/sketches was made from this archive already" in err) == (0, True)
+
+
 def test_carried_files_need_no_network(place: Path, prepare: Prepare, server: FileServer) -> None:
     for name, content in server.files.items():
         (place.parent / name).write_bytes(content)
@@ -149,13 +167,11 @@ def test_without_a_network_one_message_names_the_files_and_the_command(
     assert not (place / "data/sketches").exists()
 
 
-WRONG = "0" * 64
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--sha256", WRONG), rf"sketches_png\.zip in .*data has the SHA-256 \w+, but {WRONG} is expected"),
+        (("--sha256", "sha256:abc"), r"--sha256 'sha256:abc': give the 64 hexadecimal digits"),
         (("--from", "half.zip"), r"half\.zip is damaged or incomplete .*Copy or download it again"),
         (("--from", "alexnet.pth"), r"alexnet\.pth in .* has the SHA-256 \w+, but \w{8} is expected"),
         (("--stand-in", "--from", "half.zip"), r"--stand-in: it needs no files; leave out --from and --sha256"),
@@ -200,7 +216,7 @@ def test_a_launch_without_data_names_the_command_that_fetches_them(place: Path) 
         assert f"`orch prepare settings/{name}.json`" in done.stderr
 
 
-@pytest.mark.parametrize("part", ["part1", "part2", "part3"])
+@pytest.mark.parametrize("part", ["part1", pytest.param("part2", marks=pytest.mark.long), "part3"])
 def test_a_stand_in_trains_and_every_report_says_what_it_is(
     part: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +226,9 @@ def test_a_stand_in_trains_and_every_report_says_what_it_is(
     assert "data: stand-in drawings made by `orch prepare --stand-in`" in prepared.stdout
     if part != "part1":
         assert "stand-in-weights.pth: trained by `orch prepare --stand-in` on 10 other drawn classes" in prepared.stdout
+    if part != "part1":
+        other = orch(place, "launch", f"settings/{part}.json", "--executor", "inline", *SMALL[:2], "--dry-run")
+        assert "was made with job_params image_size=63, hidden_units=8, but these settings have" in other.stderr
     changes = ("--set", "num_models=1", "--set", "stop_after_epochs=1", "--set", "slurm_file=null")
     launched = orch(place, "launch", f"settings/{part}.json", "--executor", "inline", *SMALL, *changes)
     assert launched.returncode == 0, launched.stderr

@@ -137,7 +137,7 @@ def test_preparing_without_internet_says_what_to_do(
     assert "orch: these files are missing and can't be downloaded here:" in message
     assert "alexnet-owt-7be5be79.pth (about 244 MB): http://127.0.0.1" in message
     assert f"orch prepare {file} --from alexnet-owt-7be5be79.pth" in message
-    assert f"or put them into {fetched} and run" in message
+    assert f"or put alexnet-owt-7be5be79.pth into {fetched}, and run" in message
     assert not fetched.exists() or list(fetched.iterdir()) == []
 
 
