@@ -49,10 +49,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServ
     """Serves a small archive of sketches, and weights whose name contains their checksum as torchvision's do."""
     archive = sketch_archive(tmp_path / "archive.zip", CLASSES)
     content = io.BytesIO()
-    job = AlexNet(JobContext(load(ROOT / "settings/part1.json")[0]))
-    job.params = job.params.model_copy(update={"hidden_units": 8})
     (tmp_path / "classes/any").mkdir(parents=True)
-    job.context.settings.training_source_dir = str(tmp_path / "classes")
+    changes = {"training_source_dir": str(tmp_path / "classes"), "job_params": {"hidden_units": 8}}
+    job = AlexNet(JobContext(load(ROOT / "settings/part1.json", **changes)[0]))
     torch.save(job.model().state_dict(), content)
     name = f"alexnet-{hashlib.sha256(content.getvalue()).hexdigest()[:8]}.pth"
     with serving(**{"sketches_png.zip": archive.read_bytes(), name: content.getvalue()}) as running:
