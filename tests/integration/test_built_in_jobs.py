@@ -17,6 +17,7 @@ from torchvision import models
 
 from jobs.data import randomness
 from jobs.resnet18 import BREEDS
+from jobs.training import states
 from orchestrator.run.run import Run
 from tests.support import curves, real_data
 from tests.support.command_line import orch_here, output
@@ -154,7 +155,7 @@ def test_resnet18_fills_a_board(name: str, weights: Path, launch: Launch) -> Non
         changes["job_params__pretrained"] = str(weights)
     run = launch(name, real_data.pets_root(), epochs_per_chunk=1, stop_after_epochs=3, **changes)
     for entry in run.board()["entries"]:
-        trained = torch.load(run.folder / "checkpoints" / entry["file"], weights_only=True)["model"]
+        trained = states.read(run.folder / "checkpoints" / entry["file"])["model"]
         given = torch.load(weights, weights_only=True)
         kept = (
             {key for key in trained if torch.equal(trained[key], given[key])} if name != "resnet18_scratch" else set()

@@ -57,7 +57,7 @@ def test_a_narrow_network_learns_real_pictures_within_two_epochs() -> None:
 def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace CIFAR-10 by noise; these tests do not depend on what is learned."""
 
-    def load_noise(root: Path, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
+    def load_noise(root: Path, train: bool, download: bool = False, command: str = "") -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(int(train))
         return torch.randint(256, (120, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(120) % 10
 

@@ -54,7 +54,11 @@ def _files(run: Run, tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     checkpoints.collect(folder, run.leaderboard.reader.references)
     keep = {name for file in referenced for name in (file, record_name(file))}
     # A killed job's claim stays live until another worker checks it; until then, the files it was writing are kept.
-    left = [p.name for p in folder.iterdir() if p.name not in keep and generation_of(p.name) not in live]
+    left = [
+        p.name
+        for p in folder.iterdir()
+        if p.name not in keep and generation_of(p.name) not in live and not p.match("frozen-*.weights")
+    ]
     problems += [f"6: {name} was not collected" for name in left]
     return problems
 

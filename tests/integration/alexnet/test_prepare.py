@@ -20,8 +20,9 @@ from jobs.job import JobContext
 from orchestrator.cli.main import main
 from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
+from tests.support.command_line import orch_here
 from tests.support.file_server import FileServer, serving
-from tests.support.sketches import ROOT, orch, sketch_archive
+from tests.support.sketches import ROOT, sketch_archive
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -203,14 +204,14 @@ def test_stand_in_and_real_data_never_replace_each_other(place: Path, prepare: P
 
 
 def test_a_job_without_files_refuses_options_that_it_can_t_use(place: Path, prepare: Prepare) -> None:
-    orch_run = orch(place, "prepare", "settings/digits.json", "--stand-in")
+    orch_run = orch_here(place, "prepare", "settings/digits.json", "--stand-in")
     assert orch_run.returncode == 2
     assert "--stand-in: Digits does not support it" in orch_run.stderr
 
 
 def test_a_launch_without_data_names_the_command_that_fetches_them(place: Path) -> None:
     for name in ("part3", "resnet18", "lenet5", "davidnet"):
-        done = orch(place, "launch", f"settings/{name}.json", "--executor", "local")
+        done = orch_here(place, "launch", f"settings/{name}.json", "--executor", "local")
         assert done.returncode == 2
         assert f"`orch prepare settings/{name}.json`" in done.stderr
 
@@ -220,21 +221,22 @@ def test_a_stand_in_trains_and_every_report_says_what_it_is(
     part: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.alexnet.PRETRAINING_CLASSES", 2)
-    prepared = orch(place, "prepare", f"settings/{part}.json", "--stand-in", *SMALL)
+    monkeypatch.setattr("jobs.alexnet.PRETRAINING_EPOCHS", 1)
+    prepared = orch_here(place, "prepare", f"settings/{part}.json", "--stand-in", *SMALL)
     assert prepared.returncode == 0, prepared.stderr
     assert "data: stand-in drawings made by `orch prepare --stand-in`" in prepared.stdout
     if part != "part1":
-        assert "stand-in-weights.pth: trained by `orch prepare --stand-in` on 10 other drawn classes" in prepared.stdout
+        assert "stand-in-weights.pth: trained by `orch prepare --stand-in` on 2 other drawn classes" in prepared.stdout
     if part != "part1":
-        other = orch(place, "launch", f"settings/{part}.json", "--executor", "inline", *SMALL[:2], "--dry-run")
+        other = orch_here(place, "launch", f"settings/{part}.json", "--executor", "inline", *SMALL[:2], "--dry-run")
         assert "was made with job_params image_size=63, hidden_units=8, but these settings have" in other.stderr
     changes = ("--set", "num_models=1", "--set", "stop_after_epochs=1", "--set", "slurm_file=null")
-    launched = orch(place, "launch", f"settings/{part}.json", "--executor", "inline", *SMALL, *changes)
+    launched = orch_here(place, "launch", f"settings/{part}.json", "--executor", "inline", *SMALL, *changes)
     assert launched.returncode == 0, launched.stderr
     for command in ("leaderboard", "status"):
-        shown = " ".join(orch(place, command, part).stdout.split())
+        shown = " ".join(orch_here(place, command, part).stdout.split())
         assert "STAND-IN DATA: stand-in drawings made by `orch prepare --stand-in`" in shown
-    exported = orch(place, "export", part, "--out", "best.pt")
+    exported = orch_here(place, "export", part, "--out", "best.pt")
     assert exported.returncode == 0, exported.stderr
     assert json.loads((place / "best.json").read_text())["data"]["stand_in"] is True
     assert len(Run.open(place / "runs" / part).board()["entries"]) == 1
