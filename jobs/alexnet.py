@@ -163,8 +163,8 @@ class AlexNet(PictureJob):
         return asdict(source) if source else {}
 
     def fetch(self, how: Fetch) -> list[str]:
-        """Fetch the sketches and torchvision's weights, or make stand-in data. Raises JobError; if there is no network,
-        it names all files to bring."""
+        """Fetch the sketches and torchvision's weights, or make stand-in data. Raises JobError. Without a network, its
+        message names all files to bring."""
         if self.params.dataset is None:
             return super().fetch(how)
         root = self._root()
@@ -178,9 +178,9 @@ class AlexNet(PictureJob):
             )
         pretrained = self._weights_to_fetch()
         expected = "" if how.sha256 is None else check_sha256(how.sha256)
-        archive = Source(
-            self.params.dataset_url, root.parent / sketches.ARCHIVE, expected, True, sketches.ARCHIVE_BYTES
-        )
+        kept = root.parent / sketches.ARCHIVE
+        size_bytes = sketches.ARCHIVE_BYTES
+        archive = Source(self.params.dataset_url, kept, expected, sha256_by_user=True, size_bytes=size_bytes)
         if not sketches.is_there(root):
             sketches.refuse_to_replace(root)
         elif source is not None and not (source.sha256 or "").startswith(expected):

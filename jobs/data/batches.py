@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -48,6 +49,17 @@ def leaves(batch: Any) -> list[Any]:
 
 def tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def size_bytes(batch: Any) -> int:
+    """Return the size of all tensors in the structure."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(batch))
+
+
+def content(tensor: Tensor) -> memoryview:
+    """Return a tensor's values as bytes, for a hash."""
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def part(batch: Any, whole: int, first: int, end: int) -> Any:

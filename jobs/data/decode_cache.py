@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from jobs.data.images import Statistics, statistics_of
-from jobs.errors import JobError
+from jobs.errors import FULL_DISK, JobError
 
 VERSION = 1  # version of the entry format; part of the hash
 UNUSED_S = 7 * 86400.0  # entries not opened for this long are removed
 GROUP = 16  # number of pictures that a process decodes at a time
 PIXELS, INDEX, USED = "pixels.bin", "index.json", "used"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (*FULL_DISK, errno.EFBIG)
 
 log = logging.getLogger("orch")
 

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 from filelock import FileLock, Timeout
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-from jobs.errors import JobError
+from jobs.errors import FULL_DISK, JobError
 
 BLOCK_BYTES = 1 << 20
 PROGRESS_EVERY_S = 5.0
@@ -272,7 +272,7 @@ def _check_space(part: Path, needed_bytes: int) -> None:
 
 def _why_not_written(part: Path, error: OSError) -> str:
     name = part.name.removesuffix(".part")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL_DISK:
         return (
             f"{name} does not fit in {part.parent}: {error.strerror}. Free some space and run the same command again; "
             "the download continues where it stopped"

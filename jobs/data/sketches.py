@@ -24,8 +24,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from jobs.data.download import MB, Say
-from jobs.data.strokes import draw_class
-from jobs.errors import JobError
+from jobs.data.strokes import drawings
+from jobs.errors import FULL_DISK, JobError
 from orchestrator.files.atomic import publish
 from orchestrator.messages import counted
 
@@ -105,17 +105,17 @@ def unpack(archive: Path, root: Path, *, url: str | None, sha256: str, say: Say,
 
     def fill(folder: Path) -> DataSource:
         with zipfile.ZipFile(archive) as opened:
-            drawings = _drawings(opened, archive)
-            total = sum(map(len, drawings.values()))
-            say(f"unpacking {total} drawings of {counted(len(drawings), 'class', 'classes')}")
-            for label, members in drawings.items():
+            found = _drawings(opened, archive)
+            total = sum(map(len, found.values()))
+            say(f"unpacking {total} drawings of {counted(len(found), 'class', 'classes')}")
+            for label, members in found.items():
                 for place, (number, member) in enumerate(sorted(members, key=itemgetter(0))):
                     part = folder / ("train" if place < TRAIN else "test") / label
                     part.mkdir(parents=True, exist_ok=True)
                     with opened.open(member) as source, (part / f"{number}.png").open("xb") as target:
                         shutil.copyfileobj(source, target)
-        train = TRAIN * len(drawings)
-        return DataSource("TU Berlin sketches", False, url, sha256, len(drawings), train, total - train)
+        train = TRAIN * len(found)
+        return DataSource("TU Berlin sketches", False, url, sha256, len(found), train, total - train)
 
     try:
         source = _build(root, fill)
@@ -162,13 +162,10 @@ def draw_stand_in(root: Path, say: Say, classes: int = STAND_IN_CLASSES, seed: i
     def fill(folder: Path) -> DataSource:
         say(f"drawing {counted(classes, 'class', 'classes')} of strokes")
         for label in range(classes):
-            name = f"stand-in-{label:03d}"
-            draw_class(folder / name, (seed, label), DRAWINGS, STAND_IN_SIZE)
-            for part, numbers in (("train", range(1, TRAIN + 1)), ("test", range(TRAIN + 1, DRAWINGS + 1))):
-                (folder / part / name).mkdir(parents=True)
-                for number in numbers:
-                    (folder / name / f"{number}.png").rename(folder / part / name / f"{number}.png")
-            (folder / name).rmdir()
+            for number, drawing in enumerate(drawings((seed, label), DRAWINGS, STAND_IN_SIZE), start=1):
+                part = folder / ("train" if number <= TRAIN else "test") / f"stand-in-{label:03d}"
+                part.mkdir(parents=True, exist_ok=True)
+                drawing.save(part / f"{number}.png")
         test_images = (DRAWINGS - TRAIN) * classes
         return DataSource(STAND_IN, True, classes=classes, train_images=TRAIN * classes, test_images=test_images)
 
@@ -213,8 +210,7 @@ def _build(root: Path, fill: Callable[[Path], DataSource]) -> DataSource:
     except OSError as error:
         if error.errno == errno.ENOTEMPTY:
             raise JobError(f"another `orch prepare` has made {root} in the meantime; run the command again") from error
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = ". Free some space and run the same command again" if full else ""
+        advice = ". Free some space and run the same command again" if error.errno in FULL_DISK else ""
         raise JobError(f"{root} can't be filled: {error.strerror or error}{advice}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -15,13 +15,12 @@ POINTS = 24  # of a stroke
 SMOOTH = 3  # drawn this many times larger, then reduced, so that lines have smooth edges
 
 
-def draw_class(folder: Path, seed: tuple[int, ...], count: int, size: int) -> None:
-    """Write `count` drawings of one class, 1.png, 2.png, ..., each size x size pixels, black on white. seed: decides
-    the class and its drawings. Raises OSError."""
-    folder.mkdir(parents=True)
+def drawings(seed: tuple[int, ...], count: int, size: int) -> Iterator[Image.Image]:
+    """Yield `count` drawings of one class, each size x size pixels, black on white. seed: decides the class and its
+    drawings."""
     strokes = _class_strokes(np.random.default_rng([*seed, 0]))
     for number in range(1, count + 1):
-        _render(_distorted(strokes, np.random.default_rng([*seed, number])), size).save(folder / f"{number}.png")
+        yield _render(_distorted(strokes, np.random.default_rng([*seed, number])), size)
 
 
 def _class_strokes(random: Generator) -> Strokes:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 
-from jobs.data.batches import tensors
+from jobs.data.batches import size_bytes, tensors
 from jobs.errors import JobError
 from jobs.job import Job
 from jobs.training import frozen_file
@@ -34,10 +33,6 @@ def checkpoint_bytes(settings: Settings) -> int:
         return _bytes_of(load_job(settings), profile)
 
 
-def _size(values: Any) -> int:
-    return sum(value.numel() * value.element_size() for value in tensors(values))
-
-
 def _bytes_of(job: Job, profile: Profile) -> int:
     model = checked_model(job, job.model())
     optimizer = job.optimizer(model, profile)
@@ -47,8 +42,7 @@ def _bytes_of(job: Job, profile: Profile) -> int:
     optimizer.step()
     weights = model.state_dict()
     frozen = {name: weights[name] for name in frozen_file.frozen_names(model) if name in weights}
-    if job.context.settings.gpus_per_worker == 1 and _size(frozen) >= frozen_file.LEAST_BYTES:
+    if job.context.settings.gpus_per_worker == 1 and size_bytes(frozen) >= frozen_file.LEAST_BYTES:
         weights = {name: value for name, value in weights.items() if name not in frozen}  # kept once, not in each file
     state = [weights, optimizer.state_dict()["state"]]
-    sizes = [value.numel() * value.element_size() for value in tensors(state)]
-    return STATE_BYTES + sum(sizes) + TENSOR_BYTES * len(sizes)
+    return STATE_BYTES + size_bytes(state) + TENSOR_BYTES * len(tensors(state))

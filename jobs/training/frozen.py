@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from jobs.data import randomness
+from jobs.data.batches import content
 from jobs.data.feeds import Epoch, Feed, resident_bytes
 from jobs.data.splits import Split
 from jobs.errors import JobError
@@ -72,8 +73,7 @@ class FrozenParts:
         if self._hashed[0] != state:
             digest = hashlib.sha256()
             for tensor in tensors:
-                content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(content.numpy().data)
+                digest.update(content(tensor))
             self._hashed = (state, digest.hexdigest())
         return self._hashed[1]
 

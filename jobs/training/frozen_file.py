@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jobs.data.batches import content, size_bytes
 from jobs.errors import JobError
 from orchestrator.files.atomic import publish
 
@@ -29,11 +30,11 @@ def leave_out(state: dict[str, Any], frozen: Collection[str], folder: Path) -> d
     """Return the state without the frozen parameters, after writing these to the folder if they are not there. Small
     ones stay in the state. Raises OSError."""
     kept = {name: value for name, value in state["model"].items() if name in frozen}
-    if sum(value.numel() * value.element_size() for value in kept.values()) < LEAST_BYTES:
+    if size_bytes(kept) < LEAST_BYTES:
         return state
     file = folder / f"frozen-{_hash(kept)}.weights"
     try:
-        os.utime(file)  # a purge policy must not find a file that only has not changed for long
+        os.utime(file)  # purge policies delete files that have not been written for long
     except FileNotFoundError:
         publish(file, lambda target: torch.save(kept, target))
     return state | {"model": {name: None if name in kept else v for name, v in state["model"].items()}, KEY: file.name}
@@ -63,5 +64,5 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(content(tensor))
     return digest.hexdigest()[:32]

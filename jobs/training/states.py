@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from jobs.data.batches import map_tensors, tensors
+from jobs.data.batches import map_tensors, size_bytes
 from jobs.errors import JobError
 from jobs.training import frozen_file
 
@@ -47,7 +47,7 @@ class Copies:
 
     def needed_bytes(self, state: Mapping[str, Any]) -> int:
         """Return how much more memory a copy of the state takes."""
-        return _size(tensors(state)) - _size(self._memory)
+        return size_bytes(state) - size_bytes(self._memory)
 
     def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state with all tensors copied; tensors that are one in the state are one in the copy."""
@@ -63,10 +63,6 @@ class Copies:
 
         result: dict[str, Any] = map_tensors(state, copied)
         return result
-
-
-def _size(values: Iterable[Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in values)
 
 
 def _copy(tensor: Tensor, memory: Tensor | None) -> Tensor:
