@@ -282,7 +282,7 @@ def pretrain(job: AlexNet, root: Path, source: sketches.DataSource, say: Say) ->
             accuracy = f"validation accuracy {result.metrics['accuracy']:.3f}"
             say(f"pretraining on other drawings: epoch {result.number} of {PRETRAINING_EPOCHS}, {accuracy}")
 
-        say("pretraining a network on these, since there are no weights from outside; this takes minutes on a CPU")
+        say("pretraining a network on these drawings, because there are no weights here; on a CPU, this takes minutes")
         finished = session.train(work, lambda: False, on_epoch)
         assert isinstance(finished, Finished), "nothing interrupts it"
         publish(root / sketches.WEIGHTS, lambda target: torch.save(weights(session.state()), target))

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster.protocol import ThisJob
@@ -288,14 +289,14 @@ class JobLoop:
         if not metric.better(result.score, than=bar):
             self._record(claim, result, None, job, started)
             return
-        work, foreseen = self._foresee(claim, result, job) if self._snapshots else (None, None)
-        save = self._trainer.snapshot() if work is not None else None
-        if work is not None and save is None:
-            self._snapshots = False  # don't ask again
-        if work is None or foreseen is None or save is None:
+        foreseen = self._foresee(claim, result, job) if self._snapshots else None
+        save = self._trainer.snapshot() if foreseen is not None else None
+        if foreseen is None or save is None:
+            self._snapshots = foreseen is None and self._snapshots  # after a refusal, don't ask again
             self._record(claim, result, self.writer.write(claim, result, self._trainer.save), job, started)
             return
-        self._train_ahead(Ahead(self.writer.start(claim, result, started, save), foreseen, job, self.clock()), work)
+        work, following = foreseen
+        self._train_ahead(Ahead(self.writer.start(claim, result, started, save), following, job, self.clock()), work)
 
     def _record(self, claim: Claim, result: Finished, written: Written | None, job: ChainJob, started: float) -> None:
         """Record a result in a transaction, which decides whether the board admits it. If there is time for another
@@ -319,27 +320,29 @@ class JobLoop:
 
     # --- training ahead
 
-    def _foresee(self, claim: Claim, result: Finished, job: ChainJob) -> tuple[Work, Claim] | tuple[None, None]:
-        """Return the chunk that this worker will most likely claim when the result is recorded."""
+    def _foresee(self, claim: Claim, result: Finished, job: ChainJob) -> tuple[Work, Claim] | None:
+        """Return the chunk that this worker will most likely claim when the result is recorded; None if unknown."""
         now = self.clock()
         if not self._goes_on(now):
-            return None, None
+            return None
         at = (job.job_id, job.starts, now, self._lease_until)
         foreseen = self.leaderboard.board.foresee(claim, candidate(result, unwritten(claim)), *at)
         if isinstance(foreseen, Over) or foreseen.suspended_file or foreseen.settings_version != self.run.version:
-            return None, None
-        how: dict[str, Any] = {"suspended": None, "tentative": True}
-        if foreseen.parent_file == file_of(claim):
-            return self._work_of(foreseen, parent=self.files / foreseen.parent_file, in_memory=True, **how), foreseen
+            return None
+        in_memory = foreseen.parent_file == file_of(claim)
+        parent: Path | None = None
         if foreseen.parent_file is None:
             if self.run.settings.uses_server:  # its sequence gives the real founder another id, and so another seed
-                return None, None
-            return self._work_of(foreseen, parent=None, **how), foreseen
-        try:
-            parent = checkpoints.verify(self.files, foreseen.parent_file, foreseen.parent_sha256 or "")
-        except CheckpointError:  # the claim will report it
-            return None, None
-        return self._work_of(foreseen, parent=parent, **how), foreseen
+                return None
+        elif in_memory:
+            parent = self.files / foreseen.parent_file
+        else:
+            try:
+                parent = checkpoints.verify(self.files, foreseen.parent_file, foreseen.parent_sha256 or "")
+            except CheckpointError:  # the claim will report it
+                return None
+        work = self._work_of(foreseen, parent=parent, suspended=None, in_memory=in_memory, tentative=True)
+        return work, foreseen
 
     def _train_ahead(self, ahead: Ahead, work: Work) -> None:
         """Train the foreseen chunk. As soon as the checkpoint of the last chunk is complete, its result is recorded and
