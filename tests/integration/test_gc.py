@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from orchestrator.run.run import Run
 from orchestrator.settings.loading import load
 from tests.integration.test_local_chains import processes_of
 from tests.support.invariants import violations
+from tests.support.settings_files import write_quick
 from tests.support.small_runs import CUT, ROOT, board_of, make_run, work
 from tests.support.storage import Storage
 
@@ -240,16 +240,7 @@ def runs_dir(tmp_path: Path) -> Iterator[Path]:
 
 
 def quick(folder: Path, **changes: Any) -> Path:
-    file = folder / "quick.json"
-    profiles = [{"name": "a", "learning_rate": 0.1}, {"name": "b", "learning_rate": 0.01}]
-    settings = {
-        "job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.05}, "training_profiles": profiles,
-        "workers": 2,
-        "num_models": 3, "eon_lifetime": 0.5, "total_lifetime": 300, "stop_after_stale_cycles": None,
-        "stop_after_epochs": 40, "executor": "local", "max_failures": 50,
-    }  # fmt: skip
-    file.write_text(json.dumps(settings | changes))
-    return file
+    return write_quick(folder, seconds=0.05, eon_lifetime=0.5, **changes)
 
 
 def test_a_collection_is_safe_while_two_workers_train(tmp_path: Path, runs_dir: Path) -> None:

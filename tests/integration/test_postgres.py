@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -31,6 +30,7 @@ from orchestrator.worker.trainer import StopFlag
 from tests.integration.test_local_chains import processes_of, until, working
 from tests.support import postgres
 from tests.support.invariants import violations
+from tests.support.settings_files import write_quick
 from tests.support.small_runs import make_run
 from tests.support.storage import Storage
 
@@ -53,16 +53,8 @@ def schemas(server: postgres.Postgres) -> list[str]:
 
 
 def settings_file(folder: Path, server: postgres.Postgres | None, **changes: Any) -> Path:
-    file = folder / "quick.json"
-    profiles = [{"name": "a", "learning_rate": 0.1}, {"name": "b", "learning_rate": 0.01}]
-    settings = {
-        "job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.2}, "training_profiles": profiles,
-        "workers": 2,
-        "num_models": 3, "eon_lifetime": 4, "total_lifetime": 300, "stop_after_stale_cycles": None,
-        "stop_after_epochs": 40, "executor": "local", "max_failures": 50,
-    }  # fmt: skip
-    file.write_text(json.dumps(settings | ({"database": server.url} if server else {}) | changes))
-    return file
+    database = {"database": server.url} if server else {}
+    return write_quick(folder, seconds=0.2, eon_lifetime=4, **(database | changes))
 
 
 def orch(folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

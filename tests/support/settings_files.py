@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,16 @@ def mistakes(path: Path, *overrides: str, **fixed: Any) -> list[str]:
     lines = str(caught.value).splitlines()
     assert all(line.startswith(str(path)) for line in lines), lines
     return [line.removeprefix(str(path)).removeprefix(": ") for line in lines]
+
+
+def write_quick(folder: Path, *, seconds: float, eon_lifetime: float, **changes: Any) -> Path:
+    """Write quick.json: two local workers whose chunks wait `seconds` instead of training."""
+    file = folder / "quick.json"
+    profiles = [{"name": "a", "learning_rate": 0.1}, {"name": "b", "learning_rate": 0.01}]
+    settings = {
+        "job": "tests.support.quick_job:Quick", "job_params": {"seconds": seconds}, "training_profiles": profiles,
+        "workers": 2, "num_models": 3, "eon_lifetime": eon_lifetime, "total_lifetime": 300,
+        "stop_after_stale_cycles": None, "stop_after_epochs": 40, "executor": "local", "max_failures": 50,
+    }  # fmt: skip
+    file.write_text(json.dumps(settings | changes))
+    return file

@@ -22,6 +22,7 @@ from orchestrator.run.run import Run
 from tests.integration.test_local_chains import processes_of, until
 from tests.support.invariants import violations
 from tests.support.repairs import DAMAGE, SCRIPT, SQLITE, drop, everything, orch, repaired, resumed
+from tests.support.settings_files import write_quick
 from tests.support.small_runs import board_of, lose, make_run, opened, work
 from tests.support.storage import Storage
 
@@ -155,15 +156,8 @@ def test_the_command_says_what_it_found_and_did(sqlite_run: Run) -> None:
 @pytest.fixture
 def launched(storage: Storage, tmp_path: Path) -> Iterator[Path]:
     """A run with two local workers that trains for real; all its processes are killed at the end."""
-    profiles = [{"name": "a", "learning_rate": 0.1}, {"name": "b", "learning_rate": 0.01}]
-    settings = {
-        "job": "tests.support.quick_job:Quick", "job_params": {"seconds": 0.1}, "training_profiles": profiles,
-        "workers": 2,
-        "num_models": 3, "eon_lifetime": 3, "total_lifetime": 300, "stop_after_stale_cycles": None,
-        "stop_after_epochs": 40, "executor": "local", "max_failures": 50,
-    }  # fmt: skip
-    file = tmp_path / "quick.json"
-    file.write_text(json.dumps(settings | ({"database": storage.url} if storage.url else {})))
+    database = {"database": storage.url} if storage.url else {}
+    file = write_quick(tmp_path, seconds=0.1, eon_lifetime=3, **database)
     done = orch(tmp_path / "runs", "launch", str(file))
     assert done.returncode == 0, done.stderr
     yield tmp_path / "runs" / "quick"
