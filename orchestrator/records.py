@@ -5,6 +5,7 @@ Times are Unix seconds (UTC). A time of None means that the event has not happen
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -101,6 +102,28 @@ Number = Annotated[float, BeforeValidator(_not_a_bool)]
 Line = Annotated[str, AfterValidator(one_line), Field(min_length=1, max_length=100)]
 
 
+Times = Annotated[int, BeforeValidator(_not_a_bool), Field(ge=1, le=10**9)]
+
+
+@dataclass(frozen=True, slots=True)
+class GradientClip:
+    """A limit for the gradients of a step: of their norm over all parameters, or of each value."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    norm: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = None
+    value: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.norm is None) == (self.value is None):
+            raise ValueError('give one of "norm" and "value", such as {"norm": 1.0}')
+
+
+def _as_norm(clip: Any) -> Any:
+    """Convert a number, as users write it, to the limit of the norm."""
+    return {"norm": clip} if isinstance(clip, int | float) and not isinstance(clip, bool) else clip
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """One item of the cycle: the hyperparameters of a chunk. The launch checks the values that only torch can check."""
@@ -114,6 +137,11 @@ class Profile:
     optimizer: str | None = None  # None: the job's default
     optimizer_options: dict[str, Any] = field(default_factory=dict, hash=False)
     schedule: dict[str, Any] | None = field(default=None, hash=False)  # None: a constant learning rate
+    gradient_clip: Annotated[GradientClip | None, BeforeValidator(_as_norm)] = None
+    accumulate: Times = 1  # batches whose gradients are averaged for one optimizer step
+    batch_size: Times | None = None  # None: max_batch_size
+    epochs: Times | None = None  # of a chunk; None: epochs_per_chunk
+    params: dict[str, Any] = field(default_factory=dict, hash=False)  # the job's own, as Job.profile.params
 
     @field_validator("optimizer")
     @classmethod
@@ -133,7 +161,10 @@ class Profile:
     def _check_schedule(cls, schedule: dict[str, Any] | None) -> dict[str, Any] | None:
         if schedule is None:
             return None
+        _check_warmup(schedule.get("warmup"))
         if "name" not in schedule:
+            if set(schedule) == {"warmup"}:  # then the learning rate stays constant
+                return schedule
             raise ValueError('"name" is missing; it says which schedule, e.g. {"name": "StepLR", "step_size": 5}')
         checked_class(schedule["name"], '"StepLR", "OneCycleLR", "PiecewiseLinear"')
         if schedule.get("every", "step") not in ("step", "epoch"):
@@ -160,14 +191,39 @@ def _check_epochs(epochs: Any) -> None:
         raise ValueError(f"epochs: {shown(repr(epochs))}; allowed: {allowed}")
 
 
+def _check_warmup(warmup: Any) -> None:
+    """Raise ValueError unless `warmup` is None, a number of epochs above 0, or {"steps": a whole number above 0}."""
+    if warmup is None:
+        return
+    steps = isinstance(warmup, dict) and set(warmup) == {"steps"}
+    value = warmup["steps"] if steps else warmup
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value <= 0 or (steps and not isinstance(value, int)):
+        raise ValueError(
+            f'warmup: {shown(repr(warmup))}; allowed: a number of epochs above 0, such as 0.5, and {{"steps": 100}}'
+        )
+
+
+MODES: Mapping[str, Literal["max", "min"]] = {"accuracy": "max", "loss": "min"}
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """The metric that ranks the entries of the board."""
+    """The metric that ranks the entries of the board. Raises ValueError if it has no mode and none is known for it."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: Line = "accuracy"
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] = None  # type: ignore[assignment]  # filled in below; None is never left
+
+    def __post_init__(self) -> None:
+        if self.mode is None:
+            if self.name not in MODES:
+                raise ValueError(
+                    f'the metric {shown(json.dumps(self.name))} has no "mode"; add "mode": "min" if a lower value is '
+                    'better, "max" if a higher one is'
+                )
+            object.__setattr__(self, "mode", MODES[self.name])
 
     def key(self, score: float | None) -> float:
         """Convert a score so that higher is better; -inf for a score that is None or not finite."""

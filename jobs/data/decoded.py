@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from jobs.data.augment import CenterCrop, Drawn, RandomCrop, Step, place
 from jobs.data.decode_cache import Decoded
-from jobs.data.feeds import Epoch, Feed, OwnFeed, loader_processes, plan_loader, resident_bytes
+from jobs.data.feeds import Bounds, Epoch, Feed, OwnFeed, loader_processes, plan_loader, resident_bytes
 from jobs.data.images import ImageFeed, ImageTensors, apply_steps, draw_epoch, draws, moved, one_example, steps_of
 from jobs.errors import JobError
 
@@ -82,11 +82,11 @@ class DecodedFeed(Feed):
         self._plan: list[Any] = []
         self._loader = plan_loader(_Windows(data.pictures, chosen, self._crop.size), self._plan, device, processes)
 
-    def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
+    def _fetch(self, order: Tensor, epoch: Epoch, batches: Sequence[Bounds]) -> Iterator[Any]:
         drawn = draw_epoch(self._steps, self.count, epoch)
         tops, lefts = self._places(drawn[0])
         steps, rows = self._steps[1:], moved(drawn[1:], self._device)
-        chunks = self._chunks(order, first_batch, every)
+        chunks = [order[first:end] for _, first, end in batches]
         self._plan[:] = [(chosen.numpy(), tops[chosen].numpy(), lefts[chosen].numpy()) for chosen in chunks]
         for pixels, places in zip(self._loader, chunks, strict=False):  # the loader first, so that zip exhausts it
             chosen = places.to(self._device, non_blocking=True)

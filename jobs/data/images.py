@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jobs.data.augment import AlternatingFlip, Drawn, Step
 from jobs.data.download import copy_into_place
-from jobs.data.feeds import Epoch, Feed, OwnFeed
+from jobs.data.feeds import Bounds, Epoch, Feed, OwnFeed
 from jobs.data.randomness import hash_seed
 from jobs.errors import JobError
 
@@ -65,9 +65,11 @@ class ImageFeed(Feed):
         self._targets = data.targets[chosen].to(device)
         self._device = device
 
-    def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
+    def _fetch(self, order: Tensor, epoch: Epoch, batches: Sequence[Bounds]) -> Iterator[Any]:
         drawn = moved(draw_epoch(self._steps, self.count, epoch), self._device)
-        for chosen in self._chunks(order.to(self._device), first_batch, every):
+        order = order.to(self._device)
+        for _, first, end in batches:
+            chosen = order[first:end]
             images = self._pixels.index_select(0, chosen).permute(0, 3, 1, 2)
             yield apply_steps(images, self._steps, drawn, chosen), self._targets[chosen]
 

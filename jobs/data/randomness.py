@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def hash_seed(*parts: int) -> int:
@@ -51,13 +52,33 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(gpu.cpu(), index)
 
 
+def cpu_state() -> tuple[Any, Any, Tensor]:
+    """Return the random state of Python, NumPy and torch, but not of the GPUs."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def set_cpu_state(state: tuple[Any, Any, Tensor]) -> None:
+    python, numpy, cpu = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+
+
 @contextmanager
 def random_state_kept() -> Iterator[None]:
     """Restore the CPU's random state on exit. GPUs are not touched, because loader processes must not use them."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    state = cpu_state()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+        set_cpu_state(state)
+
+
+@contextmanager
+def all_random_state_kept() -> Iterator[None]:
+    """Restore the random state on exit, also that of the GPUs."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from orchestrator.records import LockKind
 
 TRAIN_LOSS, LEARNING_RATE = "train/loss", "train/learning_rate"
@@ -62,6 +65,12 @@ class Logger:
 
     def log(self, points: Points) -> None:
         """Log points of the most recently started chunk."""
+
+    def image(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        """Write a picture of the job: (height, width, 1 or 3)."""
+
+    def histogram(self, step: int, name: str, values: NDArray[np.float32]) -> None:
+        """Write the distribution of some values of the job."""
 
     def judge(self, promoted: bool) -> None:
         """Record whether the chunk's model was admitted to the board."""

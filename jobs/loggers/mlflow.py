@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jobs.loggers.logger import Logger, Place, Points, Series, run_id
 
 if TYPE_CHECKING:
@@ -100,6 +103,17 @@ class MLflow(Logger):
         with self._locked():
             for first in range(0, len(metrics), MOST_METRICS):
                 self._client.log_batch(self._run_id, metrics=metrics[first : first + MOST_METRICS])
+
+    def image(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        with self._locked():
+            self._client.log_image(self._run_id, pixels, artifact_file=f"images/{name}-{step:010d}.png")
+
+    def histogram(self, step: int, name: str, values: NDArray[np.float32]) -> None:
+        """MLflow has no histograms: write the counts of 64 equal intervals as a JSON file."""
+        counts, edges = np.histogram(values, bins=64)
+        with self._locked():
+            text = {"step": step, "counts": counts.tolist(), "edges": edges.tolist()}
+            self._client.log_dict(self._run_id, text, f"histograms/{name}-{step:010d}.json")
 
     def judge(self, promoted: bool) -> None:
         with self._locked():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -22,8 +22,14 @@ class Observer:
         value here would make the training wait for the GPU. learning_rate: the first parameter group's, in this step.
         """
 
+    def metrics(self, metrics: Mapping[str, float]) -> None:
+        """The model was validated within an epoch, after the last step."""
+
+    def show(self, kind: str, name: str, values: Tensor) -> None:
+        """The job shows something. kind: "image" or "histogram". values: on the CPU."""
+
     def epoch(self, result: EpochResult) -> None:
-        """An epoch was trained and validated."""
+        """An epoch was trained and, if one was due, validated."""
 
     def judged(self, promoted: bool) -> None:
         """The chunk is finished. promoted: whether its model was admitted to the board."""
@@ -40,6 +46,12 @@ class Held(Observer):
 
     def step(self, step: int, loss: Tensor, learning_rate: float) -> None:
         self._reports.append(lambda observer: observer.step(step, loss, learning_rate))
+
+    def metrics(self, metrics: Mapping[str, float]) -> None:
+        self._reports.append(lambda observer: observer.metrics(metrics))
+
+    def show(self, kind: str, name: str, values: Tensor) -> None:
+        self._reports.append(lambda observer: observer.show(kind, name, values))
 
     def epoch(self, result: EpochResult) -> None:
         self._reports.append(lambda observer: observer.epoch(result))

@@ -15,9 +15,12 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from jobs.errors import JobError
 from jobs.loggers.logger import LEARNING_RATE, TRAIN_LOSS, Logger, Points, Series
 from jobs.loggers.observer import Observer
 from orchestrator.files.checkpoint_record import CheckpointRecord, lineage
@@ -163,6 +166,20 @@ class Recorder(Observer):
         values |= {"epoch": [float(result.number)], "train/epoch_seconds": [result.seconds]}
         self._log(step, Points([step], [self._clock()], values))
 
+    def metrics(self, metrics: Mapping[str, float]) -> None:
+        self._hand_over()
+        step = self._last_step or 0
+        values = {f"{self._select_on}/{name}": [value] for name, value in metrics.items()}
+        self._log(step, Points([step], [self._clock()], values))
+
+    def show(self, kind: str, name: str, values: Tensor) -> None:
+        self._hand_over()
+        step = self._last_step or 0
+        self._begin(step)
+        array = values.detach().float().numpy() if kind == "histogram" else as_picture(values)
+        shown = {"image": Logger.image.__name__, "histogram": Logger.histogram.__name__}[kind]
+        self._channels.put(lambda logger: getattr(logger, shown)(step, name, array))
+
     def judged(self, promoted: bool) -> None:
         self._hand_over()
         if self._begun:
@@ -182,19 +199,31 @@ class Recorder(Observer):
             self._steps = []
 
     def _log(self, first_step: int, points: Points | Once[Points]) -> None:
+        self._begin(first_step)
+        self._channels.put(lambda logger: logger.log(points if isinstance(points, Points) else points()))
+
+    def _begin(self, first_step: int) -> None:
         if not self._begun:
             self._begun = True
             assert self._work is not None, "chunk() must be called before step()"
             work = self._work
             series = Once(lambda: series_of(self._run, self._checkpoints, work, first_step))
             self._channels.put(lambda logger: logger.begin(series()))
-        self._channels.put(lambda logger: logger.log(points if isinstance(points, Points) else points()))
 
     def _end(self) -> None:
         self._hand_over()
         if self._begun:
             self._channels.put(lambda logger: logger.end())
         self._begun, self._last_step = False, None
+
+
+def as_picture(values: Tensor) -> NDArray[np.uint8]:
+    """Convert a picture (channels, height, width) of 1 or 3 channels, uint8 or from 0 to 1, to (height, width,
+    channels) uint8. Raises JobError for another shape."""
+    if values.ndim != 3 or values.shape[0] not in (1, 3):
+        raise JobError(f"log_image: the shape is {tuple(values.shape)}; allowed: (1 or 3, height, width)")
+    pixels = values if values.dtype is torch.uint8 else values.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return pixels.permute(1, 2, 0).contiguous().numpy()
 
 
 def series_of(run: str, checkpoints_folder: Path, work: Work, first_step: int) -> Series:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jobs.loggers.logger import Logger, Points, Series
 
 if TYPE_CHECKING:
@@ -40,6 +43,12 @@ class TensorBoard(Logger):
             file_writer.add_summary(Summary(value=values), step, at)
         self._step = points.steps[-1]
         self._writer.flush()
+
+    def image(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def histogram(self, step: int, name: str, values: NDArray[np.float32]) -> None:
+        self._writer.add_histogram(name, values, step)
 
     def judge(self, promoted: bool) -> None:
         self._tags = {**self._tags, "promoted": "yes" if promoted else "no"}

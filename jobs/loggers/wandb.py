@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jobs.loggers.logger import Logger, Place, Points, Series, run_id
 
 if TYPE_CHECKING:
@@ -52,6 +55,16 @@ class WeightsAndBiases(Logger):
         names, columns = list(points.values), list(points.values.values())
         for step, *row in zip(points.steps, *columns, strict=True):
             self._run.log(dict(zip(names, row, strict=True)), step=step)
+
+    def image(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Image(pixels.squeeze())}, step=step)
+
+    def histogram(self, step: int, name: str, values: NDArray[np.float32]) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Histogram(values.ravel().tolist())}, step=step)
 
     def judge(self, promoted: bool) -> None:
         config: Any = self._run.config

@@ -27,19 +27,34 @@ FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # have fused ker
 # Hyperparameters that need no optimizer state, so they can be turned on at any time.
 STATELESS = {"lr", "weight_decay", "nesterov", "maximize", "fused", "foreach", "capturable", "differentiable"}
 
+# Left out of a description: what is not a hyperparameter, or does not change the result.
+HIDDEN = {
+    "params",
+    "param_names",
+    "fused",
+    "foreach",
+    "maximize",
+    "capturable",
+    "differentiable",
+    "initial_lr",
+    "decoupled_weight_decay",
+    LR_FACTOR,
+    DECAY_FACTOR,
+}
+
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
-def make(profile: Profile, parameters: Parameters, default: str = "SGD") -> Optimizer:
-    """Return the profile's optimizer. default: the class to use if the profile names none. Raises JobError, naming the
-    mistake, for an unknown class, option or value.
+def make(profile: Profile, parameters: Parameters) -> Optimizer:
+    """Return the profile's optimizer; SGD if the profile names none (a job's `optimizer` method gets a profile that
+    names the job's default_optimizer). Raises JobError, naming the mistake, for an unknown class, option or value.
 
     parameters: tensors or parameter groups, as for torch.optim. Parameters that need no gradient are left out. A
     group's "lr_factor" and "weight_decay_factor" multiply the profile's learning rate and weight decay. The profile's
     momentum becomes the optimizer's `momentum`, or the first of its `betas` unless optimizer_options sets `betas`. By
     default, torch's fused kernels are used; sparse gradients need the option "fused": false.
     """
-    spec = profile.optimizer or default
+    spec = profile.optimizer or "SGD"
     kind = find(spec, f"profile {profile.name!r}: optimizer {spec}", torch.optim, Optimizer, UNFIT, {})
     options = _options(profile, kind)
     groups = _groups(parameters, profile)
@@ -71,9 +86,28 @@ def complete(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def check_optimizer(profile: Profile, default: str = "SGD") -> Optimizer:
+def check_optimizer(profile: Profile) -> Optimizer:
     """Create the profile's optimizer for one dummy parameter. Raises JobError for any mistake in the profile."""
-    return make(profile, [nn.Parameter(torch.zeros(2, 2, device="cpu"))], default)
+    return make(profile, [nn.Parameter(torch.zeros(2, 2, device="cpu"))])
+
+
+def described(optimizer: Optimizer) -> str:
+    """Return the optimizer and its hyperparameters in one line, for the plan and the log. What differs between
+    parameter groups is given for each."""
+    groups = optimizer.param_groups
+    names = [name for name in groups[0] if name not in HIDDEN and not name.startswith("_")]
+    shown = []
+    for name in names:
+        values = [_shown(group.get(name)) for group in groups]
+        shown.append(f"{name}={values[0] if len(set(values)) == 1 else '/'.join(values)}")
+    sets = f", {len(groups)} groups of parameters" if len(groups) > 1 else ""
+    return f"{type(optimizer).__name__}({', '.join(shown)}){sets}"
+
+
+def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
+    """Return the names of the parameters in each group, in order; "?" for one that is not the model's."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names.get(id(parameter), "?") for parameter in group["params"]] for group in optimizer.param_groups]
 
 
 def class_name(optimizer: Optimizer) -> str:
@@ -133,6 +167,10 @@ def check_options(options: Iterable[str], kind: Any, what: str, taken: Sequence[
             near = get_close_matches(option, names, n=1)
             allowed = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(names)}"
             raise JobError(f"{what}: it has no option {option!r}; {allowed}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _options(profile: Profile, kind: Any) -> dict[str, Any]:

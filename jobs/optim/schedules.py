@@ -59,18 +59,34 @@ class PiecewiseLinear(LRScheduler):
 
 
 class Schedule:
-    """A profile's schedule for an optimizer; the learning rate is constant if the profile has no schedule."""
+    """A profile's schedule for an optimizer; the learning rate is constant if the profile has no schedule.
+
+    With a warm-up, the learning rate first rises linearly over its steps: step i of n (from 1) uses i / n of the rate
+    with which the schedule begins. The schedule itself begins after the warm-up.
+    """
 
     def __init__(self, profile: Profile, optimizer: Optimizer, steps_per_epoch: int, metric: Metric) -> None:
         """steps_per_epoch: batches per epoch. metric: for ReduceLROnPlateau. Raises JobError, naming the mistake."""
         self._metric = metric.name
+        self._optimizer = optimizer
+        self._warmed = 0  # number of warm-up steps so far
+        self._warmup = warmup_steps(profile.schedule, steps_per_epoch)
+        self._warming = self._warmup > 0  # did the current epoch begin in the warm-up?
         self._count = 0  # number of schedule steps so far
         self._last: int | None = None  # number of steps after which the learning rate stays constant; None: never
         self._scheduler: LRScheduler | None = None
         self.each_step = False
-        if profile.schedule is None:
+        self._begin(profile, steps_per_epoch, metric)
+        self._rates = [group["lr"] for group in optimizer.param_groups]  # with which the schedule begins
+        if self._warmup:
+            self._warm()
+
+    def _begin(self, profile: Profile, steps_per_epoch: int, metric: Metric) -> None:
+        """Create torch's scheduler."""
+        optimizer = self._optimizer
+        if profile.schedule is None or "name" not in profile.schedule:
             return
-        options = {key: value for key, value in profile.schedule.items() if key not in ("name", "every")}
+        options = {key: value for key, value in profile.schedule.items() if key not in ("name", "every", "warmup")}
         name = profile.schedule["name"]
         what = f"profile {profile.name!r}: schedule {name}"
         kind = optimizers.find(name, what, lr_scheduler, LRScheduler, UNFIT, {"PiecewiseLinear": PiecewiseLinear})
@@ -120,14 +136,25 @@ class Schedule:
             self._last = scheduler.total_steps - 1
         return scheduler
 
+    def _warm(self) -> None:
+        """Set the learning rates of the next step, if it is one of the warm-up or the first after it."""
+        share = (self._warmed + 1) / self._warmup if self._warmed < self._warmup else 1.0
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * share
+
     def after_step(self) -> None:
         """Step the schedule if it counts steps; call this after each optimizer step."""
-        if self.each_step:
+        if self._warmed < self._warmup:
+            self._warmed += 1
+            self._warm()
+        elif self.each_step:
             self._step()
 
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
-        """Step the schedule if it counts epochs; call this after each epoch, with the epoch's metrics."""
-        if not self.each_step:
+        """Step the schedule if it counts epochs; call this after each epoch, with the epoch's metrics. An epoch in
+        which the warm-up ended does not count, nor does an epoch that was not evaluated for ReduceLROnPlateau."""
+        warming, self._warming = self._warming, self._warmed < self._warmup
+        if not self.each_step and not warming:
             self._step(metrics)
 
     def _step(self, metrics: Mapping[str, float] | None = None) -> None:
@@ -136,6 +163,8 @@ class Schedule:
         # In fp16 the first optimizer steps may be skipped; torch then warns that the schedule was stepped too early.
         with warnings.catch_warnings(action="ignore", category=UserWarning) if self._count == 0 else nullcontext():
             if isinstance(self._scheduler, ReduceLROnPlateau):
+                if self._metric not in (metrics or {}):
+                    return
                 self._scheduler.step((metrics or {})[self._metric])
             else:
                 self._scheduler.step()
@@ -143,18 +172,42 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the schedule as plain values."""
-        return {"count": self._count, "scheduler": self._scheduler.state_dict() if self._scheduler else None}
+        scheduler = self._scheduler.state_dict() if self._scheduler else None
+        return {"count": self._count, "warmed": self._warmed, "warming": self._warming, "scheduler": scheduler}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the position in the schedule. The optimizer's state must be restored separately."""
         self._count = state["count"]
+        self._warmed = state.get("warmed", self._warmup)  # checkpoints of versions without a warm-up lack it
+        self._warming = state.get("warming", False)
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
 
 
-def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> None:
+def warmup_steps(schedule: Mapping[str, Any] | None, steps_per_epoch: int) -> int:
+    """Return the number of optimizer steps of a schedule's warm-up."""
+    warmup = (schedule or {}).get("warmup")
+    if warmup is None:
+        return 0
+    return int(warmup["steps"]) if isinstance(warmup, dict) else max(1, round(warmup * steps_per_epoch))
+
+
+def described(schedule: Mapping[str, Any] | None) -> str:
+    """Return a profile's schedule in a few words, for the plan and the log."""
+    if schedule is None:
+        return "a constant learning rate"
+    options = [f"{key}={value}" for key, value in schedule.items() if key not in ("name", "warmup")]
+    main = f"{schedule['name']}({', '.join(options)})" if "name" in schedule else "a constant learning rate"
+    warmup = schedule.get("warmup")
+    if warmup is None:
+        return main
+    length = f"{warmup['steps']} steps" if isinstance(warmup, dict) else f"{warmup:g} epochs"
+    return f"{main} after a warm-up of {length}"
+
+
+def check_schedule(profile: Profile, metric: Metric) -> None:
     """Test the profile's optimizer and schedule on one parameter. Raises JobError, naming the mistake."""
-    optimizer = optimizers.check_optimizer(profile, default)
+    optimizer = optimizers.check_optimizer(profile)
     schedule = Schedule(profile, optimizer, 2, metric)
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
@@ -165,7 +218,7 @@ def check_schedule(profile: Profile, metric: Metric, default: str = "SGD") -> No
                 schedule.after_step()
                 schedule.after_epoch({metric.name: 0.0})
     except Exception as error:  # of any class: torch notices a wrong type only when it uses the value
-        named = profile.schedule["name"] if profile.schedule else profile.optimizer or default
+        named = (profile.schedule or {}).get("name") or profile.optimizer or "SGD"
         given = optimizers.given(profile.schedule or profile.optimizer_options)
         raise JobError(f"profile {profile.name!r}: {named}: {_plain(error)}{given}") from error
     for group in optimizer.param_groups:

@@ -9,18 +9,25 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from jobs.errors import JobError
 from jobs.job import Job
 
 
-def checked_data(job: Job, data: Any, split: str) -> Dataset[Any]:
-    """Return `data`, a split's data set. Raises JobError unless it has __len__ and __getitem__."""
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        allowed = "a torch Dataset with __len__ and __getitem__"
-        raise JobError(f"{type(job).__name__}.data({split!r}) returned {_described(data)}; allowed: {allowed}")
-    return data  # type: ignore[no-any-return]  # any class with these methods will do
+def checked_data(job: Job, data: Any, split: str) -> Any:
+    """Return `data`, a split's data set or stream. Raises JobError unless it has a length and can be read."""
+    readable = hasattr(data, "__getitem__") or hasattr(data, "__iter__")
+    allowed = "a torch Dataset with __len__ and __getitem__, or an IterableDataset or a loader with __len__"
+    called = f"{type(job).__name__}.data({split!r}) returned"
+    if not readable or isinstance(data, Mapping | str | bytes):
+        raise JobError(f"{called} {_described(data)}; allowed: {allowed}")
+    try:
+        length = len(data)
+    except TypeError as error:
+        raise JobError(f"{called} {_described(data)} without a length; allowed: {allowed}") from error
+    if not length:
+        raise JobError(f"{called} no examples; allowed: {allowed}, of one example or more")
+    return data
 
 
 def checked_model(job: Job, model: Any) -> nn.Module:
@@ -43,9 +50,10 @@ def checked_loss(job: Job, loss: Any) -> Tensor:
     return loss if loss.ndim == 0 else loss.reshape(())
 
 
-def checked_metrics(job: Job, metrics: Any) -> Mapping[str, Any]:
-    """Return `metrics`, measured on an evaluation batch. Raises JobError unless it maps names to numbers."""
-    method, allowed = _named(job, "evaluation_metrics", "metrics"), 'one number for each name, such as {"mse": 0.1}'
+def checked_metrics(job: Job, metrics: Any, of: str = "evaluation_metrics") -> Mapping[str, Any]:
+    """Return `metrics`, which the method `of` returned. Raises JobError unless it maps names to numbers."""
+    method = _named(job, of, "metrics" if of == "evaluation_metrics" else of)
+    allowed = 'one number for each name, such as {"mse": 0.1}'
     if not isinstance(metrics, Mapping):
         raise JobError(f"{method} returned {_described(metrics)}; allowed: a dict with {allowed}")
     for name, value in metrics.items():

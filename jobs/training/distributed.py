@@ -34,6 +34,7 @@ class Opening:
     settings: Settings
     cores: int  # per rank
     import_paths: Sequence[str] = ()
+    run_folder: str | None = None  # None: there is no run
     gpus: str | None = None  # the worker's GPUs, as in CUDA_VISIBLE_DEVICES; None: each rank sees only its own GPU
 
 
@@ -71,14 +72,11 @@ class DistributedSession:
         self._session.close()
 
 
-def lead(
-    ranks: Ranks, opening: Opening, on_failure: Callable[[], None], run_folder: Path | None = None
-) -> DistributedSession:
-    """Open the job on all ranks (called on rank 0). on_failure: called when the ranks can no longer be used.
-    run_folder: where loggers write; None: log nothing."""
+def lead(ranks: Ranks, opening: Opening, on_failure: Callable[[], None]) -> DistributedSession:
+    """Open the job on all ranks (called on rank 0). on_failure: called when the ranks can no longer be used."""
     with _fatal_to_all(ranks, on_failure):
         ranks.tell(do="open", opening=OPENING.dump_python(opening, mode="json"))
-        return DistributedSession(_open(ranks, opening, run_folder), ranks, on_failure)
+        return DistributedSession(_open(ranks, opening), ranks, on_failure)
 
 
 def follow(ranks: Ranks) -> str:
@@ -130,10 +128,11 @@ def _fatal_to_all(ranks: Ranks, on_failure: Callable[[], None]) -> Iterator[None
         raise
 
 
-def _open(ranks: Ranks, opening: Opening, run_folder: Path | None = None) -> Session | OwnLoop:
+def _open(ranks: Ranks, opening: Opening) -> Session | OwnLoop:
     if opening.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(opening.gpus.split(","), ranks.rank, ranks.count)
     look_first_in(opening.import_paths)
+    run_folder = None if opening.run_folder is None else Path(opening.run_folder)
     session = open_session(opening.settings, opening.cores, ranks, run_folder)
     ranks.use(session.device)
     return session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from jobs.data import randomness
 from jobs.data.batches import content
-from jobs.data.feeds import Epoch, Feed, resident_bytes
+from jobs.data.feeds import Bounds, Epoch, Feed, resident_bytes
 from jobs.data.splits import Split
 from jobs.errors import JobError
 from jobs.job import Job
@@ -54,7 +54,9 @@ class FrozenParts:
                 return feed
             self._outputs[split] = (key, outputs)
         _bypass(part, True)
-        return feed.instead(self._outputs[split][1])
+        kept = self._outputs[split][1]
+        kept.like(feed)
+        return feed.instead(kept)
 
     def undo(self, model: nn.Module) -> None:
         """Make the frozen part of a model compute its output again."""
@@ -118,9 +120,11 @@ class _Outputs(Feed):
         self._targets[self._filled : end] = targets
         self._filled = end
 
-    def _fetch(self, order: Tensor, epoch: Epoch, first_batch: int, every: int) -> Iterator[Any]:
+    def _fetch(self, order: Tensor, epoch: Epoch, batches: Sequence[Bounds]) -> Iterator[Any]:
         back = [self._order.index(dimension) for dimension in range(len(self._order))]
-        for chosen in self._chunks(order.to(self._device), first_batch, every):
+        order = order.to(self._device)
+        for _, first, end in batches:
+            chosen = order[first:end]
             yield self._outputs.index_select(0, chosen).permute(back), self._targets[chosen]
 
 

@@ -3,15 +3,17 @@ average of its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from jobs.errors import JobError
 from jobs.job import Averaging, Job
-from jobs.optim import optimizers
+from jobs.optim import optimizers, schedules
 from jobs.optim.schedules import Schedule
 from jobs.training import reuse
 from jobs.training.checked import checked_loss, checked_model
@@ -19,16 +21,21 @@ from jobs.training.precision import Speed, arrange
 from jobs.training.ranks import Alone
 from orchestrator.records import Metric, Profile
 
+MakeModel = Callable[[], nn.Module]
+
 
 class Predictor:
     """A job's model on its device, for evaluation only, with the settings' memory layout and compilation."""
 
-    def __init__(self, job: Job, speed: Speed, group: Alone, model: nn.Module | None = None) -> None:
-        """model: an existing one of this job, on its device; None: create one with initial weights."""
+    def __init__(
+        self, job: Job, speed: Speed, group: Alone, model: nn.Module | None = None, make: MakeModel | None = None
+    ) -> None:
+        """model: an existing one of this job, on its device; None: create one. make: how, with initial weights; None:
+        call the job's model()."""
         self.job = job
         self.speed = speed
         if model is None:
-            made = checked_model(job, job.model())
+            made = make() if make else checked_model(job, job.model())
             self._made = reuse.description(made)
             model = group.adopt(made.to(speed.device))
         else:
@@ -65,13 +72,17 @@ class Learner(Predictor):
         metric: Metric,
         state: Mapping[str, Any] | None = None,
         model: nn.Module | None = None,
+        make: MakeModel | None = None,
     ) -> None:
-        """state: continue from it; None: a founder. model: see Predictor."""
-        super().__init__(job, speed, group, model)
+        """profile: one that names its optimizer (Job.profile). state: continue from it; None: a founder. model, make:
+        see Predictor."""
+        super().__init__(job, speed, group, model, make)
         self.steps = 0  # optimizer steps of the whole lineage
         self._group = group
-        self._profile = profile
+        self.profile = profile
         self._optimizer = job.optimizer(self.model, profile)
+        self._names = optimizers.parameter_names(self._optimizer, self.model)
+        self.description = f"{optimizers.described(self._optimizer)}, {schedules.described(profile.schedule)}"
         self._schedule = Schedule(profile, self._optimizer, steps_per_epoch, metric)
         self._scaler = speed.scaler()
         averaging = job.averaging()
@@ -87,28 +98,59 @@ class Learner(Predictor):
         return rate
 
     @property
+    def scales_loss(self) -> bool:
+        """Whether a step with an infinite loss is skipped, since the loss scale was too high (fp16)."""
+        return self._scaler.is_enabled()
+
+    @property
     def evaluated(self) -> tuple[nn.Module, nn.Module]:
         if self._average is not None and self._average.begun:
             return self._average.model, self._average.running
         return super().evaluated
 
-    def step(self, batch: Any) -> Tensor:
-        """Do one step. batch: this rank's part. Returns the mean loss of the whole batch, a scalar on the device."""
+    def step(self, batches: Sequence[Any]) -> tuple[Tensor, int]:
+        """Do one optimizer step on the mean loss of all examples of these batches (whole ones; this rank uses its
+        part). Returns the mean loss, a scalar on the device, and the number of examples."""
         self._optimizer.zero_grad(set_to_none=True)
-        with self.speed.autocast():
-            loss = checked_loss(self.job, self.job.training_loss(self.running, self.arranged(batch)))
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        loss = self._group.merge(loss.detach(), self.model)
+        sizes = [self.job.batch_size(batch) for batch in batches]
+        losses: list[Tensor] = []
+        for batch, size in zip(batches, sizes, strict=True):
+            share = self._group.share(batch, size)
+            with self.speed.autocast():
+                loss = checked_loss(self.job, self.job.training_loss(self.running, self.arranged(share)))
+            weight = size / sum(sizes) * self._group.weight
+            weighted = loss if weight == 1 else loss * weight
+            self._scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+            losses.append(weighted.detach())
+        total = self._group.merge(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), self.model)
+        self._clip()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self.steps += 1
         self._schedule.after_step()
         if self._average is not None:
             self._average.after_step(self.model, self.steps)
-        return loss
+        return total, sum(sizes)
+
+    def _clip(self) -> None:
+        """Limit the gradients. They must be those of the loss, not of the scaled loss."""
+        clip = self.profile.gradient_clip
+        if clip is None:
+            return
+        self._scaler.unscale_(self._optimizer)
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        if clip.norm is not None:
+            nn.utils.clip_grad_norm_(parameters, clip.norm)
+        elif clip.value is not None:
+            nn.utils.clip_grad_value_(parameters, clip.value)
 
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
         self._schedule.after_epoch(metrics)
+
+    def finite(self) -> bool:
+        """Return whether all weights to be evaluated are finite numbers."""
+        values = [t for t in self.evaluated[0].state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]
+        return not values or bool(torch.stack([torch.isfinite(t).all() for t in values]).all())
 
     def state(self) -> dict[str, Any]:
         """Return the complete state. Its tensors are the ones in use, not copies."""
@@ -118,25 +160,54 @@ class Learner(Predictor):
             "average": self._average.state() if self._average else None,
             "optimizer": self._optimizer.state_dict(),
             "optimizer_class": optimizers.class_name(self._optimizer),
-            "profile": asdict(self._profile),
+            "optimizer_parameters": self._names,
+            "profile": asdict(self.profile),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state. If it was saved with another profile, the schedule starts anew, and the optimizer
-        takes over the saved optimizer's state (such as momentum) only if both have the same class."""
+        takes over the saved optimizer's state (such as momentum) only if both have the same class and parameters.
+        Raises JobError if the profile is the same, but the optimizer has its parameters in another order."""
         self.steps = state["steps"]
         self.model.load_state_dict(state["model"])
         if self._average is not None and state["average"] is not None:
             self._average.restore(state["average"])
         if state["scaler"] and self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
-        if state["profile"] == asdict(self._profile):
+        named = state.get("optimizer_parameters", self._names)  # checkpoints of earlier versions lack the names
+        if self.job.same_profile(state["profile"], self.profile):
+            if named != self._names:
+                raise JobError(_other_order(self.job, named, self._names))
             self._optimizer.load_state_dict(state["optimizer"])
             self._schedule.load_state_dict(state["schedule"])
-        else:
+        elif named == self._names:
             optimizers.take_over(self._optimizer, state["optimizer"], state["optimizer_class"])
+
+    def take_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Take over the optimizer's state of another run's checkpoint. Raises JobError if it does not fit."""
+        fits = state.get("optimizer_parameters", self._names) == self._names
+        if not fits or not optimizers.take_over(self._optimizer, state["optimizer"], state["optimizer_class"]):
+            raise JobError(
+                f"start_from: the optimizer's state is of {state['optimizer_class']} and its parameters, and does not "
+                f'fit {optimizers.class_name(self._optimizer)} here; set "optimizer": false to begin without it'
+            )
+
+
+def _other_order(job: Job, saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> str:
+    """Describe how the optimizer's parameters differ from those of the checkpoint."""
+    place = next(
+        (f"parameter {i} of group {g} was {a}, now {b}"
+         for g, (one, other) in enumerate(zip(saved, now, strict=False))
+         for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        f"there were {[len(group) for group in saved]} parameters in its groups, now {[len(group) for group in now]}",
+    )  # fmt: skip
+    return (
+        f"{type(job).__name__}.optimizer() orders the parameters otherwise than in the checkpoint, whose state (such "
+        f"as momentum) is by position: {place}. Order them the same in each process, for example as "
+        "model.named_parameters() does"
+    )
 
 
 class Average:

@@ -16,27 +16,29 @@ from jobs.optim import schedules
 from jobs.training.own_loop import OwnLoop
 from jobs.training.ranks import ALONE, Alone
 from jobs.training.session import Session
-from orchestrator.files.run_folder import CHECKPOINTS
 from orchestrator.settings.settings import Settings
 
 
-def load_job(settings: Settings, device: torch.device | None = None, cores: int = 1) -> Job:
+def load_job(
+    settings: Settings, device: torch.device | None = None, cores: int = 1, run_folder: Path | None = None
+) -> Job:
     """Create the job named in the settings. Raises JobError if its class can't be imported or does not extend Job."""
     job_class = find_class(settings.job, f"job {settings.job}")
     if not issubclass(job_class, Job):
         raise JobError(f"job {settings.job}: its class is not derived from jobs.job.Job")
-    return job_class(JobContext(settings, device or torch.device("cpu"), cores))
+    return job_class(JobContext(settings, device or torch.device("cpu"), cores, run_folder))
 
 
 def open_session(
-    settings: Settings, cores: int, group: Alone = ALONE, run_folder: Path | None = None
+    settings: Settings, cores: int, group: Alone = ALONE, run_folder: Path | None = None, *, logs: bool = True
 ) -> Session | OwnLoop:
-    """Open the settings' job for training. group: the ranks that train together. run_folder: if None, log nothing."""
-    job = load_job(settings, set_up(settings, cores), cores)
-    observer = choice.observer(settings, run_folder if group.rank == 0 else None)
-    if has_own_loop(job):
-        return OwnLoop(job, group, observer)
-    return Session(job, group, observer, run_folder / CHECKPOINTS if run_folder else None)
+    """Open the settings' job for training. group: the ranks that train together. run_folder: None if there is no run.
+    logs: report to the run's loggers."""
+    job = load_job(settings, set_up(settings, cores), cores, run_folder)
+    kept = run_folder if group.rank == 0 else None  # the other ranks write nothing
+    observer = choice.observer(settings, kept if logs else None)
+    kind = OwnLoop if has_own_loop(job) else Session
+    return kind(job, group, observer, kept)
 
 
 def has_own_loop(job: Job) -> bool:
@@ -56,12 +58,14 @@ def check_job(settings: Settings, fetch: Fetch | None = None) -> list[str]:
         mistakes = [f"{own.__name__} has no {name}; {where}" for name in missing]
         # The names of metrics computed by the job's own method are known only after a call.
         known = (own.metrics, own.evaluation_metrics) == (Job.metrics, Job.evaluation_metrics)
-        if known and metric.name not in Job.METRICS:
+        if known and metric.name not in Job.METRICS and own.evaluate is Job.evaluate:
             allowed = ", ".join(Job.METRICS)
             mistakes.append(f"metric.name: {metric.name!r} is not among the metrics of {own.__name__}: {allowed}")
+        if known and metric.name == "loss" and metric.mode == "max":
+            mistakes.append('metric.mode: "max" would keep the models with the highest loss; use "min"')
     for profile in {profile.name: profile for profile in settings.training_profiles}.values():
         try:
-            schedules.check_schedule(profile, metric, job.default_optimizer)
+            schedules.check_schedule(job.resolved(profile), metric)
         except JobError as error:
             mistakes.append(str(error))
     if mistakes:

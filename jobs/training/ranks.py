@@ -67,8 +67,14 @@ class Alone:
         """Return this rank's part of a batch of `size` examples. The parts of all ranks, in order, form the batch."""
         return batch
 
+    @property
+    def weight(self) -> float:
+        """This rank's part of the batch that was shared last, from 0 to 1."""
+        return 1.0
+
     def merge(self, loss: Tensor, model: nn.Module) -> Tensor:
-        """Return the mean loss of the whole batch (a scalar); set the parameters' gradients to those of this loss."""
+        """Return the sum of all ranks' losses (a scalar), each weighted by its rank's part of the batch; set the
+        parameters' gradients to those of this sum."""
         return loss
 
     def align(self, model: nn.Module) -> None:
@@ -201,6 +207,10 @@ class Ranks(Alone):
             first, end = 0, 1
         return part(batch, size, first, end)
 
+    @property
+    def weight(self) -> float:
+        return self._weight
+
     def merge(self, loss: Tensor, model: nn.Module) -> Tensor:
         """Sum the gradients in one tensor per dtype, always with the same layout, so that a resumed chunk adds them in
         the same order."""
@@ -210,12 +220,12 @@ class Ranks(Alone):
         for _, indices in groupby(by_dtype, key=lambda i: parameters[i].dtype):
             some = [parameters[i] for i in indices]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
-            flat = self._sum(torch.cat([g.reshape(-1) for g in grads]).mul_(self._weight))
+            flat = self._sum(torch.cat([g.reshape(-1) for g in grads]))
             for p, grad, merged in zip(some, grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
                 p.grad = grad.copy_(merged.view_as(grad))
         if mask not in self._masks:  # cached, because copying a mask to the GPU waits for the GPU
             self._masks[mask] = torch.tensor(mask, dtype=torch.float64, device=self._device)
-        total = self._sum(torch.cat([loss.detach().double().reshape(1) * self._weight, self._masks[mask]]))
+        total = self._sum(torch.cat([loss.detach().double().reshape(1), self._masks[mask]]))
         if not all(mask):  # a parameter that no rank used gets no gradient, as in a single process
             for p, used in zip(parameters, total[1:].tolist(), strict=True):
                 p.grad = p.grad if used else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,38 +13,93 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from jobs.data import randomness, splits
-from jobs.data.feeds import Feed, make_feed
+from jobs.data import randomness
+from jobs.data.feeds import Feed
 from jobs.data.randomness import hash_seed, random_state, seed_all, set_random_state
 from jobs.data.splits import Split
+from jobs.data.streams import BatchStreamFeed
 from jobs.errors import JobError
-from jobs.job import Job
+from jobs.job import PROFILE, Job
 from jobs.loggers.observer import Held, Observer
 from jobs.training import frozen_file, memory
-from jobs.training.checked import checked_data, checked_metrics
+from jobs.training.evaluation import Evaluator, undefined
+from jobs.training.examples import Examples
 from jobs.training.frozen import FrozenParts
 from jobs.training.learner import Learner, Predictor
+from jobs.training.models import Models
 from jobs.training.precision import Speed
 from jobs.training.ranks import ALONE, Alone
-from jobs.training.states import FORMAT, Copies, read, weights
-from orchestrator.records import EpochResult, Finished, Interrupted, Work
+from jobs.training.states import FORMAT, Copies, check_readable, plain, read, weights
+from orchestrator.files.run_folder import CHECKPOINTS
+from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
+
+AFTER_MODEL = 3  # hashed with a founder's seed: the random numbers of its training
+
+log = logging.getLogger("orch")
 
 
 class JobTrainer:
     """The parts of an orchestrator.worker.trainer.Trainer shared by orch's loop and a job's own loop."""
 
-    def __init__(self, job: Job, group: Alone = ALONE, observer: Observer | None = None) -> None:
+    def __init__(
+        self, job: Job, group: Alone = ALONE, observer: Observer | None = None, run_folder: Path | None = None
+    ) -> None:
+        """run_folder: where the data's fingerprints and the frozen layers are kept; None: nowhere."""
         self.job = job
         self.group = group
         self.settings = job.context.settings
         self.device = job.context.device
         self.metric = self.settings.metric
         self.epochs = 0  # trained in the whole lineage
+        self.examples = self._examples(run_folder)
+        self._evaluator = Evaluator(job, self.metric, group)
+        self._speed = Speed(self.settings, self.device)
+        self._frozen = FrozenParts(job, self._speed)
+        self._models = Models(job, run_folder)
         self._observer = observer or Observer()
         self._reports: Observer = self._observer  # where the current chunk's reports go
         self._cut: dict[str, Any] | None = None  # where the chunk was interrupted; None if it was not
+        self._described: set[str] = set()  # the profiles that were logged
+        job.show = self._show
+
+    def _examples(self, run_folder: Path | None) -> Examples:
+        return Examples(self.job, self.group, run_folder)
+
+    def _show(self, kind: str, name: str, values: Tensor) -> None:
+        self._reports.show(kind, name, values.detach().cpu())
+
+    def feed(self, split: Split) -> Feed:
+        """Return the batches of a split. The feed is created once; the data stay loaded."""
+        return self.examples.feed(split)
+
+    def _open_data(self, work: Work) -> None:
+        """Use the chunk's profile, and open the data, before anything else may fail."""
+        self.job.profile = work.profile
+        train = self.feed("train")
+        if work.profile.batch_size is not None and isinstance(train, BatchStreamFeed):
+            raise JobError(f"profile {work.profile.name!r}: batch_size: the job's own loader makes the batches")
+        train.batch_size = work.profile.batch_size or self.settings.max_batch_size
+        self.feed(self.settings.select_on)
+
+    def evaluate_file(self, checkpoint: Path, split: Split) -> dict[str, float]:
+        """Return metrics of a checkpoint's model."""
+        state = read(checkpoint)
+        if "profile" in state:
+            self.job.profile = PROFILE.validate_python(state["profile"])
+        with randomness.random_state_kept():
+            predictor = Predictor(self.job, self._speed, self.group, make=self._models.make)
+        predictor.model.load_state_dict(weights(state))
+        return self._evaluate(predictor, split)
+
+    def _evaluate(self, predictor: Predictor, split: Split) -> dict[str, float]:
+        model, running = predictor.evaluated
+        feed = self._batches(predictor, model, split)
+        return self._evaluator.evaluate(model, running, feed, self._speed.autocast, predictor.arranged)
+
+    def _batches(self, predictor: Predictor, model: nn.Module, split: Split) -> Feed:
+        """Return the batches to call this model with from now on."""
+        return self._frozen.feed(model, split, self.feed(split), predictor.arranged)
 
     def _load(self, work: Work) -> dict[str, Any] | None:
         """Return the state to continue from. For a founder, seed the random generators and return None."""
@@ -60,14 +116,21 @@ class JobTrainer:
     def state(self) -> dict[str, Any]:
         """Return the complete training state. Its tensors are the ones in use, not copies."""
         head = {"format": FORMAT, "epochs": self.epochs}
-        return {**head, **self._state(), "rng": random_state(), "cut": self._cut}
+        state: dict[str, Any] = plain({**head, **self._state(), "rng": random_state(), "cut": self._cut})
+        return state
 
     def _state(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def save(self, target: IO[bytes]) -> None:
-        """Write the complete training state to a file, sequentially (without seeking)."""
-        torch.save(self.state(), target)
+        """Write the complete training state to a file, sequentially (without seeking). Raises JobError, and writes
+        nothing, if it could not be read back."""
+        self._writer(self.state())(target)
+
+    def _writer(self, state: dict[str, Any]) -> Callable[[IO[bytes]], None]:
+        """Return a function that writes the state to a file. Raises JobError if it could not be read back."""
+        check_readable(state, "the training state")
+        return lambda target: torch.save(state, target)
 
     def snapshot(self) -> Callable[[IO[bytes]], None] | None:
         return None
@@ -88,29 +151,27 @@ class Session(JobTrainer):
     """Orch's training loop. Keeps the model in training, and keeps the data loaded between chunks."""
 
     def __init__(
-        self, job: Job, group: Alone = ALONE, observer: Observer | None = None, folder: Path | None = None
+        self, job: Job, group: Alone = ALONE, observer: Observer | None = None, run_folder: Path | None = None
     ) -> None:
-        """folder: the checkpoints' folder, where frozen layers are kept once; None: in every checkpoint."""
-        super().__init__(job, group, observer)
-        self._folder = folder if group.count == 1 else None  # followers get the bytes of a checkpoint, and no folder
-        self._speed = Speed(self.settings, self.device)
-        self._frozen = FrozenParts(job, self._speed)
+        super().__init__(job, group, observer, run_folder)
+        # Followers get the bytes of a checkpoint, and no folder: then every checkpoint contains the frozen layers.
+        self._folder = run_folder / CHECKPOINTS if run_folder and group.count == 1 else None
         self._learner: Learner | None = None
         self._copies = Copies()
         self._last: dict[str, Any] | None = None  # the state of the last snapshot: not a copy, but the tensors in use
-        self._feeds: dict[str, Feed] = {}
 
     def train(
         self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
     ) -> Finished | Interrupted:
-        """Train work.epochs epochs and validate after each. should_stop is called before every step."""
+        """Train work.epochs epochs and validate them. should_stop is called before every step."""
         learner, cut = self._begin(work)
         self._reports = Held() if work.tentative else self._observer
         self._reports.chunk(work)
         results = [EpochResult(**result) for result in cut["results"]]
         lost = False
         while len(results) < work.epochs and not lost:
-            result = self._train_epoch(learner, cut, should_stop)
+            last = len(results) + 1 == work.epochs
+            result = self._train_epoch(learner, cut, should_stop, last)
             if result is None:
                 self._cut = cut | {"results": [asdict(r) for r in results], "rng": random_state()}
                 return Interrupted(cut["step"])
@@ -119,8 +180,16 @@ class Session(JobTrainer):
             on_epoch(result)
             cut = fresh_cut()
             lost = not math.isfinite(result.metrics["train_loss"])  # training can't recover from a NaN loss
-        score = math.nan if lost else results[-1].metrics[self.metric.name]  # NaN is never admitted to the board
+        score = math.nan if lost or self._unfit(learner, results[-1]) else results[-1].metrics[self.metric.name]
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
+
+    def _unfit(self, learner: Learner, result: EpochResult) -> bool:
+        """Return whether a model must not enter the board, whatever its score."""
+        bad = [f"the metric {name!r} is NaN" for name in undefined(result.metrics)]
+        bad += [] if learner.finite() else ["its weights are not all finite numbers"]
+        if bad:
+            log.warning("the model can't enter the board: %s", "; ".join(bad))
+        return bool(bad)
 
     def snapshot(self) -> Callable[[IO[bytes]], None] | None:
         """Copy the state to host memory. None if that would take more than half of what is free, and for several ranks,
@@ -133,15 +202,12 @@ class Session(JobTrainer):
         self._last = state
         return self._writer(self._copies.copy(state))
 
-    def save(self, target: IO[bytes]) -> None:
-        self._writer(self.state())(target)
-
     def _writer(self, state: dict[str, Any]) -> Callable[[IO[bytes]], None]:
-        """Return a function that writes the state to a file."""
         assert self._learner is not None
         folder, frozen = self._folder, frozen_file.frozen_names(self._learner.model)
         if folder is None or not frozen:
-            return lambda target: torch.save(state, target)
+            return super()._writer(state)
+        check_readable(state, "the training state")
         return lambda target: torch.save(frozen_file.leave_out(state, frozen, folder), target)
 
     def _load(self, work: Work) -> dict[str, Any] | None:
@@ -154,113 +220,108 @@ class Session(JobTrainer):
 
     def _begin(self, work: Work) -> tuple[Learner, dict[str, Any]]:
         """Return the learner, ready to start or continue the chunk, and the position in the current epoch."""
-        batches = self.feed("train").batches
+        self._open_data(work)
+        profile = self.job.resolved(work.profile)
+        steps = -(-self.feed("train").batches // profile.accumulate)
         state = self._load(work)
-        model = self._reusable_model() if work.in_memory else None
+        model = self._reusable_model(profile) if work.in_memory else None
         with randomness.random_state_kept() if state else nullcontext():  # a founder draws its initial weights
-            about = (self.job, work.profile, self._speed, self.group, batches, self.metric)
-            self._learner = learner = Learner(*about, state, model)
-        return learner, resume_random_state(state, work) if state else fresh_cut()
+            make = self._models.make if state else self._models.make_founder
+            about = (self.job, profile, self._speed, self.group, steps, self.metric)
+            self._learner = learner = Learner(*about, state, model, make)
+        if profile.name not in self._described:
+            self._described.add(profile.name)
+            log.info("profile %s: %s", profile.name, learner.description)
+        if state:
+            return learner, resume_random_state(state, work)
+        start = self._models.start()
+        if start is not None and self.settings.start_from and self.settings.start_from.optimizer:
+            learner.take_optimizer(start)
+        seed_all(hash_seed(work.seed, AFTER_MODEL))  # whatever the job's model() did to the random state
+        return learner, fresh_cut()
 
-    def _reusable_model(self) -> nn.Module | None:
+    def _reusable_model(self, profile: Profile) -> nn.Module | None:
         assert self._learner is not None, "a chunk in memory continues the last one"
         self._frozen.undo(self._learner.model)
-        return self._learner.model if self._learner.reusable else None
+        same = self._learner.profile.params == profile.params  # the job may make another model for other params
+        return self._learner.model if same and self._learner.reusable else None
 
     def _train_epoch(
-        self, learner: Learner, cut: dict[str, Any], should_stop: Callable[[], bool]
+        self, learner: Learner, cut: dict[str, Any], should_stop: Callable[[], bool], last: bool
     ) -> EpochResult | None:
-        """Train an epoch from position `cut` to its end. If interrupted, updates `cut` and returns None."""
+        """Train an epoch from position `cut` to its end. If interrupted, updates `cut` and returns None. last: of the
+        chunk, so that the epoch must be validated."""
         started = time.monotonic()
         feed, group = self._batches(learner, learner.model, "train"), self.group
         if cut["seed"] is None:
             cut["seed"] = group.same(int(torch.randint(2**62, ()).item()))
-        loss_sum = torch.tensor(cut["loss_sum"], dtype=torch.float64, device=self.device)
+        mean = LossMean(cut["loss_sum"], cut["loss_count"], learner.scales_loss, self.device)
         learner.running.train()
-        batches = feed.shuffled(cut["seed"], cut["step"], self.epochs)
-        while cut["step"] < feed.batches:
+        batches, total = feed.shuffled(cut["seed"], cut["step"], self.epochs), feed.batches
+        while cut["step"] < total:
             if group.agree(should_stop):
-                cut["loss_sum"] = loss_sum.item()
+                cut["loss_sum"], cut["loss_count"] = mean.totals()
                 cut["seconds"] += time.monotonic() - started
                 return None
-            batch = next(batches)
-            size = self.job.batch_size(batch)
             group.reseed(cut["seed"], cut["step"])
             rate = learner.learning_rate
-            loss = learner.step(group.share(batch, size))
-            loss_sum.add_(loss, alpha=size)
-            cut["step"] += 1
+            some = [next(batches) for _ in range(min(learner.profile.accumulate, total - cut["step"]))]
+            loss, size = learner.step(some)
+            mean.add(loss, size)
+            cut["step"] += len(some)
             self._reports.step(learner.steps, loss, rate)
+            self._evaluate_between(learner)
         next(batches, None)  # lets the loader finish the epoch
-        metrics = {"train_loss": loss_sum.item() / feed.count}
-        metrics |= self._evaluate(learner, self.settings.select_on)
-        learner.after_epoch(metrics)
+        metrics = {"train_loss": mean.mean()}
         self.epochs += 1
+        if last or self.epochs % self.settings.evaluate_every == 0:
+            metrics |= self._evaluate(learner, self.settings.select_on)
+        learner.after_epoch(metrics)
         return EpochResult(self.epochs, cut["seconds"] + time.monotonic() - started, metrics)
+
+    def _evaluate_between(self, learner: Learner) -> None:
+        """Validate within an epoch, for the curves, if the settings say so."""
+        every = self.settings.evaluate_every_steps
+        if every is not None and learner.steps % every == 0:
+            metrics = self._evaluate(learner, self.settings.select_on)
+            self._batches(learner, learner.model, "train")
+            self._reports.metrics(metrics)
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Return metrics of the model in training."""
         assert self._learner is not None
         return self._evaluate(self._learner, split)
 
-    def _evaluate(self, predictor: Predictor, split: Split) -> dict[str, float]:
-        """Return the job's metrics, each a mean over the split's examples. Raises JobError if the metric chosen in the
-        settings is not among them."""
-        model, running = predictor.evaluated
-        feed, job = self._batches(predictor, model, split), self.job
-        sums: dict[str, Tensor] = {}
-        running.eval()
-        self.group.align(model)
-        with torch.inference_mode():
-            for batch in feed.in_order(self.group.rank, self.group.count):
-                with self._speed.autocast():
-                    metrics = checked_metrics(job, job.evaluation_metrics(running, predictor.arranged(batch)))
-                size = job.batch_size(batch)
-                for name, value in metrics.items():
-                    weighted = torch.as_tensor(value, dtype=torch.float64, device=self.device) * size
-                    sums[name] = sums[name] + weighted if name in sums else weighted
-        totals = self.group.total({name: value.item() for name, value in sums.items()})
-        if self.metric.name not in totals:
-            known = ", ".join(sorted(totals))
-            raise JobError(f"metric.name: {self.metric.name!r} is not among the metrics of the job: {known}")
-        return {name: value / feed.count for name, value in totals.items()}
-
-    def evaluate_file(self, checkpoint: Path, split: Split) -> dict[str, float]:
-        """Return metrics of a checkpoint's model."""
-        state = read(checkpoint)
-        with randomness.random_state_kept():
-            predictor = Predictor(self.job, self._speed, self.group)
-        predictor.model.load_state_dict(weights(state))
-        return self._evaluate(predictor, split)
-
-    def _batches(self, predictor: Predictor, model: nn.Module, split: Split) -> Feed:
-        """Return the batches to call this model with from now on."""
-        return self._frozen.feed(model, split, self.feed(split), predictor.arranged)
-
-    def feed(self, split: Split) -> Feed:
-        """Return the batches of a split. The feed is created once; the data stay loaded."""
-        if split not in self._feeds:
-            # Loading must not change the training's random state, because each process that resumes a chunk loads the
-            # data again. All splits have the same seed, so that a job that generates its data returns the same examples
-            # for "train" and "validation".
-            with randomness.random_state_kept():
-                randomness.seed_cpu(self.settings.seed)
-                source = checked_data(self.job, self.job.data(split), split)
-            indices = self._indices(split, source)
-            size = self.settings.max_batch_size
-            self._feeds[split] = make_feed(source, indices, size, self.device, self.job.context.cores)
-        return self._feeds[split]
-
-    def _indices(self, split: Split, source: Dataset[Any]) -> list[int]:
-        """Return the indices of this split's examples in `source`, the data set that the job returned for it."""
-        if split == "test" or self.settings.select_on == "test":
-            return list(range(len(source)))  # type: ignore[arg-type]  # checked_data made sure that it has a length
-        parts = splits.split(source, self.settings.validation_fraction, self.settings.seed)
-        return parts[split == "validation"]
-
     def _state(self) -> dict[str, Any]:
         assert self._learner is not None
         return self._learner.state()
+
+
+class LossMean:
+    """The mean loss of an epoch's examples, summed on the device in float64."""
+
+    def __init__(self, total: float, count: float, skips: bool, device: torch.device) -> None:
+        """skips: leave out steps whose loss is not finite, because the optimizer skipped them too (fp16)."""
+        self._total = torch.tensor(total, dtype=torch.float64, device=device)
+        self._count = torch.tensor(count, dtype=torch.float64, device=device) if skips else count
+        self._skips = skips
+
+    def add(self, loss: Tensor, size: int) -> None:
+        if not self._skips:
+            self._total.add_(loss, alpha=size)
+            self._count += size
+            return
+        finite = torch.isfinite(loss)
+        self._total.add_(torch.where(finite, loss, 0), alpha=size)
+        self._count += finite * size
+
+    def totals(self) -> tuple[float, float]:
+        return self._total.item(), float(self._count)
+
+    def mean(self) -> float:
+        """Return the mean; NaN if no step had a finite loss."""
+        total, count = self.totals()
+        return total / count if count else math.nan
 
 
 def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
@@ -268,7 +329,8 @@ def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
     new random numbers instead of the parent's. Returns the position in the current epoch."""
     if work.suspended:
         set_random_state(state["cut"]["rng"])
-        return dict(state["cut"])
+        cut: dict[str, Any] = fresh_cut() | state["cut"]
+        return cut
     set_random_state(state["rng"])
     if work.repeat:
         seed_all(hash_seed(int(torch.randint(2**62, ()).item()), work.repeat))
@@ -277,4 +339,4 @@ def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
 
 def fresh_cut() -> dict[str, Any]:
     """Return the position of a chunk that has not started."""
-    return {"seed": None, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "results": [], "rng": None}
+    return {"seed": None, "step": 0, "loss_sum": 0.0, "loss_count": 0.0, "seconds": 0.0, "results": [], "rng": None}

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import errno
+import io
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from datetime import date, datetime, time, timedelta, timezone
+from enum import Enum
+from importlib import import_module
+from pathlib import Path, PosixPath, PurePosixPath
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
-from jobs.data.batches import map_tensors, size_bytes
+from jobs.data.batches import map_leaves, map_tensors, size_bytes
 from jobs.errors import JobError
 from jobs.training import frozen_file
 
@@ -24,7 +32,8 @@ def read(path: Path | IO[bytes]) -> dict[str, Any]:
     checkpoint of this format, OSError if it can't be opened."""
     name = path if isinstance(path, Path | str) else "the checkpoint that rank 0 sent"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with plain_globals():
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes can make the unpickler raise almost anything
         # On a truncated file, torch.load seeks to a negative offset.
         truncated = isinstance(error, OSError) and error.errno == errno.EINVAL
@@ -36,6 +45,76 @@ def read(path: Path | IO[bytes]) -> dict[str, Any]:
     if state["format"] != FORMAT:
         raise JobError(f"{name}: not a checkpoint of format {FORMAT}: its format is {state['format']!r:.40}")
     return frozen_file.put_back(state, path.parent) if isinstance(path, Path) else state
+
+
+# --- what a file may hold
+
+
+def plain_globals() -> AbstractContextManager[Any]:
+    """Let torch.load(weights_only=True) also read values of NumPy and of Python's standard library that are only data.
+    Schedules and optimizers hold such values: a warm-up with np.cos makes the learning rate a NumPy number."""
+    multiarray = import_module("numpy._core.multiarray" if int(np.__version__[0]) > 1 else "numpy.core.multiarray")
+    named: list[Any] = [np.ndarray, np.dtype, *vars(np.dtypes).values()]
+    for function in (multiarray.scalar, multiarray._reconstruct):  # NumPy 1 and 2 name them differently
+        named += [(function, f"{home}.multiarray.{function.__name__}") for home in ("numpy.core", "numpy._core")]
+    named += [frozenset, range, slice, PosixPath, PurePosixPath, date, time, datetime, timedelta, timezone]
+    return safe_globals([one for one in named if isinstance(one, tuple) or callable(one)])
+
+
+def plain(value: Any) -> Any:
+    """Return a state in which an enum's member is its value, a named tuple a tuple, and a dict or a list of a special
+    class an ordinary one. All other values stay as they are."""
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        changed = {plain(key): plain(item) for key, item in value.items()}
+        return OrderedDict(changed) if isinstance(value, OrderedDict) else changed
+    if isinstance(value, list | deque):
+        return [plain(item) for item in value]
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        return tuple(plain(item) for item in value)
+    return value
+
+
+def check_readable(state: Mapping[str, Any], what: str) -> None:
+    """Raise JobError if a file with this state could not be read back. what: prefix of the message."""
+    found = _unreadable(state, "")
+    if found is not None:
+        key, error = found
+        raise JobError(
+            f"{what} can't be kept: {key} {why_unreadable(error)}; allowed: dicts, lists, tensors and plain values, "
+            "such as a state_dict()"
+        ) from error
+
+
+def _unreadable(value: Any, key: str) -> tuple[str, Exception] | None:
+    """Return the innermost key whose value can't be read back, and torch's error; None if all can."""
+    try:
+        written = io.BytesIO()
+        torch.save(_emptied(value), written)
+        written.seek(0)
+        with plain_globals():
+            torch.load(written, weights_only=True)
+        return None
+    except Exception as error:  # pickle can raise anything that the pickled objects raise
+        inner: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, Mapping):
+            inner = [(f"{key}.{name}" if key else str(name), item) for name, item in value.items()]
+        elif isinstance(value, list | tuple):
+            inner = [(f"{key}[{index}]", item) for index, item in enumerate(value)]
+        found = next((place for name, item in inner if (place := _unreadable(item, name))), None)
+        return found or (f"{key} ({type(value).__name__}):", error)
+
+
+def _emptied(value: Any) -> Any:
+    """Return the structure without the numbers of its tensors and arrays, so that it is written quickly."""
+
+    def empty(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().new_empty(0)
+        return leaf.ravel()[:0] if isinstance(leaf, np.ndarray) and leaf.dtype != object else leaf
+
+    return map_leaves(value, empty)
 
 
 class Copies:
@@ -76,7 +155,8 @@ def _copy(tensor: Tensor, memory: Tensor | None) -> Tensor:
 def last_step(path: Path) -> int:
     """Return a checkpoint's position on the x axis of its lineage's curves: optimizer steps, or epochs if the job has
     its own loop. The tensors' data are not read, so this is fast."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with plain_globals():
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return int(state.get("steps", state["epochs"]))
 
 
@@ -102,6 +182,25 @@ def weights(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
     average = state["average"]
     kept: Mapping[str, Tensor] = average["model"] if average and average["updates"] else state["model"]
     return kept
+
+
+def read_start(file: Path) -> Mapping[str, Any]:
+    """Read the file of the setting start_from: a checkpoint, or weights by name, perhaps under "model", "state_dict" or
+    "model_state_dict". Returns a state that `weights` accepts. Raises JobError."""
+    try:
+        with plain_globals():
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # arbitrary bytes can make the unpickler raise almost anything
+        if isinstance(error, MemoryError):
+            raise
+        raise JobError(f"start_from: {file} can't be read: {why_unreadable(error)}") from error
+    if isinstance(state, dict) and "format" in state:
+        return read(file)
+    inner = [state, *(state.get(key) for key in ("model", "state_dict", "model_state_dict") if isinstance(state, dict))]
+    for found in inner:
+        if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
+            return {"model": found, "average": None}
+    raise JobError(f"start_from: {file} holds no weights by name; allowed: a checkpoint, or a model's state_dict()")
 
 
 def export(checkpoint: Path, target: IO[bytes]) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,7 +51,8 @@ class Verdict:
     deterministic: bool
     chunks: int
     epochs_per_chunk: int
-    steps_per_epoch: int
+    steps_per_epoch: int  # of the first epoch
+    steps: int
     interrupted_after: list[int]
     states_compared: int = 0
     tensors_compared: int = 0
@@ -63,10 +64,6 @@ class Verdict:
     @property
     def exact(self) -> bool:
         return self.inexact is None
-
-    @property
-    def steps(self) -> int:
-        return self.steps_per_epoch * self.epochs_per_chunk * self.chunks
 
 
 def in_fresh_process(trial: Trial, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
@@ -111,13 +108,14 @@ def verify(trial: Trial, say: Callable[[str], None], run_link: RunLink = in_fres
             chunks=trial.chunks,
             epochs_per_chunk=trial.epochs_per_chunk,
             steps_per_epoch=reference["steps_per_epoch"],
+            steps=reference["ends"][-1][-1],
             interrupted_after=reference["breaks"],
         )
         say(f"{verdict.steps} steps without an interruption, on {verdict.device}")
         start = 0
         for stop in [*verdict.interrupted_after, verdict.steps]:
             link = run_link(trial, root, RESUMED, start, stop)
-            if link["steps_per_epoch"] != verdict.steps_per_epoch:
+            if not link["own_loop"] and link["steps_per_epoch"] != verdict.steps_per_epoch:
                 raise JobError(
                     f"job {verdict.job}: data('train') does not have the same length in each process: an epoch had "
                     f"{verdict.steps_per_epoch} batches, then {link['steps_per_epoch']}"
@@ -141,15 +139,18 @@ def _compare(
     first_batch = next((step for step, (one, other) in enumerate(batches, start + 1) if one != other), None)
     verdict.batches_compared += stop - start
     found_after, unequal = stop, list[Difference]()
-    per_chunk = verdict.steps_per_epoch * verdict.epochs_per_chunk
-    for point in _between(start, stop, per_chunk):  # each of these steps has a checkpoint
+    chunk_ends = [epochs[-1] for epochs in reference["ends"]]
+    epoch_ends = [end for epochs in reference["ends"] for end in epochs]
+    for point in _between(start, stop, chunk_ends):  # each of these steps has a checkpoint
+        if reference["own_loop"] and point not in chunk_ends:
+            continue
         expected, resumed = (_state(root / name / f"{point}.pt") for name in (REFERENCE, RESUMED))
         (root / REFERENCE / f"{point}.pt").unlink()
         verdict.states_compared += 1
         verdict.tensors_compared += count_tensors(expected)
         if not unequal:
             found_after, unequal = point, list(differences(expected, resumed))
-    for point in _between(start, stop, verdict.steps_per_epoch):
+    for point in _between(start, stop, epoch_ends):
         if not unequal:
             metrics, again = (side["metrics"].get(str(point)) for side in (reference, link))
             found_after, unequal = point, list(differences(metrics, again, "metrics"))
@@ -169,9 +170,9 @@ def _compare(
     )
 
 
-def _between(start: int, stop: int, every: int) -> list[int]:
-    """Return the multiples of `every` between start and stop (both excluded), and stop."""
-    return [*range((start // every + 1) * every, stop, every), stop]
+def _between(start: int, stop: int, ends: Sequence[int]) -> list[int]:
+    """Return the ends between start and stop (both excluded), and stop."""
+    return [*(end for end in ends if start < end < stop), stop]
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -220,7 +221,7 @@ STATE_OUTSIDE = (
 
 def as_json(verdict: Verdict) -> dict[str, Any]:
     """Convert a verdict for `--json`. Infinite differences become null."""
-    report = {"exact": verdict.exact, "steps": verdict.steps, **asdict(verdict)}
+    report = {"exact": verdict.exact, **asdict(verdict)}
     if verdict.inexact is not None:
         for part, name in ((report["inexact"]["first"], "max_abs_difference"), (report["inexact"], "largest")):
             part[name] = None if part[name] == math.inf else part[name]

@@ -8,30 +8,35 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
-from torch.utils.data import Dataset
 
 from jobs.data.feeds import Feed
 from jobs.data.splits import Split
+from jobs.data.streams import BatchStreamFeed
 from jobs.errors import JobError
 from jobs.imports import look_first_in
+from jobs.job import Job
+from jobs.training.examples import Examples, Opened
 from jobs.training.opening import has_own_loop, load_job, set_up
-from jobs.training.session import Session
+from jobs.training.own_loop import OwnLoop
+from jobs.training.session import JobTrainer, Session
 from jobs.verify_resume.exactness import digest
 from orchestrator.messages import counted
-from orchestrator.records import EpochResult, Interrupted, Work
+from orchestrator.records import EpochResult, Interrupted, Profile, Work
 from orchestrator.rules import claiming
 from orchestrator.settings.settings import Settings
 
 REFERENCE, RESUMED = "reference", "resumed"  # folders of states; a file is named after the steps trained so far
-PLAN, RESULT = "plan.json", "link.json"
+PLAN, RESULT, ENDS = "plan.json", "link.json", "ends.json"
 NO_STOP = -1
 
 
@@ -52,54 +57,110 @@ class Trial:
 TRIAL = TypeAdapter(Trial)  # converts to and from JSON, for the links' processes
 
 
-class ShortSession(Session):
-    """A Session with few batches per epoch, which records a digest of every batch."""
+class ShortExamples(Examples):
+    """Few examples per epoch; keeps a digest of the batches of each step."""
 
-    def __init__(self, trial: Trial, device: torch.device) -> None:
-        super().__init__(load_job(trial.settings, device, trial.cores))
-        if has_own_loop(self.job):
-            raise JobError(
-                f"job {trial.settings.job}: it has a loop of its own (train_chunk), whose steps orch can't count; "
-                "verify-resume works only for jobs trained by orch's loop"
-            )
-        self._steps = trial.steps_per_epoch
-        self.batches: list[str] = []  # digests, in the order of training
+    def __init__(self, job: Job, steps: int) -> None:
+        super().__init__(job)
+        self._steps = steps
+        self.recorded = Recorded()
 
-    def feed(self, split: Split) -> Feed:
-        if split == "train" and split not in self._feeds:
-            self._feeds[split] = RecordedFeed(super().feed(split), self.batches)
-        return super().feed(split)
-
-    def _indices(self, split: Split, source: Dataset[Any]) -> list[int]:
+    def _indices(self, split: Split, data: Any, labels: NDArray[np.int64] | None) -> list[int] | None:
         """Return indices spread over all examples, because data sets are often sorted by class."""
-        indices = super()._indices(split, source)
-        size = self.settings.max_batch_size
-        count = min(len(indices), self._steps * size - size // 4)  # the last batch is smaller, as in most real epochs
+        indices = super()._indices(split, data, labels)
+        if indices is None:
+            return None
+        count = min(len(indices), self._count(self.settings.max_batch_size))
         return [indices[i * len(indices) // count] for i in range(count)]
+
+    def _count(self, batch_size: int) -> int:
+        return self._steps * batch_size - batch_size // 4  # the last batch is smaller, as in most real epochs
+
+    def _feed_of(self, split: Split, opened: Opened) -> Feed:
+        feed = super()._feed_of(split, opened)
+        if opened.indices is None:  # a stream: read only its beginning
+            own_batches = isinstance(feed, BatchStreamFeed)
+            feed.count = min(feed.count, self._steps if own_batches else self._count(feed.batch_size))
+        return RecordedFeed(feed, self.recorded) if split == "train" else feed
+
+
+class _Short(JobTrainer):
+    """What a session and a loop of the job's own have in common in a trial."""
+
+    trial: Trial
+
+    def _examples(self, run_folder: Path | None) -> ShortExamples:
+        return ShortExamples(self.job, self.trial.steps_per_epoch)
+
+    @property
+    def recorded(self) -> Recorded:
+        assert isinstance(self.examples, ShortExamples)
+        return self.examples.recorded
+
+
+class ShortSession(_Short, Session):
+    """A Session with few batches per epoch."""
+
+    def __init__(self, trial: Trial, device: torch.device, job: Job | None = None) -> None:
+        self.trial = trial
+        super().__init__(job or load_job(trial.settings, device, trial.cores))
+
+
+class ShortOwnLoop(_Short, OwnLoop):
+    """A loop of the job's own, with few batches per epoch."""
+
+    def __init__(self, trial: Trial, device: torch.device, job: Job | None = None) -> None:
+        self.trial = trial
+        super().__init__(job or load_job(trial.settings, device, trial.cores))
+
+
+Short = ShortSession | ShortOwnLoop
+
+
+class Recorded:
+    """Digests of the training batches, by step."""
+
+    def __init__(self) -> None:
+        self.step = 0  # the one in training, counted from 1
+        self._digests: dict[int, str] = {}
+
+    def add(self, batch: Any) -> None:
+        self._digests[self.step] = self._digests.get(self.step, "") + digest(batch)
+
+    def between(self, start: int, stop: int) -> list[str]:
+        return [self._digests.get(step, "") for step in range(start + 1, stop + 1)]
 
 
 class RecordedFeed(Feed):
-    """Wraps a feed and appends the digest of each training batch to a list."""
+    """Wraps a feed and records the digest of each training batch."""
 
-    def __init__(self, feed: Feed, digests: list[str]) -> None:
+    def __init__(self, feed: Feed, recorded: Recorded) -> None:
         super().__init__(feed.batch_size, feed.count)
+        self.like(feed)
         self.augmented = feed.augmented
         self._feed = feed
-        self._digests = digests
+        self._recorded = recorded
+
+    @property
+    def batches(self) -> int:
+        self._feed.like(self)
+        return self._feed.batches
 
     def shuffled(self, seed: int, first_batch: int = 0, epoch: int = 0) -> Iterator[Any]:
+        self._feed.like(self)
         for batch in self._feed.shuffled(seed, first_batch, epoch):
-            self._digests.append(digest(batch))
+            self._recorded.add(batch)
             yield batch
 
     def in_order(self, first_batch: int = 0, every: int = 1) -> Iterator[Any]:
+        self._feed.like(self)
         return self._feed.in_order(first_batch, every)
 
     def instead(self, other: Feed) -> Feed:
-        return RecordedFeed(other, self._digests)
+        return RecordedFeed(other, self._recorded)
 
 
-def open_short(trial: Trial) -> ShortSession:
+def open_short(trial: Trial) -> Short:
     """Open the job of a trial. Raises JobError if the job can't be opened or the device is not available."""
     device = set_up(trial.settings, trial.cores)
     if trial.device == "cuda" and device.type != "cuda":
@@ -107,17 +168,36 @@ def open_short(trial: Trial) -> ShortSession:
             "--device cuda: torch sees no GPU here; run the check where the job will run, for example with "
             "`srun --gpus=1 orch verify-resume ...`, or use --device cpu"
         )
-    return ShortSession(trial, device)
+    job = load_job(trial.settings, device, trial.cores)
+    return ShortOwnLoop(trial, device, job) if has_own_loop(job) else ShortSession(trial, device, job)
 
 
-def break_points(steps_per_epoch: int, epochs_per_chunk: int, chunks: int, wanted: int) -> list[int]:
+Ends = Sequence[Sequence[int]]  # for each chunk, the steps trained at the end of each epoch, counted over all chunks
+
+
+def planned_ends(session: Short, trial: Trial) -> Ends | None:
+    """Return where the epochs end; None if only the job's own loop knows."""
+    if isinstance(session, ShortOwnLoop):
+        return None
+    ends, done = [], 0
+    for chunk in range(trial.chunks):
+        profile = _profile(trial, chunk)
+        session.job.profile = profile
+        feed = session.feed("train")
+        feed.batch_size = profile.batch_size or trial.settings.max_batch_size
+        steps = -(-feed.batches // profile.accumulate)
+        ends.append([done + steps * epoch for epoch in range(1, trial.epochs_per_chunk + 1)])
+        done = ends[-1][-1]
+    return ends
+
+
+def break_points(ends: Ends, wanted: int) -> list[int]:
     """Return the steps after which to interrupt, ascending. The first four are where interruptions matter most: in the
     middle of the first epoch, between two chunks, before the very last step, and between two epochs. Further
     interruptions fill the largest gaps."""
-    per_chunk = steps_per_epoch * epochs_per_chunk
-    total = per_chunk * chunks
+    total = ends[-1][-1]
     chosen: list[int] = []
-    for point in ((steps_per_epoch + 1) // 2, per_chunk, total - 1, total - per_chunk + steps_per_epoch):
+    for point in ((ends[0][0] + 1) // 2, ends[0][-1], total - 1, ends[-1][0]):
         if 0 < point < total and point not in chosen:
             chosen.append(point)
     while len(chosen) < min(wanted, total - 1):
@@ -128,33 +208,46 @@ def break_points(steps_per_epoch: int, epochs_per_chunk: int, chunks: int, wante
 
 
 def train_link(
-    session: ShortSession, trial: Trial, folder: Path, start: int, stop: int | None, snapshots: Collection[int] = ()
+    session: Short,
+    trial: Trial,
+    folder: Path,
+    start: int,
+    stop: int | None,
+    snapshots: Collection[int] = (),
+    ends: Ends | None = None,
 ) -> dict[str, Any]:
     """Train from step `start` to step `stop` (None: to the end), like a job of a chain.
 
     Reads the state `folder/START.pt` unless start is 0. Writes a state at the end of each chunk, at `stop`, and
     at each step in `snapshots`, without stopping there. A stop at the end of a chunk finishes the chunk;
-    any other interrupts it. Returns the batches' digests, and metrics by step: at the end of an epoch, its metrics; at
-    the end of a chunk, those of all its epochs. Raises JobError if the loss becomes infinite or NaN.
+    any other interrupts it. ends: where the epochs end; None: as planned, or not known in a loop of the job's own that
+    starts at step 0. Returns the batches' digests by step, the ends, and metrics by step: at the end of an epoch, its
+    metrics; at the end of a chunk, those of all its epochs. Raises JobError if the loss becomes infinite or NaN.
     """
-    per_chunk = session.feed("train").batches * trial.epochs_per_chunk
+    ends = ends or planned_ends(session, trial)
     done = start
     metrics: dict[str, list[dict[str, float]]] = {}
+    found: list[list[int]] = []
 
     def should_stop() -> bool:
         nonlocal done
         if done == stop:
             return True
-        if done in snapshots and done % per_chunk:
+        if done in snapshots and done not in chunk_ends:
             _save(session, folder / f"{done}.pt")
         done += 1
+        session.recorded.step = done
         return False
 
     def on_epoch(result: EpochResult) -> None:
         metrics[str(done)] = [dict(result.metrics)]
+        found[-1].append(done)
 
-    for chunk in range(start // per_chunk, trial.chunks):
-        first, profile = chunk * per_chunk, claiming.profile_at(chunk, trial.settings.training_profiles)
+    chunk_ends = [0, *(epochs[-1] for epochs in ends or ())]
+    first_chunk = sum(1 for end in chunk_ends[1:] if end <= start)
+    for chunk in range(first_chunk, trial.chunks):
+        first, profile = done if chunk > first_chunk else chunk_ends[chunk], _profile(trial, chunk)
+        found.append([])
         work = Work(
             profile=profile,
             epochs=trial.epochs_per_chunk,
@@ -167,7 +260,7 @@ def train_link(
         _save(session, folder / f"{done}.pt")
         if isinstance(result, Interrupted):
             break
-        if not math.isfinite(result.results[-1].metrics["train_loss"]):
+        if not math.isfinite(result.results[-1].metrics.get("train_loss", 0.0)):
             after = counted(done, "step")
             raise JobError(
                 f"the loss is infinite or NaN after {after} under the profile {profile.name!r}: there is nothing "
@@ -176,10 +269,14 @@ def train_link(
         metrics[str(done)] = [dict(epoch.metrics) for epoch in result.results]
         if done == stop:
             break
-    return {"batches": list(session.batches), "metrics": metrics}
+    return {"batches": session.recorded.between(start, done), "metrics": metrics, "ends": ends or found}
 
 
-def _save(session: Session, path: Path) -> None:
+def _profile(trial: Trial, chunk: int) -> Profile:
+    return claiming.profile_at(chunk, trial.settings.training_profiles)
+
+
+def _save(session: Short, path: Path) -> None:
     """Save the state to a file. Raises JobError if it can't be written."""
     try:
         with path.open("wb") as target:
@@ -205,15 +302,23 @@ def run(trial: Trial, folder: Path, start: int, stop: int | None) -> dict[str, A
     """Run one link of the trial. Raises any error of the job."""
     look_first_in(trial.import_paths)
     session = open_short(trial)
-    batches = session.feed("train").batches
-    if not batches:
-        raise JobError(f"job {trial.settings.job}: data('train') is empty; there is nothing to train on")
-    breaks = break_points(batches, trial.epochs_per_chunk, trial.chunks, trial.interruptions)
-    trained = train_link(session, trial, folder, start, stop, snapshots=breaks if folder.name == REFERENCE else ())
+    reference = folder.name == REFERENCE
+    kept = folder.parent / ENDS  # where the epochs of the reference ended
+    ends = planned_ends(session, trial) if reference else json.loads(kept.read_text(encoding="utf-8"))
+    breaks = break_points(ends, trial.interruptions) if ends and reference else []
+    trained = train_link(session, trial, folder, start, stop, snapshots=breaks, ends=ends)
+    if reference:
+        kept.write_text(json.dumps(trained["ends"]), encoding="utf-8")
+        breaks = breaks or break_points(trained["ends"], trial.interruptions)
     device = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
+    planned = planned_ends(session, trial)
     return trained | {
-        "steps_per_epoch": batches, "breaks": breaks, "device": device, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "steps_per_epoch": (planned or trained["ends"])[0][0],
+        "own_loop": planned is None,  # then there is no state of the reference but at the ends of chunks
+        "breaks": breaks,
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def explained(job: str, error: Exception) -> str | None:

@@ -10,6 +10,7 @@ from orchestrator.errors import RunError
 SETTINGS_NAME = "settings.json"
 DATABASE_NAME = "orch.db"
 DATA_NAME = "data.json"  # where the training data come from, as far as the job knows
+FINGERPRINTS = "fingerprints"  # folder: what the data of each split were when the run began
 LOCK_SUFFIX, LOCK_RECORD_SUFFIX = ".lock", ".lock.json"  # appended to the database's name
 CHECKPOINTS, JOBS, LOGS = "checkpoints", "jobs", "logs"  # folders
 FOLDERS = (CHECKPOINTS, JOBS, LOGS)

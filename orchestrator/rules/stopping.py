@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Literal
 
 from orchestrator.messages import counted, iso
 from orchestrator.records import ChunkState, Metric, Over, Progress, RunState, StopRules
 
+LEAST_STALE_CHUNKS = 20
 CHUNK_MARGIN = 1.25  # a chunk is expected to take at most this many times the mean duration of recent chunks
 
 
@@ -32,8 +34,11 @@ def should_start_chunk(now: float, job_end: float, durations_s: Sequence[float],
     return expected_s is None or now + expected_s <= job_end
 
 
-def stale_chunks(stale_cycles: int | None, cycle_length: int, num_models: int) -> int | None:
-    """Convert stale cycles to chunks: one cycle uses every profile once on every entry of a full board."""
+def stale_chunks(stale_cycles: int | Literal["auto"] | None, cycle_length: int, num_models: int) -> int | None:
+    """Convert stale cycles to chunks: one cycle uses every profile once on every entry of a full board. "auto": one
+    cycle, but at least LEAST_STALE_CHUNKS, since an ordinary training has several epochs in a row without progress."""
+    if stale_cycles == "auto":
+        return max(LEAST_STALE_CHUNKS, cycle_length * num_models)
     return None if stale_cycles is None else stale_cycles * cycle_length * num_models
 
 

@@ -32,7 +32,7 @@ def test_models(run: Run, again: bool, now: float) -> None:
     reader, job = run.leaderboard.reader, run.settings.job
     look_first_in(run.leaderboard.run_state.row()["import_paths"])
     with as_job_error(job):
-        session = open_session(run.settings, len(os.sched_getaffinity(0)))
+        session = open_session(run.settings, len(os.sched_getaffinity(0)), run_folder=run.folder, logs=False)
         session.feed("test")
     tests: dict[str, tuple[int, dict[str, float]]] = {}
     try:

@@ -56,7 +56,8 @@ def _place(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part not in ("bool", "list[bool]"):  # pydantic's names for the members of a union
+        elif part not in ("bool", "list[bool]", "constrained-int") and not part.startswith("literal["):
+            # The names left out are pydantic's, for the members of a union.
             text += f".{shown(part, 60)}" if text else shown(part, 60)
     return text
 

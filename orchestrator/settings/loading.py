@@ -57,6 +57,11 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
                 raw[key] = str(Path(raw[key]).expanduser().absolute())
             except (RuntimeError, ValueError) as error:  # ~ of an unknown user, or an impossible path
                 raise SettingsError(f"{source}: {key}: {shown(raw[key])}: {shown(str(error), 200)}") from error
+    start = raw.get("start_from")
+    if isinstance(start, str):
+        start = raw["start_from"] = {"file": start}
+    if isinstance(start, dict) and isinstance(start.get("file"), str) and start["file"]:
+        start["file"] = os.path.abspath(os.path.expanduser(start["file"]))
     weights = raw.get("pretrained_weights")  # a file, or the name of weights in torchvision
     if isinstance(weights, str) and os.path.isfile(weights):
         raw["pretrained_weights"] = str(Path(weights).absolute())

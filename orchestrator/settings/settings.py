@@ -85,6 +85,13 @@ class SlurmSettings(Strict):
     )
 
 
+class StartFrom(Strict):
+    """The weights that founders start from, instead of those that the job's model() draws."""
+
+    file: FilePath = Field(description="a checkpoint of a run, or a file of weights written by torch.save")
+    optimizer: bool = Field(False, description="take over the optimizer's state too; only from a checkpoint")
+
+
 class Settings(Strict):
     """Everything that defines a run. Lifetimes are in seconds."""
 
@@ -100,7 +107,18 @@ class Settings(Strict):
     select_on: Literal["validation", "test"] = Field(
         "validation", description="the data that models are selected on; with test, the scores are too optimistic"
     )
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training set, stratified by class")
+    validation: Literal["split", "own"] | None = Field(
+        None,
+        description="split: a part of the training set; own: data('validation') as it is; default: the job's choice",
+    )
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training set used for validation")
+    stratify: bool = Field(True, description="split each class by itself, if the classes are known")
+    evaluate_every: Count = Field(1, description="epochs between validations; the last epoch of a chunk has one too")
+    evaluate_every_steps: Count | None = Field(
+        None, description="optimizer steps between further validations, for curves"
+    )
+    drop_last: bool = Field(False, description="leave out an epoch's last batch if it is smaller than the others")
+    start_from: StartFrom | None = Field(None, description="founders start from this checkpoint or file of weights")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the split and the initial weights")
     deterministic: bool = Field(False, description="use torch's deterministic algorithms, which are slower")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -130,8 +148,9 @@ class Settings(Strict):
     cores_per_worker: Count | None = Field(None, description="CPU cores; default: the cores allocated to the job")
     total_lifetime: Lifetime = Field(259200, description="seconds from launch to the end of the run")
     eon_lifetime: Lifetime = Field(2400, description="seconds of work in one job")
-    stop_after_stale_cycles: Count | None = Field(
-        1, description="end after this many cycles without a promotion; null: never"
+    stop_after_stale_cycles: Count | Literal["auto"] | None = Field(
+        "auto",
+        description="end after this many cycles without a promotion; null: never; auto: 1, but 20 chunks or more",
     )
     stop_at_score: float | None = Field(None, allow_inf_nan=False, description="end when a model has this score")
     stop_after_epochs: Count | None = Field(None, description="end after this many epochs in total")
@@ -158,6 +177,11 @@ class Settings(Strict):
             if names.count(name) > 1:
                 raise ValueError(f"{shown(repr(name))} is named {names.count(name)} times; name each logger once")
         return names
+
+    @field_validator("start_from", mode="before")
+    @classmethod
+    def _file_only(cls, start: Any) -> Any:
+        return {"file": start} if isinstance(start, str) else start
 
     @field_validator("metric", mode="before")
     @classmethod

@@ -114,8 +114,8 @@ class Team:
         def end_the_job() -> None:
             stop.reason = stop.reason or "the failure of one of its processes"
 
-        opening = Opening(run.settings, cores, run.import_paths, gpus)
-        return lead(self._ranks, opening, end_the_job, run.folder)
+        opening = Opening(run.settings, cores, run.import_paths, str(run.folder), gpus)
+        return lead(self._ranks, opening, end_the_job)
 
     def dismiss(self) -> None:
         if self._ranks is not None:

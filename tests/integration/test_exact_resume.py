@@ -167,14 +167,15 @@ def test_training_interrupted_at_several_steps_equals_the_uninterrupted_one(
 
 def test_interruptions_come_first_where_they_matter_most() -> None:
     telling = {1: [2], 2: [2, 8], 3: [2, 8, 15], 4: [2, 8, 12, 15], 6: [2, 5, 8, 10, 12, 15]}
-    assert {wanted: break_points(4, 2, 2, wanted) for wanted in telling} == telling
+    assert {wanted: break_points([[4, 8], [12, 16]], wanted) for wanted in telling} == telling
 
 
 @given(st.integers(1, 6), st.integers(1, 3), st.integers(1, 3), st.integers(1, 60))
 def test_there_are_as_many_interruptions_as_wanted_all_inside_the_training(
     steps: int, epochs: int, chunks: int, wanted: int
 ) -> None:
-    points = break_points(steps, epochs, chunks, wanted)
+    ends = [[steps * (chunk * epochs + epoch) for epoch in range(1, epochs + 1)] for chunk in range(chunks)]
+    points = break_points(ends, wanted)
     assert points == sorted(set(points))
     assert len(points) == min(wanted, steps * epochs * chunks - 1)
     assert all(0 < point < steps * epochs * chunks for point in points)

@@ -15,6 +15,7 @@ from jobs.data import randomness
 from jobs.errors import JobError
 from jobs.job import Averaging, Job
 from jobs.training.precision import Speed, choose_precision
+from jobs.training.session import AFTER_MODEL
 from jobs.training.states import export
 from orchestrator.records import Profile
 from tests.support.small_job import (
@@ -65,6 +66,7 @@ def plain_loop(scheduler: Callable[[torch.optim.Optimizer], Any] | None, each_st
     feed = session.feed("train")
     randomness.seed_all(founder().seed)
     model = session.job.model()
+    randomness.seed_all(randomness.hash_seed(founder().seed, AFTER_MODEL))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.001, fused=True)
     made = scheduler(optimizer) if scheduler else None
     for epoch in range(EPOCHS):

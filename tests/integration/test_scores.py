@@ -68,7 +68,7 @@ def test_a_loss_of_nan_or_infinity_ends_the_chunk_with_a_score_of_nan(profile: P
 
 @pytest.mark.parametrize("name", ["mean_iou", "Accuracy", "train_loss"])
 def test_a_metric_that_the_job_lacks_is_an_error_that_names_the_known_ones(name: str) -> None:
-    session = digits_session(metric={"name": name})
+    session = digits_session(metric={"name": name, "mode": "max"})
     with pytest.raises(
         JobError, match=rf"^metric\.name: '{name}' is not among the metrics of the job: accuracy, loss$"
     ):

@@ -250,7 +250,7 @@ class Team:
         def failed() -> None:
             self.failed = True
 
-        return lead(self.ranks, Opening(given, 1, [str(ROOT)], ""), failed)
+        return lead(self.ranks, Opening(given, 1, [str(ROOT)], gpus=""), failed)
 
     def end(self, patience_s: float = AT_ONCE_S) -> None:
         for follower in self.followers:

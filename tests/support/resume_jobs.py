@@ -207,7 +207,8 @@ class AnotherLength(Noisy):
 
     def data(self, split: Split) -> Any:
         plain = super().data(split)
-        count = len(plain) // next(self.made)
+        self.__dict__.setdefault("number", next(self.made))
+        count = len(plain) // self.__dict__["number"]
         return NoisyPictures(plain.pictures[:count], plain.targets[:count] % 2)
 
 

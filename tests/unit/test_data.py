@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -106,17 +106,19 @@ def test_a_data_set_without_classes_can_be_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("labels", "count", "message"),
     [
-        pytest.param(digits([30, 1]), r"of the classes \[1\]", id="one example of a class"),
-        pytest.param(digits([1, 30, 1]), r"of the classes \[0, 2\]", id="of two classes"),
-        pytest.param(TensorDataset(PIXELS[:1]), "one side would have none", id="one example, without classes"),
-        pytest.param(TensorDataset(PIXELS[:0]), "0 examples", id="no example"),
+        pytest.param([0] * 30 + [1], 31, r"of the classes \[1\]", id="one example of a class"),
+        pytest.param([0] + [1] * 30 + [2], 32, r"of the classes \[0, 2\]", id="of two classes"),
+        pytest.param(None, 1, "one side would have none", id="one example, without classes"),
+        pytest.param(None, 0, "0 examples", id="no example"),
     ],
 )
-def test_a_class_that_is_too_small_for_both_sides_is_an_error(source: TensorDataset, message: str) -> None:
+def test_a_class_that_is_too_small_for_both_sides_is_an_error(
+    labels: list[int] | None, count: int, message: str
+) -> None:
     with pytest.raises(JobError, match=message):
-        splits.split(source, 0.5, 0)
+        splits.split_labels(labels, count, 0.5, 0)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
@@ -134,29 +136,38 @@ def test_a_rare_class_gives_at_least_one_example_to_each_side(fraction: float) -
 @example(counts=[40, 2], fraction=0.9)
 @settings(deadline=None, derandomize=True, max_examples=60)
 def test_a_split_either_has_every_class_on_both_sides_or_is_refused(counts: list[int], fraction: float) -> None:
-    source = digits(counts)
+    labels = digits(counts).tensors[1]
     try:
-        sides = splits.split(source, fraction, 0)
+        sides = splits.split_labels(labels.tolist(), len(labels), fraction, 0)
     except JobError:
         return
-    assert [sorted(set(source.tensors[1][side].tolist())) for side in sides] == [list(range(len(counts)))] * 2
+    assert [sorted(set(labels[side].tolist())) for side in sides] == [list(range(len(counts)))] * 2
 
 
 @pytest.mark.parametrize(
     ("source", "labels"),
     [
-        pytest.param(digits([2, 1]), [0, 1, 0], id="the last tensor of several"),
-        pytest.param(Listed(digits([2, 1]), targets=[0, 1, 0]), [0, 1, 0], id="targets as a list"),
-        pytest.param(Listed(digits([2, 1]), targets=torch.tensor([0, 1, 0])), [0, 1, 0], id="targets as a tensor"),
-        pytest.param(Listed(digits([2, 1]), labels=np.array([0, 1, 0])), [0, 1, 0], id="labels as an array"),
-        pytest.param(Listed(digits([2, 1]), targets=[0.5, 1.0, 0.0]), None, id="targets that are no classes"),
+        pytest.param(digits([2, 2]), [0, 1, 0, 1], id="the last tensor of several"),
+        pytest.param(Listed(digits([2, 2]), targets=[0, 1, 0, 1]), [0, 1, 0, 1], id="targets as a list"),
+        pytest.param(Listed(digits([2, 2]), targets=torch.tensor([0, 1, 0, 1])), [0, 1, 0, 1], id="as a tensor"),
+        pytest.param(Listed(digits([2, 2]), labels=np.array([0, 1, 0, 1])), [0, 1, 0, 1], id="labels as an array"),
+        pytest.param(Listed(digits([2, 2]), targets=np.array([True, False] * 2)), [1, 0, 1, 0], id="yes and no"),
+        pytest.param(Subset(digits([3, 3]), [5, 0, 4, 1]), [1, 0, 0, 1], id="a part of a data set"),
+        pytest.param(Listed(digits([2, 2]), targets=[0.5, 1.0, 0.0, 0.5]), None, id="targets that are no classes"),
+        pytest.param(Listed(digits([2, 2]), labels=[0, 1]), None, id="names of the classes, not of the examples"),
+        pytest.param(Listed(digits([200, 200]), labels=[0, 1, 0, 1]), None, id="4 labels for 400 examples"),
+        pytest.param(Listed(digits([2, 2]), targets=[[0], [1, 2], [0], [1]]), None, id="lists of other lengths"),
+        pytest.param(Listed(digits([2, 2]), labels=lambda: [0, 1, 0, 1]), None, id="a method"),
+        pytest.param(TensorDataset(PIXELS[:4], torch.arange(4)), None, id="an identifier for each example"),
+        pytest.param(TensorDataset(PIXELS[:5], torch.tensor([18, 40, 18, 40, 71])), None, id="ages, to be predicted"),
         pytest.param(TensorDataset(PIXELS[:3], PIXELS[:3]), None, id="a target of many numbers"),
         pytest.param(TensorDataset(PIXELS[:3]), None, id="no targets"),
         pytest.param(Listed(digits([2, 1])), None, id="a data set that does not tell"),
     ],
 )
 def test_classes_are_read_from_a_data_set_that_lists_them(source: Dataset[Any], labels: list[int] | None) -> None:
-    assert splits.labels_of(source) == labels
+    found = splits.labels_of(source)
+    assert labels == (None if found is None else found.tolist())
 
 
 # --- batches

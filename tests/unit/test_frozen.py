@@ -19,7 +19,7 @@ from jobs.errors import JobError
 from jobs.job import Averaging, Job, JobContext
 from jobs.training import frozen
 from jobs.training.session import Session
-from jobs.verify_resume.link import RecordedFeed
+from jobs.verify_resume.link import Recorded, RecordedFeed
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 from tests.support.settings import settings
 
@@ -163,10 +163,10 @@ def test_an_interrupted_chunk_equals_the_uninterrupted_one(tmp_path: Path) -> No
 
 
 def test_verify_resume_records_the_batches_that_are_trained_on() -> None:
-    running, digests = session(Frozen), list[str]()
-    running._feeds["train"] = RecordedFeed(running.feed("train"), digests)
+    running, recorded = session(Frozen), Recorded()
+    running.examples._feeds["train"] = RecordedFeed(running.feed("train"), recorded)
     assert train(running)[0] == train(session(NotKept))[0]
-    assert len(digests) == 2 * -(-TRAIN // BATCH)
+    assert len("".join(recorded.between(-1, 0))) == 64 * 2 * -(-TRAIN // BATCH)
 
 
 def test_other_frozen_weights_have_their_own_outputs(tmp_path: Path) -> None:

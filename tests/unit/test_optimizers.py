@@ -58,9 +58,8 @@ def test_a_profile_gives_its_numbers_to_its_optimizer(given: Profile, kind: type
     assert numbers.items() <= group(made).items()
 
 
-def test_profiles_without_an_optimizer_get_the_default() -> None:
-    assert type(optimizers.make(profile(), parameters(), default="AdamW")) is torch.optim.AdamW
-    assert type(optimizers.make(profile("SGD"), parameters(), default="AdamW")) is torch.optim.SGD
+def test_a_profile_without_an_optimizer_gets_sgd() -> None:
+    assert type(optimizers.make(profile(), parameters())) is torch.optim.SGD
 
 
 def test_factors_of_a_group_multiply_the_profiles_numbers() -> None:

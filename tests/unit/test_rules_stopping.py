@@ -81,6 +81,8 @@ def test_what_starts_late_would_have_started_earlier_and_nothing_starts_after_th
         pytest.param(1, 40, 5, 200, id="every profile once on every entry"),
         pytest.param(3, 13, 2, 78, id="three times that"),
         pytest.param(None, 40, 5, None, id="never"),
+        pytest.param("auto", 1, 1, 20, id="by default, ordinary training may stand still for a while"),
+        pytest.param("auto", 40, 5, 200, id="by default, every profile once on every entry"),
     ],
 )
 def test_stale_chunks_are(stale_cycles, cycle_length, num_models, expected):

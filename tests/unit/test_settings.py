@@ -163,7 +163,7 @@ def test_the_reports_keys_become_the_policy_of_the_board(written):
         metric=Metric("accuracy", "max"),
         num_models=5,
         cycle=(alex, Profile("ron", 0.0001, 0.1, 0.0005), alex),
-        stop=StopRules(stale_chunks=15, score=None, epochs=None),
+        stop=StopRules(stale_chunks=20, score=None, epochs=None),
         max_chunk_attempts=3,
     )
 
@@ -236,11 +236,13 @@ def test_a_board_chosen_on_the_test_set_is_noted(written):
 @pytest.mark.parametrize(
     ("changes", "stop"),
     [
-        pytest.param({}, StopRules(10, None, None), id="one stale cycle"),
+        pytest.param({}, StopRules(20, None, None), id="one stale cycle, and 20 chunks"),
+        pytest.param({"num_models": 15}, StopRules(30, None, None), id="one stale cycle of a large board"),
+        pytest.param({"stop_after_stale_cycles": 1}, StopRules(10, None, None), id="one stale cycle, as asked for"),
         pytest.param({"stop_after_stale_cycles": 2}, StopRules(20, None, None), id="two"),
         pytest.param({"stop_after_stale_cycles": None}, StopRules(None, None, None), id="never"),
-        pytest.param({"stop_at_score": 0.9}, StopRules(10, 0.9, None), id="at a score"),
-        pytest.param({"stop_after_epochs": 7}, StopRules(10, None, 7), id="after so many epochs"),
+        pytest.param({"stop_at_score": 0.9}, StopRules(20, 0.9, None), id="at a score"),
+        pytest.param({"stop_after_epochs": 7}, StopRules(20, None, 7), id="after so many epochs"),
     ],
 )
 def test_a_run_ends_early(written, changes, stop):

@@ -15,6 +15,7 @@ from jobs.job import JobContext
 from jobs.training import states
 from jobs.training.frozen_file import LEAST_BYTES
 from jobs.training.session import Session
+from orchestrator.files.run_folder import CHECKPOINTS
 from orchestrator.records import Profile
 from tests.support.short_training import FAST, FINE, child, differences, digits_settings, founder, save, train
 
@@ -35,7 +36,12 @@ class SmallFrozenBody(Digits):
 
 
 def session(folder: Path | None, job: type[Digits] = FrozenBody) -> Session:
-    return Session(job(JobContext(digits_settings(job_params={}))), folder=folder)
+    """folder: where the session keeps checkpoints; None: nowhere."""
+    run = None if folder is None else folder.parent / f"run-of-{folder.name}"
+    if run is not None and folder is not None and not run.exists():
+        run.mkdir()
+        (run / CHECKPOINTS).symlink_to(folder)
+    return Session(job(JobContext(digits_settings(job_params={}))), run_folder=run)
 
 
 def chain(folder: Path | None, files: Path, profiles: list[Profile]) -> list[Path]:
