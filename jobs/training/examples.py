@@ -50,6 +50,7 @@ class Examples:
         self._run_folder = run_folder
         self._feeds: dict[Split, Feed] = {}
         self._made_for: dict[Split, str | None] = {}  # the profile's params that data() has read; None: none
+        self._opened: dict[Split, Opened] = {}  # whose feeds are not made yet
         self._facts: dict[Split, Fingerprint] = {}
 
     @property
@@ -65,13 +66,19 @@ class Examples:
             return self._feeds[split]
         self._feeds.pop(split, None)  # frees the memory first
         self.job.profile_was_read = False
-        opened = self.open(split)
+        opened = self._opened.pop(split, None) or self._load(split)
         self._made_for[split] = params if self.job.profile_was_read else None
         self._feeds[split] = feed = self._feed_of(split, opened)
         return feed
 
     def open(self, split: Split) -> Opened:
-        """Load a split's data, choose the examples to use, and compare them with those of the run."""
+        """Load a split's data, choose the examples to use, and compare them with those of the run. They are kept until
+        the feed is made."""
+        if split not in self._opened:
+            self._opened[split] = self._load(split)
+        return self._opened[split]
+
+    def _load(self, split: Split) -> Opened:
         # Loading must not change the training's random state, because each process that resumes a chunk loads the data
         # again. All splits have the same seed, so that a job that generates its data returns the same examples for
         # "train" and "validation".

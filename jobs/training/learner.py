@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from jobs.errors import JobError
@@ -82,7 +83,7 @@ class Learner(Predictor):
         self.profile = profile
         self._optimizer = job.optimizer(self.model, profile)
         self._names = optimizers.parameter_names(self._optimizer, self.model)
-        self.description = f"{optimizers.described(self._optimizer)}, {schedules.described(profile.schedule)}"
+        self.description = _described(self._optimizer, profile)
         self._schedule = Schedule(profile, self._optimizer, steps_per_epoch, metric)
         self._scaler = speed.scaler()
         averaging = job.averaging()
@@ -193,6 +194,15 @@ class Learner(Predictor):
                 f"start_from: the optimizer's state is of {state['optimizer_class']} and its parameters, and does not "
                 f'fit {optimizers.class_name(self._optimizer)} here; set "optimizer": false to begin without it'
             )
+
+
+def described(job: Job, model: nn.Module, profile: Profile) -> str:
+    """Return the optimizer and the schedule that a profile gets for a model, in one line."""
+    return _described(job.optimizer(model, profile), profile)
+
+
+def _described(optimizer: Optimizer, profile: Profile) -> str:
+    return f"{optimizers.described(optimizer)}, {schedules.described(profile.schedule)}"
 
 
 def _other_order(job: Job, saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from jobs.data.randomness import random_state
 from jobs.errors import JobError
-from jobs.job import ChunkContext, ChunkInterrupted, ChunkResult, Job
+from jobs.job import ChunkContext, ChunkInterrupted, ChunkResult
 from jobs.training.evaluation import undefined
 from jobs.training.session import JobTrainer, fresh_cut, resume_random_state
 from jobs.training.states import check_readable, plain, weights
@@ -86,7 +86,7 @@ class OwnLoop(JobTrainer):
 
     def _open_data(self, work: Work) -> None:
         """Open the data if the job has any: a loop may be a simulation."""
-        if type(self.job).data is not Job.data:
+        if self.has_data:
             super()._open_data(work)
         self.job.profile = work.profile
 

@@ -26,7 +26,7 @@ from jobs.training import frozen_file, memory
 from jobs.training.evaluation import Evaluator, undefined
 from jobs.training.examples import Examples
 from jobs.training.frozen import FrozenParts
-from jobs.training.learner import Learner, Predictor
+from jobs.training.learner import Learner, Predictor, described
 from jobs.training.models import Models
 from jobs.training.precision import Speed
 from jobs.training.ranks import ALONE, Alone
@@ -68,6 +68,11 @@ class JobTrainer:
 
     def _show(self, kind: str, name: str, values: Tensor) -> None:
         self._reports.show(kind, name, values.detach().cpu())
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the job defines data(); a loop of its own may be a simulation."""
+        return type(self.job).data is not Job.data
 
     def feed(self, split: Split) -> Feed:
         """Return the batches of a split. The feed is created once; the data stay loaded."""
@@ -291,6 +296,21 @@ class Session(JobTrainer):
         """Return metrics of the model in training."""
         assert self._learner is not None
         return self._evaluate(self._learner, split)
+
+    def check_restore(self) -> None:
+        """Restore the state of the model in training into a new one, as the next job does. Raises JobError, and any
+        error of the job's classes."""
+        old = self._learner
+        assert old is not None
+        state = self.state()
+        check_readable(state, "the training state")
+        with randomness.random_state_kept():
+            Learner(self.job, old.profile, self._speed, self.group, 1, self.metric, state, None, self._models.make)
+
+    def description(self, profile: Profile) -> str:
+        """Return the optimizer and the schedule that a profile gets for the model in training. Raises JobError."""
+        assert self._learner is not None
+        return described(self.job, self._learner.model, self.job.resolved(profile))
 
     def _state(self) -> dict[str, Any]:
         assert self._learner is not None

@@ -14,21 +14,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from jobs.data.feeds import Feed
 from jobs.data.splits import Split
-from jobs.data.streams import BatchStreamFeed
 from jobs.errors import JobError
 from jobs.imports import look_first_in
 from jobs.job import Job
-from jobs.training.examples import Examples, Opened
+from jobs.training.examples import Opened
 from jobs.training.opening import has_own_loop, load_job, set_up
-from jobs.training.own_loop import OwnLoop
-from jobs.training.session import JobTrainer, Session
+from jobs.training.short import Short, ShortExamples, ShortOwnLoop, ShortSession
 from jobs.verify_resume.exactness import digest
 from orchestrator.messages import counted
 from orchestrator.records import EpochResult, Interrupted, Profile, Work
@@ -57,64 +53,36 @@ class Trial:
 TRIAL = TypeAdapter(Trial)  # converts to and from JSON, for the links' processes
 
 
-class ShortExamples(Examples):
-    """Few examples per epoch; keeps a digest of the batches of each step."""
+class _Recording(Short):
+    """A short trainer that records the training batches."""
 
-    def __init__(self, job: Job, steps: int) -> None:
-        super().__init__(job)
-        self._steps = steps
+    def __init__(self, trial: Trial, device: torch.device, job: Job | None = None) -> None:
         self.recorded = Recorded()
+        super().__init__(job or load_job(trial.settings, device, trial.cores), trial.steps_per_epoch)
 
-    def _indices(self, split: Split, data: Any, labels: NDArray[np.int64] | None) -> list[int] | None:
-        """Return indices spread over all examples, because data sets are often sorted by class."""
-        indices = super()._indices(split, data, labels)
-        if indices is None:
-            return None
-        count = min(len(indices), self._count(self.settings.max_batch_size))
-        return [indices[i * len(indices) // count] for i in range(count)]
+    def _examples(self, run_folder: Path | None) -> ShortExamples:
+        return _RecordedExamples(self.job, self._steps, self.settings.max_batch_size, self.recorded)
 
-    def _count(self, batch_size: int) -> int:
-        return self._steps * batch_size - batch_size // 4  # the last batch is smaller, as in most real epochs
+
+class _RecordedExamples(ShortExamples):
+    def __init__(self, job: Job, steps: int, batch_size: int, recorded: Recorded) -> None:
+        super().__init__(job, steps, batch_size)
+        self._recorded = recorded
 
     def _feed_of(self, split: Split, opened: Opened) -> Feed:
         feed = super()._feed_of(split, opened)
-        if opened.indices is None:  # a stream: read only its beginning
-            own_batches = isinstance(feed, BatchStreamFeed)
-            feed.count = min(feed.count, self._steps if own_batches else self._count(feed.batch_size))
-        return RecordedFeed(feed, self.recorded) if split == "train" else feed
+        return RecordedFeed(feed, self._recorded) if split == "train" else feed
 
 
-class _Short(JobTrainer):
-    """What a session and a loop of the job's own have in common in a trial."""
-
-    trial: Trial
-
-    def _examples(self, run_folder: Path | None) -> ShortExamples:
-        return ShortExamples(self.job, self.trial.steps_per_epoch)
-
-    @property
-    def recorded(self) -> Recorded:
-        assert isinstance(self.examples, ShortExamples)
-        return self.examples.recorded
+class RecordingSession(_Recording, ShortSession):
+    """Orch's loop with few batches per epoch, which are recorded."""
 
 
-class ShortSession(_Short, Session):
-    """A Session with few batches per epoch."""
-
-    def __init__(self, trial: Trial, device: torch.device, job: Job | None = None) -> None:
-        self.trial = trial
-        super().__init__(job or load_job(trial.settings, device, trial.cores))
+class RecordingOwnLoop(_Recording, ShortOwnLoop):
+    """A loop of the job's own with few batches per epoch, which are recorded."""
 
 
-class ShortOwnLoop(_Short, OwnLoop):
-    """A loop of the job's own, with few batches per epoch."""
-
-    def __init__(self, trial: Trial, device: torch.device, job: Job | None = None) -> None:
-        self.trial = trial
-        super().__init__(job or load_job(trial.settings, device, trial.cores))
-
-
-Short = ShortSession | ShortOwnLoop
+Recording = RecordingSession | RecordingOwnLoop
 
 
 class Recorded:
@@ -160,7 +128,7 @@ class RecordedFeed(Feed):
         return RecordedFeed(other, self._recorded)
 
 
-def open_short(trial: Trial) -> Short:
+def open_short(trial: Trial) -> Recording:
     """Open the job of a trial. Raises JobError if the job can't be opened or the device is not available."""
     device = set_up(trial.settings, trial.cores)
     if trial.device == "cuda" and device.type != "cuda":
@@ -169,15 +137,15 @@ def open_short(trial: Trial) -> Short:
             "`srun --gpus=1 orch verify-resume ...`, or use --device cpu"
         )
     job = load_job(trial.settings, device, trial.cores)
-    return ShortOwnLoop(trial, device, job) if has_own_loop(job) else ShortSession(trial, device, job)
+    return RecordingOwnLoop(trial, device, job) if has_own_loop(job) else RecordingSession(trial, device, job)
 
 
 Ends = Sequence[Sequence[int]]  # for each chunk, the steps trained at the end of each epoch, counted over all chunks
 
 
-def planned_ends(session: Short, trial: Trial) -> Ends | None:
+def planned_ends(session: Recording, trial: Trial) -> Ends | None:
     """Return where the epochs end; None if only the job's own loop knows."""
-    if isinstance(session, ShortOwnLoop):
+    if isinstance(session, RecordingOwnLoop):
         return None
     ends, done = [], 0
     for chunk in range(trial.chunks):
@@ -208,7 +176,7 @@ def break_points(ends: Ends, wanted: int) -> list[int]:
 
 
 def train_link(
-    session: Short,
+    session: Recording,
     trial: Trial,
     folder: Path,
     start: int,
@@ -276,7 +244,7 @@ def _profile(trial: Trial, chunk: int) -> Profile:
     return claiming.profile_at(chunk, trial.settings.training_profiles)
 
 
-def _save(session: Short, path: Path) -> None:
+def _save(session: Recording, path: Path) -> None:
     """Save the state to a file. Raises JobError if it can't be written."""
     try:
         with path.open("wb") as target:

@@ -34,12 +34,16 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; start nothing.")
     ] = False,
+    no_try: Annotated[
+        bool, typer.Option("--no-try", help="Do not train a few steps here before anything is queued.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Show the board until the run ends.")] = False,
     json: Json = False,
 ) -> None:
     """Launch a run. A run that already exists is continued.
 
-    First tests which lock works on the runs' file system; if none works, nothing is started.
+    First trains a few steps here, to find mistakes before anything is queued, and tests which lock works on the runs'
+    file system; if something fails, nothing is started.
     """
     from orchestrator.cli import tables
     from orchestrator.files import permissions
@@ -47,7 +51,7 @@ def launch(
     from orchestrator.records import RunState
     from orchestrator.run.launch import launch as launch_run
     from orchestrator.run.run import STOPPED, Run
-    from orchestrator.worker.user_job import check_job, data_source
+    from orchestrator.worker.user_job import check_job, data_source, try_job
 
     loaded, notes = _load(settings, set_ or [], workers, executor)
     folder = runs_dir / loaded.name
@@ -57,13 +61,21 @@ def launch(
     import_paths = [str(Path.cwd())]
     for line in notes + check_job(loaded, import_paths):
         say(line)
+    tried = None if no_try or (existing and not dry_run) else try_job(loaded)
+    for line in tried.lines if tried else []:
+        say(line)
+    if tried and existing is None:
+        loaded = loaded.model_copy(update={"channels_last": tried.channels_last})
     needed_gb = _disk(loaded, folder) if existing is None or dry_run else None
     if dry_run:
         if existing:
             existing.refuse_if_over(time.time())
-        _print_plan(loaded, folder, existing is not None, needed_gb, json)
+        profiles = dict(tried.profiles) if tried else {}
+        _print_plan(loaded, folder, existing is not None, needed_gb, profiles, json)
         return
-    run = existing or launch_run(loaded, runs_dir, import_paths, data_source=data_source(loaded))
+    fingerprints: dict[str, Any] = {**tried.fingerprints} if tried else {}
+    source = data_source(loaded) if existing is None else None
+    run = existing or launch_run(loaded, runs_dir, import_paths, data_source=source, fingerprints=fingerprints)
     permissions.use_umask(run.folder)
     for line in run.resume(time.time()) if existing else []:
         say(line)
@@ -113,6 +125,8 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
 
     if wanted.lock == "auto":  # the first launch chose the kind of lock, so this is not a change
         wanted = wanted.model_copy(update={"lock": existing.settings.lock})
+    if wanted.channels_last == "auto":  # the first launch may have found that the job fails with it
+        wanted = wanted.model_copy(update={"channels_last": existing.settings.channels_last})
     if wanted.database_schema is None:  # the first launch generated a name, so this is not a change
         wanted = wanted.model_copy(update={"database_schema": existing.settings.database_schema})
     changed = difference(existing.settings, wanted)
@@ -124,7 +138,9 @@ def _refuse_changes(existing: Run, wanted: Settings) -> None:
         )
 
 
-def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float | None, json: bool) -> None:
+def _print_plan(
+    settings: Settings, folder: Path, exists: bool, needed_gb: float | None, profiles: dict[str, str], json: bool
+) -> None:
     from orchestrator.rules import claiming, stopping, succession
 
     cycle = settings.training_profiles
@@ -142,6 +158,7 @@ def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float
         "stale_chunks_to_converge": stale_chunks,
         **({} if exists else {"first_claims": first}),
         "cycle": [profile.name for profile in cycle],
+        "profiles": profiles,
     }
     if settings.executor == "slurm":
         plan |= _slurm_plan(settings, folder)
@@ -149,6 +166,8 @@ def _print_plan(settings: Settings, folder: Path, exists: bool, needed_gb: float
         print_json(plan)
         return
     script = plan.pop("script", None)
+    for name, description in plan.pop("profiles").items():
+        print(f"profile {name}: {description}")
     for key, value in plan.items():
         print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
     if script:

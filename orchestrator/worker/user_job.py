@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from orchestrator.settings.settings import Settings
 
 if TYPE_CHECKING:
     from jobs.data.download import Fetch
+    from jobs.training.trying import Tried
     from orchestrator.worker.trainer import Trainer
 
 
@@ -68,6 +70,19 @@ def data_source(settings: Settings) -> dict[str, Any]:
         return dict(load_job(settings).data_source())
 
 
+def try_job(settings: Settings) -> Tried | None:
+    """Train the job for a few steps in this process; see jobs.training.trying. None for a job with its own trainer.
+    Call check_job first. Raises JobSpecError if the job fails."""
+    from jobs.imports import brings_own_trainer
+
+    with as_job_error(settings.job, " (found by training a few steps here; --no-try launches without this)"):
+        if brings_own_trainer(settings.job):
+            return None
+        from jobs.training.trying import try_job
+
+        return try_job(settings)
+
+
 def checkpoint_bytes(settings: Settings) -> int | str:
     """Estimate a checkpoint's size in bytes, or return the reason why this is impossible. Call check_job first."""
     from jobs.errors import JobError
@@ -100,19 +115,31 @@ def apart_from_stdout() -> Iterator[None]:
 
 
 @contextmanager
-def as_job_error(job: str) -> Iterator[None]:
-    """Turn any error of the user's code in the block into a JobSpecError, and redirect the code's output to stderr."""
+def as_job_error(job: str, hint: str = "") -> Iterator[None]:
+    """Turn any error of the user's code in the block into a JobSpecError, and redirect the code's output to stderr.
+    hint: added to the message."""
     from jobs.errors import JobError
 
     try:
         with apart_from_stdout():
             yield
     except JobError as error:
-        raise JobSpecError(str(error)) from error
+        raise JobSpecError(f"{error}{hint}") from error
     except OrchError:
         raise
     except Exception as error:
-        raise JobSpecError(f"job {job}: {type(error).__name__}: {error}") from error
+        place = _place(error, job)
+        raise JobSpecError(f"job {job}: {type(error).__name__}: {error}{place}{hint}") from error
+
+
+def _place(error: BaseException, job: str) -> str:
+    """Return where in the user's files an error was raised, innermost; "" if not in any."""
+    module = sys.modules.get(job.partition(":")[0])
+    folder = os.path.dirname(os.path.abspath(getattr(module, "__file__", None) or os.sep))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if folder != os.sep and os.path.dirname(os.path.abspath(frame.filename)) == folder:
+            return f" ({frame.filename}, line {frame.lineno}, in {frame.name})"
+    return ""
 
 
 def import_ahead(job: str) -> threading.Thread:

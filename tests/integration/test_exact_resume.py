@@ -27,7 +27,7 @@ from jobs.training.states import read
 from jobs.verify_resume import link as link_module
 from jobs.verify_resume.check import Verdict, as_json, in_fresh_process, verify
 from jobs.verify_resume.exactness import count_tensors, differences
-from jobs.verify_resume.link import NO_STOP, ShortSession, Trial, break_points, train_link, write_plan
+from jobs.verify_resume.link import NO_STOP, RecordingSession, Trial, break_points, train_link, write_plan
 from orchestrator.cli.main import main
 from orchestrator.settings.settings import Settings
 
@@ -87,7 +87,7 @@ def link(
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     scramble(1000 + start if seed is None else seed)
-    session = ShortSession(plan, torch.device("cpu"))
+    session = RecordingSession(plan, torch.device("cpu"))
     trained = train_link(session, plan, folder, start, stop, snapshots)
     return trained | {"seen": session.job.__dict__["seen"]}
 

@@ -48,10 +48,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "moons.py").write_text(MOONS)
     (tmp_path / "moons.json").write_text(MOONS_JSON)
     monkeypatch.syspath_prepend(str(tmp_path))
-    known = set(sys.modules)
     yield tmp_path
-    for name in set(sys.modules) - known:
-        del sys.modules[name]
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def settings(job: str, **changes: Any) -> Settings:
