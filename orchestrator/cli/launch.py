@@ -73,7 +73,7 @@ def launch(
         profiles = dict(tried.profiles) if tried else {}
         _print_plan(loaded, folder, existing is not None, needed_gb, profiles, json)
         return
-    fingerprints: dict[str, Any] = {**tried.fingerprints} if tried else {}
+    fingerprints: dict[str, Any] = {str(split): facts for split, facts in tried.fingerprints.items()} if tried else {}
     source = data_source(loaded) if existing is None else None
     run = existing or launch_run(loaded, runs_dir, import_paths, data_source=source, fingerprints=fingerprints)
     permissions.use_umask(run.folder)
