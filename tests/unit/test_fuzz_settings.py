@@ -82,7 +82,7 @@ def check_usable(settings: Settings, place: Path) -> None:
     check_script(SlurmQueue(on_slurm, place / "run", job_main).script(2), settings.name, set(asked.options))
     few = on_slurm.model_copy(update={"workers": min(settings.workers, 3)})
     with redirect_stdout(io.StringIO()):
-        _print_plan(few, place / "run", False, None, json=True)
+        _print_plan(few, place / "run", False, None, {}, json=True)
 
 
 def check_script(script: str, name: str, asked: set[str]) -> None:
@@ -224,7 +224,7 @@ def test_any_script_is_read_or_refused(place: Path, lines: list[str]) -> None:
     need_of(asked, 1)
     check_script(cluster.script(2), settings.name, set(asked.options))
     with redirect_stdout(io.StringIO()):
-        _print_plan(settings, place / "run", False, None, json=True)
+        _print_plan(settings, place / "run", False, None, {}, json=True)
 
 
 @pytest.mark.parametrize("name", ["run\nfolder", "run\x1bfolder", "run\u2028"])
