@@ -128,9 +128,7 @@ def _compare_start(run_folder: Path | None, file: Path) -> None:
         publish(record, lambda target: target.write(json.dumps({"sha256": sha256}).encode()))
         return
     if kept != sha256:
-        raise JobError(
-            f"start_from: {file} is not the file with which this run began; restore it, or launch another run"
-        )
+        raise JobError(f"start_from: {file} has changed since this run began; restore it, or launch another run")
 
 
 def equal_for_two_seeds(job: Job) -> bool:

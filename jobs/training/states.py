@@ -57,7 +57,7 @@ def plain_globals() -> AbstractContextManager[Any]:
     named: list[Any] = [np.ndarray, np.dtype, *vars(np.dtypes).values()]
     for function in (multiarray.scalar, multiarray._reconstruct):  # NumPy 1 and 2 name them differently
         named += [(function, f"{home}.multiarray.{function.__name__}") for home in ("numpy.core", "numpy._core")]
-    named += [frozenset, range, slice, PosixPath, PurePosixPath, date, time, datetime, timedelta, timezone]
+    named += [bytes, frozenset, range, slice, PosixPath, PurePosixPath, date, time, datetime, timedelta, timezone]
     return safe_globals([one for one in named if isinstance(one, tuple) or callable(one)])
 
 

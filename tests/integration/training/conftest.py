@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from tests.support.short_training import Fresh, digits_session, picture_sessions
@@ -13,3 +15,9 @@ def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "digits in memory":
         return digits_session
     return picture_sessions(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(autouse=True)
+def _log_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job in this process may have turned this off."""
+    monkeypatch.setattr(logging.getLogger("orch"), "propagate", True)
