@@ -82,13 +82,13 @@ def _reason(error: Exception) -> str:
 
 def _rgb(path: Path, size: int) -> Image:
     """Return the picture as RGB, turned upright. size: what its shorter side will be resized to, in pixels."""
-    from PIL import Image
+    import PIL.Image
 
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
         raise UnreadableError("it is not a file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata, and about large pictures that are read all the same
-        with Image.open(path) as picture:
+        with PIL.Image.open(path) as picture:
             short, long = sorted(picture.size)
             if not short:
                 raise UnreadableError(f"it has no pixels, but a size of {picture.width}x{picture.height}")
@@ -98,8 +98,8 @@ def _rgb(path: Path, size: int) -> Image:
                     "too large"
                 )
             picture.load()  # may change the mode
-            shallow = _eight_bits(picture) if picture.mode in _DEEP else picture
-            return _upright(shallow.convert("RGB"), picture)
+            pixels: Image = _eight_bits(picture) if picture.mode in _DEEP else picture
+            return _upright(pixels if pixels.mode == "RGB" else pixels.convert("RGB"), picture)  # convert copies
 
 
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # Pillow clips these to 255 when it converts them

@@ -27,7 +27,7 @@ from jobs.training.frozen import FrozenParts
 from jobs.training.learner import Learner, Predictor
 from jobs.training.precision import Speed
 from jobs.training.ranks import ALONE, Alone
-from jobs.training.states import FORMAT, Copies, read, weights
+from jobs.training.states import FORMAT, Copies, read, unwrapped, weights
 from orchestrator.records import EpochResult, Finished, Interrupted, Work
 
 
@@ -230,7 +230,7 @@ class Session(JobTrainer):
         state = read(checkpoint)
         with randomness.random_state_kept():
             predictor = Predictor(self.job, self._speed, self.group)
-        predictor.model.load_state_dict(weights(state))
+        predictor.model.load_state_dict(unwrapped(weights(state), predictor.model.state_dict().keys()))
         return self._evaluate(predictor, split)
 
     def _batches(self, predictor: Predictor, model: nn.Module, split: Split) -> Feed:
