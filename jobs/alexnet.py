@@ -192,13 +192,15 @@ class AlexNet(PictureJob):
                 self._bring_archive(file, root, source, expected, how.say)
         missing = [] if sketches.is_there(root) else [archive]
         missing += [pretrained] if pretrained and not pretrained.file.is_file() else []
+        brought_by_user = kept.is_file()  # put where the message of missing files says
         try:
             sha256 = download_all(missing, self._command, how.say)
         except UnreachableError as error:
             stand_in = f"For a small artificial data set, which needs no network, run\n  {self._command} --stand-in"
             raise JobError(f"{error}\n{stand_in}") from error
         if archive in missing:
-            sketches.unpack(archive.file, root, url=archive.url, sha256=sha256[archive], say=how.say, remove=True)
+            url, remove = (None, False) if brought_by_user else (archive.url, True)
+            sketches.unpack(kept, root, url=url, sha256=sha256[archive], say=how.say, remove=remove)
         return []
 
     def _bring_archive(

@@ -141,6 +141,13 @@ def test_an_archive_that_is_unpacked_already_may_be_named_again(
     assert (status, "data/sketches was made from this archive already" in err) == (0, True)
 
 
+def test_an_archive_that_the_user_put_there_is_kept(place: Path, prepare: Prepare, server: FileServer) -> None:
+    (place / "data").mkdir()
+    (place / "data/sketches_png.zip").write_bytes(server.files["sketches_png.zip"])
+    assert prepare()[0] == 0
+    assert sorted(path.name for path in (place / "data").iterdir()) == ["sketches", "sketches_png.zip"]
+
+
 def test_carried_files_need_no_network(place: Path, prepare: Prepare, server: FileServer) -> None:
     for name, content in server.files.items():
         (place.parent / name).write_bytes(content)
