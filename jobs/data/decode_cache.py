@@ -258,12 +258,12 @@ def _decode_all(
 def _each_group(paths: Sequence[Path], cores: int, work: Callable[[Sequence[Path]], Any]) -> Iterator[Any]:
     """Call `work` with groups of the pictures in `cores` processes, and return the results in order."""
     groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
-    processes = min(cores, len(groups)) if cores > 1 else 0
+    processes = min(cores, len(groups))
     loader: DataLoader[Any] = DataLoader(
         groups,  # type: ignore[arg-type]  # DataLoader accepts a list as a data set
         batch_size=None,
         collate_fn=partial(_without_memory_errors, work=work),
-        num_workers=processes,
+        num_workers=processes if processes > 1 else 0,
         generator=torch.Generator(),
     )
     for result in loader:

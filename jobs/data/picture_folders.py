@@ -232,6 +232,6 @@ def repeated(files: Iterable[Path]) -> list[str]:
     one, other = map(shown_path, again[0])
     what = counted(len(again), "file is", "files are")
     return [
-        f"note: {what} listed more than once, such as {other}, which is the same file as {one}; the same picture may "
-        "then be used for training and for testing"
+        f"note: {what} listed more than once, such as {other}, which is the same file as {one}; a model may then be "
+        "validated or tested on a picture that it was trained on"
     ]

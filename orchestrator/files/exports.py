@@ -93,7 +93,8 @@ def write(to: Destination, save: Callable[[IO[bytes]], object], about: Mapping[s
     try:
         to.weights.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"--out {to.weights}: {to.weights.parent}: {error.strerror or error}") from error
+        reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror or error
+        raise RunError(f"--out {to.weights}: {to.weights.parent}: {reason}") from error
     try:
         with filled(to.weights, fill) as weights, filled(to.description, describe) as description:
             place(weights, to.weights, to.earlier.get(to.weights))

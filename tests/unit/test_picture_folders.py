@@ -140,6 +140,20 @@ def test_one_file_in_both_sets_is_noted(clean: Path) -> None:
     assert "note: 8 files are listed more than once" in describe(folder, folder)[-1]
 
 
+def test_a_folder_that_can_not_be_listed_is_an_error(clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may list any folder, so the refusal is simulated."""
+    scandir = os.scandir
+
+    def refused(path: str | Path) -> object:
+        if Path(path) == clean / "b/z":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(JobError, match=rf"^{clean}/b/z can't be listed: Permission denied$"):
+        list_pictures(clean)
+
+
 def test_names_that_are_no_text_can_be_listed_and_shown(tmp_path: Path) -> None:
     root = make(tmp_path / "odd", os.fsdecode(b"cl\xffass/1\n\xfe.png"), os.fsdecode(b"cl\xffass/\xfd.tx\xfct"))
     folder = list_pictures(root)

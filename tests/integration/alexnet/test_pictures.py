@@ -21,7 +21,11 @@ from orchestrator.settings.loading import OBSOLETE
 from tests.support.command_line import orch_here
 from tests.support.sketches import ALEX, CLASSES, ROOT, SEED, job_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Before a launch, pictures are verified in processes that are forked while torch has threads.
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
+]
 
 
 # --- folders

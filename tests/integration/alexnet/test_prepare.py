@@ -24,7 +24,11 @@ from tests.support.command_line import orch_here
 from tests.support.file_server import FileServer, serving
 from tests.support.sketches import ROOT, sketch_archive
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Before a launch, pictures are verified in processes that are forked while torch has threads.
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
+]
 
 SMALL = ("--set", "job_params.image_size=63", "--set", "job_params.hidden_units=8")
 WRONG = "0" * 64
