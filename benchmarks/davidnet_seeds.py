@@ -141,7 +141,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit-s", type=float, default=math.inf, help="start no seed that would end after this time")
     parser.add_argument("--at-least", type=float, default=0.0, help="exit with code 1 if the mean accuracy is lower")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/davidnet_seeds.json")
-    parser.add_argument("--log", type=Path, help="default: --out with the suffix .log")
+    parser.add_argument("--log", type=Path, help="append to this file; default: --out with the suffix .log")
     return parser.parse_args()
 
 
@@ -152,7 +152,7 @@ def main() -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
     settings = settings_of(options)
     options.epochs = options.epochs or settings.epochs_per_chunk
-    with log.open("w") as lines:
+    with log.open("a") as lines:
 
         def say(text: str) -> None:
             print(text, flush=True)

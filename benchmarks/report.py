@@ -28,6 +28,7 @@ from orchestrator.cli.main import main as command_line
 from orchestrator.run.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+MARK = "made-by-report.py"  # a file in the folder that this script fills, and may delete
 PARTS = ("part1", "part2", "part3")
 REPORT = {"part1": 57.78, "part2": 65.56, "part3": 71.92}  # test accuracy in percent, on 250 classes of real sketches
 OLD_SYSTEM = (
@@ -131,8 +132,11 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.monotonic()
     folder = args.folder.absolute()
+    if folder.exists() and not (folder / MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        sys.exit(f"--folder {folder}: it has files that this script did not write; delete it, or name another folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    (folder / MARK).touch()
     runs = folder / "runs"
     source = draw_stand_in(folder / "own", print, CLASSES)
     weights = pretrain(folder, runs)

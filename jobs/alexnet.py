@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.datasets import ImageFolder
 
 from jobs.data import sketches
 from jobs.data.download import Fetch, Say, Source, UnreachableError, check_sha256, checked, download_all
+from jobs.data.picture_folders import PictureFolder, class_names, describe, list_pictures
 from jobs.errors import JobError
 from jobs.job import JobContext, local_path
 from jobs.pictures import Files, PictureJob, PictureParams
@@ -65,15 +65,12 @@ class AlexNet(PictureJob):
 
     def files(self, train: bool) -> Files:
         folder = self._listed(train)
-        return [Path(path) for path, _ in folder.samples], folder.targets
+        return folder.files, folder.targets
 
-    def _listed(self, train: bool) -> ImageFolder:
-        """List the files and their classes. Raises JobError if a class has no file."""
+    def _listed(self, train: bool) -> PictureFolder:
+        """List the files; test pictures get the training set's class numbers. Raises JobError."""
         folder = self._folder(train)
-        try:
-            return ImageFolder(str(folder))
-        except OSError as error:
-            raise JobError(f"{folder}: {error}") from error
+        return list_pictures(folder, None if train else class_names(self._folder(train=True)))
 
     def _folder(self, train: bool) -> Path:
         setting: Literal["training_source_dir", "testing_source_dir"]
@@ -81,7 +78,7 @@ class AlexNet(PictureJob):
         return local_path(self.context.settings, setting)
 
     def model(self) -> nn.Module:
-        classes = sum(1 for path in self._folder(train=True).iterdir() if path.is_dir())
+        classes = len(class_names(self._folder(train=True)))
         net: nn.Module = models.alexnet(weights=None, num_classes=classes)
         if (units := self.params.hidden_units) != HIDDEN_UNITS:
             for index, inputs, outputs in ((1, 256 * 6 * 6, units), (4, units, units), (6, units, classes)):
@@ -195,13 +192,15 @@ class AlexNet(PictureJob):
                 self._bring_archive(file, root, source, expected, how.say)
         missing = [] if sketches.is_there(root) else [archive]
         missing += [pretrained] if pretrained and not pretrained.file.is_file() else []
+        brought_by_user = kept.is_file()  # put where the message of missing files says
         try:
             sha256 = download_all(missing, self._command, how.say)
         except UnreachableError as error:
             stand_in = f"For a small artificial data set, which needs no network, run\n  {self._command} --stand-in"
             raise JobError(f"{error}\n{stand_in}") from error
         if archive in missing:
-            sketches.unpack(archive.file, root, url=archive.url, sha256=sha256[archive], say=how.say, remove=True)
+            url, remove = (None, False) if brought_by_user else (archive.url, True)
+            sketches.unpack(kept, root, url=url, sha256=sha256[archive], say=how.say, remove=remove)
         return []
 
     def _bring_archive(
@@ -242,13 +241,10 @@ class AlexNet(PictureJob):
 
     def prepare(self, download: bool) -> list[str]:
         train, test = self._listed(train=True), self._listed(train=False)
-        if train.classes != test.classes:
-            only = sorted(set(train.classes) ^ set(test.classes))
-            raise JobError(f"training_source_dir and testing_source_dir have different classes: {', '.join(only[:5])}")
         classes = counted(len(train.classes), "class", "classes")
         source = self._source()
         lines = [f"data: {source}"] if source else []
-        lines += [f"{classes} in {train.root}", *self.prepared(train.targets, download)]
+        lines += [f"{classes} in {train.root}", *describe(train, test), *self.prepared(train.targets, download)]
         if source and self.uses_pretrained:
             lines += [f"{name}: {origin}" for name, origin in source.weights.items()]
         return lines

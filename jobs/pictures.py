@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,14 +11,17 @@ from pydantic import Field
 
 from jobs.data import splits
 from jobs.data.augment import CenterCrop, Flip, Normalize, RandomCrop, Step
-from jobs.data.decode_cache import Decoded, decoded
+from jobs.data.decode_cache import Decoded, decoded, verify
 from jobs.data.decoded import DecodedImages
 from jobs.data.images import Statistics
 from jobs.data.splits import Split
 from jobs.errors import JobError
 from jobs.job import Job
 from jobs.training.pretrained import IMAGENET
+from orchestrator.messages import counted
 from orchestrator.settings.fields import Strict
+
+CORES_AT_LAUNCH = 16  # at most, to check pictures: a login node is shared
 
 Files = tuple[list[Path], list[int]]  # picture files, and the class of each picture
 
@@ -73,13 +77,33 @@ class PictureJob(Job):
 
     def _decoded(self, train: bool) -> tuple[Decoded, list[int]]:
         paths, targets = self.files(train)
-        return decoded(paths, self.params.image_size * 8 // 7, self.context.cores), targets  # 256 if image_size is 224
+        return decoded(paths, self._shorter_side, self.context.cores), targets
+
+    @property
+    def _shorter_side(self) -> int:
+        return int(self.params.image_size) * 8 // 7  # 256 if image_size is 224
+
+    def prepare(self, download: bool) -> list[str]:
+        _, targets = self.files(train=True)
+        counts = f"{counted(len(targets), 'training picture')} of {counted(len(set(targets)), 'class', 'classes')}"
+        return [counts, *self.prepared(targets, download)]
 
     def prepared(self, targets: list[int], download: bool) -> list[str]:
-        """Check weights, model and validation split. targets: for training. Returns messages. Raises JobError."""
+        """Check weights, model, validation split and each picture. targets: for training. Returns messages. Raises
+        JobError."""
         lines = [f"pretrained weights: {self.weights_file(download)}"] if self.uses_pretrained else []
         self.model()
         settings = self.context.settings
         if settings.select_on == "validation":
             splits.split_labels(targets, len(targets), settings.validation_fraction, settings.seed)
+        return lines + self._verified()
+
+    def _verified(self) -> list[str]:
+        """Read each picture once, so that damaged files are known before anything is queued. Raises JobError."""
+        lists, lines = [self.files(train=True)[0]], []
+        try:
+            lists.append(self.files(train=False)[0])
+        except JobError as error:  # only `orch evaluate` needs them
+            lines = [f"note: the test pictures are not checked: {error}"]
+        verify(lists, self._shorter_side, max(self.context.cores, min(len(os.sched_getaffinity(0)), CORES_AT_LAUNCH)))
         return lines

@@ -48,7 +48,8 @@ class ResNet18(PictureJob):
         root: Any = self.context.settings.training_source_dir
         if not (download and root):
             root = local_path(self.context.settings, "training_source_dir")
-        pets = open_set(_pets, "Oxford-IIIT Pet", root, train, download, self.context.settings.prepare_command)
+        command, archives = self.context.settings.prepare_command, _archives(root)
+        pets = open_set(_pets, "Oxford-IIIT Pet", root, train, download, command, archives)
         chosen = limited(torch.tensor(pets._labels), self.params, train).tolist()
         return [Path(pets._images[i]) for i in chosen], [pets._labels[i] for i in chosen]
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -28,12 +28,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from jobs.data.decoding import UnreadableError, check, decode, unreadable
 from jobs.data.images import Statistics, statistics_of
 from jobs.errors import FULL_DISK, JobError
 
-VERSION = 1  # version of the entry format; part of the hash
+VERSION = 2  # of the entry format and of how pictures are decoded; part of the hash
 UNUSED_S = 7 * 86400.0  # entries not opened for this long are removed
 GROUP = 16  # number of pictures that a process decodes at a time
+MANY = 2000  # pictures whose check takes so long that the user is told of it
 PIXELS, INDEX, USED = "pixels.bin", "index.json", "used"
 FULL = (*FULL_DISK, errno.EFBIG)
 
@@ -87,23 +89,10 @@ class Decoded:
         return {name: value for name, value in self.__dict__.items() if name != "pixels"}
 
 
-def decode(path: Path, size: int) -> NDArray[np.uint8]:
-    """Decode a picture and resize its shorter side to `size` pixels, exactly like torchvision's Resize. Returns
-    (height, width, 3). Raises JobError, naming the file, if it can't be read."""
-    from PIL import Image
-    from torchvision.transforms.v2 import functional
-
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(functional.resize(picture.convert("RGB"), [size]))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise JobError(f"{path} can't be read as a picture: {error}; repair or remove it") from error
-
-
 def decoded(paths: Sequence[Path], size: int, cores: int = 1) -> Decoded:
     """Return these pictures, resized to a shorter side of `size` pixels, from this node's cache. If they are not cached
     yet, `cores` processes decode them. If the disk is full, logs a warning, and pictures are decoded on every read.
-    Raises JobError if a picture can't be read, or if other users can access the cache folder."""
+    Raises JobError that names all pictures that can't be read, or if other users can access the cache folder."""
     paths = [Path(path) for path in paths]
     try:
         folder = _folder()
@@ -127,17 +116,56 @@ def decoded(paths: Sequence[Path], size: int, cores: int = 1) -> Decoded:
         return pictures
 
 
+def verify(lists: Sequence[Sequence[Path]], size: int, cores: int = 1) -> int:
+    """Check that `decoded` can read all pictures of these lists; `cores` processes decode them without caching them.
+    Lists that are in this node's cache or were verified before are not read again. Returns the number of pictures read.
+    Raises JobError that names all pictures that can't be read, or if other users can access the cache folder."""
+    folder: Path | None = None
+    try:
+        folder = _folder()
+        _remove_unused(folder)
+    except OSError as error:
+        if error.errno not in (*FULL, errno.EROFS, errno.ENOENT):
+            raise
+    todo = [paths for paths in lists if folder is None or not _is_verified(folder, paths, size)]
+    all_paths = [Path(path) for paths in todo for path in paths]
+    if len(all_paths) >= MANY:
+        log.warning("reading %d pictures to find damaged ones; this is done once, until a file changes", len(all_paths))
+    problems = [line for group in _each_group(all_paths, cores, partial(_check_group, size=size)) for line in group]
+    if problems:
+        raise unreadable(problems, len(all_paths))
+    for mark in [_mark(folder, paths, size) for paths in todo] if folder else ():
+        with suppress(OSError):  # a full disk: verified again the next time
+            mark.mkdir(mode=0o700, exist_ok=True)
+            (mark / USED).touch()
+    return len(all_paths)
+
+
+def _is_verified(folder: Path, paths: Sequence[Path], size: int) -> bool:
+    with suppress(OSError):
+        if (mark := _mark(folder, paths, size)).is_dir():
+            (mark / USED).touch()
+            return True
+    return _open(folder / _key(paths, size), paths, size) is not None
+
+
+def _mark(folder: Path, paths: Sequence[Path], size: int) -> Path:
+    """Return the folder that exists once these pictures have been verified."""
+    return folder / f"verified-{_key(paths, size)}"
+
+
 def _key(paths: Sequence[Path], size: int) -> str:
     """Return the entry's name, a hash of the files and of how they are decoded."""
     from PIL import __version__ as pillow
 
     digest = hashlib.sha256(f"{VERSION} {pillow} {size}\n".encode())
-    for path in paths:
+    for path in map(Path, paths):
+        digest.update(os.fsencode(path))  # a file's name may be any bytes
         try:
             status = path.stat()
-        except OSError as error:
-            raise JobError(f"{path} can't be read: {error.strerror}") from error
-        digest.update(f"{path}\0{status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(f"\0{status.st_size} {status.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(b"\0missing\n")  # decoding it names the file
     return digest.hexdigest()[:32]
 
 
@@ -211,34 +239,70 @@ def _decode_all(
     paths: Sequence[Path], size: int, cores: int, file: IO[bytes] | None = None
 ) -> tuple[Integers, Integers]:
     """Decode all pictures in order, and write them to `file` if given. Returns `shapes` and `counts` as in Decoded."""
-    groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
-    processes = min(cores, len(groups)) if cores > 1 else 0
-    loader: DataLoader[Any] = DataLoader(
-        groups,  # type: ignore[arg-type]  # DataLoader accepts a list as a data set
-        batch_size=None,
-        collate_fn=partial(_decode_group, size=size),
-        num_workers=processes,
-        generator=torch.Generator(),
-    )
     shapes, counts = [np.empty((0, 2), np.int64)], np.zeros((3, 256), np.int64)
-    for group in loader:
-        if isinstance(group, str):
-            raise JobError(group)
-        content, some_shapes, some_counts = group
+    problems: list[str] = []
+    for lines, arrays in _each_group(paths, cores, partial(_decode_group, size=size)):
+        problems += lines
+        if problems:
+            continue  # find the others
+        content, some_shapes, some_counts = arrays
         shapes.append(some_shapes.numpy())
         counts += some_counts.numpy()
         if file is not None:
             file.write(content.numpy().data)
+    if problems:
+        raise unreadable(problems, len(paths))
     return np.concatenate(shapes), counts
 
 
-def _decode_group(paths: Sequence[Path], size: int) -> list[Tensor] | str:
-    """Return the pictures' flattened pixels, shapes and value counts, or an error message if one can't be read."""
+def _each_group(paths: Sequence[Path], cores: int, work: Callable[[Sequence[Path]], Any]) -> Iterator[Any]:
+    """Call `work` with groups of the pictures in `cores` processes, and return the results in order."""
+    groups = [paths[start : start + GROUP] for start in range(0, len(paths), GROUP)]
+    processes = min(cores, len(groups))
+    loader: DataLoader[Any] = DataLoader(
+        groups,  # type: ignore[arg-type]  # DataLoader accepts a list as a data set
+        batch_size=None,
+        collate_fn=partial(_without_memory_errors, work=work),
+        num_workers=processes if processes > 1 else 0,
+        generator=torch.Generator(),
+    )
+    for result in loader:
+        if isinstance(result, MemoryError):
+            raise result
+        yield result
+
+
+def _without_memory_errors(paths: Sequence[Path], work: Callable[[Sequence[Path]], Any]) -> Any:
     try:
-        pictures = [decode(path, size) for path in paths]
-    except JobError as error:
-        return str(error)  # if raised, torch would add this process's traceback to the message
+        return work(paths)
+    except MemoryError as error:
+        return error  # if raised, torch would add this process's traceback to the message
+
+
+def _check_group(paths: Sequence[Path], size: int) -> list[str]:
+    """Return a line for each picture that can't be read."""
+    problems = []
+    for path in paths:
+        try:
+            check(path, size)
+        except UnreadableError as error:
+            problems.append(error.line)
+    return problems
+
+
+def _decode_group(paths: Sequence[Path], size: int) -> tuple[list[str], list[Tensor]]:
+    """Return a line for each picture that can't be read, and if there are none, the pictures' flattened pixels, shapes
+    and value counts."""
+    pictures: list[NDArray[np.uint8]] = []
+    problems = []
+    for path in paths:
+        try:
+            pictures.append(decode(path, size))
+        except UnreadableError as error:
+            problems.append(error.line)
+    if problems:
+        return problems, []
     shapes = np.array([picture.shape[:2] for picture in pictures], np.int64)
     flat = np.concatenate([picture.ravel() for picture in pictures])
     counts = np.array([np.bincount(flat[channel::3], minlength=256) for channel in range(3)], np.int64)
-    return [torch.from_numpy(array) for array in (flat, shapes, counts)]
+    return [], [torch.from_numpy(array) for array in (flat, shapes, counts)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import http.client
 import json
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from jobs.errors import FULL_DISK, JobError
+from orchestrator.files.atomic import place
 
 BLOCK_BYTES = 1 << 20
 PROGRESS_EVERY_S = 5.0
@@ -77,6 +79,7 @@ def download(source: Source, say: Say) -> str:
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(part):
+            _refuse_to_replace(part)
             say(f"downloading {source.url}")
             for attempt in Retrying(
                 stop=stop_after_attempt(ATTEMPTS),
@@ -87,7 +90,7 @@ def download(source: Source, say: Say) -> str:
                 with attempt:
                     _continue(source, part, say)
             sha256 = checked(part, source.sha256, say=say, remove=not source.sha256_by_user)
-            os.rename(part, source.file)
+            place(part, source.file)
             _validator_file(part).unlink(missing_ok=True)
     except HTTPError as error:
         raise UnreachableError(f"{source.url}: the server answers {error.code} {error.reason}") from error
@@ -149,12 +152,19 @@ def checked(file: Path, expected: str, *, say: Say = lambda line: None, remove: 
 
 
 def copy_into_place(file: Path, target: Path) -> None:
-    """Copy a file; `target` appears only when it is complete. Raises JobError if the disk is full."""
+    """Copy a file; `target` appears only when it is complete. Raises JobError if the disk is full, or if another file
+    has this name."""
     copying = target.with_name(f".{target.name}-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(target):
+            if target.is_file() and filecmp.cmp(file, target, shallow=False):
+                return
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         shutil.copyfile(file, copying)
-        os.rename(copying, target)
+        place(copying, target)
+    except FileExistsError as error:
+        raise JobError(f"{target} exists already, and differs from {file}. Delete it or move it away first") from error
     except OSError as error:
         raise JobError(_why_not_written(target, error)) from error
     finally:
@@ -233,6 +243,20 @@ def _write_validator(source: Source, part: Path, headers: Any) -> None:
     etag = headers.get("ETag", "")
     validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")  # weak tags can't be used
     _validator_file(part).write_text(json.dumps({"url": source.url, "validator": validator}))
+
+
+def _refuse_to_replace(part: Path) -> None:
+    """Raise JobError if a file with one of the names of an unfinished download was not written by `download`."""
+    record = _validator_file(part)
+    try:
+        ours = json.loads(record.read_bytes()).keys() == {"url", "validator"}
+    except FileNotFoundError:
+        ours = False
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise JobError(f"{record} exists, and `orch prepare` did not write it. Move it away first") from None
+    for path in () if ours else (part, record):
+        if os.path.lexists(path):
+            raise JobError(f"{path} exists, and `orch prepare` did not write it. Move it away first")
 
 
 def _read_validator(source: Source, part: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def cifar10(root: str | Path, train: bool, download: bool = False, command: str 
     """Return 50,000 training or 10,000 test images (3, 32, 32). Raises JobError if missing or not downloadable."""
     from torchvision.datasets import CIFAR10
 
-    opened = open_set(CIFAR10, "CIFAR-10", root, train, download, command)
+    opened = open_set(CIFAR10, "CIFAR-10", root, train, download, command, cifar10_archives(root))
     return torch.from_numpy(opened.data).permute(0, 3, 1, 2), torch.tensor(opened.targets)
 
 
@@ -181,7 +182,7 @@ def mnist(root: str | Path, train: bool, download: bool = False, command: str = 
     """Return 60,000 training or 10,000 test images (1, 28, 28). Raises JobError if missing or not downloadable."""
     from torchvision.datasets import MNIST
 
-    opened = open_set(MNIST, "MNIST", root, train, download, command)
+    opened = open_set(MNIST, "MNIST", root, train, download, command, mnist_archives(root))
     return opened.data[:, None], opened.targets
 
 
@@ -213,10 +214,20 @@ def bring_archives(files: Sequence[Path], archives: Archives) -> list[str]:
 
 
 def open_set(
-    kind: Callable[..., Any], name: str, root: str | Path, train: bool, download: bool, command: str = PREPARE
+    kind: Callable[..., Any],
+    name: str,
+    root: str | Path,
+    train: bool,
+    download: bool,
+    command: str = PREPARE,
+    archives: Archives | None = None,
 ) -> Any:
-    """Open the torchvision data set of class `kind`. command: the `orch prepare` command, for errors. Raises JobError
-    if the data set can't be opened or downloaded."""
+    """Open the torchvision data set of class `kind`. command: the `orch prepare` command, for errors. archives: the
+    files that torchvision downloads. Raises JobError if the data set can't be opened or downloaded."""
+    if download:
+        with suppress(RuntimeError, OSError):
+            return kind(str(root), train=train, download=False)
+        _refuse_other_files(archives or {})
     try:
         return kind(str(root), train=train, download=download)
     except (RuntimeError, OSError) as error:  # torchvision raises RuntimeError for missing or damaged files
@@ -229,3 +240,15 @@ def open_set(
             f"{name} is not in training_source_dir {root}, or is damaged there. Run `{command}` where there is "
             "internet, or set training_source_dir to the folder that holds it"
         ) from error
+
+
+def _refuse_other_files(archives: Archives) -> None:
+    """Raise JobError if torchvision would replace a file: it downloads an archive again if its checksum is wrong."""
+    from torchvision.datasets.utils import check_integrity
+
+    for path, md5 in archives.values():
+        if path.exists() and not check_integrity(path, md5):
+            raise JobError(
+                f"{path} is another file than the data set's archive, or is incomplete or damaged: its MD5 is not "
+                f"{md5}. Delete it or move it away, and run the command again"
+            )

@@ -186,9 +186,12 @@ def refuse_to_replace(root: Path) -> None:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Delete what killed processes have left: filling a folder takes minutes, not hours."""
-    for folder in root.parent.glob(f".{root.name}-*"):
+    """Delete what killed processes have left: filling a folder takes minutes, not hours. Other hidden folders stay."""
+    ours = re.compile(re.escape(f".{root.name}-") + r"(\d+|pretraining-\w+)")
+    for folder in root.parent.iterdir():
         with suppress(OSError):
+            if not ours.fullmatch(folder.name):
+                continue
             if time.time() - folder.stat().st_mtime > ABANDONED_S:
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -96,6 +96,7 @@ def weights_digest(model: nn.Module) -> str:
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: str) -> None:
     """Load weights into a model. Raises JobError if any are missing, superfluous, or of another shape."""
     own = model.state_dict()
+    weights = states.unwrapped(weights, own.keys())
     missing = [name for name in own if name not in weights]
     extra = [name for name in weights if name not in own]
     shapes = [

@@ -30,7 +30,7 @@ from jobs.training.learner import Learner, Predictor, described
 from jobs.training.models import Models
 from jobs.training.precision import Speed
 from jobs.training.ranks import ALONE, Alone
-from jobs.training.states import FORMAT, Copies, check_readable, plain, read, weights
+from jobs.training.states import FORMAT, Copies, check_readable, plain, read, unwrapped, weights
 from orchestrator.files.run_folder import CHECKPOINTS
 from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
 
@@ -94,7 +94,7 @@ class JobTrainer:
             self.job.profile = PROFILE.validate_python(state["profile"])
         with randomness.random_state_kept():
             predictor = Predictor(self.job, self._speed, self.group, make=self._models.make)
-        predictor.model.load_state_dict(weights(state))
+        predictor.model.load_state_dict(unwrapped(weights(state), predictor.model.state_dict().keys()))
         return self._evaluate(predictor, split)
 
     def _evaluate(self, predictor: Predictor, split: Split) -> dict[str, float]:

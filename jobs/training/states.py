@@ -6,11 +6,12 @@ import errno
 import io
 import re
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from datetime import date, datetime, time, timedelta, timezone
 from enum import Enum
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import IO, Any
 
@@ -203,7 +204,46 @@ def read_start(file: Path) -> Mapping[str, Any]:
     raise JobError(f"start_from: {file} holds no weights by name; allowed: a checkpoint, or a model's state_dict()")
 
 
-def export(checkpoint: Path, target: IO[bytes]) -> None:
+def export(checkpoint: Path, target: IO[bytes], wanted: Callable[[], Collection[str] | None] = lambda: None) -> None:
     """Write the weights of a checkpoint's model (as returned by `weights`) to a file. Load them on any machine with
-    `model.load_state_dict(torch.load(file))`."""
-    torch.save(weights(read(checkpoint)), target)
+    `model.load_state_dict(torch.load(file))`. wanted: returns the names in the state_dict of the job's model, or None
+    if they are not known; called only if the weights may be those of a wrapped model."""
+    state = weights(read(checkpoint))
+    torch.save(unwrapped(state, wanted() if any(map(_wrappers, state)) else None), target)
+
+
+WRAPPERS = ("_orig_mod", "module")  # where the wrappers of torch.compile, DataParallel and DDP keep the model
+MANY_WRAPPERS = 8  # in one name; beyond, not every way of leaving some out is tried
+
+
+def unwrapped(state: Mapping[str, Any], wanted: Collection[str] | None = None) -> Mapping[str, Any]:
+    """Return a state_dict without the prefixes of wrappers, at any depth: "module.fc._orig_mod.bias" becomes "fc.bias".
+
+    wanted: the names in the state_dict of the job's model, in which a layer may itself be called "module"; None: not
+    known. If the state fits the model as it is, or if two names would become one, it is returned as it is.
+    """
+    if (wanted is not None and state.keys() == set(wanted)) or not any(map(_wrappers, state)):
+        return state
+    names = [_without_wrappers(name, wanted) if _wrappers(name) else name for name in state]
+    return dict(zip(names, state.values(), strict=True)) if len({*names}) == len(names) else state
+
+
+def _wrappers(name: str) -> list[int]:
+    """Return the places of wrappers in a name such as module.fc.bias."""
+    parts = str(name).split(".")  # a job's own loop may use other keys than text
+    return [place for place, part in enumerate(parts[:-1]) if part in WRAPPERS]
+
+
+def _without_wrappers(name: str, wanted: Collection[str] | None) -> str:
+    """Return the name without its wrappers; or a wanted name, if one remains when only some of them are left out."""
+    parts, places = name.split("."), _wrappers(name)
+
+    def without(dropped: Collection[int]) -> str:
+        return ".".join(part for place, part in enumerate(parts) if place not in dropped)
+
+    if wanted is not None and len(places) <= MANY_WRAPPERS:
+        for count in range(len(places) + 1):
+            for other in map(without, combinations(places, count)):
+                if other in wanted:
+                    return other
+    return without(places)

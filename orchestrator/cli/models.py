@@ -74,12 +74,15 @@ def evaluate(
 def export(
     run: RunArgument = None,
     rank: Annotated[int, typer.Option("--rank", min=1, help="1 is the best.")] = 1,
-    out: Annotated[Path, typer.Option("--out", help="The file to write; a description goes into a .json file.")] = Path(
-        "best.pt"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", help="The file to write; its description goes into a .json file of the same name.")
+    ] = Path("best.pt"),
     runs_dir: RunsDir = DEFAULT_RUNS_DIR,
 ) -> None:
-    """Write a model's weights to a file for `model.load_state_dict(torch.load(file))`."""
+    """Write a model's weights to a file for `model.load_state_dict(torch.load(file))`.
+
+    An earlier export is replaced, but no file that orch did not write.
+    """
     from orchestrator.files import permissions
     from orchestrator.run.models import export_entry
 

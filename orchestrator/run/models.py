@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import DamagedCheckpointError, JobSpecError, RunError, StaleClaimError
-from orchestrator.files import checkpoints
-from orchestrator.files.atomic import publish
+from orchestrator.files import checkpoints, exports
 from orchestrator.messages import counted
 from orchestrator.run.run import Run
 from orchestrator.worker.user_job import apart_from_stdout, as_job_error
@@ -55,12 +54,12 @@ def test_models(run: Run, again: bool, now: float) -> None:
 
 def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
     """Write the weights of the entry with this rank to out, and a description to a .json file beside it. Returns the
-    entry. Raises RunError, or JobSpecError if the checkpoint contains no model."""
+    entry. Raises RunError, also if this would replace a file that orch did not write, or JobSpecError if the checkpoint
+    contains no model."""
     from jobs.errors import JobError
     from jobs.training.states import export
 
-    if out.suffix == ".json":
-        raise RunError(f"--out {out}: the description gets the suffix .json; use another suffix, such as .pt")
+    to = exports.destination(out)
     entries = run.board()["entries"]
     if rank > len(entries):
         raise RunError(f"--rank {rank}: the board of {run.name} has {counted(len(entries), 'entry', 'entries')}")
@@ -70,13 +69,23 @@ def export_entry(run: Run, rank: int, out: Path) -> dict[str, Any]:
     except DamagedCheckpointError as error:
         advice = f"Run `orch repair {run.name}` to take this entry off the board, or choose another --rank"
         raise RunError(f"{error}. {advice}") from error
+    about = {"run": run.name, "job": run.settings.job, "data": run.data_source(), **entry}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        publish(out, lambda target: export(source, target))
-        text = json.dumps({"run": run.name, "job": run.settings.job, "data": run.data_source(), **entry}, indent=2)
-        publish(out.with_suffix(".json"), lambda target: target.write(text.encode()))
+        exports.write(to, lambda target: export(source, target, lambda: _names_of_weights(run)), about)
     except JobError as error:  # a custom train_chunk may return a state without a model
         raise JobSpecError(f"job {run.settings.job}: {error}") from error
-    except OSError as error:
-        raise RunError(f"--out {out}: {error.strerror or error}") from error
     return entry
+
+
+def _names_of_weights(run: Run) -> Collection[str] | None:
+    """Return the names in the state_dict of the job's model; None if the model can't be created here."""
+    from jobs.imports import look_first_in
+    from jobs.training.opening import load_job
+
+    look_first_in(run.leaderboard.run_state.row()["import_paths"])
+    try:
+        with apart_from_stdout():
+            return load_job(run.settings).model().state_dict().keys()
+    except Exception as error:  # the user's code may need data or a GPU that only compute nodes have
+        log.info("the model can't be created here: %s", error)
+        return None

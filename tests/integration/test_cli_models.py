@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,11 @@ def test_an_exported_model_loads_and_scores_as_it_did(folder: Path) -> None:
     done = orch(folder, "export", "--out", "out/model.pt")
     entry = Run.open(folder / "runs/quick").board()["entries"][0]
     assert f"out/model.pt: rank 1, score {entry['score']:.6g}, {entry['epochs']} epochs\n" in output(done)
+    content = (folder / "out/model.pt").read_bytes()
     assert json.loads((folder / "out/model.json").read_text()) == {
+        "made_by": "orch export",
+        "weights": "model.pt",
+        "weights_sha256": hashlib.sha256(content).hexdigest(),
         "run": "quick",
         "job": QUICK["job"],
         "data": None,
@@ -117,6 +122,54 @@ def test_an_export_that_can_not_be_written_is_an_error(
     assert code == 2, out
     assert error.startswith(f"orch: {message}")
     assert names_in(folder) == before
+
+
+def test_an_export_never_replaces_the_users_settings_file(folder: Path, orch_call: OrchCall) -> None:
+    (folder / "tiny.json").write_text('{"name": "tiny"}')
+    before = names_in(folder)
+    code, out, error = orch_call(folder, "export", "--out", "tiny.pt")
+    assert (code, out) == (2, "")
+    assert error.startswith("orch: --out tiny.pt: the description would replace tiny.json, which `orch export` did not")
+    assert (folder / "tiny.json").read_text() == '{"name": "tiny"}'
+    assert names_in(folder) == before
+
+
+def test_an_export_may_be_repeated_with_another_rank(folder: Path, orch_call: OrchCall) -> None:
+    for rank in ("1", "2", "1"):
+        assert orch_call(folder, "export", "--rank", rank, "--out", "my best.pt")[0] == 0
+        assert json.loads((folder / "my best.json").read_text())["rank"] == int(rank)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["the model is made", "the model can't be made here"])
+def test_weights_of_a_wrapped_model_are_exported_and_evaluated_without_the_wrapper(
+    known: bool, tmp_path: Path, orch_call: OrchCall
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from jobs.digits import Digits\n"
+        "from jobs.job import ChunkResult\n\n\n"
+        "class Mine(Digits):\n"
+        "    def model(self):\n"
+        "        assert not Path('gone').exists()\n"
+        "        return super().model()\n\n"
+        "    def train_chunk(self, context):\n"
+        "        for _ in range(context.epochs):\n"
+        "            context.report({'accuracy': 0.5})\n"
+        "        model = torch.nn.DataParallel(torch.compile(self.model(), backend='eager'))\n"
+        "        assert all(name.startswith('module._orig_mod.') for name in model.state_dict())\n"
+        "        return ChunkResult({'model': model.state_dict()})\n"
+    )
+    file = write_settings(tmp_path, job="mine:Mine", num_models=1, stop_after_epochs=1)
+    assert orch_call(tmp_path, "launch", file)[0] == 0
+    code, out, _ = orch_call(tmp_path, "evaluate", "--json")
+    assert (code, len(json.loads(out)["entries"][0]["test_metrics"])) == (0, 2)
+    if not known:
+        (tmp_path / "gone").touch()
+    assert orch_call(tmp_path, "export")[0] == 0
+    (tmp_path / "gone").unlink(missing_ok=True)
+    weights = torch.load(tmp_path / "best.pt", weights_only=True)
+    load_job(Run.open(tmp_path / "runs/quick").settings).model().load_state_dict(weights)
 
 
 def test_a_damaged_checkpoint_is_never_exported(folder: Path, orch_call: OrchCall) -> None:

@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 
 from jobs.data import decode_cache, feeds, splits
 from jobs.data.augment import CenterCrop, Cutout, Flip, Normalize, PadCrop, RandomCrop, Resize, Step
-from jobs.data.decode_cache import Decoded, decoded
+from jobs.data.decode_cache import Decoded, decoded, verify
 from jobs.data.decoded import DecodedFeed, DecodedImages
 from jobs.data.images import ImageFeed
 from jobs.errors import JobError
@@ -303,6 +303,51 @@ def test_a_file_that_is_not_a_picture_is_named(
     with pytest.raises(JobError, match=rf"^{squares[21]} can't be read as a picture: .*; repair or remove it$"):
         decoded(squares, SIZE, cores)
     assert kept(node) == []
+
+
+def test_all_unreadable_files_are_named_at_once(squares: list[Path], node: Path) -> None:
+    for number in range(5, 17):
+        squares[number].write_bytes(b"damaged")
+    squares[2].unlink()
+    for read in (lambda: decoded(squares, SIZE, 2), lambda: verify([squares[:10], squares[10:]], SIZE, 2)):
+        with pytest.raises(JobError) as raised:
+            read()
+        first, *lines = str(raised.value).splitlines()
+        assert first == "13 of 40 pictures can't be read; repair or remove them:"
+        assert lines[0] == f"  {squares[2]} can't be read: No such file or directory"
+        assert [line.split()[0] for line in lines[1:10]] == [str(path) for path in squares[5:14]]
+        assert lines[10:] == ["  and 3 more"]
+    assert kept(node) == []
+
+
+@pytest.mark.parametrize("before", ["verified", "decoded"])
+def test_pictures_are_verified_only_once_until_a_file_changes(
+    before: str, squares: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verify([squares], SIZE) == 40 if before == "verified" else len(decoded(squares, SIZE)) == 40
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_cache, "check", None)  # reading again would fail
+        assert verify([squares], SIZE) == 0
+    squares[7].write_bytes(b"damaged")
+    with pytest.raises(JobError, match=rf"^{squares[7]} can't be read as a picture"):
+        verify([squares[:3], squares], SIZE)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_too_little_memory_is_one_short_error(cores: int, squares: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, size: int) -> None:
+        raise MemoryError(f"there is too little memory to decode {path.name}")
+
+    monkeypatch.setattr(decode_cache, "decode", fail)
+    with pytest.raises(MemoryError, match=r"^there is too little memory to decode 000\.png$"):
+        decoded(squares, SIZE, cores)
+
+
+def test_files_whose_names_are_no_text_are_cached(tmp_path: Path) -> None:
+    (path,) = draw(tmp_path / "odd", [(30, 30)])
+    odd = path.rename(path.with_name(os.fsdecode(b"\xff\n.png")))
+    assert np.array_equal(decoded([odd], SIZE)[0], decode_cache.decode(odd, SIZE))
+    assert verify([[odd]], SIZE) == 0
 
 
 def test_a_missing_file_is_named(squares: list[Path]) -> None:

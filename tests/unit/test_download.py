@@ -208,3 +208,56 @@ def test_a_copied_file_appears_only_when_it_is_complete(tmp_path: Path, monkeypa
     with pytest.raises(JobError, match="does not fit"):
         copy_into_place(tmp_path / "here", tmp_path / "there" / "file")
     assert list((tmp_path / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.zip.part", b"a browser's"),
+        ("data.zip.part.json", b'{"mine": 1}'),
+        ("data.zip.part.json", b"[1]"),
+        ("data.zip.part.json", b"\xff"),
+    ],
+)
+def test_a_part_that_another_program_wrote_is_not_replaced(
+    name: str, content: bytes, server: FileServer, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / name).write_bytes(content)
+    with pytest.raises(JobError, match=rf"{name} exists, and `orch prepare` did not write it\. Move it away first"):
+        download(source_of(server, tmp_path), print)
+    assert (tmp_path / "kept" / name).read_bytes() == content
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == [name]
+
+
+def test_a_file_that_appears_during_its_download_is_not_replaced(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = downloads.checked
+
+    def slowly(file: Path, *arguments: Any, **options: Any) -> str:
+        (tmp_path / "kept/data.zip").write_bytes(b"of the user")
+        return check(file, *arguments, **options)
+
+    monkeypatch.setattr(downloads, "checked", slowly)
+    with pytest.raises(JobError, match=r"^data\.zip can't be written to .*: File exists$"):
+        download(source_of(server, tmp_path), print)
+    assert (tmp_path / "kept/data.zip").read_bytes() == b"of the user"
+
+
+def test_a_copy_never_replaces_another_file(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.write_bytes(b"brought")
+    copy_into_place(here, there)
+    copy_into_place(here, there)  # the same content
+    there.write_bytes(b"of the user")
+    with pytest.raises(
+        JobError, match=rf"^{there} exists already, and differs from {here}\. Delete it or move it away"
+    ):
+        copy_into_place(here, there)
+    assert there.read_bytes() == b"of the user"
+    there.unlink()
+    there.mkdir()
+    with pytest.raises(JobError, match="exists already"):
+        copy_into_place(here, there)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "there"]

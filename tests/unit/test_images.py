@@ -340,3 +340,11 @@ def test_images_without_statistics_are_an_error(images: Tensor, message: str) ->
 def test_a_missing_data_set_is_an_error_that_says_how_to_get_it(load: Any, name: str, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=rf"^{name} is not in training_source_dir .*Run `orch prepare SETTINGS`"):
         load(tmp_path, train=True)
+
+
+def test_a_file_with_the_name_of_an_archive_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"of the user")
+    with pytest.raises(JobError, match=r"cifar-10-python.tar.gz is another file than .* Delete it or move it away"):
+        cifar10(tmp_path, train=True, download=True)
+    assert (tmp_path / "cifar-10-python.tar.gz").read_bytes() == b"of the user"
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-python.tar.gz"]

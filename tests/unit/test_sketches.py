@@ -179,8 +179,8 @@ def test_a_damaged_record_is_an_error_that_says_what_to_do(tmp_path: Path) -> No
 
 
 def test_what_a_killed_process_left_is_deleted_by_a_later_one(tmp_path: Path) -> None:
-    for name, age_s in ((".root-1", 10 * 3600), (".root-2", 60), (".other-1", 10 * 3600)):
+    for name, age_s in ((".root-1", 10 * 3600), (".root-2", 60), (".other-1", 10 * 3600), (".root-mine", 10 * 3600)):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age_s,) * 2)
     draw_stand_in(tmp_path / "root", print, classes=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other-1", ".root-2", "root"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other-1", ".root-2", ".root-mine", "root"]

@@ -21,7 +21,11 @@ from orchestrator.settings.loading import OBSOLETE
 from tests.support.command_line import orch_here
 from tests.support.sketches import ALEX, CLASSES, ROOT, SEED, job_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Before a launch, pictures are verified in processes that are forked while torch has threads.
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
+]
 
 
 # --- folders
@@ -30,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param("a class more to train", "have different classes: extra$", id="a class more to train"),
-        pytest.param("a class less to test", "have different classes: class3$", id="a class less to test"),
+        pytest.param("a class more to test", "test has classes that .* not have: extra. Rename", id="unknown class"),
+        pytest.param("damaged", "2 of 96 pictures can't be read; .*\n.*class0/0.png .*\n.*class1/1.png", id="damaged"),
         pytest.param("an empty class", "train: .*[Ff]ound no valid file for the classes extra", id="an empty class"),
         pytest.param("no folder", "testing_source_dir: .* is not a folder", id="no folder"),
         pytest.param("not set", "testing_source_dir is not set; it must name a folder", id="not set"),
@@ -42,10 +46,11 @@ def test_folders_that_do_not_fit_are_an_error(change: str, message: str, sketche
     folder, changes = tmp_path / "sketches", {}
     shutil.copytree(sketches, folder)
     match change:
-        case "a class more to train":
-            shutil.copytree(folder / "train/class0", folder / "train/extra")
-        case "a class less to test":
-            shutil.rmtree(folder / "test/class3")
+        case "a class more to test":
+            shutil.copytree(folder / "test/class0", folder / "test/extra")
+        case "damaged":
+            (folder / "train/class0/0.png").write_bytes(b"")
+            (folder / "test/class1/1.png").write_bytes(b"")
         case "an empty class":
             (folder / "train/extra").mkdir()
         case "no folder":
@@ -57,6 +62,29 @@ def test_folders_that_do_not_fit_are_an_error(change: str, message: str, sketche
                 picture.unlink()
     with pytest.raises(JobError, match=message):
         job_of("part1", folder, **changes).prepare(download=False)
+
+
+def test_test_pictures_keep_their_class_numbers_if_a_class_is_missing(sketches: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sketches"
+    shutil.copytree(sketches, folder)
+    shutil.rmtree(folder / "test/class3")
+    for part in ("train", "test"):
+        shutil.copytree(folder / part / "class0", folder / part / ".ipynb_checkpoints")
+    job = job_of("part1", folder)
+    lines = job.prepare(download=False)
+    assert lines[0] == f"8 classes in {folder / 'train'}"
+    assert "note: 1 class is missing from the test set: class3" in lines
+    assert "training_source_dir, left out: 1 hidden or system entry, such as .ipynb_checkpoints" in lines
+    assert job.data("test").targets == [label for label in range(8) if label != 3 for _ in range(2)]
+    assert job.model().classifier[6].out_features == 8
+
+
+def test_the_evaluation_refuses_a_test_class_that_training_does_not_have(sketches: Path, tmp_path: Path) -> None:
+    shutil.copytree(sketches, tmp_path / "sketches")
+    job = job_of("part1", tmp_path / "sketches")
+    (tmp_path / "sketches/test/class0").rename(tmp_path / "sketches/test/other")
+    with pytest.raises(JobError, match="test has classes that the training set does not have: other"):
+        job.data("test")
 
 
 def test_pictures_too_small_for_the_convolutions_are_refused(sketches: Path) -> None:

@@ -24,7 +24,11 @@ from tests.support.command_line import orch_here
 from tests.support.file_server import FileServer, serving
 from tests.support.sketches import ROOT, sketch_archive
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Before a launch, pictures are verified in processes that are forked while torch has threads.
+    pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"),
+]
 
 SMALL = ("--set", "job_params.image_size=63", "--set", "job_params.hidden_units=8")
 WRONG = "0" * 64
@@ -139,6 +143,13 @@ def test_an_archive_that_is_unpacked_already_may_be_named_again(
     assert prepare("--from", "again.zip")[0] == 0
     status, _, err = prepare("--from", "again.zip")
     assert (status, "data/sketches was made from this archive already" in err) == (0, True)
+
+
+def test_an_archive_that_the_user_put_there_is_kept(place: Path, prepare: Prepare, server: FileServer) -> None:
+    (place / "data").mkdir()
+    (place / "data/sketches_png.zip").write_bytes(server.files["sketches_png.zip"])
+    assert prepare()[0] == 0
+    assert sorted(path.name for path in (place / "data").iterdir()) == ["sketches", "sketches_png.zip"]
 
 
 def test_carried_files_need_no_network(place: Path, prepare: Prepare, server: FileServer) -> None:
