@@ -21,7 +21,7 @@ from jobs.training.opening import open_session
 from jobs.training.own_loop import OwnLoop
 from jobs.training.ranks import RankLostError, Ranks
 from jobs.training.session import Session
-from orchestrator.records import EpochResult, Finished, Interrupted, Work
+from orchestrator.records import EpochResult, Finished, Interrupted, Kept, Work
 from orchestrator.settings.settings import Settings
 
 log = logging.getLogger("orch")
@@ -60,6 +60,9 @@ class DistributedSession:
 
     def snapshot(self) -> Callable[[IO[bytes]], None] | None:
         return None
+
+    def kept(self) -> Sequence[Kept]:
+        return ()
 
     def confirmed(self, work: Work) -> None:
         """Never called, since `snapshot` returns None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -27,8 +27,8 @@ from jobs.training.frozen import FrozenParts
 from jobs.training.learner import Learner, Predictor
 from jobs.training.precision import Speed
 from jobs.training.ranks import ALONE, Alone
-from jobs.training.states import FORMAT, Copies, read, weights
-from orchestrator.records import EpochResult, Finished, Interrupted, Work
+from jobs.training.states import FORMAT, Copies, EpochCopy, read, weights
+from orchestrator.records import EpochResult, Finished, Interrupted, Kept, Work
 
 
 class JobTrainer:
@@ -72,6 +72,9 @@ class JobTrainer:
     def snapshot(self) -> Callable[[IO[bytes]], None] | None:
         return None
 
+    def kept(self) -> Sequence[Kept]:
+        return ()
+
     def confirmed(self, work: Work) -> None:
         if isinstance(self._reports, Held):
             held, self._reports = self._reports, self._observer
@@ -99,11 +102,14 @@ class Session(JobTrainer):
         self._copies = Copies()
         self._last: dict[str, Any] | None = None  # the state of the last snapshot: not a copy, but the tensors in use
         self._feeds: dict[str, Feed] = {}
+        self._epoch = EpochCopy()  # the chunk's state at the end of an epoch, in case a later one fails
 
     def train(
         self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
     ) -> Finished | Interrupted:
         """Train work.epochs epochs and validate after each. should_stop is called before every step."""
+        self._cut = None
+        self._epoch.forget()
         learner, cut = self._begin(work)
         self._reports = Held() if work.tentative else self._observer
         self._reports.chunk(work)
@@ -112,13 +118,15 @@ class Session(JobTrainer):
         while len(results) < work.epochs and not lost:
             result = self._train_epoch(learner, cut, should_stop)
             if result is None:
-                self._cut = cut | {"results": [asdict(r) for r in results], "rng": random_state()}
+                self._cut = cut | {"rng": random_state()}
                 return Interrupted(cut["step"])
             results.append(result)
             self._reports.epoch(result)
             on_epoch(result)
-            cut = fresh_cut()
+            cut = fresh_cut() | {"results": [asdict(r) for r in results]}
             lost = not math.isfinite(result.metrics["train_loss"])  # training can't recover from a NaN loss
+            if len(results) < work.epochs and not lost:
+                self._copy_epoch(cut, result.seconds)
         score = math.nan if lost else results[-1].metrics[self.metric.name]  # NaN is never admitted to the board
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
 
@@ -135,6 +143,20 @@ class Session(JobTrainer):
 
     def save(self, target: IO[bytes]) -> None:
         self._writer(self.state())(target)
+
+    def _copy_epoch(self, cut: dict[str, Any], trained_s: float) -> None:
+        """Copy the state at the end of an epoch, for `kept`. cut: where the chunk would go on."""
+        if self.group.count == 1:
+            self._epoch.copy(lambda: self.state() | {"cut": cut | {"rng": random_state()}}, trained_s)
+
+    def kept(self) -> Sequence[Kept]:
+        """If the validation has failed, the state before it is complete and still in use. Else, or if it can't be read
+        any more (after an error of the GPU), there may be a copy from the end of an earlier epoch."""
+        if self.group.count > 1:  # the followers would not continue from there
+            return ()
+        before_validation = [Kept(self._cut["step"], self.save)] if self._cut is not None else []
+        state = self._epoch.state
+        return [*before_validation, *([Kept(0, self._writer(state))] if state is not None else [])]
 
     def _writer(self, state: dict[str, Any]) -> Callable[[IO[bytes]], None]:
         """Return a function that writes the state to a file."""
@@ -192,8 +214,12 @@ class Session(JobTrainer):
             cut["step"] += 1
             self._reports.step(learner.steps, loss, rate)
         next(batches, None)  # lets the loader finish the epoch
-        metrics = {"train_loss": loss_sum.item() / feed.count}
+        cut |= {"loss_sum": loss_sum.item(), "seconds": cut["seconds"] + time.monotonic() - started}
+        started = time.monotonic()
+        metrics = {"train_loss": cut["loss_sum"] / feed.count}
+        self._cut = cut | {"rng": random_state()}  # from here a chunk can go on whose validation fails
         metrics |= self._evaluate(learner, self.settings.select_on)
+        self._cut = None
         learner.after_epoch(metrics)
         self.epochs += 1
         return EpochResult(self.epochs, cut["seconds"] + time.monotonic() - started, metrics)

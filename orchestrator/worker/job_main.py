@@ -168,7 +168,7 @@ def be_worker(run: OpenedRun, this_job: ThisJob, worker_id: int, stop: StopFlag,
     for trainer in opened:
         try:
             trainer.close()
-        except Exception:  # not a failure of the job, since its work is already in the database
+        except BaseException:  # not a failure of the job, since its work is already in the database
             log.warning("the trainer could not be closed: %s", traceback.format_exc())
     return ending
 
