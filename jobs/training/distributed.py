@@ -16,11 +16,12 @@ from typing import IO
 
 from pydantic import TypeAdapter
 
-from jobs.imports import look_first_in
+from jobs.imports import look_first_in, start_in
 from jobs.training.opening import open_session
 from jobs.training.own_loop import OwnLoop
 from jobs.training.ranks import RankLostError, Ranks
 from jobs.training.session import Session
+from orchestrator.messages import described
 from orchestrator.records import EpochResult, Finished, Interrupted, Kept, Work
 from orchestrator.settings.settings import Settings
 
@@ -102,9 +103,9 @@ def follow(ranks: Ranks) -> str:
                 session.train(WORK.validate_python(command["work"]), lambda: False, lambda _result: None)
     except RankLostError as error:
         return f"another rank is gone: {error}"
-    except Exception as error:  # the user's model, data or device
+    except BaseException as error:  # the user's model, data or device
         log.error("%s", traceback.format_exc())
-        reason = f"{type(error).__name__}: {error}"
+        reason = described(error)
         _ignore_errors(lambda: ranks.report_failure(reason))
         return f"failed: {reason}"
     finally:
@@ -137,6 +138,7 @@ def _open(ranks: Ranks, opening: Opening, run_folder: Path | None = None) -> Ses
     if opening.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(opening.gpus.split(","), ranks.rank, ranks.count)
     look_first_in(opening.import_paths)
+    start_in(opening.import_paths)
     session = open_session(opening.settings, opening.cores, ranks, run_folder)
     ranks.use(session.device)
     return session

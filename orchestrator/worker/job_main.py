@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from orchestrator.cluster.choose import open_this_job
-from orchestrator.cluster.host import gpus, this_process
+from orchestrator.cluster.host import SAFE_PATH, SET_BY_ORCH, gpus, this_process
 from orchestrator.cluster.place import Place, this_place
 from orchestrator.cluster.protocol import ThisJob
 from orchestrator.files import permissions
@@ -60,6 +60,8 @@ def leave() -> NoReturn:
 
 def _work(run_folder: str, worker_id: int) -> str:
     permissions.use_umask(Path(run_folder))
+    if os.environ.get(SAFE_PATH) == SET_BY_ORCH:  # it would also affect processes that the user's code starts
+        del os.environ[SAFE_PATH]
     stop = StopFlag()
     stop.listen()  # on every rank: signals must not kill the other ranks, since rank 0 decides when to stop
     place = this_place()
@@ -69,8 +71,11 @@ def _work(run_folder: str, worker_id: int) -> str:
     team = Team(place) if place.count > 1 else None  # connect before the wait, so that all end if rank 0 dies meanwhile
     if team is not None and place.rank > 0:
         return team.follow()
+    from jobs.imports import start_in
+
     try:
         run = OpenedRun.opened(Path(run_folder), job_main, JOB_CONNECTS_FOR_S)
+        start_in(run.import_paths)
         return be_worker(run, open_this_job(run.settings), worker_id, stop, team).outcome
     finally:
         if team is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import JobSpecError, OrchError
+from orchestrator.messages import described
 from orchestrator.settings.settings import Settings
 
 if TYPE_CHECKING:
@@ -80,8 +81,10 @@ def checkpoint_bytes(settings: Settings) -> int | str:
             from jobs.training.footprint import checkpoint_bytes
 
             return checkpoint_bytes(settings)
-    except Exception as error:  # the user's code may need a GPU that only compute nodes have
-        reason = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's code may need a GPU that only compute nodes have
+        reason = str(error) if isinstance(error, JobError) else described(error)
         return f"the model can't be created here: {' '.join(reason.split())}"
 
 
@@ -109,10 +112,10 @@ def as_job_error(job: str) -> Iterator[None]:
             yield
     except JobError as error:
         raise JobSpecError(str(error)) from error
-    except OrchError:
+    except (OrchError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        raise JobSpecError(f"job {job}: {type(error).__name__}: {error}") from error
+    except BaseException as error:  # the user's code may even call sys.exit()
+        raise JobSpecError(f"job {job}: {described(error)}") from error
 
 
 def import_ahead(job: str) -> threading.Thread:
@@ -121,9 +124,10 @@ def import_ahead(job: str) -> threading.Thread:
 
     Join the thread before opening the job: two threads must not import torch's modules at the same time.
     """
+    from jobs.imports import working_folder_kept
 
     def quietly() -> None:
-        with suppress(BaseException):
+        with suppress(BaseException), working_folder_kept():
             importlib.import_module(job.partition(":")[0])
             if "torch" in sys.modules:
                 importlib.import_module("jobs.training.opening")
