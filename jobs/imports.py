@@ -91,7 +91,8 @@ def find_class(spec: str, what: str) -> type[Any]:
 def _rename(module: str | None) -> str:
     """Return an advice if a file of the user has the name of a module that orch or Python needs; else ""."""
     name = (module or "").partition(".")[0]
-    paths = [Path(folder, file) for folder in _users_folders for file in (name, f"{name}.py")]
+    folders = [folder for folder in _users_folders if folder in sys.path]
+    paths = [Path(folder, file) for folder in folders for file in (name, f"{name}.py")]
     found = next((path for path in paths if name and path.exists()), None)
     if found is None or not _is_taken(name):
         return ""
