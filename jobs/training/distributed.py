@@ -85,9 +85,15 @@ def lead(
         return DistributedSession(_open(ranks, opening, run_folder), ranks, on_failure)
 
 
-def follow(ranks: Ranks) -> str:
+def follow(ranks: Ranks, before_step: Callable[[], object] = lambda: None) -> str:
     """Execute rank 0's commands until "stop" or a failure (called on all ranks except 0). Returns why it ended. Errors
-    are reported to rank 0, not raised: otherwise Slurm would kill rank 0 before it records the failure."""
+    are reported to rank 0, not raised: otherwise Slurm would kill rank 0 before it records the failure.
+    before_step: called before each chunk and each step."""
+
+    def should_stop() -> bool:
+        before_step()
+        return False  # rank 0 decides
+
     session: Session | OwnLoop | None = None
     failed = True
     try:
@@ -100,7 +106,8 @@ def follow(ranks: Ranks) -> str:
                 session = _open(ranks, OPENING.validate_python(command["opening"]))
             else:
                 assert session is not None, "rank 0 must open the job before training a chunk"
-                session.train(WORK.validate_python(command["work"]), lambda: False, lambda _result: None)
+                before_step()
+                session.train(WORK.validate_python(command["work"]), should_stop, lambda _result: None)
     except RankLostError as error:
         return f"another rank is gone: {error}"
     except BaseException as error:  # the user's model, data or device

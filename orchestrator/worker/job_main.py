@@ -70,7 +70,7 @@ def _work(run_folder: str, worker_id: int) -> str:
     _log_to(Path(run_folder) / LOGS / f"worker-{worker_id}.log" if place.rank == 0 else None)
     team = Team(place) if place.count > 1 else None  # connect before the wait, so that all end if rank 0 dies meanwhile
     if team is not None and place.rank > 0:
-        return team.follow()
+        return team.follow(stop)
     from jobs.imports import start_in
 
     try:
@@ -100,12 +100,12 @@ class Team:
             log.error("%s", traceback.format_exc())
             self._error = error
 
-    def follow(self) -> str:
+    def follow(self, stop: StopFlag) -> str:
         ending = f"no connection to rank 0: {self._error}"
         if self._ranks is not None:
             from jobs.training.distributed import follow
 
-            ending = follow(self._ranks)
+            ending = follow(self._ranks, stop.listen_again)
         log.info("rank %d ends: %s", self._place.rank, ending)
         return ending
 
