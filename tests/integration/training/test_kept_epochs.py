@@ -12,8 +12,11 @@ import pytest
 from jobs.digits import Digits
 from jobs.training import memory
 from jobs.training.session import Session
-from jobs.training.states import EpochCopy
+from jobs.training.states import EpochCopy, read
 from orchestrator.records import EpochResult, Work
+from orchestrator.run.run import Run
+from tests.support.command_line import orch_here, output, write_job, write_settings
+from tests.support.invariants import violations
 from tests.support.short_training import (
     STEPS,
     Fresh,
@@ -174,3 +177,43 @@ def test_a_validation_that_draws_random_numbers_is_repeated_with_the_same_ones(t
     result = train(again, replace(founder(epochs=2), suspended=file))
     assert measured(result) == measured(expected)
     assert differences(again.state(), whole.state()) == []
+
+
+# --- a whole run
+
+FAILS_ONCE = """
+from jobs.digits import Digits
+
+class Mine(Digits):
+    steps = 0
+
+    def training_loss(self, model, batch):
+        Mine.steps += 1
+        flag = Path(__file__).with_name("flag")
+        if flag.exists() and Mine.steps == FAILS_AT:
+            flag.unlink()
+            sys.exit("no more credits")
+        return super().training_loss(model, batch)
+"""
+
+
+def finished(folder: Path, fails_at: int) -> Run:
+    """Run two chunks of 3 epochs of 6 steps, in this process."""
+    folder.mkdir()
+    (folder / "flag").touch()
+    write_job(folder, FAILS_ONCE.replace("FAILS_AT", str(fails_at)))
+    changes = {"job": "mine:Mine", "epochs_per_chunk": 3, "deterministic": True}
+    output(orch_here(folder, "launch", write_settings(folder, **changes)))
+    return Run.open(folder / "runs/quick")
+
+
+def test_a_run_whose_code_fails_once_gives_the_models_of_a_run_without_a_failure(tmp_path: Path) -> None:
+    never_fails, fails = finished(tmp_path / "one", fails_at=0), finished(tmp_path / "other", fails_at=14)
+    (expected, found) = ([*run.leaderboard.reader.rows("chunk")] for run in (never_fails, fails))
+    assert [chunk["failures"] for chunk in found] == [1, 0]
+    assert [chunk["score"] for chunk in found] == [chunk["score"] for chunk in expected]
+    assert fails.status()["last_error"] == "SystemExit: no more credits"
+    assert violations(fails) == []
+    for one, other in zip(never_fails.board()["entries"], fails.board()["entries"], strict=True):
+        files = [run.folder / "checkpoints" / entry["file"] for run, entry in ((never_fails, one), (fails, other))]
+        assert differences(*map(read, files)) == []
