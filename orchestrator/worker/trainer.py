@@ -82,7 +82,8 @@ class StopFlag:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen inside the block, in a process that goes on after it. A second Ctrl-C ends it at once."""
+        """Listen inside the block, in a process that has a life of its own: at the end of the block, a signal has the
+        effect that it would have had without it. A second Ctrl-C raises KeyboardInterrupt inside the block."""
         if threading.current_thread() is not threading.main_thread():  # Python can set signal handlers only there
             yield
             return
@@ -95,6 +96,8 @@ class StopFlag:
             self._listens = False
             for signum, handler in had.items():
                 signal.signal(signum, handler)
+        if self.reason in {signum.name for signum in self.SIGNALS}:
+            signal.raise_signal(signal.Signals[self.reason])
 
     def raise_if_pressed_again(self, error: BaseException) -> None:
         """Raise the error if it is the KeyboardInterrupt of a second Ctrl-C. Any other is an error of the user's code,

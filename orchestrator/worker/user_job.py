@@ -103,8 +103,9 @@ def apart_from_stdout() -> Iterator[None]:
 
 
 @contextmanager
-def as_job_error(job: str) -> Iterator[None]:
-    """Turn any error of the user's code in the block into a JobSpecError, and redirect the code's output to stderr."""
+def as_job_error(job: str, in_this_process: bool = True) -> Iterator[None]:
+    """Turn any error of the user's code in the block into a JobSpecError, and redirect the code's output to stderr.
+    in_this_process: False if only other processes run the code; then SystemExit comes from a signal to this one."""
     from jobs.errors import JobError
 
     try:
@@ -115,6 +116,8 @@ def as_job_error(job: str) -> Iterator[None]:
     except (OrchError, KeyboardInterrupt):
         raise
     except BaseException as error:  # the user's code may even call sys.exit()
+        if not isinstance(error, Exception) and not in_this_process:
+            raise
         raise JobSpecError(f"job {job}: {described(error)}") from error
 
 
@@ -183,5 +186,5 @@ def verify_resume(
         steps_per_epoch=steps_per_epoch,
         interruptions=interruptions,
     )
-    with as_job_error(settings.job):
+    with as_job_error(settings.job, in_this_process=False):
         return as_json(verify(trial, say))

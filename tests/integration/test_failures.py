@@ -517,12 +517,24 @@ def test_a_warning_suspends_the_chunk_although_user_code_has_set_its_own_handler
 
 
 @pytest.mark.usefixtures("handlers")
-def test_the_process_of_a_launch_gets_its_handlers_back() -> None:
+def test_ctrl_c_in_an_inline_launch_suspends_the_chunk_and_then_ends_the_launch(run: Run) -> None:
     had = [signal.getsignal(signum) for signum in StopFlag.SIGNALS]
-    flag = StopFlag()
-    with flag.listening():
-        os.kill(os.getpid(), signal.SIGINT)
-        assert flag.reason == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+    stop, started = StopFlag(), begin(run)
+    trainer = Warned([Act()], stop, signum=signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop.listening():
+        assert loop(run, started, lambda: trainer, stop).work(started).outcome == "stopped by SIGINT"
+    assert [c["state"] for c in chunks(run)] == ["suspended"]
     assert [signal.getsignal(signum) for signum in StopFlag.SIGNALS] == had
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_second_ctrl_c_does_not_wait_for_the_step(run: Run) -> None:
+    def press_twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    stop, started = StopFlag(), begin(run)
+    trainer = Scripted([Act(before=press_twice)], stop)
+    with pytest.raises(KeyboardInterrupt), stop.listening():
+        loop(run, started, lambda: trainer, stop).work(started)
+    assert [c["state"] for c in chunks(run)] == ["live"], "as after any other sudden death of the process"
