@@ -67,8 +67,9 @@ class Chains:
             this_job = update(job).where(job.c.job_id == mine.job_id)
             tx.execute(this_job.values(**place, **begins, ended_at=None, outcome=None))
             earlier = select(job.c.job_id).where(job.c.worker_id == worker_id, job.c.link < mine.link, links.IS_OPEN)
-            for job_id in tx.execute(earlier).scalars().all():
-                links.close_link(tx, job_id, JobState.LOST, "the job never reported its end", now)
+            for number, job_id in enumerate(tx.execute(earlier.order_by(job.c.link)).scalars().all()):
+                reason = "the job never reported its end"
+                links.close_link(tx, job_id, JobState.LOST, reason, now, may_count=number == 0)  # one gap, one failure
             expire(tx, chunk.c.worker_id == worker_id, ExpiredBy.JOB_SILENT, now)
             who, why_not = links.why_no_successor(tx, worker_id, now, max_failures)
             link = None

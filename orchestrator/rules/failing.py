@@ -14,7 +14,8 @@ PASSING = {  # classes of errors that another node, or the same node later, may 
 }  # fmt: skip
 # torch raises a plain RuntimeError for most errors of devices and loader processes, so only its text identifies them.
 _PASSING_TEXT = re.compile(
-    r"cuda|cudnn|cublas|nccl|nvidia|nvml|\bgpus?\b|out of memory|not enough memory|can't allocate memory|"
+    r"cuda (?:error|out of memory|driver|initialization)|no cuda|cudnn[ _](?:error|status)|cublas_status|nccl error|"
+    r"nvidia driver|nvml|no gpu|lib(?:cu|nv)\w+\.so|out of memory|not enough memory|can't allocate memory|"
     r"timed? ?out|dataloader worker \(pid",
     re.IGNORECASE,
 )

@@ -56,6 +56,11 @@ def caused(error: Exception, cause: Exception) -> Exception:
             id="addresses and numbers vary",
         ),
         pytest.param(JobError("No module named 'mine'"), JobError("No module named 'mine'"), id="a missing module"),
+        pytest.param(
+            RuntimeError("Expected all tensors to be on the same device, but found cuda:0 and cpu"),
+            RuntimeError("Expected all tensors to be on the same device, but found cuda:1 and cpu"),
+            id="a mistake that only names the device",
+        ),
     ],
 )
 def test_errors_of_the_same_cause_have_one_signature(error, again):
@@ -92,6 +97,9 @@ def test_an_error_without_a_text_has_its_class_as_signature():
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:83] DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("DataLoader worker (pid 123) is killed by signal: Killed."),
+        RuntimeError("No CUDA GPUs are available"),
+        ImportError("libcudart.so.12: cannot open shared object file"),
+        JobError("gpus_per_worker is 2, but there is no GPU for each: rank 0 has none"),
         FileNotFoundError("/scratch/data"),
         ConnectionResetError("the server is gone"),
         MemoryError(),
