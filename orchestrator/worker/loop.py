@@ -215,8 +215,7 @@ class JobLoop:
         try:
             if isinstance(result, BaseException):
                 kept = self._trainer.kept()
-                stepped = self._asked > 1 or bool(kept)  # the trainer asks before each step
-                return self.failures.record(claim, result, kept, stepped)
+                return self.failures.record(claim, result, kept, stepped=self._asked > 1 or bool(kept))
             if isinstance(result, Interrupted):
                 self._suspend(claim, result)
                 return False
@@ -236,6 +235,7 @@ class JobLoop:
         return self.stop.reason is not None or (self._asked > 1 and self.clock() >= self._job_end)
 
     def _on_epoch(self, result: EpochResult) -> None:
+        self._asked = max(self._asked, 2)  # it has made steps, even if a loop of the user's own asks too rarely
         if self._ahead is not None and not self._ahead.decided:
             self._ahead.epochs.append(result)
         else:

@@ -449,6 +449,23 @@ def test_other_failures_do_not_end_the_chain_at_once(run: Run, acts: list[Act]) 
     assert (failures(run), stopped(run)) == (2, None)
 
 
+@dataclass
+class NeverAsks(Scripted):
+    """Reports an epoch, and then fails, without having asked whether to stop."""
+
+    def train(
+        self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
+    ) -> Finished | Interrupted:
+        on_epoch(EpochResult(1, 0.5, {"accuracy": 0.5}))
+        raise OOPS
+
+
+def test_a_loop_that_does_not_ask_whether_to_stop_has_made_steps_if_it_has_reported_an_epoch(run: Run) -> None:
+    stop, started = StopFlag(), begin(run)
+    loop(run, started, lambda: NeverAsks([], stop), stop).work(started)
+    assert (failures(run), stopped(run)) == (2, None)
+
+
 def test_a_finished_chunk_between_them_ends_the_row(run: Run) -> None:
     work(run, Act(OOPS, steps=0), Act(), Act(OOPS, steps=0), Act())
     assert stopped(run) is None
