@@ -36,6 +36,16 @@ def shown(text: str, limit: int = 80) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def described(error: BaseException) -> str:
+    """Return the class and the text of any error, as text that every database can store."""
+    try:
+        text = str(error)
+    except Exception:  # a class of the user may have a broken __str__
+        text = ""
+    text = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "backslashreplace").decode()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def one_line(text: str, allowed: str = "") -> str:
     """Return the text. Raises ValueError if it has a line break, control or unencodable character not in `allowed`."""
     for character in _NOT_PRINTED.findall(text):

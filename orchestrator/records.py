@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -426,3 +426,11 @@ class Interrupted:
     """A chunk was interrupted between two steps. It can continue later if the caller saves the trainer's state now."""
 
     steps: int  # completed in the interrupted epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A complete state from which a failed chunk can go on, as if it had been interrupted there."""
+
+    steps: int  # completed in the epoch that goes on
+    save: Callable[[IO[bytes]], None]  # writes the state to a file

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from jobs.data.batches import map_tensors
 from jobs.data.randomness import hash_seed, random_state_kept, seed_cpu
 from jobs.errors import JobError
+from orchestrator.messages import described
 
 
 class Epoch(NamedTuple):
@@ -135,8 +136,8 @@ def on_device(batch: Any, device: torch.device) -> Any:
 def plan_loader(batches: Dataset[Any], plan: list[Any], device: torch.device, processes: int) -> DataLoader[Any]:
     """Return a loader that prefetches whole batches in the plan's order, with persistent processes. plan: one index of
     the data set per batch; the loader rereads the plan at each epoch."""
-    return DataLoader(
-        batches,
+    return _PlanLoader(
+        _Reported(batches),
         batch_size=None,  # each index in the plan is a whole batch
         sampler=plan,
         num_workers=processes,
@@ -144,6 +145,30 @@ def plan_loader(batches: Dataset[Any], plan: list[Any], device: torch.device, pr
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the default would draw from the global random state
     )
+
+
+class _PlanLoader(DataLoader[Any]):
+    """Starts new processes if one has died, so that an epoch after that failure works again."""
+
+    def __iter__(self) -> Any:
+        if any(not process.is_alive() for process in getattr(self._iterator, "_workers", ())):
+            self._iterator = None
+        return super().__iter__()
+
+
+class _Reported(Dataset[Any]):
+    """Raises errors such as SystemExit as a JobError: a loader process would end, and their text would be lost."""
+
+    def __init__(self, batches: Dataset[Any]) -> None:
+        self._batches = batches
+
+    def __getitem__(self, batch: Any) -> Any:
+        try:
+            return self._batches[batch]
+        except Exception:
+            raise
+        except BaseException as error:
+            raise JobError(described(error)) from error
 
 
 class _SeededBatches(Dataset[Any]):

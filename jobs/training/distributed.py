@@ -16,12 +16,13 @@ from typing import IO
 
 from pydantic import TypeAdapter
 
-from jobs.imports import look_first_in
+from jobs.imports import look_first_in, start_in
 from jobs.training.opening import open_session
 from jobs.training.own_loop import OwnLoop
 from jobs.training.ranks import RankLostError, Ranks
 from jobs.training.session import Session
-from orchestrator.records import EpochResult, Finished, Interrupted, Work
+from orchestrator.messages import described
+from orchestrator.records import EpochResult, Finished, Interrupted, Kept, Work
 from orchestrator.settings.settings import Settings
 
 log = logging.getLogger("orch")
@@ -62,6 +63,9 @@ class DistributedSession:
     def snapshot(self) -> Callable[[IO[bytes]], None] | None:
         return None
 
+    def kept(self) -> Sequence[Kept]:
+        return ()
+
     def confirmed(self, work: Work) -> None:
         """Never called, since `snapshot` returns None."""
 
@@ -79,9 +83,15 @@ def lead(ranks: Ranks, opening: Opening, on_failure: Callable[[], None]) -> Dist
         return DistributedSession(_open(ranks, opening), ranks, on_failure)
 
 
-def follow(ranks: Ranks) -> str:
+def follow(ranks: Ranks, before_step: Callable[[], object] = lambda: None) -> str:
     """Execute rank 0's commands until "stop" or a failure (called on all ranks except 0). Returns why it ended. Errors
-    are reported to rank 0, not raised: otherwise Slurm would kill rank 0 before it records the failure."""
+    are reported to rank 0, not raised: otherwise Slurm would kill rank 0 before it records the failure.
+    before_step: called before each chunk and each step."""
+
+    def should_stop() -> bool:
+        before_step()
+        return False  # rank 0 decides
+
     session: Session | OwnLoop | None = None
     failed = True
     try:
@@ -94,12 +104,13 @@ def follow(ranks: Ranks) -> str:
                 session = _open(ranks, OPENING.validate_python(command["opening"]))
             else:
                 assert session is not None, "rank 0 must open the job before training a chunk"
-                session.train(WORK.validate_python(command["work"]), lambda: False, lambda _result: None)
+                before_step()
+                session.train(WORK.validate_python(command["work"]), should_stop, lambda _result: None)
     except RankLostError as error:
         return f"another rank is gone: {error}"
-    except Exception as error:  # the user's model, data or device
+    except BaseException as error:  # the user's model, data or device
         log.error("%s", traceback.format_exc())
-        reason = f"{type(error).__name__}: {error}"
+        reason = described(error)
         _ignore_errors(lambda: ranks.report_failure(reason))
         return f"failed: {reason}"
     finally:
@@ -132,6 +143,7 @@ def _open(ranks: Ranks, opening: Opening) -> Session | OwnLoop:
     if opening.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(opening.gpus.split(","), ranks.rank, ranks.count)
     look_first_in(opening.import_paths)
+    start_in(opening.import_paths)
     run_folder = None if opening.run_folder is None else Path(opening.run_folder)
     session = open_session(opening.settings, opening.cores, ranks, run_folder)
     ranks.use(session.device)

@@ -16,7 +16,8 @@ from jobs.data.randomness import random_state
 from jobs.errors import JobError
 from jobs.job import ChunkContext, ChunkInterrupted, ChunkResult
 from jobs.training.evaluation import undefined
-from jobs.training.session import JobTrainer, fresh_cut, resume_random_state
+from jobs.training.position import fresh_cut, resume_random_state
+from jobs.training.session import JobTrainer
 from jobs.training.states import check_readable, plain, weights
 from orchestrator.messages import counted
 from orchestrator.records import EpochResult, Finished, Interrupted, Work

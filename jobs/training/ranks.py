@@ -191,7 +191,8 @@ class Ranks(Alone):
         return int(shared.item())
 
     def agree(self, should_stop: Callable[[], bool]) -> bool:
-        stop = torch.tensor(int(self.rank == 0 and should_stop()))
+        asked = should_stop()  # on every rank, although only the answer of rank 0 counts
+        stop = torch.tensor(int(asked and self.rank == 0))
         with _connection_errors():
             dist.all_reduce(stop, dist.ReduceOp.MAX)  # not a broadcast, so that rank 0 notices if a rank has died
         return bool(stop.item())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jobs.data import randomness
 from jobs.data.feeds import Feed
-from jobs.data.randomness import hash_seed, random_state, seed_all, set_random_state
+from jobs.data.randomness import hash_seed, random_state, seed_all
 from jobs.data.splits import Split
 from jobs.data.streams import BatchStreamFeed
 from jobs.errors import JobError
@@ -28,11 +28,12 @@ from jobs.training.examples import Examples
 from jobs.training.frozen import FrozenParts
 from jobs.training.learner import Learner, Predictor, described
 from jobs.training.models import Models
+from jobs.training.position import LossMean, fresh_cut, resume_random_state
 from jobs.training.precision import Speed
 from jobs.training.ranks import ALONE, Alone
-from jobs.training.states import FORMAT, Copies, check_readable, plain, read, unwrapped, weights
+from jobs.training.states import FORMAT, Copies, EpochCopy, check_readable, plain, read, unwrapped, weights
 from orchestrator.files.run_folder import CHECKPOINTS
-from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
+from orchestrator.records import EpochResult, Finished, Interrupted, Kept, Profile, Work
 
 AFTER_MODEL = 3  # hashed with a founder's seed: the random numbers of its training
 
@@ -140,6 +141,9 @@ class JobTrainer:
     def snapshot(self) -> Callable[[IO[bytes]], None] | None:
         return None
 
+    def kept(self) -> Sequence[Kept]:
+        return ()
+
     def confirmed(self, work: Work) -> None:
         if isinstance(self._reports, Held):
             held, self._reports = self._reports, self._observer
@@ -164,11 +168,14 @@ class Session(JobTrainer):
         self._learner: Learner | None = None
         self._copies = Copies()
         self._last: dict[str, Any] | None = None  # the state of the last snapshot: not a copy, but the tensors in use
+        self._epoch = EpochCopy()  # the chunk's state at the end of an epoch, in case a later one fails
 
     def train(
         self, work: Work, should_stop: Callable[[], bool], on_epoch: Callable[[EpochResult], None]
     ) -> Finished | Interrupted:
         """Train work.epochs epochs and validate them. should_stop is called before every step."""
+        self._cut = None
+        self._epoch.forget()
         learner, cut = self._begin(work)
         self._reports = Held() if work.tentative else self._observer
         self._reports.chunk(work)
@@ -178,13 +185,15 @@ class Session(JobTrainer):
             last = len(results) + 1 == work.epochs
             result = self._train_epoch(learner, cut, should_stop, last)
             if result is None:
-                self._cut = cut | {"results": [asdict(r) for r in results], "rng": random_state()}
+                self._cut = cut | {"rng": random_state()}
                 return Interrupted(cut["step"])
             results.append(result)
             self._reports.epoch(result)
             on_epoch(result)
-            cut = fresh_cut()
+            cut = fresh_cut() | {"results": [asdict(r) for r in results]}
             lost = not math.isfinite(result.metrics["train_loss"])  # training can't recover from a NaN loss
+            if len(results) < work.epochs and not lost:
+                self._copy_epoch(cut, result.seconds)
         score = math.nan if lost or self._unfit(learner, results[-1]) else results[-1].metrics[self.metric.name]
         return Finished(score, self.epochs, tuple(results), sum(r.seconds for r in results))
 
@@ -206,6 +215,21 @@ class Session(JobTrainer):
             return None
         self._last = state
         return self._writer(self._copies.copy(state))
+
+    def _copy_epoch(self, cut: dict[str, Any], trained_s: float) -> None:
+        """Copy the state at the end of an epoch, for `kept`. cut: where the chunk would go on."""
+        if self.group.count == 1:
+            self._epoch.copy(lambda: self.state() | {"cut": cut | {"rng": random_state()}}, trained_s)
+
+    def kept(self) -> Sequence[Kept]:
+        """If the validation has failed, the state before it is complete and still in use. Else, or if it can't be read
+        any more (after an error of the GPU), there may be a copy from the end of an earlier epoch."""
+        if self.group.count > 1:  # the followers would not continue from there
+            return ()
+        before_validation = [Kept(self._cut["step"], self.save)] if self._cut is not None else []
+        state = self._epoch.state
+        copied = [] if state is None else [Kept(0, lambda target: self._writer(state)(target))]
+        return before_validation + copied
 
     def _writer(self, state: dict[str, Any]) -> Callable[[IO[bytes]], None]:
         assert self._learner is not None
@@ -277,11 +301,16 @@ class Session(JobTrainer):
             self._reports.step(learner.steps, loss, rate)
             self._evaluate_between(learner)
         next(batches, None)  # lets the loader finish the epoch
+        totals = dict(zip(("loss_sum", "loss_count"), mean.totals(), strict=True))
+        cut |= totals | {"seconds": cut["seconds"] + time.monotonic() - started}
+        started = time.monotonic()
         metrics = {"train_loss": mean.mean()}
-        self.epochs += 1
-        if last or self.epochs % self.settings.evaluate_every == 0:
+        if last or (self.epochs + 1) % self.settings.evaluate_every == 0:
+            self._cut = cut | {"rng": random_state()}  # from here a chunk can go on whose validation fails
             metrics |= self._evaluate(learner, self.settings.select_on)
+            self._cut = None
         learner.after_epoch(metrics)
+        self.epochs += 1
         return EpochResult(self.epochs, cut["seconds"] + time.monotonic() - started, metrics)
 
     def _evaluate_between(self, learner: Learner) -> None:
@@ -315,48 +344,3 @@ class Session(JobTrainer):
     def _state(self) -> dict[str, Any]:
         assert self._learner is not None
         return self._learner.state()
-
-
-class LossMean:
-    """The mean loss of an epoch's examples, summed on the device in float64."""
-
-    def __init__(self, total: float, count: float, skips: bool, device: torch.device) -> None:
-        """skips: leave out steps whose loss is not finite, because the optimizer skipped them too (fp16)."""
-        self._total = torch.tensor(total, dtype=torch.float64, device=device)
-        self._count = torch.tensor(count, dtype=torch.float64, device=device) if skips else count
-        self._skips = skips
-
-    def add(self, loss: Tensor, size: int) -> None:
-        if not self._skips:
-            self._total.add_(loss, alpha=size)
-            self._count += size
-            return
-        finite = torch.isfinite(loss)
-        self._total.add_(torch.where(finite, loss, 0), alpha=size)
-        self._count += finite * size
-
-    def totals(self) -> tuple[float, float]:
-        return self._total.item(), float(self._count)
-
-    def mean(self) -> float:
-        """Return the mean; NaN if no step had a finite loss."""
-        total, count = self.totals()
-        return total / count if count else math.nan
-
-
-def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
-    """Set the random state with which the chunk starts or continues. If work.repeat is not 0, a chunk that starts gets
-    new random numbers instead of the parent's. Returns the position in the current epoch."""
-    if work.suspended:
-        set_random_state(state["cut"]["rng"])
-        cut: dict[str, Any] = fresh_cut() | state["cut"]
-        return cut
-    set_random_state(state["rng"])
-    if work.repeat:
-        seed_all(hash_seed(int(torch.randint(2**62, ()).item()), work.repeat))
-    return fresh_cut()
-
-
-def fresh_cut() -> dict[str, Any]:
-    """Return the position of a chunk that has not started."""
-    return {"seed": None, "step": 0, "loss_sum": 0.0, "loss_count": 0.0, "seconds": 0.0, "results": [], "rng": None}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import io
 import re
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
-from datetime import date, datetime, time, timedelta, timezone
+from contextlib import AbstractContextManager, suppress
 from enum import Enum
 from importlib import import_module
 from itertools import combinations
@@ -22,7 +23,8 @@ from torch.serialization import safe_globals
 
 from jobs.data.batches import map_leaves, map_tensors, size_bytes
 from jobs.errors import JobError
-from jobs.training import frozen_file
+from jobs.training import frozen_file, memory
+from orchestrator.rules import failing
 
 FORMAT = 2
 
@@ -58,7 +60,8 @@ def plain_globals() -> AbstractContextManager[Any]:
     named: list[Any] = [np.ndarray, np.dtype, *vars(np.dtypes).values()]
     for function in (multiarray.scalar, multiarray._reconstruct):  # NumPy 1 and 2 name them differently
         named += [(function, f"{home}.multiarray.{function.__name__}") for home in ("numpy.core", "numpy._core")]
-    named += [bytes, frozenset, range, slice, PosixPath, PurePosixPath, date, time, datetime, timedelta, timezone]
+    named += [bytes, frozenset, range, slice, PosixPath, PurePosixPath]
+    named += [datetime.date, datetime.time, datetime.datetime, datetime.timedelta, datetime.timezone]
     return safe_globals([one for one in named if isinstance(one, tuple) or callable(one)])
 
 
@@ -143,6 +146,33 @@ class Copies:
 
         result: dict[str, Any] = map_tensors(state, copied)
         return result
+
+
+class EpochCopy:
+    """A copy of the state at the end of an epoch, in host memory. Copies are made so rarely that they cost little."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] | None = None
+        self._copies = Copies()
+        self._took_s: float | None = None  # how long the last copy took
+        self._trained_s = 0.0  # since the last copy
+
+    def copy(self, state: Callable[[], dict[str, Any]], trained_s: float) -> None:
+        """Copy the state, unless the last copy is too recent or the memory does not suffice. state: returns it.
+        trained_s: how long the epoch took."""
+        self._trained_s += trained_s
+        if not failing.worth_copying(self._trained_s, self._took_s):
+            return
+        started, now = time.monotonic(), state()
+        if self._copies.needed_bytes(now) > memory.free_bytes() / 2:
+            return
+        self.state = None  # the last copy's memory is used again
+        with suppress(MemoryError, RuntimeError):  # the copy is not worth a failure
+            self.state = self._copies.copy(now)
+        self._took_s, self._trained_s = time.monotonic() - started, 0.0
+
+    def forget(self) -> None:
+        self.state = None
 
 
 def _copy(tensor: Tensor, memory: Tensor | None) -> Tensor:

@@ -69,7 +69,7 @@ class Verdict:
 def in_fresh_process(trial: Trial, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
     """Run a link in a process that shares only files with the other links, like the jobs of a chain. Its output goes
     to standard error. Raises JobError with the link's error message or, if it left none, with how its process ended."""
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if trial.device == "cpu" else {})
+    environment = os.environ | {"PYTHONHASHSEED": "0"} | ({"CUDA_VISIBLE_DEVICES": ""} if trial.device == "cpu" else {})
     arguments = [str(root), name, str(start), str(NO_STOP if stop is None else stop)]
     (root / RESULT).unlink(missing_ok=True)
     # -P: modules in the current folder must not replace orch's own

@@ -26,7 +26,7 @@ from jobs.training.examples import Opened
 from jobs.training.opening import has_own_loop, load_job, set_up
 from jobs.training.short import Short, ShortExamples, ShortOwnLoop, ShortSession
 from jobs.verify_resume.exactness import digest
-from orchestrator.messages import counted
+from orchestrator.messages import counted, described
 from orchestrator.records import EpochResult, Interrupted, Profile, Work
 from orchestrator.rules import claiming
 from orchestrator.settings.settings import Settings
@@ -289,7 +289,7 @@ def run(trial: Trial, folder: Path, start: int, stop: int | None) -> dict[str, A
     }
 
 
-def explained(job: str, error: Exception) -> str | None:
+def explained(job: str, error: BaseException) -> str | None:
     """Return a message for an error raised by orch, or by torch for an operation without a deterministic
     implementation; None for any other error."""
     if isinstance(error, JobError):
@@ -312,11 +312,11 @@ def main(root: Path, name: str, start: int, stop: int) -> int:
     result: dict[str, Any]
     try:
         result = run(trial, root / name, start, None if stop == NO_STOP else stop)
-    except Exception as error:  # anything the user's job raises
+    except BaseException as error:  # anything the user's job raises, also by sys.exit()
         message = explained(trial.settings.job, error)
         if message is None:  # the traceback shows where in the job's code the error occurred
             traceback.print_exc()
-            message = f"job {trial.settings.job}: {type(error).__name__}: {error}"
+            message = f"job {trial.settings.job}: {described(error)}"
         result = {"error": message}
     (root / RESULT).write_text(json.dumps(result), encoding="utf-8")
     return int("error" in result)

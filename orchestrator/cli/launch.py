@@ -54,6 +54,7 @@ def launch(
     from orchestrator.worker.user_job import check_job, data_source, try_job
 
     loaded, notes = _load(settings, set_ or [], workers, executor)
+    runs_dir = runs_dir.absolute()  # now: the user's code may change the working folder
     folder = runs_dir / loaded.name
     existing = Run.open(folder) if is_run(folder) else None
     if existing:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
+SAFE_PATH = "PYTHONSAFEPATH"  # a non-empty value makes Python not look for modules in its working folder (-P)
+SET_BY_ORCH = "orch"
+
+
+def job_python() -> str:
+    """Return the command that starts Python in a job.
+
+    -P: files in the working folder, such as a user's orchestrator/ or random.py, must not hide what starts the job.
+    PYTHONHASHSEED: all jobs of a run must iterate over sets of strings in the same order. It is set here, and not in
+    the environment of the submission, so that `sbatch --export=NONE` does not lose it.
+    """
+    return f"env PYTHONHASHSEED=0 {shlex.quote(sys.executable)} -P"
 
 
 def gpus() -> list[str]:

@@ -19,7 +19,15 @@ from typing import Any
 
 import psutil
 
-from orchestrator.cluster.host import created_at, find_process, host_name, send_signal
+from orchestrator.cluster.host import (
+    SAFE_PATH,
+    SET_BY_ORCH,
+    created_at,
+    find_process,
+    host_name,
+    job_python,
+    send_signal,
+)
 from orchestrator.cluster.protocol import JobMain, JobQueue, ThisJob
 from orchestrator.errors import SubmissionError
 from orchestrator.files import permissions
@@ -87,7 +95,7 @@ class LocalQueue(ProcessQueue):
         try:
             with permissions.files_of(self._run_folder):
                 for job in jobs:
-                    executor = submitit.LocalExecutor(self._run_folder / JOBS / job.token)
+                    executor = submitit.LocalExecutor(self._run_folder / JOBS / job.token, python=job_python())
                     executor.update_parameters(
                         timeout_min=limit_s / 60,
                         signal_delay_s=int(GRACE_S),
@@ -155,6 +163,8 @@ def _detached() -> Iterator[None]:
     had = {s: signal.signal(s, signal.SIG_IGN) for s in signals}
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    safe_path = os.environ.get(SAFE_PATH)
+    os.environ.setdefault(SAFE_PATH, SET_BY_ORCH)  # for submitit's controller; the job removes it
     kept = [os.dup(fd) for fd in range(3)]
     null = os.open(os.devnull, os.O_RDWR)
     try:
@@ -166,5 +176,7 @@ def _detached() -> Iterator[None]:
             os.dup2(copy, fd)
             os.close(copy)
         os.close(null)
+        if safe_path is None:
+            del os.environ[SAFE_PATH]
         for signum, handler in had.items():
             signal.signal(signum, handler)

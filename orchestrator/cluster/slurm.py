@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cluster.host import job_python
 from orchestrator.cluster.protocol import JobMain, JobQueue, ThisJob
 from orchestrator.cluster.sbatch import Request, refusal_of, refused, request, too_short
 from orchestrator.errors import Refusal, SettingsError, SubmissionError
@@ -111,7 +112,7 @@ class SlurmQueue(JobQueue):
                 f"the name of the run folder {str(self._run_folder)!r} contains a line break or another "
                 "unprintable character, which Slurm can't handle; choose another --runs-dir"
             )
-        executor = submitit.SlurmExecutor(self._run_folder / JOBS / base)
+        executor = submitit.SlurmExecutor(self._run_folder / JOBS / base, python=job_python())
         executor.update_parameters(
             job_name=f"orch-{self._settings.name}-{base}",
             time=asked.time_min,

@@ -80,7 +80,7 @@ class FolderFacts:
 
 
 def look_at_python(timeout_s: float = PYTHON_TIMEOUT_S) -> PythonFacts:
-    command = [sys.executable, "-c", LOOK_AT_PYTHON, json.dumps(PACKAGES)]
+    command = [sys.executable, "-P", "-c", LOOK_AT_PYTHON, json.dumps(PACKAGES)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except (OSError, subprocess.SubprocessError) as error:

@@ -18,7 +18,7 @@ from orchestrator.leaderboard.results import close, promote
 from orchestrator.leaderboard.schema import checkpoint, chunk, epoch, run, worker
 from orchestrator.leaderboard.statements import Statement
 from orchestrator.records import Candidate, ChunkState, Claim, ExpiredBy, JobState, Over, Policy, Progress, RunState
-from orchestrator.rules import admission, claiming, stopping
+from orchestrator.rules import admission, claiming, failing, stopping
 from orchestrator.rules.admission import Discard, Promote
 from orchestrator.settings.loading import thaw
 
@@ -31,7 +31,9 @@ _SUSPENDED = Statement(
     .limit(1)
 )
 _RUN, _LEASE, _EPOCHS = Statement(update(run)), Statement(insert(chunk)), Statement(insert(epoch))
-_NO_FAILURES = Statement(update(worker).where(worker.c.worker_id == bindparam("by_worker")).values(failures=0))
+_NO_FAILURES = Statement(
+    update(worker).where(worker.c.worker_id == bindparam("by_worker")).values(failures=0, early_failure=None)
+)
 _NOT_SUSPENDED: Mapping[str, None] = {"suspended_file": None, "suspended_sha256": None}
 
 
@@ -42,6 +44,15 @@ class Outcome:
     promoted: bool
     reason: str
     collectable: tuple[str, ...] = ()  # files that may be deleted, because nothing refers to them any more
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What follows from a failure of a chunk."""
+
+    failures: int  # of the worker, in a row
+    stopped: str | None  # why the worker's chain ends; None: it goes on
+    resumes_from: str | None  # the file with the state from which the chunk goes on; None: its training is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +135,7 @@ class Board:
             state=ChunkState.LIVE,
             claimed_at=claimant.now,
             lease_until=claimant.lease_until,
+            failures=0,
         )
         return {"chunk_id": chunk_id, "position": position, "repeat": repeat}, source
 
@@ -239,18 +251,25 @@ class Board:
             moves.log_event(tx, now, "suspended", **whose, generation=claim.generation)
             return moves.release(tx)
 
-    def give_back(self, claim: Claim, reason: str, now: float) -> None:
-        """Expire the claim, because the worker can't continue for a reason unrelated to the chunk."""
+    def give_back(self, claim: Claim, reason: str, now: float, state_lost: bool = False) -> None:
+        """Expire the claim, because the worker can't continue for a reason unrelated to the chunk. A chunk that was
+        resumed is suspended again, unless state_lost: its suspended state can't be used any more."""
         with self._database.transaction() as tx:
-            close(tx, claim, ChunkState.EXPIRED, now, error=reason, expired_by=ExpiredBy.GIVEN_BACK, **_NOT_SUSPENDED)
             whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id}
             moves.log_event(tx, now, "expired", **whose, by=str(ExpiredBy.GIVEN_BACK), reason=reason)
+            about = {"error": reason, "error_at": now}
+            file = tx.execute(select(chunk.c.suspended_file).where(chunk.c.chunk_id == claim.chunk_id)).scalar_one()
+            if file is not None and not state_lost:
+                close(tx, claim, ChunkState.SUSPENDED, None, **about)
+                return
+            close(tx, claim, ChunkState.EXPIRED, now, expired_by=ExpiredBy.GIVEN_BACK, **about, **_NOT_SUSPENDED)
 
     def condemn(self, claim: Claim, reason: str, now: float) -> None:
         """Expire the claim and remove its parent's entry from the board, because the parent's checkpoint is damaged."""
         damaged = ExpiredBy.PARENT_DAMAGED
         with self._database.transaction() as tx:
-            close(tx, claim, ChunkState.EXPIRED, now, error=reason, expired_by=damaged, **_NOT_SUSPENDED)
+            about = {"error": reason, "error_at": now, "expired_by": damaged}
+            close(tx, claim, ChunkState.EXPIRED, now, **about, **_NOT_SUSPENDED)
             entry_id = tx.execute(select(chunk.c.entry_id).where(chunk.c.chunk_id == claim.chunk_id)).scalar_one()
             moves.take_off(tx, entry_id, reason, now, worker_id=claim.worker_id, chunk_id=claim.chunk_id)
 
@@ -259,32 +278,43 @@ class Board:
         with self._database.transaction() as tx:
             moves.take_off(tx, entry_id, reason, now)
 
-    def fail(self, claim: Claim, error: str, now: float) -> int:
-        """Record that training raised an exception. Returns the worker's number of consecutive failures.
+    def fail(
+        self, claim: Claim, error: str, now: float, kept: Mapping[str, str] | None = None, early: str | None = None
+    ) -> Failed:
+        """Record that training raised an exception; error: its class and text.
 
-        The position becomes free for another attempt. After max_chunk_attempts failures at a position, the position is
-        consumed instead, so that its entry can continue with the next position.
+        kept: the file with a state from before the failure, and its sha256. The chunk is suspended and goes on from
+        there or, without such a file, from the file that it was resumed from. If there is neither, its position becomes
+        free for another attempt. After max_chunk_attempts failures at a position, the position is consumed instead, so
+        that its entry can continue with the next position. early: see `count_failure`.
         """
-        error = error.replace("\0", "\N{REPLACEMENT CHARACTER}")  # PostgreSQL refuses NUL in text
         with self._database.transaction() as tx:
-            context = moves.context_of(tx, claim.worker_id, None, claim.chunk_id)
+            policy, context = self._policy_now(tx), moves.context_of(tx, claim.worker_id, None, claim.chunk_id)
             entry_id = context.entry_id
-            earlier = tx.execute(
-                select(func.count()).where(
-                    chunk.c.entry_id == entry_id, chunk.c.position == claim.position, chunk.c.state == ChunkState.FAILED
-                )
-            ).scalar_one()
-            given_up = entry_id is not None and earlier + 1 >= self._policy_now(tx).max_chunk_attempts
-            state = ChunkState.DISCARDED if given_up else ChunkState.FAILED
-            close(tx, claim, state, now, error=error, **_NOT_SUSPENDED)
-            if given_up:
+            columns = chunk.c["failures", "suspended_file", "suspended_sha256"]
+            row = tx.execute(select(*columns).where(chunk.c.chunk_id == claim.chunk_id)).one()
+            earlier: int = row.failures or 0  # None: claimed by an earlier version
+            if entry_id is not None:
+                total = select(func.coalesce(func.sum(chunk.c.failures), 0))
+                of_position = chunk.c.entry_id == entry_id, chunk.c.position == claim.position
+                earlier = tx.execute(total.where(*of_position)).scalar_one()
+            source = kept or {"file": row.suspended_file, "sha256": row.suspended_sha256}
+            same_profile = claiming.profile_at(claim.position, policy.cycle) == claim.profile
+            state = failing.chunk_after(
+                earlier + 1, policy.max_chunk_attempts, entry_id is None, bool(source["file"]) and same_profile
+            )
+            about: dict[str, Any] = {"error": error, "error_at": now, "failures": (row.failures or 0) + 1}
+            about |= _NOT_SUSPENDED
+            if state is ChunkState.SUSPENDED:
+                about |= {"suspended_file": source["file"], "suspended_sha256": source["sha256"]}
+            close(tx, claim, state, None if state is ChunkState.SUSPENDED else now, **about)
+            if state is ChunkState.DISCARDED:
                 moves.consume(tx, entry_id, claim.position, context.floor)
                 tx.execute(update(run).values(chunks_since_promotion=run.c.chunks_since_promotion + 1))
             whose = {"worker_id": claim.worker_id, "chunk_id": claim.chunk_id, "entry_id": entry_id}
-            moves.log_event(tx, now, "failed", **whose, error=error[:2000])
-            count_failure(tx, claim.worker_id)
-            failures: int = context.failures + 1
-            return failures
+            moves.log_event(tx, now, "failed", **whose, error=error[:2000], resumes_from=about["suspended_file"])
+            who = count_failure(tx, claim.worker_id, now, early, error)
+            return Failed(who.failures, who.stopped, about["suspended_file"])
 
     def record_test(self, checkpoint_id: int, sha256: str, metrics: Mapping[str, float], now: float) -> None:
         """Store a checkpoint's test metrics. Raises StaleClaimError if the checkpoint was replaced meanwhile."""

@@ -67,8 +67,9 @@ class Chains:
             this_job = update(job).where(job.c.job_id == mine.job_id)
             tx.execute(this_job.values(**place, **begins, ended_at=None, outcome=None))
             earlier = select(job.c.job_id).where(job.c.worker_id == worker_id, job.c.link < mine.link, links.IS_OPEN)
-            for job_id in tx.execute(earlier).scalars().all():
-                links.close_link(tx, job_id, JobState.LOST, "the job never reported its end", now)
+            for number, job_id in enumerate(tx.execute(earlier.order_by(job.c.link)).scalars().all()):
+                reason = "the job never reported its end"
+                links.close_link(tx, job_id, JobState.LOST, reason, now, may_count=number == 0)  # one gap, one failure
             expire(tx, chunk.c.worker_id == worker_id, ExpiredBy.JOB_SILENT, now)
             who, why_not = links.why_no_successor(tx, worker_id, now, max_failures)
             link = None
@@ -116,9 +117,10 @@ class Chains:
                     links.close_link(tx, it.job_id, state, reason, now)
 
     def end(
-        self, mine: ChainJob, outcome: str, error: bool, now: float, max_failures: int
+        self, mine: ChainJob, outcome: str, error: bool, now: float, max_failures: int, early: str | None = None
     ) -> tuple[ChainJob | None, str | None]:
         """Record the end of a job. Returns its open successor, and why that successor is not wanted; each may be None.
+        early: the signature of the error if the job could not be opened (see `failing.signature`).
 
         A successor that is not wanted is marked as cancelled in the database; the caller must cancel it on the cluster.
         """
@@ -127,7 +129,7 @@ class Chains:
                 return None, None
             expire(tx, chunk.c.job_id == mine.job_id, ExpiredBy.JOB_ENDED, now)  # claims that the job still holds
             if error:
-                links.count_failure(tx, mine.worker_id)
+                links.count_failure(tx, mine.worker_id, now, early, outcome)
             later = select(job).where(job.c.worker_id == mine.worker_id, job.c.link > mine.link, links.IS_OPEN)
             row = tx.execute(later.order_by(job.c.link)).first()
             _, why_not = links.why_no_successor(tx, mine.worker_id, now, max_failures)
@@ -162,9 +164,12 @@ class Chains:
     ) -> None:
         """Record what the cluster reported. lost: jobs that no longer exist. reasons: how lost jobs ended, by job_id.
         adopt: jobs that the cluster has accepted but that are still marked as SUBMITTING, each with its cluster_id."""
+        failed: set[int] = set()  # a running job and its queued successor that vanish together are one failure
         with self._database.transaction() as tx:
-            for gone in lost:
-                if links.close_link(tx, gone.job_id, JobState.LOST, reasons[gone.job_id], now, gone.starts):
+            for gone in sorted(lost, key=lambda job: job.link):
+                may_count = gone.worker_id not in failed
+                failed.add(gone.worker_id)
+                if links.close_link(tx, gone.job_id, JobState.LOST, reasons[gone.job_id], now, gone.starts, may_count):
                     expire(tx, chunk.c.job_id == gone.job_id, ExpiredBy.JOB_GONE, now)
                     log_event(tx, now, "lost", worker_id=gone.worker_id, job=gone.job_id, cluster_id=gone.cluster_id)
             for known, cluster_id in adopt:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
 from orchestrator.leaderboard.moves import job_of, log_event, set_state, worker_of
 from orchestrator.leaderboard.schema import chunk, job, run, worker
-from orchestrator.records import ChainJob, JobState, RunState, StopKind, Worker
-from orchestrator.rules import stopping, succession
+from orchestrator.records import ChainJob, ChunkState, JobState, RunState, StopKind, Worker
+from orchestrator.rules import failing, stopping, succession
 
 OPEN = (JobState.SUBMITTING, JobState.QUEUED, JobState.RUNNING)
 IS_OPEN = job.c.state.in_(OPEN)
@@ -33,10 +34,17 @@ def add_link(tx: Connection, worker_id: int, after_job_id: int | None, token: st
 
 
 def close_link(
-    tx: Connection, job_id: int, state: JobState, outcome: str, now: float, starts: int | None = None
+    tx: Connection,
+    job_id: int,
+    state: JobState,
+    outcome: str,
+    now: float,
+    starts: int | None = None,
+    may_count: bool = True,
 ) -> bool:
-    """Close a link. starts: how often the job had started when the caller saw it; None: ignore this. Returns False if
-    the link is not open, or if the job has started again meanwhile."""
+    """Close a link. starts: how often the job had started when the caller saw it; None: ignore this. may_count: False
+    if the failure that ended the job has been counted already. Returns False if the link is not open, or if the job has
+    started again meanwhile."""
     where = [job.c.job_id == job_id, IS_OPEN]
     if starts is not None:
         where.append(job.c.starts == starts)
@@ -44,9 +52,13 @@ def close_link(
     if was is None:
         return False
     tx.execute(update(job).where(job.c.job_id == job_id).values(state=state, outcome=outcome, ended_at=now))
-    finished = select(func.count()).where(chunk.c.job_id == job_id, chunk.c.finished_at.is_not(None))
-    if succession.counts_as_failure(job_of(was), state, tx.execute(finished).scalar_one()):
-        count_failure(tx, was.worker_id)
+    finished = select(func.count()).where(
+        chunk.c.job_id == job_id, chunk.c.finished_at.is_not(None), chunk.c.state != ChunkState.EXPIRED
+    )
+    failed_at = tx.execute(select(worker.c.failed_at).where(worker.c.worker_id == was.worker_id)).scalar_one()
+    counts = succession.counts_as_failure(job_of(was), state, tx.execute(finished).scalar_one(), failed_at)
+    if counts and may_count:
+        count_failure(tx, was.worker_id, now)
     return True
 
 
@@ -80,5 +92,18 @@ def stop_worker(tx: Connection, worker_id: int, reason: str, now: float) -> None
         set_state(tx, RunState.FAILED, f"every worker has stopped; the last: {reason}", now)
 
 
-def count_failure(tx: Connection, worker_id: int) -> None:
-    tx.execute(update(worker).where(worker.c.worker_id == worker_id).values(failures=worker.c.failures + 1))
+def count_failure(
+    tx: Connection, worker_id: int, now: float, early: str | None = None, message: str | None = None
+) -> Worker:
+    """Count a failure of a chain. early: its signature (see `failing.signature`) if it came before the first step;
+    message: what failed. Stops the chain if its last failure was the same. Returns the worker as it is then."""
+    this = worker.c.worker_id == worker_id
+    earlier = tx.execute(select(worker.c.early_failure).where(this)).scalar_one()
+    counted = {"failures": worker.c.failures + 1, "failed_at": now, "early_failure": early}
+    tx.execute(update(worker).where(this).values(counted))
+    who = worker_of(tx.execute(select(worker).where(this)).one())
+    if not failing.repeats(earlier, early) or who.stopped is not None:
+        return who
+    reason = failing.why_it_ends(message or early or "")
+    stop_worker(tx, worker_id, reason, now)
+    return replace(who, stopped=reason)

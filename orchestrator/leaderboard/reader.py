@@ -110,11 +110,12 @@ class Reader:
             return [job_of(row) for row in rows.all()]
 
     def last_error(self) -> tuple[str, float] | None:
-        """Return the latest error of any chunk and when that chunk ended; None if there was no error."""
+        """Return the latest error of any chunk and its time; None if there was no error."""
+        at = func.coalesce(chunk.c.error_at, chunk.c.finished_at).label("at")  # before schema 3: the chunk's end
         with self._database.transaction() as tx:
-            with_error = select(chunk.c.error, chunk.c.finished_at).where(chunk.c.error.is_not(None))
-            row = tx.execute(with_error.order_by(chunk.c.finished_at.desc()).limit(1)).one_or_none()
-            return None if row is None else (row.error, row.finished_at)
+            with_error = select(chunk.c.error, at).where(chunk.c.error.is_not(None), at.is_not(None))
+            row = tx.execute(with_error.order_by(at.desc()).limit(1)).one_or_none()
+            return None if row is None else (row.error, row.at)
 
     def recent_chunk_seconds(self) -> list[float]:
         """Return how long the last five finished chunks of this run took, latest last."""

@@ -94,7 +94,7 @@ class RunStateStore:
         """Reset the failures of the first `workers` chains and remove their stops, so that they can continue."""
         with self._database.transaction() as tx:
             first = update(worker).where(worker.c.worker_id < workers)
-            tx.execute(first.values(failures=0, stopped=None, stop_kind=None))
+            tx.execute(first.values(failures=0, early_failure=None, stopped=None, stop_kind=None))
 
     def amend(
         self, settings: str, deadline: float, workers: int, what: str, now: float, *, profiles_changed: bool

@@ -18,7 +18,7 @@ from sqlalchemy import (
     text,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 HELD = "state IN ('live', 'suspended')"
 metadata = MetaData()
@@ -48,6 +48,8 @@ worker = Table(
     Column("worker_id", Integer, primary_key=True, autoincrement=False),
     Column("device", String(200)),
     Column("failures", Integer, nullable=False, default=0),
+    Column("failed_at", Float),  # when the last failure was counted
+    Column("early_failure", Text),  # the last failure's signature, if it came before the first step (rules/failing)
     Column("stopped", Text),  # the reason, as text for users
     Column("stop_kind", String(16)),  # a StopKind
 )
@@ -133,7 +135,9 @@ chunk = Table(
     Column("suspended_file", String(255)),
     Column("suspended_sha256", String(64)),
     Column("expired_by", String(20)),  # an ExpiredBy
-    Column("error", Text),  # the error that ended the chunk
+    Column("error", Text),  # the last error in the chunk
+    Column("error_at", Float),
+    Column("failures", Integer, default=0),  # how often the chunk has failed
     Index("chunk_by_entry", "entry_id", "position"),
     Index("chunk_held", "state", "entry_id", "lease_until", sqlite_where=text(HELD), postgresql_where=text(HELD)),
     Index("chunk_finished", "finished_at"),

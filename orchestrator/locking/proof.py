@@ -191,7 +191,7 @@ class _Child:
 def _child(kind: LockKind, counter: Path, lock_file: Path) -> Iterator[_Child]:
     path = os.pathsep.join([_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
     process = subprocess.Popen(
-        [sys.executable, "-c", "from orchestrator.locking.proof import obey; obey()", kind, counter, lock_file],
+        [sys.executable, "-P", "-c", "from orchestrator.locking.proof import obey; obey()", kind, counter, lock_file],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},

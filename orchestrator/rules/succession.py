@@ -30,11 +30,16 @@ def refusal(job: ChainJob, cluster_id: str, followed: bool) -> str | None:
     return None
 
 
-def counts_as_failure(job: ChainJob, ended_as: JobState, finished_chunks: int) -> bool:
+def counts_as_failure(job: ChainJob, ended_as: JobState, finished_chunks: int, failed_at: float | None = None) -> bool:
     """Does the end of this job count as a failure of its chain? Yes, if the job finished no chunk and was lost, either
-    while it ran or after the cluster had accepted it (its set-up lines may have failed before Python started)."""
+    while it ran or after the cluster had accepted it (its set-up lines may have failed before Python started).
+
+    failed_at: when the chain's last failure was counted. If this job was running then, the failure was that of its
+    chunk, from which the process died afterwards; it is not counted a second time.
+    """
     had_begun = job.state is JobState.RUNNING or (job.state is JobState.QUEUED and job.cluster_id is not None)
-    return ended_as is JobState.LOST and had_begun and not finished_chunks
+    counted = failed_at is not None and job.started_at is not None and failed_at >= job.started_at
+    return ended_as is JobState.LOST and had_begun and not finished_chunks and not counted
 
 
 def should_resubmit(state: RunState, now: float, deadline: float, worker: Worker, max_failures: int) -> str | None:

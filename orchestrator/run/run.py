@@ -154,7 +154,7 @@ class Run(OpenedRun):
         while True:
             links = chains.relink([0], time.time(), run.settings.max_failures)
             job = (links or [j for j in run.leaderboard.run_state.snapshot().open_jobs if j.worker_id == 0])[0]
-            with apart_from_stdout():
+            with apart_from_stdout(), stop.listening():
                 ending = be_worker(run, InlineJob(run.settings, job.token), 0, stop)
             if stop.reason or not chains.wants_successor(0, time.time(), run.settings.max_failures):
                 return ending

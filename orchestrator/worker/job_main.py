@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from orchestrator.cluster.choose import open_this_job
-from orchestrator.cluster.host import gpus, this_process
+from orchestrator.cluster.host import SAFE_PATH, SET_BY_ORCH, gpus, this_process
 from orchestrator.cluster.place import Place, this_place
 from orchestrator.cluster.protocol import ThisJob
 from orchestrator.files import permissions
@@ -60,6 +60,8 @@ def leave() -> NoReturn:
 
 def _work(run_folder: str, worker_id: int) -> str:
     permissions.use_umask(Path(run_folder))
+    if os.environ.get(SAFE_PATH) == SET_BY_ORCH:  # it would also affect processes that the user's code starts
+        del os.environ[SAFE_PATH]
     stop = StopFlag()
     stop.listen()  # on every rank: signals must not kill the other ranks, since rank 0 decides when to stop
     place = this_place()
@@ -68,9 +70,12 @@ def _work(run_folder: str, worker_id: int) -> str:
     _log_to(Path(run_folder) / LOGS / f"worker-{worker_id}.log" if place.rank == 0 else None)
     team = Team(place) if place.count > 1 else None  # connect before the wait, so that all end if rank 0 dies meanwhile
     if team is not None and place.rank > 0:
-        return team.follow()
+        return team.follow(stop)
+    from jobs.imports import start_in
+
     try:
         run = OpenedRun.opened(Path(run_folder), job_main, JOB_CONNECTS_FOR_S)
+        start_in(run.import_paths)
         return be_worker(run, open_this_job(run.settings), worker_id, stop, team).outcome
     finally:
         if team is not None:
@@ -95,12 +100,12 @@ class Team:
             log.error("%s", traceback.format_exc())
             self._error = error
 
-    def follow(self) -> str:
+    def follow(self, stop: StopFlag) -> str:
         ending = f"no connection to rank 0: {self._error}"
         if self._ranks is not None:
             from jobs.training.distributed import follow
 
-            ending = follow(self._ranks)
+            ending = follow(self._ranks, stop.listen_again)
         log.info("rank %d ends: %s", self._place.rank, ending)
         return ending
 
@@ -168,7 +173,7 @@ def be_worker(run: OpenedRun, this_job: ThisJob, worker_id: int, stop: StopFlag,
     for trainer in opened:
         try:
             trainer.close()
-        except Exception:  # not a failure of the job, since its work is already in the database
+        except BaseException:  # not a failure of the job, since its work is already in the database
             log.warning("the trainer could not be closed: %s", traceback.format_exc())
     return ending
 

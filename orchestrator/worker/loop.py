@@ -15,9 +15,10 @@ from orchestrator.errors import CheckpointError, DamagedCheckpointError, OrchErr
 from orchestrator.files import checkpoints
 from orchestrator.files.checkpoints import Written
 from orchestrator.files.run_folder import CHECKPOINTS
-from orchestrator.messages import counted
+from orchestrator.messages import counted, described
 from orchestrator.records import ChainJob, Claim, EpochResult, Finished, Interrupted, Over, Started, Work
-from orchestrator.rules import claiming, stopping
+from orchestrator.rules import claiming, failing, stopping
+from orchestrator.worker.failures import Failures
 from orchestrator.worker.mending import reconcile
 from orchestrator.worker.opened_run import OpenedRun
 from orchestrator.worker.successor import Successor
@@ -26,8 +27,7 @@ from orchestrator.worker.writing import CheckpointWriter, Unrecorded, candidate,
 
 log = logging.getLogger("orch")
 
-
-Trained = Finished | Interrupted | Exception  # what became of a chunk's training
+Trained = Finished | Interrupted | BaseException  # what became of a chunk's training
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Ahead:
     decided: bool = False  # has the last result been recorded, or has this failed?
     confirmed: bool = False  # is the claim real?
     result: Trained | None = None
-    error: Exception | None = None  # why the last result could not be recorded
+    error: BaseException | None = None  # why the last result could not be recorded
     epochs: list[EpochResult] = field(default_factory=list)  # finished before the claim was confirmed
 
 
@@ -65,12 +65,13 @@ class JobLoop:
         self.leaderboard = self.run.leaderboard
         self.files = self.run.folder / CHECKPOINTS
         self.writer = CheckpointWriter(self.run, self.clock, self.background or thread())
+        self.failures = Failures(self.run, self.writer, self.clock)
         self._trainer: Trainer | None = None
         self._next: Claim | Over | None = None  # what record_and_claim returned for the next chunk
         self._durations_s: list[float] = []  # durations of recent chunks, the latest last
         self._ahead: Ahead | None = None
         self._snapshots = True  # whether the trainer can go on while a checkpoint is written
-        self._stepped = False  # whether the current chunk has made a step
+        self._asked = 0  # how often the current chunk has asked whether to stop: once before each step
         self._began = 0.0  # when the model and the data had been loaded
         self._job_end = 0.0
         self._lease_until = 0.0
@@ -83,6 +84,7 @@ class JobLoop:
         self._job_end = (job.started_at or self.clock()) + self.this_job.latest_work_s()
         self._lease_until = (job.started_at or self.clock()) + self.this_job.time_limit_s()
         successor = Successor(started, self.leaderboard.chains, self.run.queue, self.clock)
+        opening = False
         try:
             successor.submit()
             reconcile(self.leaderboard, self.run.queue, self.run.settings, self.clock())
@@ -90,21 +92,24 @@ class JobLoop:
             if removed:
                 log.info("deleted %d files that are no longer needed", len(removed))
             if self._may_work():
+                opening = True
                 self._trainer = self.open_trainer()
+                opening = False
                 self._began = self.clock()
                 self._job_end = min(self._job_end, self._began + self.this_job.working_s())
             ending = self._work(job, successor)
         except StaleClaimError as error:
             ending = Ending(str(error))
-        except Exception as error:  # the next job of the chain tries again, until there are max_failures in a row
+        except BaseException as error:  # the next job of the chain tries again, until there are max_failures in a row
+            self.stop.raise_if_pressed_again(error)
             log.error("%s", traceback.format_exc())
-            ending = Ending(f"{type(error).__name__}: {error}", error=True)
+            ending = Ending(described(error), error=True, early=failing.signature(error) if opening else None)
         self.writer.background.shutdown()
         try:
             self._finish(job, successor, ending)
         except OrchError as error:  # another worker or `orch status` will see that the job is gone and repair the chain
             log.error("the job ends, but its end could not be recorded in the database: %s", error)
-            return Ending(f"{type(error).__name__}: {error}", error=True)
+            return Ending(described(error), error=True)
         return ending
 
     def _may_work(self) -> bool:
@@ -117,7 +122,7 @@ class JobLoop:
         chains, max_failures = self.leaderboard.chains, self.run.settings.max_failures
         if chains.wants_successor(job.worker_id, self.clock(), max_failures) and successor.retry_at_end():
             return
-        link, why_not = chains.end(job, ending.outcome, ending.error, self.clock(), max_failures)
+        link, why_not = chains.end(job, ending.outcome, ending.error, self.clock(), max_failures, ending.early)
         if why_not is not None and link is not None:
             log.info("no successor: %s", why_not)
             self.run.queue.cancel([link], now=False)
@@ -131,7 +136,7 @@ class JobLoop:
 
     def _work(self, job: ChainJob, successor: Successor) -> Ending:
         self._durations_s = self.leaderboard.reader.recent_chunk_seconds()
-        chunks = failed = 0
+        chunks = 0
         while True:
             if not self.stop.reason:
                 successor.submit()
@@ -145,13 +150,12 @@ class JobLoop:
                     return claim
                 result = self._chunk(claim, job)
             if isinstance(result, Ending):
-                failed += 1
-                if failed > 1 or result.final:  # this process or node may be broken, so continue in a new job
+                if self.failures.in_a_row > 1 or result.final:  # this process or node may be broken; a new job goes on
                     return result
             elif not result:
                 continue
             else:
-                failed = 0
+                self.failures.forget()
             chunks += 1
 
     def _next_claim(self, job: ChainJob, chunks: int) -> Claim | Ending:
@@ -190,22 +194,28 @@ class JobLoop:
         """Train a chunk. Returns any error of the user's model, data or device."""
         assert self._trainer is not None, "the trainer is opened before the first claim"
         self.leaderboard.database.release_connection()
-        self._stepped = False
+        self._asked = 0
+
+        def before_step() -> bool:
+            self._asked += 1
+            self.stop.listen_again()
+            return should_stop()
+
+        self.stop.listen_again()
         try:
-            return self._trainer.train(work, should_stop, self._on_epoch)
-        except Exception as error:
+            return self._trainer.train(work, before_step, self._on_epoch)
+        except BaseException as error:
+            self.stop.raise_if_pressed_again(error)
             log.error("%s", traceback.format_exc())
             return error
 
     def _settle(self, claim: Claim, result: Trained, job: ChainJob, started: float) -> bool | Ending:
         """Record what became of a chunk. Returns the same as `_chunk`."""
-        if isinstance(result, Exception):
-            message = f"{type(result).__name__}: {result}"
-            failures = self.leaderboard.board.fail(claim, message, self.clock())
-            self._remove(claim)
-            outcome = f"chunk {claim.chunk_id} failed ({failures} in a row): {message}"
-            return Ending(outcome, final=failures >= self.run.settings.max_failures)
+        assert self._trainer is not None
         try:
+            if isinstance(result, BaseException):
+                kept = self._trainer.kept()
+                return self.failures.record(claim, result, kept, stepped=self._asked > 1 or bool(kept))
             if isinstance(result, Interrupted):
                 self._suspend(claim, result)
                 return False
@@ -222,10 +232,10 @@ class JobLoop:
     def _should_stop(self) -> bool:
         """Decide, before each step, whether to stop. A chunk makes its first step even if the job's time is up:
         otherwise, a chunk would never advance if one step takes longer than a job."""
-        first, self._stepped = not self._stepped, True
-        return self.stop.reason is not None or (not first and self.clock() >= self._job_end)
+        return self.stop.reason is not None or (self._asked > 1 and self.clock() >= self._job_end)
 
     def _on_epoch(self, result: EpochResult) -> None:
+        self._asked = max(self._asked, 2)  # it has made steps, even if a loop of the user's own asks too rarely
         if self._ahead is not None and not self._ahead.decided:
             self._ahead.epochs.append(result)
         else:
@@ -242,7 +252,7 @@ class JobLoop:
             if claim.suspended_file and claim.suspended_sha256:
                 suspended = checkpoints.verify(self.files, claim.suspended_file, claim.suspended_sha256)
         except CheckpointError as error:
-            self.leaderboard.board.give_back(claim, f"the suspended state is lost: {error}", self.clock())
+            self.leaderboard.board.give_back(claim, f"the suspended state is lost: {error}", self.clock(), True)
             return None
         try:
             if claim.parent_file and claim.parent_sha256 and suspended is None:
@@ -361,7 +371,6 @@ class JobLoop:
         assert ahead is not None
         if not ahead.decided:
             if not ahead.last.written.done():
-                self._stepped = True
                 return self.stop.reason is not None or self.clock() >= self._job_end
             self._decide(ahead)
             self.leaderboard.database.release_connection()
@@ -373,7 +382,8 @@ class JobLoop:
         assert self._trainer is not None
         try:
             self._record(last.claim, last.result, last.written.result(), ahead.job, last.started)
-        except Exception as error:  # raised again when the training has stopped
+        except BaseException as error:  # raised again when the training has stopped
+            self.stop.raise_if_pressed_again(error)
             ahead.error = error
             return
         if isinstance(self._next, Claim) and claiming.same_work(ahead.claim, self._next):

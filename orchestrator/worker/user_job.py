@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import JobSpecError, OrchError
+from orchestrator.messages import described
 from orchestrator.settings.settings import Settings
 
 if TYPE_CHECKING:
@@ -95,8 +96,10 @@ def checkpoint_bytes(settings: Settings) -> int | str:
             from jobs.training.footprint import checkpoint_bytes
 
             return checkpoint_bytes(settings)
-    except Exception as error:  # the user's code may need a GPU that only compute nodes have
-        reason = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's code may need a GPU that only compute nodes have
+        reason = str(error) if isinstance(error, JobError) else described(error)
         return f"the model can't be created here: {' '.join(reason.split())}"
 
 
@@ -115,9 +118,10 @@ def apart_from_stdout() -> Iterator[None]:
 
 
 @contextmanager
-def as_job_error(job: str, hint: str = "") -> Iterator[None]:
+def as_job_error(job: str, hint: str = "", in_this_process: bool = True) -> Iterator[None]:
     """Turn any error of the user's code in the block into a JobSpecError, and redirect the code's output to stderr.
-    hint: added to the message."""
+    hint: added to the message. in_this_process: False if only other processes run the code; then SystemExit comes from
+    a signal to this one."""
     from jobs.errors import JobError
 
     try:
@@ -125,11 +129,12 @@ def as_job_error(job: str, hint: str = "") -> Iterator[None]:
             yield
     except JobError as error:
         raise JobSpecError(f"{error}{hint}") from error
-    except OrchError:
+    except (OrchError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        place = _place(error, job)
-        raise JobSpecError(f"job {job}: {type(error).__name__}: {error}{place}{hint}") from error
+    except BaseException as error:  # the user's code may even call sys.exit()
+        if not isinstance(error, Exception) and not in_this_process:
+            raise
+        raise JobSpecError(f"job {job}: {described(error)}{_place(error, job)}{hint}") from error
 
 
 def _place(error: BaseException, job: str) -> str:
@@ -148,9 +153,10 @@ def import_ahead(job: str) -> threading.Thread:
 
     Join the thread before opening the job: two threads must not import torch's modules at the same time.
     """
+    from jobs.imports import working_folder_kept
 
     def quietly() -> None:
-        with suppress(BaseException):
+        with suppress(BaseException), working_folder_kept():
             importlib.import_module(job.partition(":")[0])
             if "torch" in sys.modules:
                 importlib.import_module("jobs.training.opening")
@@ -206,5 +212,5 @@ def verify_resume(
         steps_per_epoch=steps_per_epoch,
         interruptions=interruptions,
     )
-    with as_job_error(settings.job):
+    with as_job_error(settings.job, in_this_process=False):
         return as_json(verify(trial, say))

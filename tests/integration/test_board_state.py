@@ -220,9 +220,16 @@ class BoardMachine(RuleBasedStateMachine):
             self._check_founder(claim)
         else:
             self._check_child(claim, entry)
-        file = claim.suspended_file
+        was = self.chunks.get(claim.chunk_id)
         self.chunks[claim.chunk_id] = ModelChunk(
-            entry, claim.position, LIVE, claim, job.job_id, self.now + LEASE_S, suspended_file=file
+            entry,
+            claim.position,
+            LIVE,
+            claim,
+            job.job_id,
+            self.now + LEASE_S,
+            suspended_file=claim.suspended_file,
+            failures=was.failures if was else 0,
         )
 
     def _check_resumed(self, claim: Claim, entry: ModelEntry | None, suspended: list[int]) -> None:
@@ -345,30 +352,58 @@ class BoardMachine(RuleBasedStateMachine):
             if goes_on:
                 self.claim(pick)
 
-    @rule(pick=st.integers(0, 5), times=st.integers(1, 2 * MAX_CHUNK_ATTEMPTS))
-    def fail(self, pick: int, times: int) -> None:
-        for _ in range(times):
+    @rule(
+        pick=st.integers(0, 5),
+        kept=st.lists(st.sampled_from([False, False, True]), min_size=1, max_size=2 * MAX_CHUNK_ATTEMPTS),
+    )
+    def fail(self, pick: int, kept: list[bool]) -> None:
+        """kept: for each failure, whether the worker has kept a state from before it."""
+        for one in kept:
             chunk = self._at_work(pick)
             if chunk is not None:
-                self._fail(chunk)
+                self._fail(chunk, one)
 
-    def _fail(self, chunk: ModelChunk) -> None:
-        self.board.board.fail(chunk.claim, "an exception", self.now)
-        given_up = False
+    def _fail(self, chunk: ModelChunk, kept: bool) -> None:
+        source = {"file": file_of(chunk.claim), "sha256": "0" * 64} if kept else None
+        failed = self.board.board.fail(chunk.claim, "an exception", self.now, source)
+        chunk.failures += 1
+        attempts = chunk.failures
         if chunk.entry is not None:
             chunk.entry.failures[chunk.position] += 1
-            given_up = chunk.entry.failures[chunk.position] >= MAX_CHUNK_ATTEMPTS
-        if given_up:
+            attempts = chunk.entry.failures[chunk.position]
+        given_up = attempts >= MAX_CHUNK_ATTEMPTS
+        goes_on_from = None if given_up else file_of(chunk.claim) if kept else chunk.suspended_file
+        assert failed.resumes_from == goes_on_from
+        if goes_on_from is not None:
+            self.seen["failed with a kept state" if kept else "failed after it was resumed"] += 1
+            if kept:
+                self._settle(chunk, SUSPENDED)
+                chunk.suspended_file = goes_on_from
+            else:
+                self._suspend_again(chunk)
+            return
+        if given_up and chunk.entry is not None:
             chunk.entry.consumed.add(chunk.position)
-        self._settle(chunk, "discarded" if given_up else "failed")
-        self.stale_chunks += given_up
-        self.seen["position given up" if given_up else "failed"] += 1
+            self.stale_chunks += 1
+            self.seen["position given up"] += 1
+        else:
+            self.seen["founder given up" if given_up else "failed"] += 1
+        self._settle(chunk, "discarded" if given_up and chunk.entry is not None else "failed")
+
+    def _suspend_again(self, chunk: ModelChunk) -> None:
+        """The chunk goes on from the file from which it was resumed."""
+        chunk.state = SUSPENDED
+        self.settled.append(chunk.claim)
 
     @rule(pick=st.integers(0, 5), its_parent_is_whole=st.booleans())
     def give_back(self, pick: int, its_parent_is_whole: bool) -> None:
         chunk = self._at_work(pick)
         if chunk is not None and its_parent_is_whole:
             self.board.board.give_back(chunk.claim, "its disk is full", self.now)
+            if chunk.suspended_file is not None:
+                self._suspend_again(chunk)
+                self.seen["suspended chunk given back"] += 1
+                return
             self.seen["given back"] += 1
         elif chunk is not None:
             self.board.board.condemn(chunk.claim, "damaged", self.now)

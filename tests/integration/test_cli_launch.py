@@ -242,24 +242,25 @@ class Mine(Digits):
 
 
 @pytest.mark.parametrize(
-    ("max_failures", "workers"),
+    ("error", "max_failures", "workers", "failures"),
     [
-        pytest.param(1, 1, id="one failure allowed"),
-        pytest.param(2, 1, id="two allowed"),
-        pytest.param(3, 1, id="three allowed"),
-        pytest.param(2, 2, id="two allowed, settings for two workers"),
+        pytest.param("ValueError", 1, 1, 1, id="one failure allowed"),
+        pytest.param("ValueError", 2, 1, 2, id="two allowed"),
+        pytest.param("ValueError", 5, 1, 2, id="five allowed, but the second is the same as the first"),
+        pytest.param("OSError", 3, 1, 3, id="three allowed, which another node may not have"),
+        pytest.param("ValueError", 2, 2, 2, id="two allowed, settings for two workers"),
     ],
 )
 def test_a_job_that_fails_each_time_fails_the_run_and_says_why(
-    max_failures: int, workers: int, tmp_path: Path, orch_call: OrchCall
+    error: str, max_failures: int, workers: int, failures: int, tmp_path: Path, orch_call: OrchCall
 ) -> None:
-    write_job(tmp_path, RAISES)
+    write_job(tmp_path, RAISES.replace("ValueError", error))
     file = write_settings(tmp_path, job="mine:Mine", max_failures=max_failures, workers=workers)
     code, out, _ = orch_call(tmp_path, "launch", file, "--json")
     result = json.loads(out)
     assert (code, result["state"]) == (1, "failed")
-    assert "ValueError: the camera is unplugged" in result["reason"]
-    assert result["chunks"]["failed"] == max_failures
+    assert f"{error}: the camera is unplugged" in result["reason"]
+    assert result["chunks"]["failed"] == failures
     assert (result["epochs"], result["board"]["entries"]) == (0, [])
 
 

@@ -17,7 +17,7 @@ import pytest
 from orchestrator.cluster.inline import InlineJob, InlineQueue
 from orchestrator.files import checkpoints
 from orchestrator.leaderboard.chains import JobStart
-from orchestrator.records import EpochResult, Finished, Interrupted, Started, Work
+from orchestrator.records import EpochResult, Finished, Interrupted, Kept, Started, Work
 from orchestrator.run.run import Run
 from orchestrator.worker.loop import JobLoop
 from orchestrator.worker.trainer import Ending, StopFlag, Trainer
@@ -240,6 +240,32 @@ def test_a_signal_during_the_training_ahead_loses_no_finished_chunk(
     assert ending.outcome == "stopped by SIGUSR2"
     states = [state for (state,) in chunks(run, "state")]
     assert states == ["promoted", "promoted", *(["suspended"] if written_at == 0 else [])]
+    assert violations(run) == []
+
+
+class Keeps(Scripted):
+    """Keeps the state with which a failed chunk began, as if it had finished an epoch."""
+
+    def kept(self) -> Sequence[Kept]:
+        return [Kept(0, self.save)]
+
+
+@pytest.mark.parametrize("written_at", [0, 3, STEPS])
+def test_an_error_in_the_training_ahead_keeps_what_the_trainer_has_kept(
+    storage: Storage, tmp_path: Path, written_at: int
+) -> None:
+    run = run_of(storage, tmp_path)
+
+    def fail(trainer: Scripted, work: Work, step: int) -> None:
+        if len(trainer.begun) == 2 and step == 2:
+            raise RuntimeError("out of memory")
+
+    trainer = Keeps(Later(), written_at, fail)
+    work(run, trainer)
+    assert [work.suspended is not None for work in trainer.begun] == [False, False, True, False, False, False]
+    assert chunks(run, "state", "failures") == [("promoted", str(int(number == 1))) for number in range(5)]
+    entry = run.board()["entries"][0]
+    assert json.loads((run.folder / "checkpoints" / entry["file"]).read_bytes())["line"] == ["a", "b", "a", "c", "a"]
     assert violations(run) == []
 
 

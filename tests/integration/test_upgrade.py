@@ -33,6 +33,10 @@ REASONS = {
     "what came of it was lost with the database": ("lost_with_database", None),
     "max_disk_gb is 1: the run takes more": (None, "max_disk_gb is 1: the run takes more"),
 }
+TO_VERSION_2 = (
+    *(f"ALTER TABLE @chunk DROP COLUMN {name}" for name in ("failures", "error_at")),
+    *(f"ALTER TABLE @worker DROP COLUMN {name}" for name in ("failed_at", "early_failure")),
+)
 
 
 def sql(run: Run, *statements: str) -> None:
@@ -61,6 +65,7 @@ def run(storage: Storage, tmp_path: Path) -> Iterator[Run]:
         "UPDATE @run SET generation = 2000",
         f"UPDATE @worker SET stopped = '{SURPLUS}' WHERE worker_id = 2",
         "UPDATE @worker SET stopped = '5 failures in a row' WHERE worker_id = 3",
+        *TO_VERSION_2,
         "ALTER TABLE @chunk DROP COLUMN expired_by",
         "ALTER TABLE @worker DROP COLUMN stop_kind",
         "UPDATE @run SET schema_version = 1, orch_version = '0.0.9'",
@@ -82,6 +87,26 @@ def test_a_database_of_version_1_is_upgraded_and_its_run_goes_on(run: Run) -> No
     work(again, [0.8, 0.9])
     assert len(board_of(again)) == 3
     assert violations(again, over=False) == []
+
+
+def test_a_database_of_version_2_is_upgraded_with_the_failures_that_it_has(storage: Storage, tmp_path: Path) -> None:
+    made = make_run(storage, tmp_path / "run", executor="inline")
+    work(made, [0.5, 0.4])
+    sql(
+        made,
+        "INSERT INTO @chunk (chunk_id, position, profile, worker_id, generation, state, claimed_at, lease_until, "
+        "finished_at, error) VALUES (1000, 0, 'a', 0, 1000, 'failed', 1, 1, 1, 'ValueError: no')",
+        "UPDATE @run SET generation = 2000, schema_version = 2",
+        *TO_VERSION_2,
+    )
+    made.leaderboard.database.release_connection()
+    again = opened(made.folder)
+    assert again.leaderboard.run_state.row()["schema_version"] == SCHEMA_VERSION
+    assert [c["failures"] for c in again.leaderboard.reader.rows("chunk")] == [0, 0, 1]
+    assert again.leaderboard.reader.last_error() == ("ValueError: no", 1.0)
+    work(again, [0.8, 0.9])
+    assert len(board_of(again)) == 3
+    storage.remove(again.leaderboard)
 
 
 def test_workers_that_were_too_many_are_told_from_those_that_failed(run: Run) -> None:

@@ -13,7 +13,8 @@ EVENTS = {  # each of these must happen in at least one example
     *("stale job refused", "claim taken", "suspended claim taken", "resumed by its worker"),
     *("resumed by another worker", "founder claimed", "child claimed", "position taken again"),
     *("position past the cycle", "child promoted", "promoted", "discarded", "entry evicted", "suspended"),
-    *("given back", "failed", "position given up", "entry condemned", "zombie refused", "second result refused"),
+    *("given back", "suspended chunk given back", "failed", "failed with a kept state", "failed after it was resumed"),
+    *("position given up", "founder given up", "entry condemned", "zombie refused", "second result refused"),
     *("work on an entry that lost its place", "job back in the queue", "claimed again"),
 }
 
@@ -42,6 +43,7 @@ class ModelChunk:
     job_id: int
     lease_until: float
     suspended_file: str | None = None
+    failures: int = 0
 
     @property
     def held(self) -> bool:

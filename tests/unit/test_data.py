@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -385,3 +389,62 @@ def test_every_tensor_of_a_nested_batch_is_moved() -> None:
 def test_a_data_set_in_memory_is_moved_once_as_a_whole() -> None:
     feed = TensorFeed(digits([4, 4]), range(8), 4, torch.device("meta"))
     assert all(part.is_meta for batch in feed.shuffled(seed=5) for part in batch)
+
+
+# --- loader processes that fail
+
+
+class Fatal(Dataset[Any]):
+    """Ends the process that reads it, once: `end` is called for the first example that is read."""
+
+    def __init__(self, flag: Path, end: Callable[[], object]) -> None:
+        self._flag, self._end = flag, end
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            self._flag.unlink()
+            self._end()
+        return index
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave() -> None:
+    sys.exit("no more credits")
+
+
+@pytest.mark.parametrize(("end", "message"), [(kill, "killed by|exited unexpectedly"), (leave, "SystemExit: no")])
+def test_after_a_loader_process_was_ended_the_next_epoch_has_all_its_batches(
+    tmp_path: Path, end: Callable[[], object], message: str
+) -> None:
+    (tmp_path / "flag").touch()
+    feed = LoaderFeed(Fatal(tmp_path / "flag", end), range(8), 2, CPU, processes=2)
+    with pytest.raises((RuntimeError, JobError), match=message):
+        list(feed.in_order())
+    assert torch.cat(list(feed.in_order())).tolist() == list(range(8))
+
+
+def test_an_error_that_ends_python_is_reported_without_loader_processes_too(tmp_path: Path) -> None:
+    (tmp_path / "flag").touch()
+    feed = LoaderFeed(Fatal(tmp_path / "flag", leave), range(8), 2, CPU, processes=0)
+    with pytest.raises(JobError, match="SystemExit: no more credits"):
+        list(feed.in_order())
+
+
+def test_a_loader_process_ends_at_sigterm_although_user_code_has_told_its_parent_to_ignore_it(tmp_path: Path) -> None:
+    had = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        feed = LoaderFeed(Fatal(tmp_path / "flag", kill), range(8), 2, CPU, processes=2)
+        list(feed.in_order())
+        processes = feed._loader._iterator._workers
+        for process in processes:
+            process.terminate()
+            process.join(20)
+        assert not any(process.is_alive() for process in processes)
+    finally:
+        signal.signal(signal.SIGTERM, had)

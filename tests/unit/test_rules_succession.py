@@ -127,6 +127,20 @@ def test_the_end_of_a_job_counts_as_a_failure(state, cluster_id, ended_as, finis
     assert succession.counts_as_failure(ended, JobState(ended_as), finished_chunks) is counts
 
 
+@pytest.mark.parametrize(
+    ("started_at", "failed_at", "counts"),
+    [
+        pytest.param(10.0, None, True, id="the chain has not failed before"),
+        pytest.param(10.0, 9.0, True, id="the last failure was that of an earlier job"),
+        pytest.param(10.0, 11.0, False, id="its chunk has failed, which was counted"),
+        pytest.param(None, 11.0, True, id="it never started"),
+    ],
+)
+def test_a_lost_job_counts_once(started_at, failed_at, counts):
+    gone = ChainJob(1, 0, 0, "t1", JobState.RUNNING, cluster_id="1", started_at=started_at)
+    assert succession.counts_as_failure(gone, JobState.LOST, 0, failed_at) is counts
+
+
 def link(number: int, state: str, started_at: float | None = None) -> ChainJob:
     return ChainJob(number, 0, number, f"t{number}", JobState(state), started_at=started_at)
 

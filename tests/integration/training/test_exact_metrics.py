@@ -23,8 +23,8 @@ from jobs.errors import JobError
 from jobs.job import Job
 from jobs.loggers.observer import Observer
 from jobs.training.evaluation import Means
+from jobs.training.position import LossMean
 from jobs.training.ranks import ALONE
-from jobs.training.session import LossMean
 from orchestrator.records import Finished
 from tests.support.small_job import SGD, STEPS, Small, assert_same, child, founder, session_of, train
 
