@@ -32,7 +32,8 @@ import torch  # noqa: E402
 from jobs.training.opening import open_session  # noqa: E402
 from jobs.training.precision import choose_precision  # noqa: E402
 from jobs.training.session import Session  # noqa: E402
-from orchestrator.records import EpochResult, Finished, Profile, Work  # noqa: E402
+from orchestrator.profile import Profile  # noqa: E402
+from orchestrator.records import EpochResult, Finished, Work  # noqa: E402
 from orchestrator.settings.loading import load  # noqa: E402
 from orchestrator.settings.settings import Settings  # noqa: E402
 

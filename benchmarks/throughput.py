@@ -42,7 +42,8 @@ from jobs.training.learner import Learner, Predictor  # noqa: E402
 from jobs.training.opening import load_job, set_up  # noqa: E402
 from jobs.training.precision import Speed  # noqa: E402
 from jobs.training.session import Session  # noqa: E402
-from orchestrator.records import EpochResult, Profile, Work  # noqa: E402
+from orchestrator.profile import Profile  # noqa: E402
+from orchestrator.records import EpochResult, Work  # noqa: E402
 from orchestrator.settings.loading import load  # noqa: E402
 from orchestrator.settings.settings import Settings  # noqa: E402
 

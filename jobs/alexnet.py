@@ -26,7 +26,8 @@ from jobs.training.session import Session
 from jobs.training.states import weights
 from orchestrator.files.atomic import publish
 from orchestrator.messages import counted
-from orchestrator.records import EpochResult, Finished, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import EpochResult, Finished, Work
 
 LAYERS = {"features": 13, "classifier": 7}
 WEIGHTS = "pretrained_weights"

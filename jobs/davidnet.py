@@ -32,7 +32,7 @@ from jobs.errors import JobError
 from jobs.image_sets import Count, ImageSetJob, Limits
 from jobs.job import Averaging
 from jobs.optim import optimizers
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 
 Pool = Literal["after_activation", "before_activation", "before_norm"]
 PATCH = 3  # side of the whitened patches and of every other convolution kernel, in pixels

@@ -29,7 +29,7 @@ from jobs.data.feeds import Feed
 from jobs.data.splits import Split, labels_of
 from jobs.errors import JobError
 from jobs.optim import optimizers
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 from orchestrator.settings.explain import explain
 from orchestrator.settings.settings import Settings
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils.data import Subset
 
 from jobs.data.batches import leaves
 from jobs.data.streams import is_stream
+from jobs.errors import JobError
 
 Fingerprint = Mapping[str, Any]  # JSON values
 SAMPLE, VALUES = 8, 4  # examples in the sample; numbers that are compared of each array
@@ -32,7 +33,7 @@ def fingerprint_of(data: Any, labels: NDArray[np.int64] | None, indices: Sequenc
         "classes": class_names(data),
         "labels": None if labels is None else _hash(labels),
         "indices": None if indices is None else _hash(np.asarray(indices, dtype=np.int64)),
-        "sample": None if is_stream(data) or not len(data) else list(_sample(data)),
+        "sample": None if is_stream(data) else _sample(data),
     }
 
 
@@ -86,11 +87,15 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _sample(data: Any) -> Iterator[list[Any]]:
-    """Yield a description of examples spread over the data: for each value, its shape and some numbers, or a hash."""
+def _sample(data: Any) -> list[Any] | None:
+    """Describe examples spread over the data: for each value, its shape and some numbers, or a hash. None if the data
+    have no single examples, only a feed."""
     count = min(SAMPLE, len(data))
-    for number in range(count):
-        yield [_described(leaf) for leaf in leaves(data[number * (len(data) - 1) // max(count - 1, 1)])]
+    chosen = [number * (len(data) - 1) // max(count - 1, 1) for number in range(count)]
+    try:
+        return [[_described(leaf) for leaf in leaves(data[index])] for index in chosen]
+    except JobError:
+        return None
 
 
 def _described(leaf: Any) -> Any:

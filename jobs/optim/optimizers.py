@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from jobs.errors import JobError
 from jobs.imports import find_class
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 
 # Parameter-group keys whose values multiply the profile's learning rate and weight decay.
 LR_FACTOR, DECAY_FACTOR = "lr_factor", "weight_decay_factor"

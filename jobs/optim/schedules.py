@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from jobs.errors import JobError
 from jobs.optim import optimizers
-from orchestrator.records import Metric, Profile
+from orchestrator.profile import Metric, Profile
 
 # Schedules that are stepped after every batch; all others are stepped once per epoch.
 EACH_STEP = ("OneCycleLR", "CyclicLR", "PiecewiseLinear")

@@ -18,7 +18,7 @@ from jobs.errors import JobError
 from jobs.job import Job
 from jobs.training.checked import checked_metrics
 from jobs.training.ranks import ALONE, Alone
-from orchestrator.records import Metric
+from orchestrator.profile import Metric
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 Arrange = Callable[[Any], Any]

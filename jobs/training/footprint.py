@@ -12,7 +12,7 @@ from jobs.job import Job
 from jobs.training import frozen_file
 from jobs.training.checked import checked_model
 from jobs.training.opening import load_job
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 from orchestrator.settings.settings import Settings
 
 # Measured: the random states of Python, numpy and torch, plus an empty archive.

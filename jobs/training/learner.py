@@ -20,7 +20,7 @@ from jobs.training import reuse
 from jobs.training.checked import checked_loss, checked_model
 from jobs.training.precision import Speed, arrange
 from jobs.training.ranks import Alone
-from orchestrator.records import Metric, Profile
+from orchestrator.profile import Metric, Profile
 
 MakeModel = Callable[[], nn.Module]
 

@@ -33,7 +33,8 @@ from jobs.training.precision import Speed
 from jobs.training.ranks import ALONE, Alone
 from jobs.training.states import FORMAT, Copies, EpochCopy, check_readable, plain, read, unwrapped, weights
 from orchestrator.files.run_folder import CHECKPOINTS
-from orchestrator.records import EpochResult, Finished, Interrupted, Kept, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import EpochResult, Finished, Interrupted, Kept, Work
 
 AFTER_MODEL = 3  # hashed with a founder's seed: the random numbers of its training
 

@@ -25,7 +25,8 @@ from jobs.training.opening import has_own_loop, load_job
 from jobs.training.session import Session
 from jobs.training.short import ShortOwnLoop, ShortSession
 from orchestrator.messages import counted
-from orchestrator.records import Finished, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import Finished, Work
 from orchestrator.settings.settings import Settings
 
 STEPS, BATCH_SIZE = 2, 8  # per profile

@@ -27,7 +27,8 @@ from jobs.training.opening import has_own_loop, load_job, set_up
 from jobs.training.short import Short, ShortExamples, ShortOwnLoop, ShortSession
 from jobs.verify_resume.exactness import digest
 from orchestrator.messages import counted, described
-from orchestrator.records import EpochResult, Interrupted, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import EpochResult, Finished, Interrupted, Work
 from orchestrator.rules import claiming
 from orchestrator.settings.settings import Settings
 
@@ -228,16 +229,20 @@ def train_link(
         _save(session, folder / f"{done}.pt")
         if isinstance(result, Interrupted):
             break
-        if not math.isfinite(result.results[-1].metrics.get("train_loss", 0.0)):
-            after = counted(done, "step")
-            raise JobError(
-                f"the loss is infinite or NaN after {after} under the profile {profile.name!r}: there is nothing "
-                "to compare. Give settings that train, for example with --set training_profiles.0.learning_rate=0.001"
-            )
+        _refuse_divergence(result, done, profile)
         metrics[str(done)] = [dict(epoch.metrics) for epoch in result.results]
         if done == stop:
             break
     return {"batches": session.recorded.between(start, done), "metrics": metrics, "ends": ends or found}
+
+
+def _refuse_divergence(result: Finished, steps: int, profile: Profile) -> None:
+    if not math.isfinite(result.results[-1].metrics.get("train_loss", 0.0)):
+        after = counted(steps, "step")
+        raise JobError(
+            f"the loss is infinite or NaN after {after} under the profile {profile.name!r}: there is nothing to "
+            "compare. Give settings that train, for example with --set training_profiles.0.learning_rate=0.001"
+        )
 
 
 def _profile(trial: Trial, chunk: int) -> Profile:

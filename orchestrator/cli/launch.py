@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
 
+    from jobs.training.trying import Tried
     from orchestrator.run.run import Run
     from orchestrator.settings.settings import Settings
 
@@ -45,13 +46,11 @@ def launch(
     First trains a few steps here, to find mistakes before anything is queued, and tests which lock works on the runs'
     file system; if something fails, nothing is started.
     """
-    from orchestrator.cli import tables
     from orchestrator.files import permissions
     from orchestrator.files.run_folder import is_run
-    from orchestrator.records import RunState
     from orchestrator.run.launch import launch as launch_run
-    from orchestrator.run.run import STOPPED, Run
-    from orchestrator.worker.user_job import check_job, data_source, try_job
+    from orchestrator.run.run import Run
+    from orchestrator.worker.user_job import data_source
 
     loaded, notes = _load(settings, set_ or [], workers, executor)
     runs_dir = runs_dir.absolute()  # now: the user's code may change the working folder
@@ -60,35 +59,43 @@ def launch(
     if existing:
         _refuse_changes(existing, loaded)
     import_paths = [str(Path.cwd())]
-    for line in notes + check_job(loaded, import_paths):
-        say(line)
-    tried = None if no_try or (existing and not dry_run) else try_job(loaded)
-    for line in tried.lines if tried else []:
-        say(line)
-    if tried and existing is None:
+    tried = _tried(loaded, import_paths, notes, skip=no_try or (existing is not None and not dry_run))
+    if existing is None and tried:
         loaded = loaded.model_copy(update={"channels_last": tried.channels_last})
     needed_gb = _disk(loaded, folder) if existing is None or dry_run else None
     if dry_run:
         if existing:
             existing.refuse_if_over(time.time())
-        profiles = dict(tried.profiles) if tried else {}
-        _print_plan(loaded, folder, existing is not None, needed_gb, profiles, json)
+        _print_plan(loaded, folder, existing is not None, needed_gb, dict(tried.profiles) if tried else {}, json)
         return
-    fingerprints: dict[str, Any] = {str(split): facts for split, facts in tried.fingerprints.items()} if tried else {}
-    source = data_source(loaded) if existing is None else None
-    run = existing or launch_run(loaded, runs_dir, import_paths, data_source=source, fingerprints=fingerprints)
+    run = existing or launch_run(
+        loaded,
+        runs_dir,
+        import_paths,
+        data_source=data_source(loaded),
+        fingerprints={str(split): facts for split, facts in tried.fingerprints.items()} if tried else {},
+    )
     permissions.use_umask(run.folder)
     for line in run.resume(time.time()) if existing else []:
         say(line)
+    _follow(run, loaded.executor == "inline", wait, json)
+
+
+def _follow(run: Run, inline: bool, wait: bool, json: bool) -> None:
+    """Train an inline run, or wait for the run if asked to; then show it."""
+    from orchestrator.cli import tables
+    from orchestrator.records import RunState
+    from orchestrator.run.run import STOPPED
+
     workers_ = counted(run.settings.workers, "worker")
     say(f"{run.name}: {workers_}, {run.queue.name} executor, in {run.folder}")
-    if loaded.executor == "inline":
+    if inline:
         say(f"worker 0 ended: {run.work_inline().outcome}")
     elif wait:
         _wait(run, quiet=json)
     if json:
         print_json({**run.status(), "board": run.board()})
-    elif wait or loaded.executor == "inline":
+    elif wait or inline:
         tables.show(tables.status(run.status()), tables.board(run.board()))
     state = run.summary()["state"]
     if state is RunState.FAILED or (state in STOPPED and not run.board()["entries"]):
@@ -105,6 +112,18 @@ def _load(path: Path, overrides: list[str], workers: int | None, executor: str |
     if loaded.executor == "inline":
         loaded = loaded.model_copy(update={"workers": 1})
     return loaded, notes
+
+
+def _tried(settings: Settings, import_paths: list[str], notes: list[str], skip: bool) -> Tried | None:
+    """Check the job and, unless `skip`, train it for a few steps. Prints what was found. Raises JobSpecError."""
+    from orchestrator.worker.user_job import check_job, try_job
+
+    for line in notes + check_job(settings, import_paths):
+        say(line)
+    tried = None if skip else try_job(settings)
+    for line in tried.lines if tried else []:
+        say(line)
+    return tried
 
 
 def _disk(settings: Settings, folder: Path) -> float | None:

@@ -21,7 +21,8 @@ from orchestrator.doctor.two_node import Needs, Proof
 from orchestrator.errors import SettingsError
 from orchestrator.files.run_folder import nearest_folder
 from orchestrator.messages import counted
-from orchestrator.records import LockKind, Profile
+from orchestrator.profile import Profile
+from orchestrator.records import LockKind
 from orchestrator.settings.loading import load
 from orchestrator.settings.settings import Settings, SlurmSettings
 

@@ -12,7 +12,8 @@ from orchestrator.leaderboard.links import OPEN
 from orchestrator.leaderboard.moves import IS_HELD, ON_BOARD, job_of
 from orchestrator.leaderboard.run_state import best_first
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry, epoch, event, job, run
-from orchestrator.records import ChainJob, ChunkState, JobState, Metric
+from orchestrator.profile import Metric
+from orchestrator.records import ChainJob, ChunkState, JobState
 from orchestrator.rules import succession
 
 _ENTRY = (

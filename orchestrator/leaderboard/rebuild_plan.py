@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from orchestrator.errors import CheckpointError
 from orchestrator.files.checkpoint_record import CheckpointRecord
 from orchestrator.messages import counted
-from orchestrator.records import Entry, Metric, Profile
+from orchestrator.profile import Metric, Profile
+from orchestrator.records import Entry
 from orchestrator.rules import admission, claiming
 from orchestrator.rules.admission import Promote
 from orchestrator.rules.checkpoint_names import chunk_of, generation_of

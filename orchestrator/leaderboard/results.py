@@ -10,7 +10,8 @@ from orchestrator.errors import StaleClaimError
 from orchestrator.leaderboard.moves import ON_BOARD, BoardView, json_safe, log_event
 from orchestrator.leaderboard.schema import checkpoint, chunk, entry
 from orchestrator.leaderboard.statements import Statement
-from orchestrator.records import Candidate, ChunkState, Claim, Entry, Metric
+from orchestrator.profile import Metric
+from orchestrator.records import Candidate, ChunkState, Claim, Entry
 from orchestrator.rules import claiming
 
 _OF_CLAIM = Statement(

@@ -13,7 +13,8 @@ from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.links import IS_OPEN, close_link, settle
 from orchestrator.leaderboard.moves import ON_BOARD, job_of, log_event, set_state, worker_of
 from orchestrator.leaderboard.schema import SCHEMA_VERSION, checkpoint, chunk, entry, job, run, worker
-from orchestrator.records import ChainJob, ChunkState, ExpiredBy, JobState, Metric, Progress, RunState, StopKind, Worker
+from orchestrator.profile import Metric
+from orchestrator.records import ChainJob, ChunkState, ExpiredBy, JobState, Progress, RunState, StopKind, Worker
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.records import Entry, Metric
+from orchestrator.profile import Metric
+from orchestrator.records import Entry
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from orchestrator.records import Claim, Entry, Metric, Profile
+from orchestrator.profile import Metric, Profile
+from orchestrator.records import Claim, Entry
 
 
 def choose_claim(entries: Sequence[Entry], founders_in_progress: int, num_models: int, metric: Metric) -> Entry | None:

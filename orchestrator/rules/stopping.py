@@ -7,7 +7,8 @@ from statistics import fmean
 from typing import Literal
 
 from orchestrator.messages import counted, iso
-from orchestrator.records import ChunkState, Metric, Over, Progress, RunState, StopRules
+from orchestrator.profile import Metric
+from orchestrator.records import ChunkState, Over, Progress, RunState, StopRules
 
 LEAST_STALE_CHUNKS = 20
 CHUNK_MARGIN = 1.25  # a chunk is expected to take at most this many times the mean duration of recent chunks

@@ -12,7 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator
 
 from orchestrator.messages import one_line, shown
-from orchestrator.records import CLASS, Line, Metric, Policy, Profile, StopRules, WantedLock
+from orchestrator.profile import CLASS, Line, Metric, Profile
+from orchestrator.records import Policy, StopRules, WantedLock
 from orchestrator.rules import stopping
 from orchestrator.settings.fields import MOST, Count, FilePath, Lifetime, Size, Strict, Word
 from orchestrator.settings.sbatch_values import checked_additional, checked_setup

@@ -24,7 +24,8 @@ from hypothesis.stateful import (
 )
 
 from orchestrator.errors import StaleClaimError
-from orchestrator.records import ChainJob, Claim, Metric, Over, Started
+from orchestrator.profile import Metric
+from orchestrator.records import ChainJob, Claim, Over, Started
 from tests.support.board_model import EVENTS, LIVE, SUSPENDED, ModelChunk, ModelEntry, ModelWorker
 from tests.support.boards import (
     CYCLE,

@@ -71,6 +71,11 @@ def test_a_model_that_can_not_be_made_here_is_reported_with_its_error(tmp_path: 
     write_job(tmp_path, job_with("def model(self): raise ValueError('no such backbone')"))
     file = write_settings(tmp_path, job="mine:Mine", job_params={})
     code, _, said = orch_call(tmp_path, "launch", file, "--dry-run")
+    assert code == 2
+    assert "job mine:Mine: ValueError: no such backbone (" in said
+    assert "mine.py, line " in said
+    assert "--no-try launches without this" in said
+    code, _, said = orch_call(tmp_path, "launch", file, "--dry-run", "--no-try")
     assert code == 0, "it may be there on a node with a GPU"
     assert "disk: unknown, because the model can't be created here: ValueError: no such backbone" in said
 

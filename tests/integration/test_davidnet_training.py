@@ -13,7 +13,8 @@ from jobs.data import images
 from jobs.training.opening import load_job
 from jobs.training.session import Session
 from jobs.training.states import read
-from orchestrator.records import Finished, Interrupted, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import Finished, Interrupted, Work
 from orchestrator.settings.loading import load
 from orchestrator.settings.settings import Settings
 from tests.support import real_data

@@ -17,7 +17,7 @@ from jobs.job import Averaging, Job
 from jobs.training.precision import Speed, choose_precision
 from jobs.training.session import AFTER_MODEL
 from jobs.training.states import export
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 from tests.support.small_job import (
     SGD,
     STEPS,

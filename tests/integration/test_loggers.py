@@ -18,7 +18,8 @@ import torch
 from jobs.training.opening import open_session
 from jobs.training.states import read
 from orchestrator.errors import JobSpecError
-from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import EpochResult, Finished, Interrupted, Work
 from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
 from orchestrator.worker import user_job

@@ -16,7 +16,8 @@ from orchestrator.cluster.inline import InlineJob, InlineQueue
 from orchestrator.cluster.local import LocalQueue
 from orchestrator.errors import LeaderboardError
 from orchestrator.leaderboard.chains import JobStart
-from orchestrator.records import JobState, Profile, RunState, Started, Submitted
+from orchestrator.profile import Profile
+from orchestrator.records import JobState, RunState, Started, Submitted
 from orchestrator.rules.succession import EXIT_GRACE_S, ORPHANED_GRACE_S
 from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings

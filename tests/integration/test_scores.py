@@ -19,7 +19,7 @@ from jobs.errors import JobError
 from jobs.job import Job
 from jobs.training.opening import load_job, open_session
 from jobs.training.session import Session
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 from tests.support.short_training import (
     FAST,
     child,

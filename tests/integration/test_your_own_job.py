@@ -24,7 +24,8 @@ from jobs.training.own_loop import OwnLoop
 from jobs.training.session import Session
 from jobs.training.states import export, read
 from jobs.verify_resume.exactness import differences
-from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import EpochResult, Finished, Interrupted, Work
 from orchestrator.run.run import Run
 from orchestrator.settings.settings import Settings
 from tests.support.command_line import orch_here, output

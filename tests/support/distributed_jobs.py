@@ -30,7 +30,8 @@ from jobs.training.opening import open_session
 from jobs.training.ranks import Ranks, meet
 from jobs.training.session import Session
 from jobs.training.states import read
-from orchestrator.records import Finished, Interrupted, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import Finished, Interrupted, Work
 from orchestrator.settings.settings import Settings
 from tests.support.settings import settings as common_settings
 

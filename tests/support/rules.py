@@ -7,7 +7,8 @@ import math
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from orchestrator.records import Entry, Metric, Profile, Worker
+from orchestrator.profile import Metric, Profile
+from orchestrator.records import Entry, Worker
 
 ACCURACY = Metric("accuracy", "max")
 LOSS = Metric("loss", "min")

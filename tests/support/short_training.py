@@ -21,7 +21,8 @@ from jobs.data.splits import Split
 from jobs.digits import Digits
 from jobs.job import Job, JobContext
 from jobs.training.session import Session
-from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import EpochResult, Finished, Interrupted, Work
 from orchestrator.settings.settings import Settings
 from tests.support.settings import settings
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from jobs.job import Job
 from jobs.training.opening import load_job
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 from orchestrator.settings.loading import load
 from orchestrator.settings.settings import Settings
 

@@ -17,7 +17,8 @@ from jobs.loggers.observer import Observer
 from jobs.training.session import Session
 from jobs.training.states import read
 from jobs.verify_resume.exactness import differences
-from orchestrator.records import Finished, Interrupted, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import Finished, Interrupted, Work
 from tests.support.settings import settings
 
 SGD = Profile("sgd", learning_rate=0.05, momentum=0.9, weight_decay=0.001)

@@ -19,7 +19,7 @@ from jobs.data.augment import AlternatingFlip, Cutout, Flip
 from jobs.davidnet import DavidNet, GhostBatchNorm, Pictures
 from jobs.errors import JobError
 from jobs.job import Averaging, JobContext
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 from tests.support.settings import settings
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,8 @@ from jobs.job import Averaging, Job, JobContext
 from jobs.training import frozen
 from jobs.training.session import Session
 from jobs.verify_resume.link import Recorded, RecordedFeed
-from orchestrator.records import EpochResult, Finished, Interrupted, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import EpochResult, Finished, Interrupted, Work
 from tests.support.settings import settings
 
 PROFILE = Profile("fast", learning_rate=0.05, momentum=0.9, weight_decay=0.001)

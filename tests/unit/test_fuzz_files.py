@@ -22,7 +22,7 @@ from orchestrator.locking.choice import Choice, read_record, record_path
 from orchestrator.locking.mounts import lock_facts, mount_of
 from orchestrator.locking.proof import LOCKS
 from orchestrator.locking.soft_lock import HeldError, SoftLock
-from orchestrator.records import Metric, Profile
+from orchestrator.profile import Metric, Profile
 from orchestrator.rules.checkpoint_names import generation_of
 from tests.support.fuzzing import ODD_TEXT, examples, json_values, mutate, odd_scalars, to_json
 

@@ -25,7 +25,7 @@ from orchestrator.doctor.partition import need_of
 from orchestrator.errors import SettingsError
 from orchestrator.files import disk_budget
 from orchestrator.messages import iso
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 from orchestrator.settings.loading import AMENDABLE, amend, difference, freeze, load, thaw
 from orchestrator.settings.settings import Settings, SlurmSettings
 from orchestrator.worker.job_main import job_main

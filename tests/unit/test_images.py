@@ -26,7 +26,8 @@ from jobs.errors import JobError
 from jobs.job import Job, JobContext
 from jobs.training.ranks import Ranks
 from jobs.training.session import Session
-from orchestrator.records import Finished, Interrupted, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import Finished, Interrupted, Work
 from tests.support.real_data import cifar10_root, mnist_root
 from tests.support.settings import settings
 

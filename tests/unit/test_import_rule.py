@@ -37,6 +37,7 @@ FLOORS = (
     ("orchestrator.files",),
     ("orchestrator.rules",),
     ("orchestrator.records",),
+    ("orchestrator.profile",),
     ("orchestrator.errors", "orchestrator.messages"),
     ("orchestrator", "jobs"),  # the __init__.py of both packages, which have only a version or a docstring
 )
@@ -162,13 +163,13 @@ def test_the_walk_sees_every_kind_of_import(tmp_path):
     ]
 
 
-PURE = [path for path in ORCHESTRATOR if path.parent.name == "rules" or path.stem in ("records", "messages")]
+PURE = [path for path in ORCHESTRATOR if path.parent.name == "rules" or path.stem in ("profile", "records", "messages")]
 pure_file = pytest.mark.parametrize("path", PURE, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 @pure_file
 def test_rules_and_records_import_nothing_of_the_project_but_each_other_and_messages(path):
-    allowed = ("orchestrator.rules", "orchestrator.records", "orchestrator.messages")
+    allowed = ("orchestrator.rules", "orchestrator.records", "orchestrator.profile", "orchestrator.messages")
     of_the_project = [i for i in ORCHESTRATOR[path] if any(map(i.of, PACKAGES))]
     assert not wrong([i for i in of_the_project if not any(map(i.of, allowed))])
 

@@ -16,7 +16,7 @@ from jobs.errors import JobError
 from jobs.job import JobContext
 from jobs.lenet5 import LeNet5
 from jobs.training.opening import check_job
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 from orchestrator.settings.loading import load
 from tests.support.settings import settings
 
@@ -65,7 +65,7 @@ def test_the_network_has_the_papers_sizes_in_every_variant(activation: str, pool
 )
 def test_adam_is_the_default_optimizer(profile: Profile, kind: type, tmp_path: Path) -> None:
     source = job(tmp_path)
-    optimizer = source.optimizer(source.model(), profile)
+    optimizer = source.optimizer(source.model(), source.resolved(profile))
     assert type(optimizer) is kind
     (group,) = optimizer.param_groups
     assert group["lr"] == profile.learning_rate

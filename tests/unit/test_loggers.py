@@ -21,7 +21,8 @@ from jobs.loggers import Logger, Place, Points, Series, choice, recorder
 from jobs.loggers.logger import run_id
 from jobs.loggers.recorder import Recorder
 from orchestrator.files.checkpoint_record import lineage
-from orchestrator.records import EpochResult, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import EpochResult, Work
 from orchestrator.settings.settings import LOGGERS
 from tests.support.checkpoints import write
 from tests.support.settings import settings

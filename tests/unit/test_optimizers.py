@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jobs.errors import JobError
 from jobs.optim import optimizers
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 
 
 def profile(optimizer: str | None = None, momentum: float = 0.9, weight_decay: float = 0.01, **options: Any) -> Profile:

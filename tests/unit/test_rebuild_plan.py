@@ -9,7 +9,7 @@ import pytest
 from orchestrator.errors import CheckpointError
 from orchestrator.files.checkpoint_record import CheckpointRecord, parse
 from orchestrator.leaderboard.rebuild_plan import GENERATION_GAP, RebuildPlan, plan
-from orchestrator.records import Metric, Profile
+from orchestrator.profile import Metric, Profile
 
 CYCLE = [Profile(name, 0.1, 0.9, 0.0) for name in ("a", "b", "c")]
 MAX = Metric("accuracy", "max")

@@ -18,7 +18,7 @@ from jobs.errors import JobError
 from jobs.job import JobContext
 from jobs.resnet18 import BREEDS, ResNet18
 from jobs.training.pretrained import IMAGENET
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 from tests.support.settings import settings
 
 CLASSES = ("Abyssinian", "Beagle", "Persian")

@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.records import (
-    Entry,
-)
+from orchestrator.records import Entry
 from orchestrator.rules import admission
 from orchestrator.rules.admission import Discard, Promote
 from tests.support.rules import (

@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.records import (
-    Entry,
-)
+from orchestrator.records import Entry
 from orchestrator.rules import claiming
 from tests.support.rules import (
     ACCURACY,

@@ -7,12 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.messages import counted
-from orchestrator.records import (
-    Over,
-    Progress,
-    RunState,
-    StopRules,
-)
+from orchestrator.records import Over, Progress, RunState, StopRules
 from orchestrator.rules import stopping
 from tests.support.rules import (
     ACCURACY,

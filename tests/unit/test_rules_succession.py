@@ -6,12 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.records import (
-    ChainJob,
-    Evidence,
-    JobState,
-    RunState,
-)
+from orchestrator.records import ChainJob, Evidence, JobState, RunState
 from orchestrator.rules import stopping, succession
 from tests.support.rules import (
     PROPERTY,

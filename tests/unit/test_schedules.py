@@ -16,7 +16,7 @@ from torch.optim import Optimizer, lr_scheduler
 from jobs.errors import JobError
 from jobs.optim import optimizers, schedules
 from jobs.optim.schedules import PiecewiseLinear, Schedule
-from orchestrator.records import Metric, Profile
+from orchestrator.profile import Metric, Profile
 
 ACCURACY = Metric("accuracy", "max")
 STEPS = 3  # steps in an epoch

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.records import Metric, Policy, Profile, StopRules
+from orchestrator.profile import Metric, Profile
+from orchestrator.records import Policy, StopRules
 from orchestrator.settings.loading import load
 from orchestrator.settings.settings import Settings, SlurmSettings
 from tests.support.settings_files import ALEX, FOLDER, LEAST, RON

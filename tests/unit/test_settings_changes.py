@@ -7,7 +7,7 @@ import json
 import pytest
 
 from orchestrator.errors import SettingsError
-from orchestrator.records import Metric
+from orchestrator.profile import Metric
 from orchestrator.settings import loading
 from orchestrator.settings.changes import changes
 from orchestrator.settings.loading import difference, freeze, load, thaw

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 from orchestrator.settings.loading import freeze, load, thaw
 from tests.support.settings_files import ALEX, LEAST, RON, mistakes
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from jobs.digits import Digits
 from jobs.training.states import read
-from orchestrator.records import EpochResult, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import EpochResult, Work
 from tests.support.short_training import (
     FAST,
     FINE,

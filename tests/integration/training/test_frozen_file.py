@@ -16,7 +16,7 @@ from jobs.training import states
 from jobs.training.frozen_file import LEAST_BYTES
 from jobs.training.session import Session
 from orchestrator.files.run_folder import CHECKPOINTS
-from orchestrator.records import Profile
+from orchestrator.profile import Profile
 from tests.support.short_training import FAST, FINE, child, differences, digits_settings, founder, save, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

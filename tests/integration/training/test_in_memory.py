@@ -18,7 +18,8 @@ from jobs.loggers.observer import Observer
 from jobs.training.reuse import description
 from jobs.training.session import Session
 from jobs.training.states import Copies, read
-from orchestrator.records import EpochResult, Profile, Work
+from orchestrator.profile import Profile
+from orchestrator.records import EpochResult, Work
 from tests.support.short_training import (
     FAST,
     FINE,

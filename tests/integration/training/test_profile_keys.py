@@ -17,7 +17,8 @@ from jobs.data import randomness
 from jobs.data.splits import Split
 from jobs.job import Job
 from jobs.training.session import AFTER_MODEL
-from orchestrator.records import Finished, GradientClip, Metric, Profile
+from orchestrator.profile import GradientClip, Metric, Profile
+from orchestrator.records import Finished
 from tests.support.short_training import after
 from tests.support.small_job import SGD, STEPS, Small, assert_same, child, founder, rates, session_of, train
 
