@@ -261,7 +261,7 @@ def test_a_job_that_fails_each_time_fails_the_run_and_says_why(
 ) -> None:
     write_job(tmp_path, RAISES.replace("ValueError", error))
     file = write_settings(tmp_path, job="mine:Mine", max_failures=max_failures, workers=workers)
-    code, out, _ = orch_call(tmp_path, "launch", file, "--json")
+    code, out, _ = orch_call(tmp_path, "launch", file, "--no-try", "--json")
     result = json.loads(out)
     assert (code, result["state"]) == (1, "failed")
     assert f"{error}: the camera is unplugged" in result["reason"]
@@ -272,7 +272,7 @@ def test_a_job_that_fails_each_time_fails_the_run_and_says_why(
 def test_a_failed_run_shows_why_and_continues_when_its_job_is_corrected(tmp_path: Path, orch_call: OrchCall) -> None:
     write_job(tmp_path, RAISES)
     file = write_settings(tmp_path, job="mine:Mine", max_failures=2)
-    for command, expected in (["launch", file], 1), (["status"], 0), (["runs"], 0):
+    for command, expected in (["launch", file, "--no-try"], 1), (["status"], 0), (["runs"], 0):
         code, out, _ = orch_call(tmp_path, *command)
         assert code == expected
         assert "failed" in out
