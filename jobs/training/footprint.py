@@ -35,7 +35,7 @@ def checkpoint_bytes(settings: Settings) -> int:
 
 def _bytes_of(job: Job, profile: Profile) -> int:
     model = checked_model(job, job.model())
-    optimizer = job.optimizer(model, profile)
+    optimizer = job.optimizer(model, job.resolved(profile))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)

@@ -82,9 +82,9 @@ def load(path: Path, overrides: Sequence[str] = (), **fixed: Any) -> tuple[Setti
 
 # Keys that may change during a run, because a change does not invalidate earlier results.
 AMENDABLE = (
-    "training_profiles", "epochs_per_chunk", "workers", "cores_per_worker", "total_lifetime", "eon_lifetime",
-    "stop_after_stale_cycles", "stop_at_score", "stop_after_epochs", "max_failures", "max_chunk_attempts",
-    "max_disk_gb", "slurm_file", "slurm", "loggers",
+    "training_profiles", "epochs_per_chunk", "evaluate_every", "evaluate_every_steps", "workers", "cores_per_worker",
+    "total_lifetime", "eon_lifetime", "stop_after_stale_cycles", "stop_at_score", "stop_after_epochs", "max_failures",
+    "max_chunk_attempts", "max_disk_gb", "slurm_file", "slurm", "loggers",
 )  # fmt: skip
 
 

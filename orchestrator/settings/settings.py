@@ -103,7 +103,7 @@ class Settings(Strict):
     num_models: Count = Field(5, description="slots of the leaderboard")
     training_profiles: list[Profile] = Field(min_length=1, description="the cycle, in order; repeats are allowed")
     max_batch_size: Count = Field(100, description="examples in a batch")
-    epochs_per_chunk: Count = Field(1, description="epochs of a chunk")
+    epochs_per_chunk: Count = Field(1, description="epochs of a chunk, unless its profile names them")
     metric: Metric = Field(Metric(), description="the number that orders the board; mode is max or min")
     select_on: Literal["validation", "test"] = Field(
         "validation", description="the data that models are selected on; with test, the scores are too optimistic"

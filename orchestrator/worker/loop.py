@@ -267,7 +267,7 @@ class JobLoop:
         """how: the fields of Work that say where the chunk starts."""
         return Work(
             profile=claim.profile,
-            epochs=self.run.settings.epochs_per_chunk,
+            epochs=claim.profile.epochs or self.run.settings.epochs_per_chunk,
             seed=self.run.settings.seed * 1_000_003 + claim.chunk_id,
             repeat=claim.repeat,
             chunk_id=claim.chunk_id,
