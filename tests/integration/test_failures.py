@@ -138,6 +138,7 @@ def lost(run: Run, *jobs: ChainJob) -> None:
 def _log_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """pytest-xdist can't send a report with the odd characters of an error."""
     monkeypatch.setattr(logging.getLogger("orch"), "propagate", False)
+    monkeypatch.setattr(logging.getLogger("orch"), "handlers", [logging.NullHandler()])
 
 
 @pytest.fixture
