@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,11 @@ from orchestrator.worker.trainer import Ending
 from orchestrator.worker.writing import CheckpointWriter
 
 log = logging.getLogger("orch")
+
+
+def trace() -> str:
+    """Return the traceback of the current error, as text that every log can store."""
+    return traceback.format_exc().encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass

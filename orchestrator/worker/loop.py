@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from orchestrator.files.run_folder import CHECKPOINTS
 from orchestrator.messages import counted, described
 from orchestrator.records import ChainJob, Claim, EpochResult, Finished, Interrupted, Over, Started, Work
 from orchestrator.rules import claiming, failing, stopping
-from orchestrator.worker.failures import Failures
+from orchestrator.worker.failures import Failures, trace
 from orchestrator.worker.mending import reconcile
 from orchestrator.worker.opened_run import OpenedRun
 from orchestrator.worker.successor import Successor
@@ -102,7 +101,7 @@ class JobLoop:
             ending = Ending(str(error))
         except BaseException as error:  # the next job of the chain tries again, until there are max_failures in a row
             self.stop.raise_if_pressed_again(error)
-            log.error("%s", traceback.format_exc())
+            log.error("%s", trace())
             ending = Ending(described(error), error=True, early=failing.signature(error) if opening else None)
         self.writer.background.shutdown()
         try:
@@ -206,7 +205,7 @@ class JobLoop:
             return self._trainer.train(work, before_step, self._on_epoch)
         except BaseException as error:
             self.stop.raise_if_pressed_again(error)
-            log.error("%s", traceback.format_exc())
+            log.error("%s", trace())
             return error
 
     def _settle(self, claim: Claim, result: Trained, job: ChainJob, started: float) -> bool | Ending:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 import signal
 import sys
@@ -132,13 +131,6 @@ def work(run: Run, *acts: Act, worker_id: int = 0, opening: BaseException | None
 def lost(run: Run, *jobs: ChainJob) -> None:
     """The cluster proves that these jobs are gone."""
     run.leaderboard.chains.apply_mend(jobs, [], time.time(), {job.job_id: "gone" for job in jobs})
-
-
-@pytest.fixture(autouse=True)
-def _log_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pytest-xdist can't send a report with the odd characters of an error."""
-    monkeypatch.setattr(logging.getLogger("orch"), "propagate", False)
-    monkeypatch.setattr(logging.getLogger("orch"), "handlers", [logging.NullHandler()])
 
 
 @pytest.fixture
