@@ -16,7 +16,7 @@ def network(inputs, outputs):
 
 class Clusters(Job):
     def model(self):
-        return network(4, 2)  # the generator
+        return network(16, 2)  # the generator
 
     def data(self, split):
         random = torch.Generator().manual_seed(int(split == "test"))
@@ -25,7 +25,7 @@ class Clusters(Job):
 
     def evaluate(self, model, batches):
         real = torch.cat([points for (points,) in batches])
-        made = model(torch.randn(len(real), 4, generator=torch.Generator().manual_seed(0)).to(real.device))
+        made = model(torch.randn(len(real), 16, generator=torch.Generator().manual_seed(0)).to(real.device))
         within = torch.cdist(real, real).mean() + torch.cdist(made, made).mean()
         return {"distance": 2 * torch.cdist(real, made).mean() - within}
 
@@ -37,7 +37,7 @@ class Clusters(Job):
             part.load_state_dict(context.state[name])
         for _ in range(context.epochs):
             for (real,) in context.batches():
-                made = generator(torch.randn(len(real), 4, device=real.device))
+                made = generator(torch.randn(len(real), 16, device=real.device))
                 theirs.zero_grad()
                 (softplus(-critic(real)) + softplus(critic(made.detach()))).mean().backward()
                 theirs.step()

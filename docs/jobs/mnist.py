@@ -28,6 +28,6 @@ class Mnist(Job):
 
     def data(self, split):
         mnist = MNIST(self.context.settings.training_source_dir, train=split != "test")
-        images = (mnist.data.unsqueeze(1) / 255 - 0.1307) / 0.3081
         count = self.params.get("examples")  # None: all
-        return TensorDataset(images[:count], mnist.targets[:count])
+        images = (mnist.data[:count].unsqueeze(1) / 255 - 0.1307) / 0.3081
+        return TensorDataset(images, mnist.targets[:count])

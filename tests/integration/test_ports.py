@@ -145,7 +145,7 @@ def in_this_process(trial: link.Trial, root: Path, name: str, start: int, stop: 
 
 
 def test_a_job_resumes_exactly(port: Port) -> None:
-    given = settings(port)
+    given = settings(port, max_batch_size=8)
     batches = 4 * given.training_profiles[0].accumulate
     trial = link.Trial(given, [str(FOLDER)], 1, "cpu", 2, 2, steps_per_epoch=batches, interruptions=4)
     verdict = verify(trial, lambda _line: None, in_this_process)
