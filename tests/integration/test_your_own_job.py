@@ -43,7 +43,6 @@ PYTHON, JSON, CONSOLE = ([body for kind, body in BLOCKS if kind == wanted] for w
 JOBS = {
     name: body for body in PYTHON for name in re.findall(r"^class (\w+)\((?:Job|Moons)\)", body, flags=re.MULTILINE)
 }
-NEEDED: dict[str, dict[str, Any]] = {"F1": {"metric": {"name": "f1", "mode": "max"}}}  # settings of a job of the page
 RUN_ELSEWHERE = ["orch verify-resume moons.json --set deterministic=true"]  # in test_exact_resume.py
 
 
@@ -135,7 +134,7 @@ def test_every_link_of_the_page_leads_to_a_file() -> None:
 def test_every_job_of_the_page_can_be_launched_and_resumes_exactly(name: str, folder: Path) -> None:
     for module, text in {**THEIR_MODULES, "page": JOBS[name]}.items():
         (folder / f"{module}.py").write_text(text)
-    given = settings(f"page:{name}", deterministic=True, **NEEDED.get(name, {}))
+    given = settings(f"page:{name}", deterministic=True)
     assert check_job(given) == []
     assert [line for line in try_job(given).lines if not line.startswith("data: ")] == []
     trial = link.Trial(given, [str(folder)], 1, "cpu", chunks=1, epochs_per_chunk=2, steps_per_epoch=3, interruptions=2)
