@@ -16,7 +16,6 @@ from torch import nn
 from jobs.data import randomness
 from jobs.data.batches import size_bytes
 from jobs.data.fingerprint import Fingerprint
-from jobs.data.splits import Split
 from jobs.errors import JobError
 from jobs.job import Job, WatchedParams
 from jobs.training import memory, models
@@ -41,7 +40,7 @@ class Tried:
 
     lines: list[str] = field(default_factory=list)  # for the user
     profiles: Mapping[str, str] = field(default_factory=dict)  # by name: the optimizer and the schedule
-    fingerprints: Mapping[Split, Fingerprint] = field(default_factory=dict)
+    fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
     channels_last: Literal["auto", True, False] = "auto"  # the setting to launch with
 
 
