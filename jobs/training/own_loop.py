@@ -122,7 +122,7 @@ class OwnLoop(JobTrainer):
 
     def _state(self) -> dict[str, Any]:
         steps = {"steps": self.steps} if self.steps else {}  # for the curves: epochs are counted instead
-        return {**steps, "own": dict(self._own or {})}
+        return {**steps, "profile": asdict(self.job.profile), "own": dict(self._own or {})}
 
 
 class _Chunk:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from jobs.data import randomness
 from jobs.errors import JobError
@@ -264,6 +266,50 @@ def test_the_pages_jobs_for_other_libraries_train(
     with (folder / "one.pt").open("wb") as target:
         one.save(target)
     assert one.evaluate_file(folder / "one.pt", "test")["accuracy"] > 0.9
+
+
+# --- profiles, and other processes
+
+
+def test_a_profile_has_its_own_number_of_epochs(folder: Path) -> None:
+    cycle = [{"name": "long", "learning_rate": 0.1, "epochs": 3}, {"name": "short", "learning_rate": 0.1}]
+    given = json.loads(MOONS_JSON) | {"training_profiles": cycle, "stop_after_epochs": 4, "num_models": 1}
+    (folder / "moons.json").write_text(json.dumps(given))
+    output(orch_here(folder, "launch", "moons.json", "--executor", "inline"))
+    chunks = Run.open(folder / "runs" / "moons").leaderboard.reader.rows("chunk")
+    assert [(chunk["profile"], chunk["epochs"]) for chunk in chunks] == [("long", 3), ("short", 2)]
+
+
+class Deep(Job):
+    """A loop of its own whose model depends on the profile."""
+
+    def model(self) -> torch.nn.Module:
+        return torch.nn.Linear(2, self.profile.params["width"])
+
+    def data(self, split: Any) -> Any:
+        return TensorDataset(torch.eye(2).repeat(20, 1), torch.arange(40) % 2)
+
+    def train_chunk(self, context: ChunkContext) -> ChunkResult:
+        model = self.model()
+        context.report(context.evaluate(model))
+        return ChunkResult({"model": model.state_dict()})
+
+
+def test_a_model_of_an_own_loop_is_evaluated_under_its_profile(tmp_path: Path) -> None:
+    cycle = [{"name": str(width), "learning_rate": 0.1, "params": {"width": width}} for width in (2, 3)]
+    given = settings("any:Job", training_profiles=cycle)
+    one = OwnLoop(Deep(JobContext(given)))
+    result = train(one, Work(given.training_profiles[1], 1, 5, 0, None, None), tmp_path / "x.pt")
+    assert isinstance(result, Finished)
+    assert OwnLoop(Deep(JobContext(given))).evaluate_file(tmp_path / "x.pt", "test")["accuracy"] >= 0
+
+
+def test_a_loaders_process_gets_a_job_that_shows_nothing() -> None:
+    one = OwnLoop(Walk(JobContext(settings("any:Job", job_params={"a": 1}))))
+    assert one.job.show != Job(one.job.context).show
+    copied = pickle.loads(pickle.dumps(one.job.collate)).__self__
+    assert (type(copied), copied.params) == (Walk, {"a": 1})
+    copied.log_histogram("x", torch.zeros(1))
 
 
 # --- a loop of the job's own
