@@ -61,8 +61,9 @@ class JobContext:
 
 @dataclass(frozen=True)
 class ChunkContext:
-    """One chunk to train. orch restores the random states (Python, NumPy, torch, GPUs) before it calls train_chunk, and
-    saves them afterwards."""
+    """One chunk to train. orch restores the random states (Python, NumPy, torch, GPUs) before it calls train_chunk,
+    again at the first `batches` of an interrupted epoch (a new model has drawn numbers since), and saves them
+    afterwards."""
 
     profile: Profile
     epochs: int  # number of epochs to train now; after an interruption, only the epochs not yet reported
