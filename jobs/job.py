@@ -61,8 +61,9 @@ class JobContext:
 
 @dataclass(frozen=True)
 class ChunkContext:
-    """One chunk to train. orch restores the random states (Python, NumPy, torch, GPUs) before it calls train_chunk, and
-    saves them afterwards."""
+    """One chunk to train. orch restores the random states (Python, NumPy, torch, GPUs) before it calls train_chunk,
+    again at the first `batches` of an interrupted epoch (a new model has drawn numbers since), and saves them
+    afterwards."""
 
     profile: Profile
     epochs: int  # number of epochs to train now; after an interruption, only the epochs not yet reported
@@ -128,7 +129,11 @@ class Job:
         self.context = context
         self._profile = self.resolved(context.settings.training_profiles[0])
         self.profile_was_read = False  # set by orch to know whether data() depends on the profile
-        self.show: Callable[[str, str, Tensor], None] = lambda kind, name, values: None  # set by orch
+        self.show: Callable[[str, str, Tensor], None] = _show_nothing  # set by orch
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a loader's processes, if they are not forked: their job shows nothing."""
+        return self.__dict__ | {"show": _show_nothing}
 
     @property
     def profile(self) -> Profile:
@@ -262,6 +267,10 @@ class Job:
         """Before a launch, check everything that can be checked without a GPU. download: first download missing files.
         Returns messages for the user. Raises JobError if a check fails."""
         return []
+
+
+def _show_nothing(kind: str, name: str, values: Tensor) -> None:
+    pass
 
 
 class WatchedParams(dict[str, Any]):

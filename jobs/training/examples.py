@@ -37,6 +37,7 @@ class Opened:
     labels: NDArray[np.int64] | None
     indices: list[int] | None  # of the examples that are used; None: all of a stream
     fingerprint: Fingerprint
+    params: str | None  # the profile's, as JSON, if data() has read the profile
 
 
 class Examples:
@@ -49,9 +50,10 @@ class Examples:
         self._group = group
         self._run_folder = run_folder
         self._feeds: dict[Split, Feed] = {}
-        self._made_for: dict[Split, str | None] = {}  # the profile's params that data() has read; None: none
+        self._made_for: dict[Split, str | None] = {}  # Opened.params of each feed
         self._opened: dict[Split, Opened] = {}  # whose feeds are not made yet
         self._facts: dict[Split, Fingerprint] = {}
+        self._named: dict[str, Fingerprint] = {}  # see _to_keep
 
     @property
     def own_validation(self) -> bool:
@@ -61,15 +63,19 @@ class Examples:
 
     def feed(self, split: Split) -> Feed:
         """Return the batches of a split. Raises JobError if the data are not usable, or not those of the run."""
-        params = json.dumps(asdict(self.job.profile)["params"], sort_keys=True, default=str)
+        params = self._params()
         if split in self._feeds and self._made_for[split] in (None, params):
             return self._feeds[split]
         self._feeds.pop(split, None)  # frees the memory first
-        self.job.profile_was_read = False
-        opened = self._opened.pop(split, None) or self._load(split)
-        self._made_for[split] = params if self.job.profile_was_read else None
+        opened = self._opened.pop(split, None)
+        if opened is None or opened.params not in (None, params):
+            opened = self._load(split)
+        self._made_for[split] = opened.params
         self._feeds[split] = feed = self._feed_of(split, opened)
         return feed
+
+    def _params(self) -> str:
+        return json.dumps(asdict(self.job.profile)["params"], sort_keys=True, default=str)
 
     def open(self, split: Split) -> Opened:
         """Load a split's data, choose the examples to use, and compare them with those of the run. They are kept until
@@ -82,18 +88,21 @@ class Examples:
         # Loading must not change the training's random state, because each process that resumes a chunk loads the data
         # again. All splits have the same seed, so that a job that generates its data returns the same examples for
         # "train" and "validation".
+        params = self._params()
+        self.job.profile_was_read = False
         with randomness.random_state_kept():
             randomness.seed_cpu(self.settings.seed)
             data = checked_data(self.job, self.job.data(split), split)
             labels = self._labels(data, split)
             indices = self._indices(split, data, labels)
             randomness.seed_cpu(self.settings.seed)
-            opened = Opened(data, labels, indices, fingerprint.fingerprint_of(data, labels, indices))
-        self._facts[split] = opened.fingerprint
+            facts = fingerprint.fingerprint_of(data, labels, indices)
+        opened = Opened(data, labels, indices, facts, params if self.job.profile_was_read else None)
+        self._facts[split] = facts
         if split == "test" and "train" not in self._facts and (kept := self._kept("train")):
             self._facts["train"] = kept
         self._compare_splits(split)
-        self._compare_with_run(split, opened.fingerprint)
+        self._compare_with_run(split, opened)
         return opened
 
     def _labels(self, data: Any, split: Split) -> NDArray[np.int64] | None:
@@ -171,8 +180,10 @@ class Examples:
                     "class the number that it has in the training set"
                 )
 
-    def _compare_with_run(self, split: Split, now: Fingerprint) -> None:
+    def _compare_with_run(self, split: Split, opened: Opened) -> None:
         """Compare with the fingerprint that the run's first process kept, or keep this one. Raises JobError."""
+        now = opened.fingerprint
+        self._named |= (named := self._to_keep(split, opened))
         if self._group.count > 1:
             digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
             number = int(digest[:15], 16)
@@ -180,9 +191,10 @@ class Examples:
                 raise JobError(f"data({split!r}) differs between the processes of this worker; it must be the same")
         if self._run_folder is None:
             return
-        if self._kept(split) is None:
-            keep(self._run_folder, {split: now})
-        found = fingerprint.changes(self._kept(split) or now, now)
+        keep(self._run_folder, {name: facts for name, facts in named.items() if self._kept(name) is None})
+        found = [
+            change for name, facts in named.items() for change in fingerprint.changes(self._kept(name) or facts, facts)
+        ]
         if found:
             raise JobError(
                 f"data({split!r}) is not the same as when this run began: {'; '.join(found)}. Scores of different data "
@@ -190,30 +202,40 @@ class Examples:
                 f"another run. (To go on all the same, delete {self._run_folder / FINGERPRINTS})"
             )
 
-    def _kept(self, split: Split) -> Fingerprint | None:
-        """Return the fingerprint that the run's folder has of a split."""
+    def _to_keep(self, split: Split, opened: Opened) -> dict[str, Fingerprint]:
+        """Return what must stay the same, by name. Data that depend on the profile have a fingerprint for each of its
+        params, but these may only choose among whole training sets: else a profile would train on examples with which
+        models of another one are validated."""
+        facts = opened.fingerprint
+        if opened.params is None:
+            return {split: facts}
+        own = {f"{split}-{hashlib.sha256(opened.params.encode()).hexdigest()[:16]}": facts}
+        return own if split == "train" and self.own_validation else {split: {**facts, "sample": None}, **own}
+
+    def _kept(self, name: str) -> Fingerprint | None:
+        """Return the fingerprint that the run's folder has under a name."""
         if self._run_folder is None:
             return None
         try:
-            kept: Fingerprint = json.loads((self._run_folder / FINGERPRINTS / f"{split}.json").read_bytes())
+            kept: Fingerprint = json.loads((self._run_folder / FINGERPRINTS / f"{name}.json").read_bytes())
         except FileNotFoundError:
             return None
         return kept
 
-    def fingerprints(self) -> dict[Split, Fingerprint]:
-        """Return the fingerprints of the splits that were opened."""
-        return dict(self._facts)
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Return the fingerprints of the splits that were opened, by name."""
+        return dict(self._named)
 
 
-def keep(run_folder: Path, fingerprints: Mapping[Split, Fingerprint]) -> None:
+def keep(run_folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None:
     """Write fingerprints to a run's folder, unless another process has written them before. Raises OSError."""
     folder = run_folder / FINGERPRINTS
     folder.mkdir(exist_ok=True)
-    for split, facts in fingerprints.items():
-        own = folder / f".{split}-{secrets.token_hex(8)}"
+    for name, facts in fingerprints.items():
+        own = folder / f".{name}-{secrets.token_hex(8)}"
         publish(own, lambda target, facts=facts: target.write(json.dumps(facts, indent=1).encode()))  # type: ignore[misc]
         try:
-            os.link(own, folder / f"{split}.json")  # unlike a rename, never replaces what is there
+            os.link(own, folder / f"{name}.json")  # unlike a rename, never replaces what is there
         except FileExistsError:
             pass
         finally:

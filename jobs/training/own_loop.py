@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.data.randomness import random_state
+from jobs.data.randomness import random_state, set_random_state
 from jobs.errors import JobError
 from jobs.job import ChunkContext, ChunkInterrupted, ChunkResult
 from jobs.training.evaluation import undefined
@@ -122,7 +122,7 @@ class OwnLoop(JobTrainer):
 
     def _state(self) -> dict[str, Any]:
         steps = {"steps": self.steps} if self.steps else {}  # for the curves: epochs are counted instead
-        return {**steps, "own": dict(self._own or {})}
+        return {**steps, "profile": asdict(self.job.profile), "own": dict(self._own or {})}
 
 
 class _Chunk:
@@ -144,6 +144,7 @@ class _Chunk:
         self.ended_early = False  # `batches` has ended because of should_stop
         self._seed: int | None = cut["seed"]  # of the current epoch's order
         self.position: int = cut["step"]  # number of the current epoch's batches that were used
+        self._random: dict[str, Any] | None = cut["rng"]  # random state of an interrupted epoch
         self._spent: float = cut["seconds"]  # seconds already spent on the interrupted epoch
         self._started = time.monotonic()
 
@@ -156,6 +157,9 @@ class _Chunk:
 
     def batches(self) -> Iterator[Any]:
         trainer = self._trainer
+        if self._random is not None:  # the loop has made a model since, which drew random numbers
+            set_random_state(self._random)
+            self._random = None
         if self._seed is None:
             self._seed = trainer.group.same(int(torch.randint(2**62, ()).item()))
         feed = trainer.feed("train")
@@ -180,7 +184,7 @@ class _Chunk:
         checked = trainer.checked_report(metrics)
         trainer.epochs += 1
         result = EpochResult(trainer.epochs, self._spent + now - self._started, checked)
-        self._spent, self._started, self._seed, self.position = 0.0, now, None, 0
+        self._spent, self._started, self._seed, self._random, self.position = 0.0, now, None, None, 0
         self.results.append(result)
         trainer.report_epoch(result)
         self._on_epoch(result)

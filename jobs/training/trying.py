@@ -3,11 +3,14 @@ What fails here would fail in the queue, some hours later and several times."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,7 +19,6 @@ from torch import nn
 from jobs.data import randomness
 from jobs.data.batches import size_bytes
 from jobs.data.fingerprint import Fingerprint
-from jobs.data.splits import Split
 from jobs.errors import JobError
 from jobs.job import Job, WatchedParams
 from jobs.training import memory, models
@@ -26,7 +28,7 @@ from jobs.training.session import Session
 from jobs.training.short import ShortOwnLoop, ShortSession
 from orchestrator.messages import counted
 from orchestrator.profile import Profile
-from orchestrator.records import Finished, Work
+from orchestrator.records import Finished, Interrupted, Work
 from orchestrator.settings.settings import Settings
 
 STEPS, BATCH_SIZE = 2, 8  # per profile
@@ -41,7 +43,7 @@ class Tried:
 
     lines: list[str] = field(default_factory=list)  # for the user
     profiles: Mapping[str, str] = field(default_factory=dict)  # by name: the optimizer and the schedule
-    fingerprints: Mapping[Split, Fingerprint] = field(default_factory=dict)
+    fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
     channels_last: Literal["auto", True, False] = "auto"  # the setting to launch with
 
 
@@ -78,7 +80,7 @@ def _tried(settings: Settings, channels_last: Literal["auto", True, False]) -> T
     lines = [*_about_data(trainer)] if trainer.has_data else []
     cycle = {profile.name: profile for profile in settings.training_profiles}
     if isinstance(trainer, ShortOwnLoop):
-        _try_own_loop(trainer, settings.training_profiles[0])
+        _try_own_loop(trainer, cycle)
         descriptions: dict[str, str] = {}
     else:
         _check_memory(job)
@@ -123,11 +125,8 @@ def _check_memory(job: Job) -> None:
 
 def _try_profiles(session: ShortSession, cycle: Mapping[str, Profile]) -> Iterator[str]:
     """Train a short chunk under each kind of profile. Yields notes. Raises JobError, and any error of the job's."""
-    kinds: dict[tuple[str, ...], Profile] = {}
-    for profile in cycle.values():
-        kinds.setdefault(_kind(profile), profile)
-    for profile in kinds.values():
-        work = Work(profile, epochs=1, seed=session.settings.seed, repeat=0, parent=None, suspended=None)
+    for work in _works(session, cycle):
+        profile = work.profile
         result = session.train(work, lambda: False, lambda _result: None)
         assert isinstance(result, Finished), "nothing interrupts it"
         metrics = result.results[-1].metrics
@@ -139,6 +138,15 @@ def _try_profiles(session: ShortSession, cycle: Mapping[str, Profile]) -> Iterat
         if names := undefined(metrics):
             yield f"{', '.join(names)} is NaN on a few examples; a model with a NaN metric can't enter the board"
         session.check_restore()
+
+
+def _works(trainer: ShortSession | ShortOwnLoop, cycle: Mapping[str, Profile]) -> Iterator[Work]:
+    """Yield a chunk of one epoch for each kind of profile."""
+    kinds: dict[tuple[str, ...], Profile] = {}
+    for profile in cycle.values():
+        kinds.setdefault(_kind(profile), profile)
+    for profile in kinds.values():
+        yield Work(profile, epochs=1, seed=trainer.settings.seed, repeat=0, parent=None, suspended=None)
 
 
 def _kind(profile: Profile) -> tuple[str, ...]:
@@ -153,18 +161,23 @@ def _described(session: Session, cycle: Mapping[str, Profile]) -> dict[str, str]
     return {name: session.description(profile) for name, profile in cycle.items()}
 
 
-def _try_own_loop(loop: ShortOwnLoop, profile: Profile) -> None:
-    """Train a few steps with the job's own loop, and go on from the state that it returns."""
-    asked = 0
+def _try_own_loop(loop: ShortOwnLoop, cycle: Mapping[str, Profile]) -> None:
+    """Train a few steps with the job's own loop under each kind of profile, and go on from the state it returns."""
+    for work in _works(loop, cycle):
+        result = loop.train(work, _stop_after(OWN_STEPS), lambda _result: None)
+        with tempfile.TemporaryDirectory(prefix="orch-try-") as folder:
+            state = Path(folder) / "state.pt"
+            with state.open("wb") as target:
+                loop.save(target)
+            stopped = isinstance(result, Interrupted)
+            again = replace(work, suspended=state) if stopped else replace(work, parent=state)
+            loop.train(again, _stop_after(OWN_STEPS), lambda _result: None)
 
-    def should_stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked > OWN_STEPS
 
-    work = Work(profile, epochs=1, seed=loop.settings.seed, repeat=0, parent=None, suspended=None)
-    loop.train(work, should_stop, lambda _result: None)
-    loop.state()
+def _stop_after(steps: int) -> Callable[[], bool]:
+    """Return a should_stop that is True from the call after this many on."""
+    calls = itertools.count()
+    return lambda: next(calls) >= steps
 
 
 @contextmanager

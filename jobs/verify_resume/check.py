@@ -205,7 +205,8 @@ NOT_EVEN_INTERRUPTED = (
 OTHER_BATCHES = (
     "the data set draws from its own generator (random.Random, numpy.random.default_rng, torch.Generator), counts "
     "its calls, or keeps its own order. Make each example depend only on its index, and draw from the global "
-    "generators of random, numpy.random or torch, which orch seeds"
+    "generators of random, numpy.random or torch, which orch seeds. A loop of the job's own must keep what it counts "
+    "in the state that it returns"
 )
 OTHER_METRICS = (
     "the states are the same, the metrics are not: metrics() or the validation data draw from their own generator, "

@@ -129,7 +129,7 @@ def _largest_difference(expected: Tensor, found: Tensor, differs: Tensor, path: 
 
 def _bytes(tensor: Tensor) -> Tensor:
     """Return a dense tensor's values as bytes: uint8 of shape (values, bytes per value)."""
-    return tensor.reshape(-1, 1).view(torch.uint8)
+    return tensor.reshape(-1).view(torch.uint8).view(tensor.numel(), tensor.element_size())
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from jobs.job import Job
+from jobs.job import ChunkResult, Job
 
 class Base(Job):
     def model(self):
@@ -61,6 +61,11 @@ WRONG = [
      "Mine.model() returned an object that it had returned before", {}),
     ("def data(self, split): return iter([])", "without a length", {}),
     ("def train_chunk(self, context): return 5", "train_chunk returned int; allowed: ChunkResult", {}),
+    ("def train_chunk(self, context):\n    assert not context.profile.params, 'the second profile'\n"
+     "    context.report({'accuracy': 1})\n    return ChunkResult({'model': {}})", "the second profile",
+     {"training_profiles": [{"name": "a", "learning_rate": 1}, {"name": "b", "learning_rate": 1, "params": {"x": 1}}]}),
+    ("def train_chunk(self, context):\n    context.state and context.state['weights']\n"
+     "    context.report({'accuracy': 1})\n    return ChunkResult({'model': {}})", "KeyError: 'weights'", {}),
     ("def loss(self, o, t): raise SystemExit('no more credits')", "SystemExit: no more credits", {}),
 ]  # fmt: skip
 

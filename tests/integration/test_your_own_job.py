@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from jobs.data import randomness
 from jobs.errors import JobError
@@ -23,6 +25,9 @@ from jobs.training.opening import check_job, has_own_loop, load_job, open_sessio
 from jobs.training.own_loop import OwnLoop
 from jobs.training.session import Session
 from jobs.training.states import export, read
+from jobs.training.trying import try_job
+from jobs.verify_resume import link
+from jobs.verify_resume.check import verify
 from jobs.verify_resume.exactness import differences
 from orchestrator.profile import Profile
 from orchestrator.records import EpochResult, Finished, Interrupted, Work
@@ -36,10 +41,15 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "your-own-job.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
 MOONS, MOONS_JSON, COMMANDS = (body for _, body in BLOCKS[:3])
+PYTHON, JSON, CONSOLE = ([body for kind, body in BLOCKS if kind == wanted] for wanted in ("python", "json", "console"))
+JOBS = {
+    name: body for body in PYTHON for name in re.findall(r"^class (\w+)\((?:Job|Moons)\)", body, flags=re.MULTILINE)
+}
+RUN_ELSEWHERE = ["orch verify-resume moons.json --set deterministic=true"]  # in test_exact_resume.py
 
 
 def block_with(word: str) -> str:
-    (block,) = [body for language, body in BLOCKS if language == "python" and word in body]
+    (block,) = [body for body in PYTHON if word in body]
     return block
 
 
@@ -90,11 +100,56 @@ def test_the_complete_example_runs_unchanged(folder: Path) -> None:
     model.load_state_dict(torch.load(folder / "best.pt", weights_only=True))
 
 
-def test_every_settings_block_is_valid() -> None:
-    for body in [body for language, body in BLOCKS if language == "json"]:
-        given = json.loads(body)
-        profile = given if "learning_rate" in given else given["training_profiles"][0]
-        check_job(settings("jobs.digits:Digits", training_profiles=[profile]))
+def test_every_block_of_the_page_is_python_json_or_console() -> None:
+    assert {language for language, _ in BLOCKS} == {"python", "json", "console"}
+    assert TEXT.count("```") == 2 * len(BLOCKS)
+    assert set(JOBS.values()) == set(PYTHON)  # so the tests below run each of them
+
+
+@pytest.mark.parametrize("body", JSON, ids=lambda body: " ".join(body.split())[:40])
+def test_every_settings_block_is_valid(body: str, folder: Path) -> None:
+    given = json.loads(body)
+    if "learning_rate" in given:
+        check_job(settings("moons:Moons", training_profiles=[given]))
+    else:
+        checked = settings(**{"job": "moons:Moons"} | given)
+        assert set(given) <= set(type(checked).model_fields)
+
+
+def test_every_command_prints_what_the_page_shows(folder: Path) -> None:
+    for body in CONSOLE[1:]:
+        command, *shown = body.splitlines()
+        command = command.removeprefix("$ ")
+        if command not in RUN_ELSEWHERE:
+            assert set(shown) <= set(output(orch_here(folder, *command.split()[1:])).splitlines())
+
+
+def test_every_link_of_the_page_leads_to_a_file() -> None:
+    links = re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", TEXT)
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+    places = re.findall(r"\]\(#([^)]*)\)", TEXT)
+    headings = [re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)", TEXT, re.M)]
+    assert set(places) <= set(headings)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_job_of_the_page_can_be_launched_and_resumes_exactly(name: str, folder: Path) -> None:
+    for module, text in {**THEIR_MODULES, "page": JOBS[name]}.items():
+        (folder / f"{module}.py").write_text(text)
+    given = settings(f"page:{name}", deterministic=True)
+    assert check_job(given) == []
+    assert [line for line in try_job(given).lines if not line.startswith("data: ")] == []
+    trial = link.Trial(given, [str(folder)], 1, "cpu", chunks=1, epochs_per_chunk=2, steps_per_epoch=3, interruptions=2)
+    assert verify(trial, lambda _line: None, in_this_process).inexact is None
+
+
+def in_this_process(trial: link.Trial, root: Path, name: str, start: int, stop: int | None) -> dict[str, Any]:
+    """Run a link with other random states, as a fresh process would."""
+    randomness.seed_all(next(_processes))
+    link.main(root, name, start, link.NO_STOP if stop is None else stop)
+    result: dict[str, Any] = json.loads((root / link.RESULT).read_text())
+    assert "error" not in result, result["error"]
+    return result
 
 
 # --- other libraries, which are replaced by modules with the same names, because they may not be installed
@@ -108,10 +163,18 @@ class AutoTokenizer:
     def from_pretrained(cls, name):
         return cls()
 
-    def __call__(self, texts, padding, truncation):
-        assert padding == "max_length" and truncation
-        ids = [[ord(letter) for letter in text[:4].ljust(4)] for text in texts]
-        return {"input_ids": ids, "attention_mask": [[1] * 4 for _ in texts]}
+    def __call__(self, texts, truncation):
+        assert truncation
+        ids = [[ord(letter) for letter in text] for text in texts]
+        return {"input_ids": ids, "attention_mask": [[1] * len(text) for text in texts]}
+
+    def pad(self, examples, return_tensors):
+        assert return_tensors == "pt"
+        most = max(len(example["input_ids"]) for example in examples)
+        padded = {key: [example[key] + [0] * (most - len(example[key])) for example in examples]
+                  for key in ("input_ids", "attention_mask")}
+        return {key: torch.tensor(rows) for key, rows in padded.items()} | {
+            "labels": torch.tensor([example["labels"] for example in examples])}
 
 class AutoModelForSequenceClassification(torch.nn.Module):
     @classmethod
@@ -128,8 +191,6 @@ class AutoModelForSequenceClassification(torch.nn.Module):
         return SimpleNamespace(loss=loss, logits=logits)
 """
 DATASETS = """
-import torch
-
 def load_dataset(name, split):
     return Rows([{"text": "good" if i % 2 else "bad", "label": i % 2} for i in range(64)])
 
@@ -146,15 +207,11 @@ class Rows:
         kept = [{key: v for key, v in row.items() if key not in remove_columns} for row in self.rows]
         return Rows([old | added for old, added in zip(kept, new, strict=True)])
 
-    def with_format(self, kind):
-        assert kind == "torch"
-        return Rows([{key: torch.tensor(value) for key, value in row.items()} for row in self.rows])
-
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return self.rows[index]
+        return [row[index] for row in self.rows] if isinstance(index, str) else self.rows[index]
 """
 MY_PROJECT = '''
 import torch
@@ -181,6 +238,7 @@ def training_set():
 
 test_set = training_set
 '''
+THEIR_MODULES = {"transformers": TRANSFORMERS, "datasets": DATASETS, "my_project": MY_PROJECT}
 
 
 @pytest.mark.parametrize(
@@ -208,6 +266,50 @@ def test_the_pages_jobs_for_other_libraries_train(
     with (folder / "one.pt").open("wb") as target:
         one.save(target)
     assert one.evaluate_file(folder / "one.pt", "test")["accuracy"] > 0.9
+
+
+# --- profiles, and other processes
+
+
+def test_a_profile_has_its_own_number_of_epochs(folder: Path) -> None:
+    cycle = [{"name": "long", "learning_rate": 0.1, "epochs": 3}, {"name": "short", "learning_rate": 0.1}]
+    given = json.loads(MOONS_JSON) | {"training_profiles": cycle, "stop_after_epochs": 4, "num_models": 1}
+    (folder / "moons.json").write_text(json.dumps(given))
+    output(orch_here(folder, "launch", "moons.json", "--executor", "inline"))
+    chunks = Run.open(folder / "runs" / "moons").leaderboard.reader.rows("chunk")
+    assert [(chunk["profile"], chunk["epochs"]) for chunk in chunks] == [("long", 3), ("short", 2)]
+
+
+class Deep(Job):
+    """A loop of its own whose model depends on the profile."""
+
+    def model(self) -> torch.nn.Module:
+        return torch.nn.Linear(2, self.profile.params["width"])
+
+    def data(self, split: Any) -> Any:
+        return TensorDataset(torch.eye(2).repeat(20, 1), torch.arange(40) % 2)
+
+    def train_chunk(self, context: ChunkContext) -> ChunkResult:
+        model = self.model()
+        context.report(context.evaluate(model))
+        return ChunkResult({"model": model.state_dict()})
+
+
+def test_a_model_of_an_own_loop_is_evaluated_under_its_profile(tmp_path: Path) -> None:
+    cycle = [{"name": str(width), "learning_rate": 0.1, "params": {"width": width}} for width in (2, 3)]
+    given = settings("any:Job", training_profiles=cycle)
+    one = OwnLoop(Deep(JobContext(given)))
+    result = train(one, Work(given.training_profiles[1], 1, 5, 0, None, None), tmp_path / "x.pt")
+    assert isinstance(result, Finished)
+    assert OwnLoop(Deep(JobContext(given))).evaluate_file(tmp_path / "x.pt", "test")["accuracy"] >= 0
+
+
+def test_a_loaders_process_gets_a_job_that_shows_nothing() -> None:
+    one = OwnLoop(Walk(JobContext(settings("any:Job", job_params={"a": 1}))))
+    assert one.job.show != Job(one.job.context).show
+    copied = pickle.loads(pickle.dumps(one.job.collate)).__self__
+    assert (type(copied), copied.params) == (Walk, {"a": 1})
+    copied.log_histogram("x", torch.zeros(1))
 
 
 # --- a loop of the job's own

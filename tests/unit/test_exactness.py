@@ -134,6 +134,9 @@ def test_memory_layout_and_subclasses_do_not_count() -> None:
     turned = torch.arange(6.0).view(2, 3).t()
     assert not list(differences(turned, turned.contiguous()))
     assert digest(turned) == digest(turned.contiguous())
+    narrow = torch.ones(3, 8, 1, 1).to(memory_format=torch.channels_last)  # contiguous, with unusual strides
+    assert not list(differences(narrow, torch.ones(3, 8, 1, 1)))
+    assert digest(narrow) == digest(torch.ones(3, 8, 1, 1))
     assert not list(differences(nn.Parameter(torch.ones(2)), torch.ones(2)))
     assert not list(differences(OrderedDict(a=1, b=2), {"b": 2, "a": 1}))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from jobs.data.splits import Split
 from jobs.errors import JobError
 from jobs.job import Job
 from jobs.training.session import Session
-from tests.support.small_job import Small, context, founder
+from tests.support.small_job import SGD, Small, context, founder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -217,3 +219,47 @@ def test_labels_that_do_not_fit_the_data_are_an_error() -> None:
 def test_the_fingerprint_has_only_plain_values() -> None:
     text = json.dumps(begin(usual).examples.fingerprints())
     assert '"examples": 60' in text
+
+
+class Scaled(Small):
+    """Data that depend on the profile's params."""
+
+    def data(self, split: Split) -> Any:
+        params = self.profile.params
+        count = params.get("count", COUNT)
+        return TensorDataset(IMAGES[:count] * params["scale"], TARGETS[:count])
+
+
+def scaled(run: Path, validation: str = "split", **params: Any) -> None:
+    opened = Session(Scaled(context(validation=validation)), run_folder=run)
+    opened.train(replace(founder(), profile=replace(SGD, params=params)), lambda: True, lambda _epoch: None)
+
+
+def test_data_may_depend_on_the_profile(tmp_path: Path) -> None:
+    for scale in (1, 2, 1):
+        scaled(tmp_path, scale=scale)
+
+
+def test_data_that_depend_on_the_profile_must_stay_the_same_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled(tmp_path, scale=1)
+    scaled(tmp_path, scale=2)
+    monkeypatch.setattr(sys.modules[__name__], "IMAGES", IMAGES.flip(0))
+    with pytest.raises(JobError, match=r"data\('train'\) is not the same .*: its examples differ"):
+        scaled(tmp_path, scale=2)
+
+
+def test_a_profile_cannot_change_which_examples_are_split(tmp_path: Path) -> None:
+    scaled(tmp_path, scale=1)
+    with pytest.raises(JobError, match="it had 60 examples, and now has 30"):
+        scaled(tmp_path, scale=1, count=30)
+
+
+def test_the_params_of_the_chunk_decide_which_data_are_used(tmp_path: Path) -> None:
+    opened = Session(Scaled(context()), run_folder=tmp_path)
+    opened.job.profile = replace(SGD, params={"scale": 1})
+    opened.examples.open("train")  # as the try before a launch does
+    opened.job.profile = replace(SGD, params={"scale": 2})
+    (doubled, _), *_ = opened.feed("train").in_order()
+    assert float(doubled.abs().max()) > float(IMAGES.abs().max())
