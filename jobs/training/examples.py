@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Examples:
         return feed
 
     def _params(self) -> str:
-        return json.dumps(asdict(self.job.profile)["params"], sort_keys=True, default=str)
+        return json.dumps(self.job.profile.params, sort_keys=True, default=str)
 
     def open(self, split: Split) -> Opened:
         """Load a split's data, choose the examples to use, and compare them with those of the run. They are kept until
