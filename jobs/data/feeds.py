@@ -34,12 +34,12 @@ class Bounds(NamedTuple):
 LastBatch = Literal["keep", "merge", "drop"]
 
 
-def bounds_of(count: int, batch_size: int, last: LastBatch, least: int = 2) -> list[Bounds]:
+def bounds_of(count: int, batch_size: int, last: LastBatch) -> list[Bounds]:
     """Cut an epoch of `count` examples into batches. last: what becomes of a smaller last batch: it is kept; or, if it
-    has fewer examples than `least`, it is merged into the one before; or it is dropped. A single batch is kept."""
+    has a single example, it is merged into the one before; or it is dropped. An epoch of one batch keeps it."""
     ends = list(range(batch_size, count, batch_size)) + ([count] if count else [])
     rest = count - ends[-2] if len(ends) > 1 else batch_size
-    if rest < batch_size and (last == "drop" or (last == "merge" and rest < least)):
+    if rest < batch_size and (last == "drop" or (last == "merge" and rest == 1)):
         ends.pop()
         if last == "merge":
             ends[-1] = count
@@ -52,7 +52,6 @@ class Feed:
     augmented = False  # True: random augmentation makes an example differ from epoch to epoch
     # For training, the session sets how to treat a smaller last batch. Batch norm can't train on a single example.
     last_batch: LastBatch = "keep"
-    least = 2  # examples that a last batch must have to be kept under "merge"
 
     def __init__(self, batch_size: int, count: int) -> None:
         self.batch_size = batch_size
@@ -78,14 +77,14 @@ class Feed:
 
     def like(self, other: Feed) -> None:
         """Cut batches as another feed does."""
-        self.batch_size, self.last_batch, self.least = other.batch_size, other.last_batch, other.least
+        self.batch_size, self.last_batch = other.batch_size, other.last_batch
 
     def _fetch(self, order: Tensor, epoch: Epoch, batches: Sequence[Bounds]) -> Iterator[Any]:
         """Yield these batches of the examples in this order."""
         raise JobError(f"{type(self).__name__} has no _fetch(order, epoch, batches)")
 
     def _bounds(self, last: LastBatch) -> list[Bounds]:
-        return bounds_of(self.count, self.batch_size, last, self.least)
+        return bounds_of(self.count, self.batch_size, last)
 
 
 class TensorFeed(Feed):

@@ -146,7 +146,6 @@ class Examples:
             feed = make_feed(opened.data, opened.indices or [], size, context.device, context.cores, collate)
         if split == "train":
             feed.last_batch = "drop" if settings.drop_last else "merge"
-            feed.least = 2 * self._group.count  # each rank gets two examples or more
         return feed
 
     # --- comparisons

@@ -13,8 +13,10 @@ import torch
 
 from jobs.training.distributed import dismiss
 from jobs.training.states import read
+from orchestrator.profile import GradientClip
 from orchestrator.settings.settings import Settings
 from tests.support.distributed_jobs import (
+    FAST,
     STEPS,
     Dicts,
     Noisy,
@@ -53,8 +55,15 @@ def test_two_processes_augment_as_a_single_process_does(two: Team, tmp_path: Pat
     check_equal(two, settings(Noisy), tmp_path)
 
 
-def test_a_last_batch_of_one_example_is_trained_by_one_of_two_processes(two: Team, tmp_path: Path) -> None:
-    check_equal(two, settings(max_batch_size=230), tmp_path)  # 1151 examples are 5 batches and 1 example
+@pytest.mark.parametrize("size", [230, 383], ids=["one example, which joins the batch before", "two examples"])
+def test_a_small_last_batch_is_trained_as_by_a_single_process(two: Team, size: int, tmp_path: Path) -> None:
+    check_equal(two, settings(max_batch_size=size), tmp_path)  # of 1151 examples
+
+
+def test_two_processes_accumulate_and_clip_as_a_single_process_does(two: Team, tmp_path: Path) -> None:
+    """Each batch has 7 examples, and each step 4 batches."""
+    profile = replace(FAST, batch_size=7, accumulate=4, gradient_clip=GradientClip(norm=0.1))
+    check_equal(two, settings(), tmp_path, profile=profile)
 
 
 def test_unequal_parts_are_weighted_by_their_size(two: Team, tmp_path: Path) -> None:

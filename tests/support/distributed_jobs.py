@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -335,10 +336,11 @@ def metrics(result: Finished) -> list[dict[str, float]]:
     return [dict(epoch.metrics) for epoch in result.results]
 
 
-def check_equal(team: Team, given: Settings, folder: Path, epochs: int = 1) -> None:
+def check_equal(team: Team, given: Settings, folder: Path, epochs: int = 1, profile: Profile = FAST) -> None:
     """Train the same chunk with one process and with the team, and check that the results are equal."""
     one, all_ = alone(given), team.open(given)
-    expected, result = train(one, founder(epochs=epochs)), train(all_, founder(epochs=epochs))
+    work = replace(founder(epochs=epochs), profile=profile)
+    expected, result = train(one, work), train(all_, work)
     assert_close(saved(all_, folder / "all.pt"), saved(one, folder / "one.pt"))
     for have, want in zip(metrics(result), metrics(expected), strict=True):
         assert have == pytest.approx(want, abs=1e-4)
