@@ -36,12 +36,14 @@ def test_missing_weights_are_never_replaced_by_untrained_ones(name: str, sketche
 @pytest.mark.usefixtures("torch_home")
 def test_a_part_without_pretrained_layers_needs_no_weights(sketches: Path) -> None:
     job = job_of("part1", sketches)
-    assert job.prepare(download=False) == [f"{CLASSES} classes in {sketches / 'train'}"]
+    lines = job.prepare(download=False)
+    assert lines[0] == f"{CLASSES} classes in {sketches / 'train'}"
+    assert not [line for line in lines if "weights" in line]
 
 
 def test_prepare_reports_what_is_ready(sketches: Path, weights: Path) -> None:
     job = job_of("part3", sketches, pretrained_weights=str(weights))
-    assert job.prepare(False) == [f"8 classes in {sketches / 'train'}", f"pretrained weights: {weights}"]
+    assert {f"8 classes in {sketches / 'train'}", f"pretrained weights: {weights}"} <= set(job.prepare(False))
 
 
 def test_weights_that_were_downloaded_before_are_found(sketches: Path, weights: Path, torch_home: Path) -> None:
