@@ -484,6 +484,7 @@ def test_a_lost_job_between_them_ends_the_row(run: Run) -> None:
 @pytest.fixture
 def handlers() -> Iterator[None]:
     had = {signum: signal.getsignal(signum) for signum in StopFlag.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     yield
     for signum, handler in had.items():
         signal.signal(signum, handler)

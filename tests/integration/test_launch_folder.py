@@ -247,11 +247,11 @@ def test_code_that_ends_the_process_at_launch_is_one_clear_error(
     assert not (folder / "runs").exists()
 
 
-def test_a_model_that_ends_the_process_leaves_the_plan(folder: Path, orch_call: OrchCall) -> None:
+def test_a_model_that_ends_the_process_is_an_error_of_the_job(folder: Path, orch_call: OrchCall) -> None:
     write_job(folder, "from jobs.digits import Digits\nclass Mine(Digits):\n    def model(self): sys.exit('no GPU')")
     status, _, error = orch_call(folder, "launch", write_settings(folder, job="mine:Mine"), "--dry-run")
-    assert status == 0
-    assert "the model can't be created here: SystemExit: no GPU" in error
+    assert status == 2
+    assert "job mine:Mine: SystemExit: no GPU" in error
 
 
 def test_a_module_that_ends_each_job_ends_its_chain_at_the_second_one(folder: Path) -> None:
