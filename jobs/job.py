@@ -277,8 +277,9 @@ class WatchedParams(dict[str, Any]):
     """job_params without a Params class: remembers the keys that were not read, so that a launch can name them."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        super().__init__(given)
-        self.unread = set(given)
+        # A dict's own method, because those of this class note what is read.
+        super().__init__(dict.items(given) if isinstance(given, dict) else given)
+        self.unread = set(dict.keys(self))
 
     def __getitem__(self, key: str) -> Any:
         self.unread.discard(key)

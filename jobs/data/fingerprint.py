@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
 from jobs.data.batches import leaves
 from jobs.data.streams import is_stream
@@ -20,6 +20,7 @@ from jobs.errors import JobError
 
 Fingerprint = Mapping[str, Any]  # JSON values
 SAMPLE, VALUES = 8, 4  # examples in the sample; numbers that are compared of each array
+SAMPLE_IN_MEMORY = 64  # of data that can be read at no cost
 # Processors and versions of libraries may decode and round differently, but not by as much as other examples differ.
 TOLERANCE = 0.02
 
@@ -33,7 +34,7 @@ def fingerprint_of(data: Any, labels: NDArray[np.int64] | None, indices: Sequenc
         "classes": class_names(data),
         "labels": None if labels is None else _hash(labels),
         "indices": None if indices is None else _hash(np.asarray(indices, dtype=np.int64)),
-        "sample": None if is_stream(data) else _sample(data),
+        "sample": None if is_stream(data) else sample_of(data),
     }
 
 
@@ -79,6 +80,23 @@ def same_sample(kept: Fingerprint, now: Fingerprint) -> bool:
     return len(one) == len(other) and all(map(_same, one, other))
 
 
+def unlike(sample: Sequence[Any], again: Sequence[Any], other: Sequence[Any]) -> tuple[bool, bool]:
+    """Compare two samples of what should be the same examples: sample, again (the same data, read with other random
+    numbers) and other. Return whether the last value of an example (its target), if it is a single number, differs; and
+    whether another value does. Values that are random are not compared."""
+    targets = inputs = False
+    for one, repeated, candidate in zip(sample, again, other, strict=False):
+        for place, (value, same, found) in enumerate(zip(one, repeated, candidate, strict=False)):
+            if not _same(value, same) or _same(value, found):
+                continue
+            single = isinstance(value, list) and value[:1] == [[]] and isinstance(found, list) and found[:1] == [[]]
+            if place == len(one) - 1 and single and len(one) > 1:
+                targets = True
+            else:
+                inputs = True
+    return targets, inputs
+
+
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_same, one, other))
@@ -87,10 +105,10 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _sample(data: Any) -> list[Any] | None:
+def sample_of(data: Any) -> list[Any] | None:
     """Describe examples spread over the data: for each value, its shape and some numbers, or a hash. None if the data
     have no single examples, only a feed."""
-    count = min(SAMPLE, len(data))
+    count = min(SAMPLE_IN_MEMORY if isinstance(data, TensorDataset) else SAMPLE, len(data))
     chosen = [number * (len(data) - 1) // max(count - 1, 1) for number in range(count)]
     try:
         return [[_described(leaf) for leaf in leaves(data[index])] for index in chosen]

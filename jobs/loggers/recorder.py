@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jobs.errors import JobError
 from jobs.loggers.logger import LEARNING_RATE, TRAIN_LOSS, Logger, Points, Series
 from jobs.loggers.observer import Observer
 from orchestrator.files.checkpoint_record import CheckpointRecord, lineage
@@ -219,9 +218,7 @@ class Recorder(Observer):
 
 def as_picture(values: Tensor) -> NDArray[np.uint8]:
     """Convert a picture (channels, height, width) of 1 or 3 channels, uint8 or from 0 to 1, to (height, width,
-    channels) uint8. Raises JobError for another shape."""
-    if values.ndim != 3 or values.shape[0] not in (1, 3):
-        raise JobError(f"log_image: the shape is {tuple(values.shape)}; allowed: (1 or 3, height, width)")
+    channels) uint8."""
     pixels = values if values.dtype is torch.uint8 else values.float().clamp(0, 1).mul(255).round().to(torch.uint8)
     return pixels.permute(1, 2, 0).contiguous().numpy()
 

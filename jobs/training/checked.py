@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from jobs.errors import JobError
@@ -62,6 +63,21 @@ def checked_metrics(job: Job, metrics: Any, of: str = "evaluation_metrics") -> M
         if not _is_number(value):
             raise JobError(f"{method} returned {_described(value)} for {name!r}; allowed: {allowed}")
     return metrics
+
+
+def checked_values(kind: str, name: str, values: Any) -> Tensor:
+    """Return what the job logs as a tensor on the CPU. kind: "image" or "histogram". Raises JobError if it has a shape
+    that can't be shown."""
+    try:
+        tensor = torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise JobError(f"log_{kind}({name!r}): {_described(values)} is no tensor") from error
+    shape = tuple(tensor.shape)
+    if kind == "image" and (tensor.ndim != 3 or shape[0] not in (1, 3)):
+        raise JobError(f"log_image({name!r}): the shape is {shape}; allowed: (1 or 3, height, width)")
+    if not tensor.numel() or tensor.is_complex():
+        raise JobError(f"log_{kind}({name!r}): {_described(tensor)}; allowed: one real number or more")
+    return tensor
 
 
 def _named(job: Job, method: str, part: str) -> str:

@@ -53,6 +53,8 @@ class Examples:
         self._made_for: dict[Split, str | None] = {}  # Opened.params of each feed
         self._opened: dict[Split, Opened] = {}  # whose feeds are not made yet
         self._facts: dict[Split, Fingerprint] = {}
+        self._again: list[Any] | None = None  # the training set's sample, read with other random numbers
+        self._notes: list[str] = []
         self._named: dict[str, Fingerprint] = {}  # see _to_keep
 
     @property
@@ -97,6 +99,9 @@ class Examples:
             indices = self._indices(split, data, labels)
             randomness.seed_cpu(self.settings.seed)
             facts = fingerprint.fingerprint_of(data, labels, indices)
+            if split == "train" and facts["sample"] and not self.own_validation:
+                randomness.seed_cpu(self.settings.seed + 1)
+                self._again = fingerprint.sample_of(data)
         opened = Opened(data, labels, indices, facts, params if self.job.profile_was_read else None)
         self._facts[split] = facts
         if split == "test" and "train" not in self._facts and (kept := self._kept("train")):
@@ -169,6 +174,11 @@ class Examples:
                     'which orch selects a part for each. If data("validation") is a validation set of its own, set '
                     '"validation": "own", and both are used whole'
                 )
+            elif self._again and validation["sample"]:
+                targets, inputs = fingerprint.unlike(train["sample"], self._again, validation["sample"])
+                if targets:
+                    raise JobError(_another_order(job, "targets"))
+                self._notes = [_another_order(job, "inputs")] if inputs else []
         for other in (validation, test):
             named = train and other and None not in (train["classes"], other["classes"])
             if train and other and named and train["classes"] != other["classes"]:
@@ -221,9 +231,21 @@ class Examples:
             return None
         return kept
 
+    def notes(self) -> list[str]:
+        """Return what is odd about the data, but may be meant."""
+        return self._notes
+
     def fingerprints(self) -> dict[str, Fingerprint]:
         """Return the fingerprints of the splits that were opened, by name."""
         return dict(self._named)
+
+
+def _another_order(job: str, what: str) -> str:
+    return (
+        f'{job}.data("train") and {job}.data("validation") have different {what} for the same number of an example. They '
+        "must list the same examples in the same order, or validation uses examples that were trained on; a validation "
+        'set of its own needs "validation": "own"'
+    )
 
 
 def keep(run_folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None:

@@ -148,6 +148,13 @@ class Learner(Predictor):
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
         self._schedule.after_epoch(metrics)
 
+    def untrained(self) -> list[str]:
+        """Return the names of the parameters that require a gradient, but got none in the last step or are not in the
+        optimizer."""
+        optimized = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        named = self.model.named_parameters()
+        return [name for name, p in named if p.requires_grad and (p.grad is None or id(p) not in optimized)]
+
     def finite(self) -> bool:
         """Return whether all weights to be evaluated are finite numbers."""
         values = [t for t in self.evaluated[0].state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]

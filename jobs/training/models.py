@@ -86,6 +86,15 @@ EQUAL_FOUNDERS = (
 )
 
 
+def state_digest(model: nn.Module) -> str:
+    """Return a digest of all tensors in a model's state_dict."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        if isinstance(value, Tensor):
+            digest.update(content(value))
+    return digest.hexdigest()
+
+
 def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for parameter in model.parameters():

@@ -16,7 +16,7 @@ from jobs.data.randomness import random_state, set_random_state
 from jobs.errors import JobError
 from jobs.job import ChunkContext, ChunkInterrupted, ChunkResult
 from jobs.training.evaluation import undefined
-from jobs.training.position import fresh_cut, resume_random_state
+from jobs.training.position import fresh_cut, order_seed, resume_random_state
 from jobs.training.session import JobTrainer
 from jobs.training.states import check_readable, plain, weights
 from orchestrator.messages import counted
@@ -27,6 +27,7 @@ class OwnLoop(JobTrainer):
     """Trains a job that overrides train_chunk."""
 
     _own: Mapping[str, Any] | None = None  # the state returned by the job's loop
+    asked = False  # whether the loop has called should_stop in the last chunk
     steps = 0  # optimizer steps of the whole lineage that the loop has reported
 
     def train(
@@ -59,6 +60,7 @@ class OwnLoop(JobTrainer):
             ranks=self.group.count,
         )
         outcome = self.job.train_chunk(context)
+        self.asked = chunk.asked
         if not isinstance(outcome, ChunkResult | ChunkInterrupted):
             kind = type(outcome).__name__
             raise JobError(f"train_chunk returned {kind}; allowed: ChunkResult and ChunkInterrupted")
@@ -76,7 +78,9 @@ class OwnLoop(JobTrainer):
 
     def _finished(self, work: Work, results: list[EpochResult]) -> Finished:
         score = results[-1].metrics[self.metric.name] if results else math.nan
-        if len(results) != work.epochs and math.isfinite(score):  # a loop may stop early when its loss is NaN
+        if not results or (
+            len(results) != work.epochs and math.isfinite(score)
+        ):  # a loop may stop early when its loss is NaN
             reported = f"{len(results)} of {counted(work.epochs, 'epoch')}"
             raise JobError(f"train_chunk reported {reported}; call context.report(metrics) after each epoch")
         model = (self._own or {}).get("model")
@@ -140,6 +144,7 @@ class _Chunk:
         self._asked = should_stop
         self._on_epoch = on_epoch
         self.results = [EpochResult(**result) for result in cut["results"]]
+        self.asked = False
         self.told_to_stop = False
         self.ended_early = False  # `batches` has ended because of should_stop
         self._seed: int | None = cut["seed"]  # of the current epoch's order
@@ -149,6 +154,7 @@ class _Chunk:
         self._started = time.monotonic()
 
     def should_stop(self) -> bool:
+        self.asked = True
         return self._trainer.group.agree(self._ask)
 
     def _ask(self) -> bool:
@@ -161,7 +167,7 @@ class _Chunk:
             set_random_state(self._random)
             self._random = None
         if self._seed is None:
-            self._seed = trainer.group.same(int(torch.randint(2**62, ()).item()))
+            self._seed = trainer.group.same(order_seed(trainer.epochs))
         feed = trainer.feed("train")
         batches, total = feed.shuffled(self._seed, self.position, trainer.epochs), feed.batches
         while self.position < total:

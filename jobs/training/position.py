@@ -40,6 +40,12 @@ class LossMean:
         return total / count if count else math.nan
 
 
+def order_seed(epoch: int) -> int:
+    """Draw the seed of an epoch's order. epoch: its number in the lineage, so that epochs differ in their order even if
+    the job's code seeds the generators."""
+    return hash_seed(int(torch.randint(2**62, ()).item()), epoch)
+
+
 def resume_random_state(state: Mapping[str, Any], work: Work) -> dict[str, Any]:
     """Set the random state with which the chunk starts or continues. If work.repeat is not 0, a chunk that starts gets
     new random numbers instead of the parent's. Returns the position in the current epoch."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jobs.data import randomness
 from jobs.data.feeds import Feed
@@ -23,12 +23,13 @@ from jobs.errors import JobError
 from jobs.job import PROFILE, Job
 from jobs.loggers.observer import Held, Observer
 from jobs.training import frozen_file, memory
+from jobs.training.checked import checked_values
 from jobs.training.evaluation import Evaluator, undefined
 from jobs.training.examples import Examples
 from jobs.training.frozen import FrozenParts
 from jobs.training.learner import Learner, Predictor, described
-from jobs.training.models import Models
-from jobs.training.position import LossMean, fresh_cut, resume_random_state
+from jobs.training.models import Models, state_digest
+from jobs.training.position import LossMean, fresh_cut, order_seed, resume_random_state
 from jobs.training.precision import Speed
 from jobs.training.ranks import ALONE, Alone
 from jobs.training.states import FORMAT, Copies, EpochCopy, check_readable, plain, read, unwrapped, weights
@@ -68,8 +69,8 @@ class JobTrainer:
     def _examples(self, run_folder: Path | None) -> Examples:
         return Examples(self.job, self.group, run_folder)
 
-    def _show(self, kind: str, name: str, values: Tensor) -> None:
-        self._reports.show(kind, name, values.detach().cpu())
+    def _show(self, kind: str, name: str, values: Any) -> None:
+        self._reports.show(kind, name, checked_values(kind, name, values))
 
     @property
     def has_data(self) -> bool:
@@ -284,7 +285,7 @@ class Session(JobTrainer):
         started = time.monotonic()
         feed, group = self._batches(learner, learner.model, "train"), self.group
         if cut["seed"] is None:
-            cut["seed"] = group.same(int(torch.randint(2**62, ()).item()))
+            cut["seed"] = group.same(order_seed(self.epochs))
         mean = LossMean(cut["loss_sum"], cut["loss_count"], learner.scales_loss, self.device)
         learner.running.train()
         batches, total = feed.shuffled(cut["seed"], cut["step"], self.epochs), feed.batches
@@ -335,7 +336,38 @@ class Session(JobTrainer):
         state = self.state()
         check_readable(state, "the training state")
         with randomness.random_state_kept():
-            Learner(self.job, old.profile, self._speed, self.group, 1, self.metric, state, None, self._models.make)
+            about = (self.job, old.profile, self._speed, self.group, 1, self.metric)
+            restored = Learner(*about, state, None, self._models.make)
+        expected, again, found = (self._evaluate(one, self.settings.select_on) for one in (old, old, restored))
+        differs = [
+            name for name in expected if not math.isclose(found[name], expected[name], rel_tol=1e-3, abs_tol=1e-5)
+        ]
+        if expected == again and differs:  # otherwise, the metrics depend on something else too
+            raise JobError(
+                f"a model that was restored from its checkpoint has another {differs[0]!r}: {found[differs[0]]:.6g} "
+                f"instead of {expected[differs[0]]:.6g}. A checkpoint has only what model.state_dict() returns: no "
+                "layers in a plain list (use nn.ModuleList), no buffers with persistent=False, nothing kept in the job"
+            )
+
+    def check_training(self) -> list[str]:
+        """Return notes about the parameters of the model in training after a step. Raises JobError if no parameter is
+        trained, or if an evaluation changes the model."""
+        assert self._learner is not None
+        idle = self._learner.untrained()
+        trained = sum(parameter.requires_grad for parameter in self._learner.model.parameters())
+        if len(idle) == trained:
+            raise JobError(
+                "no parameter of the model is trained: none has a gradient, or none is in the optimizer; compute the "
+                "loss from the model's outputs, and pass its parameters to the optimizer"
+            )
+        before = state_digest(self._learner.model)
+        self._evaluate(self._learner, self.settings.select_on)
+        if state_digest(self._learner.model) != before:
+            raise JobError(
+                "an evaluation changes the model's weights or buffers; predict() and metrics() must leave the model as "
+                "it is, and in eval mode"
+            )
+        return [f"not trained, without a gradient or not in the optimizer: {', '.join(idle[:5])}"] if idle else []
 
     def description(self, profile: Profile) -> str:
         """Return the optimizer and the schedule that a profile gets for the model in training. Raises JobError."""

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,16 @@ from typing import Literal
 import torch
 from torch import nn
 
-from jobs.data import randomness
+from jobs.data import fingerprint, randomness
 from jobs.data.batches import size_bytes
 from jobs.data.fingerprint import Fingerprint
+from jobs.data.splits import Split
+from jobs.data.streams import BatchStreamFeed
 from jobs.errors import JobError
 from jobs.job import Job, WatchedParams
 from jobs.training import memory, models
 from jobs.training.evaluation import undefined
+from jobs.training.examples import Examples
 from jobs.training.opening import has_own_loop, load_job
 from jobs.training.session import Session
 from jobs.training.short import ShortOwnLoop, ShortSession
@@ -33,6 +37,8 @@ from orchestrator.settings.settings import Settings
 
 STEPS, BATCH_SIZE = 2, 8  # per profile
 OWN_STEPS = 3  # of a job's own loop, before it is told to stop
+OTHERS_S = 5.0  # for profiles that differ from others only in numbers
+QUICK_S = 2.0  # data that load within this time are loaded a second time, to compare
 MODEL_COPIES = 8  # weights, gradients and optimizer state, twice
 log = logging.getLogger("orch")
 
@@ -45,6 +51,12 @@ class Tried:
     profiles: Mapping[str, str] = field(default_factory=dict)  # by name: the optimizer and the schedule
     fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
     channels_last: Literal["auto", True, False] = "auto"  # the setting to launch with
+
+
+NEVER_ASKED = (
+    "train_chunk has not called context.should_stop(); call it before each step, or iterate over context.batches(): "
+    "otherwise, a chunk can't be interrupted when the job's time is up"
+)
 
 
 class NotHereError(Exception):
@@ -81,6 +93,7 @@ def _tried(settings: Settings, channels_last: Literal["auto", True, False]) -> T
     cycle = {profile.name: profile for profile in settings.training_profiles}
     if isinstance(trainer, ShortOwnLoop):
         _try_own_loop(trainer, cycle)
+        lines += [] if trainer.asked else [NEVER_ASKED]
         descriptions: dict[str, str] = {}
     else:
         _check_memory(job)
@@ -95,9 +108,13 @@ def _tried(settings: Settings, channels_last: Literal["auto", True, False]) -> T
 def _about_data(trainer: ShortSession | ShortOwnLoop) -> Iterator[str]:
     """Load the data. Yields lines that say how many examples and classes there are."""
     job, settings = trainer.job, trainer.settings
+    started = time.monotonic()
     train = trainer.examples.open("train")
     other = settings.select_on
     validation = trainer.examples.open(other)
+    if time.monotonic() - started < QUICK_S:
+        _load_again(settings, job, other, {"train": train.fingerprint, other: validation.fingerprint})
+    yield from trainer.examples.notes()
     if train.indices is None or validation.indices is None:
         yield f"data: streams of {len(train.data):,} (training) and {len(validation.data):,} ({other})"
         return
@@ -111,6 +128,18 @@ def _about_data(trainer: ShortSession | ShortOwnLoop) -> Iterator[str]:
     yield line
     if trainer.job.context.settings.start_from is None and not has_own_loop(job) and models.equal_for_two_seeds(job):
         yield models.EQUAL_FOUNDERS
+
+
+def _load_again(settings: Settings, job: Job, other: Split, first: Mapping[Split, Fingerprint]) -> None:
+    """Load the data with another object of the job, as another process does. Raises JobError if they differ."""
+    again = Examples(load_job(settings, job.context.device))
+    for split in ("train", other):
+        found = fingerprint.changes(first[split], again.open(split).fingerprint)
+        if found:
+            raise JobError(
+                f"{type(job).__name__}.data({split!r}) differs when it is loaded again: {'; '.join(found)}. It must be "
+                "the same in each process: orch seeds the global generators of random, numpy and torch before the call"
+            )
 
 
 def _check_memory(job: Job) -> None:
@@ -137,15 +166,34 @@ def _try_profiles(session: ShortSession, cycle: Mapping[str, Profile]) -> Iterat
             )
         if names := undefined(metrics):
             yield f"{', '.join(names)} is NaN on a few examples; a model with a NaN metric can't enter the board"
+        yield from session.check_training()
         session.check_restore()
+        _check_batch_sizes(session)
+
+
+def _check_batch_sizes(session: ShortSession) -> None:
+    """Raise JobError if batch_size(batch), with which means are weighted, does not give the number of examples."""
+    feed = session.feed(session.settings.select_on)
+    if isinstance(feed, BatchStreamFeed):
+        return
+    found = sum(session.job.batch_size(batch) for batch in feed.in_order())
+    if found != feed.count:
+        raise JobError(
+            f"{type(session.job).__name__}.batch_size(batch) gives {found} examples in all, but there are {feed.count}; "
+            "the default is the length of the first tensor. Override batch_size(batch), or put the examples first"
+        )
 
 
 def _works(trainer: ShortSession | ShortOwnLoop, cycle: Mapping[str, Profile]) -> Iterator[Work]:
-    """Yield a chunk of one epoch for each kind of profile."""
+    """Yield a chunk of one epoch for each kind of profile, and for the others while there is time."""
     kinds: dict[tuple[str, ...], Profile] = {}
     for profile in cycle.values():
         kinds.setdefault(_kind(profile), profile)
-    for profile in kinds.values():
+    others = [profile for profile in cycle.values() if profile not in kinds.values()]
+    started = time.monotonic()
+    for number, profile in enumerate([*kinds.values(), *others]):
+        if number >= len(kinds) and time.monotonic() - started > OTHERS_S:
+            return  # they differ only in numbers from those that were tried
         yield Work(profile, epochs=1, seed=trainer.settings.seed, repeat=0, parent=None, suspended=None)
 
 

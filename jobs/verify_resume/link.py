@@ -226,6 +226,8 @@ def train_link(
             suspended=folder / f"{start}.pt" if start > first else None,
         )
         result = session.train(work, should_stop, on_epoch)
+        if done == start and not isinstance(result, Interrupted):
+            raise JobError(f"job {trial.settings.job}: its loop can't be interrupted: it has not called should_stop()")
         _save(session, folder / f"{done}.pt")
         if isinstance(result, Interrupted):
             break

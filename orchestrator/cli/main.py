@@ -43,8 +43,20 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
+# These commands load the job's data, which must be the same as in its jobs: sets of strings must have the same order.
+LOADS_DATA = ("launch", "evaluate", "prepare", "amend", "verify-resume")
+
+
+def _with_the_jobs_hash_seed() -> None:
+    """Start this program again with the hash seed of all jobs, if it is `orch` with a command that loads data."""
+    script = sys.orig_argv[1:2] and os.path.basename(sys.orig_argv[1]) == "orch"
+    if script and set(LOADS_DATA) & set(sys.argv[1:2]) and os.environ.get("PYTHONHASHSEED") != "0":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONHASHSEED": "0"})
+
+
 def main() -> None:
     """Run `orch`. An error that the user can correct gives a message and exit code 2, not a traceback."""
+    _with_the_jobs_hash_seed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may have bytes that can't be decoded

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jobs.data import randomness
 from jobs.errors import JobError
 from jobs.job import Averaging, Job
+from jobs.training.position import order_seed
 from jobs.training.precision import Speed, choose_precision
 from jobs.training.session import AFTER_MODEL
 from jobs.training.states import export
@@ -71,7 +72,7 @@ def plain_loop(scheduler: Callable[[torch.optim.Optimizer], Any] | None, each_st
     made = scheduler(optimizer) if scheduler else None
     for epoch in range(EPOCHS):
         model.train()
-        order = int(torch.randint(2**62, ()))
+        order = order_seed(epoch)
         for inputs, targets in feed.shuffled(order, 0, epoch):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(inputs), targets).backward()

@@ -20,6 +20,7 @@ from jobs.data import randomness
 from jobs.data.feeds import Feed
 from jobs.errors import JobError
 from jobs.training.opening import load_job, open_session
+from jobs.training.position import order_seed
 from jobs.training.session import AFTER_MODEL, Session
 from jobs.training.states import weights
 from jobs.verify_resume import link
@@ -93,8 +94,7 @@ class Loader:
         return self._feed.batches
 
     def __iter__(self) -> Iterator[Any]:
-        order = int(torch.randint(2**62, ()))
-        yield from self._feed.shuffled(order, 0, self._epoch)
+        yield from self._feed.shuffled(order_seed(self._epoch), 0, self._epoch)
         self._epoch += 1
 
 

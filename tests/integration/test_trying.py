@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.command_line import OrchCall
+from tests.support.command_line import ORCH, OrchCall
 
 HEAD = """\
 import enum, math, pathlib
@@ -172,3 +174,70 @@ def test_a_job_that_needs_a_gpu_is_launched_with_a_note(tmp_path: Path, orch_cal
     body = "def model(self): return Base.model(self).cuda()"
     code, _, said = orch_call(tmp_path, "launch", write(tmp_path, body), "--dry-run")
     assert (code, "not tried here: the job needs a GPU" in said) == (0, True)
+
+
+SILENT: list[tuple[str, str, str | None, str]] = [  # body, code after it, is it only noted, message
+    ("def loss(self, o, t): return torch.tensor(float(o.detach().sum()), requires_grad=True)", "", None,
+     "no parameter of the model is trained"),
+    ("def optimizer(self, model, profile): return torch.optim.SGD(model[1:2].parameters(), lr=0.1)\n"
+     "def model(self): return nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))", "", "noted",
+     "not trained, without a gradient or not in the optimizer: 2.weight, 2.bias"),
+    ("def model(self): return Net()",
+     "class Net(nn.Module):\n"
+     "    def __init__(self):\n        super().__init__()\n"
+     "        self.layers, self.head = [nn.Linear(12, 8)], nn.Linear(8, 2)\n"
+     "    def forward(self, x): return self.head(self.layers[0](x.flatten(1)))\n", None,
+     "a model that was restored from its checkpoint has another"),
+    ("def model(self): return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 2))\n"
+     "def predict(self, model, inputs):\n    model.train()\n    return model(inputs)", "", None,
+     "an evaluation changes the model's weights or buffers"),
+    ("def collate(self, examples):\n"
+     "    return torch.stack([e[0] for e in examples], 1), torch.stack([e[1] for e in examples])\n"
+     "def training_loss(self, m, b): return self.loss(m(b[0].transpose(0, 1)), b[1])\n"
+     "def evaluation_metrics(self, m, b): return self.metrics(m(b[0].transpose(0, 1)), b[1])", "", None,
+     "Mine.batch_size(batch) gives"),
+    ("def __init__(self, context):\n    super().__init__(context)\n    import random\n"
+     "    self.chosen = random.SystemRandom().sample(range(40), 30)\n"
+     "def data(self, split): return torch.utils.data.Subset(Base.data(self, split), self.chosen)", "", None,
+     "differs when it is loaded again: its labels differ"),
+    ("def data(self, split):\n    whole = torch.arange(40.)\n    values = whole.flip(0) if split == 'train' else whole\n"
+     "    return TensorDataset(torch.zeros(40, 3, 2, 2), values)\n"
+     "def loss(self, o, t): return (o.mean(1) - t).square().mean()\n"
+     "def metrics(self, o, t): return {'accuracy': self.loss(o, t)}", "", None, "have different targets"),
+    ("def data(self, split):\n    order = torch.arange(40).flip(0) if split == 'train' else torch.arange(40)\n"
+     "    torch.manual_seed(0)\n    return TensorDataset(torch.randn(40, 3, 2, 2)[order])\n"
+     "def training_loss(self, m, b): return m(b[0]).square().mean()\n"
+     "def evaluation_metrics(self, m, b): return {'accuracy': m(b[0]).mean()}", "", "noted", "have different inputs"),
+    ("def metrics(self, o, t):\n    self.log_image('a', torch.zeros(4, 4, 3))\n    return Base.metrics(self, o, t)",
+     "", None,
+     "log_image('a'): the shape is (4, 4, 3)"),
+    ("def train_chunk(self, context):\n    from jobs.job import ChunkResult\n"
+     "    for batch in context.batches(): pass\n    return ChunkResult({})", "", None, "reported 0 of 1 epoch"),
+    ("def loss(self, o, t):\n    assert self.profile.name != 'b', 'not under b'\n    return Base.loss(self, o, t)",
+     "", None,
+     "not under b"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "after", "noted", "message"), SILENT, ids=[message[:40] for *_, message in SILENT])
+def test_what_would_be_silently_wrong_is_found_at_launch(
+    body: str, after: str, noted: str | None, message: str, tmp_path: Path, orch_call: OrchCall
+) -> None:
+    profiles = [{"name": "a", "learning_rate": 0.1}, {"name": "b", "learning_rate": 0.01}]
+    code, _, said = orch_call(tmp_path, "launch", write(tmp_path, body, after, training_profiles=profiles), "--dry-run")
+    assert message in said
+    assert code == (0 if noted else 2), said
+
+
+def test_the_launch_its_jobs_and_the_evaluation_see_sets_in_the_same_order(tmp_path: Path) -> None:
+    body = (
+        "def data(self, split):\n"
+        "    names = [f'word{i % 2}' for i in range(40)]\n    numbers = {n: i for i, n in enumerate(set(names))}\n"
+        "    targets = torch.tensor([numbers[n] for n in names])\n"
+        "    return TensorDataset(torch.randn(40, 3, 2, 2, generator=torch.Generator().manual_seed(0)), targets)"
+    )
+    file = write(tmp_path, body, executor="local")
+    for seed, command in (("1", ["launch", file, "--wait"]), ("2", ["evaluate"])):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run([ORCH, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

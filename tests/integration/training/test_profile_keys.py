@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 from jobs.data import randomness
 from jobs.data.splits import Split
 from jobs.job import Job
+from jobs.training.position import order_seed
 from jobs.training.session import AFTER_MODEL
 from orchestrator.profile import GradientClip, Metric, Profile
 from orchestrator.records import Finished
@@ -43,7 +44,7 @@ def plain_loop(profile: Profile, session: Any, clip: Any = None, size: int = 10)
     model = session.job.model()
     randomness.seed_all(randomness.hash_seed(work.seed, AFTER_MODEL))
     optimizer = torch.optim.SGD(model.parameters(), lr=profile.learning_rate, momentum=profile.momentum, fused=True)
-    for inputs, targets in feed.shuffled(int(torch.randint(2**62, ()))):
+    for inputs, targets in feed.shuffled(order_seed(0)):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs), targets).backward()
         if clip is not None:
