@@ -200,7 +200,8 @@ SILENT: list[tuple[str, str, str | None, str]] = [  # body, code after it, is it
      "    self.chosen = random.SystemRandom().sample(range(40), 30)\n"
      "def data(self, split): return torch.utils.data.Subset(Base.data(self, split), self.chosen)", "", None,
      "differs when it is loaded again: its labels differ"),
-    ("def data(self, split):\n    whole = torch.arange(40.)\n    values = whole.flip(0) if split == 'train' else whole\n"
+    ("def data(self, split):\n"
+     "    whole = torch.arange(40.)\n    values = whole.flip(0) if split == 'train' else whole\n"
      "    return TensorDataset(torch.zeros(40, 3, 2, 2), values)\n"
      "def loss(self, o, t): return (o.mean(1) - t).square().mean()\n"
      "def metrics(self, o, t): return {'accuracy': self.loss(o, t)}", "", None, "have different targets"),
