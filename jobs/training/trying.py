@@ -8,6 +8,7 @@ import logging
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -89,6 +90,8 @@ def _tried(settings: Settings, channels_last: Literal["auto", True, False]) -> T
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     job = load_job(settings, device)
     trainer = (ShortOwnLoop if has_own_loop(job) else ShortSession)(job, STEPS, BATCH_SIZE)
+    if isinstance(trainer, ShortSession):
+        _check_memory(settings)
     lines = [*_about_data(trainer)] if trainer.has_data else []
     cycle = {profile.name: profile for profile in settings.training_profiles}
     if isinstance(trainer, ShortOwnLoop):
@@ -96,7 +99,6 @@ def _tried(settings: Settings, channels_last: Literal["auto", True, False]) -> T
         lines += [] if trainer.asked else [NEVER_ASKED]
         descriptions: dict[str, str] = {}
     else:
-        _check_memory(job)
         lines += _try_profiles(trainer, cycle)
         descriptions = _described(trainer, cycle)
     if isinstance(job.params, WatchedParams) and job.params.unread:
@@ -142,10 +144,14 @@ def _load_again(settings: Settings, job: Job, other: Split, first: Mapping[Split
             )
 
 
-def _check_memory(job: Job) -> None:
-    """Raise NotHereError if the memory that is free is probably too small."""
-    with randomness.random_state_kept():
-        model = job.model()
+def _check_memory(settings: Settings) -> None:
+    """Raise NotHereError if the memory that is free is probably too small. The model is made without memory for its
+    weights (on torch's meta device); one whose code needs their values is not checked."""
+    try:
+        with torch.device("meta"), randomness.random_state_kept(), warnings.catch_warnings(action="ignore"):
+            model = load_job(settings).model()
+    except Exception:  # tried with memory, this may work, or be the error that the user is shown
+        return
     need = MODEL_COPIES * size_bytes(list(model.parameters())) if isinstance(model, nn.Module) else 0
     free = memory.free_bytes()
     if need > free:
@@ -179,7 +185,7 @@ def _check_batch_sizes(session: ShortSession) -> None:
     found = sum(session.job.batch_size(batch) for batch in feed.in_order())
     if found != feed.count:
         raise JobError(
-            f"{type(session.job).__name__}.batch_size(batch) gives {found} examples in all, but there are {feed.count}; "
+            f"{type(session.job).__name__}.batch_size(batch) gives {found} examples in all, not {feed.count}; "
             "the default is the length of the first tensor. Override batch_size(batch), or put the examples first"
         )
 

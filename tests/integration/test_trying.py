@@ -242,3 +242,10 @@ def test_the_launch_its_jobs_and_the_evaluation_see_sets_in_the_same_order(tmp_p
         environment = os.environ | {"PYTHONHASHSEED": seed}
         done = subprocess.run([ORCH, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_model_that_is_too_large_for_this_machine_is_not_tried(tmp_path: Path, orch_call: OrchCall) -> None:
+    body = "def model(self): return nn.Sequential(nn.Flatten(), nn.Linear(12, 10**11), nn.Linear(10**11, 2))"
+    code, _, said = orch_call(tmp_path, "launch", write(tmp_path, body), "--dry-run")
+    assert code == 0, said
+    assert "not tried here: training the model takes about 48000.0 GB" in said
