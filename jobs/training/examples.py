@@ -243,8 +243,8 @@ class Examples:
 def _another_order(job: str, what: str) -> str:
     return (
         f'{job}.data("train") and {job}.data("validation") have different {what} for the same number of an example. '
-        "They must list the same examples in the same order, or validation uses examples that were trained on; a validation "
-        'set of its own needs "validation": "own"'
+        "They must list the same examples in the same order, or validation uses examples that were trained on; a "
+        'validation set of its own needs "validation": "own"'
     )
 
 
