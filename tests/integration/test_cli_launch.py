@@ -193,7 +193,7 @@ class Mine(Digits):
 def test_a_second_launch_continues_a_killed_run(tmp_path: Path, orch_call: OrchCall) -> None:
     write_job(tmp_path, DIES_ONCE)
     file = write_settings(tmp_path, job="mine:Mine")
-    assert orch(tmp_path, "launch", file, "--json").returncode == -9
+    assert orch(tmp_path, "launch", file, "--no-try", "--json").returncode == -9
     assert (tmp_path / "it died").exists()
 
     code, out, _ = orch_call(tmp_path, "launch", file, "--json")
