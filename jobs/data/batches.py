@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -60,6 +61,14 @@ def content(tensor: Tensor) -> memoryview:
     """Return a tensor's values as bytes, for a hash."""
     data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
+
+
+def contents_digest(listed: Iterable[Tensor]) -> str:
+    """Return the SHA-256 (hex) of the values of some tensors, in order."""
+    digest = hashlib.sha256()
+    for tensor in listed:
+        digest.update(content(tensor))
+    return digest.hexdigest()
 
 
 def part(batch: Any, whole: int, first: int, end: int) -> Any:

@@ -71,7 +71,7 @@ def checked_values(kind: str, name: str, values: Any) -> Tensor:
     try:
         tensor = torch.as_tensor(values).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise JobError(f"log_{kind}({name!r}): {_described(values)} is no tensor") from error
+        raise JobError(f"log_{kind}({name!r}): {_described(values)} can't be converted to a tensor") from error
     shape = tuple(tensor.shape)
     if kind == "image" and (tensor.ndim != 3 or shape[0] not in (1, 3)):
         raise JobError(f"log_image({name!r}): the shape is {shape}; allowed: (1 or 3, height, width)")

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from jobs.errors import JobError
 from jobs.job import Job
 from jobs.training.checked import checked_data
 from jobs.training.ranks import ALONE, Alone
-from orchestrator.files.atomic import publish
+from orchestrator.files import fingerprints
 from orchestrator.files.run_folder import FINGERPRINTS
 
 log = logging.getLogger("orch")
@@ -200,10 +197,11 @@ class Examples:
                 raise JobError(f"data({split!r}) differs between the processes of this worker; it must be the same")
         if self._run_folder is None:
             return
-        keep(self._run_folder, {name: facts for name, facts in named.items() if self._kept(name) is None})
-        found = [
-            change for name, facts in named.items() for change in fingerprint.changes(self._kept(name) or facts, facts)
-        ]
+        found: list[str] = []
+        for name, facts in named.items():
+            if self._kept(name) is None:
+                fingerprints.keep(self._run_folder, name, facts)
+            found += fingerprint.changes(self._kept(name) or facts, facts)
         if found:
             raise JobError(
                 f"data({split!r}) is not the same as when this run began: {'; '.join(found)}. Scores of different data "
@@ -223,13 +221,7 @@ class Examples:
 
     def _kept(self, name: str) -> Fingerprint | None:
         """Return the fingerprint that the run's folder has under a name."""
-        if self._run_folder is None:
-            return None
-        try:
-            kept: Fingerprint = json.loads((self._run_folder / FINGERPRINTS / f"{name}.json").read_bytes())
-        except FileNotFoundError:
-            return None
-        return kept
+        return None if self._run_folder is None else fingerprints.kept(self._run_folder, name)
 
     def notes(self) -> list[str]:
         """Return what is odd about the data, but may be meant."""
@@ -246,18 +238,3 @@ def _another_order(job: str, what: str) -> str:
         "They must list the same examples in the same order, or validation uses examples that were trained on; a "
         'validation set of its own needs "validation": "own"'
     )
-
-
-def keep(run_folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None:
-    """Write fingerprints to a run's folder, unless another process has written them before. Raises OSError."""
-    folder = run_folder / FINGERPRINTS
-    folder.mkdir(exist_ok=True)
-    for name, facts in fingerprints.items():
-        own = folder / f".{name}-{secrets.token_hex(8)}"
-        publish(own, lambda target, facts=facts: target.write(json.dumps(facts, indent=1).encode()))  # type: ignore[misc]
-        try:
-            os.link(own, folder / f"{name}.json")  # unlike a rename, never replaces what is there
-        except FileExistsError:
-            pass
-        finally:
-            own.unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from jobs.data import randomness
-from jobs.data.batches import content
+from jobs.data.batches import contents_digest
 from jobs.data.feeds import Bounds, Epoch, Feed, resident_bytes
 from jobs.data.splits import Split
 from jobs.errors import JobError
@@ -73,10 +72,7 @@ class FrozenParts:
         tensors = [*part.parameters(), *part.buffers()]
         state = (part, [(id(t), t._version) for t in tensors])  # _version counts in-place changes
         if self._hashed[0] != state:
-            digest = hashlib.sha256()
-            for tensor in tensors:
-                digest.update(content(tensor))
-            self._hashed = (state, digest.hexdigest())
+            self._hashed = (state, contents_digest(tensors))
         return self._hashed[1]
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import weakref
 from collections.abc import Mapping
@@ -13,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jobs.data.batches import content
+from jobs.data.batches import contents_digest
 from jobs.errors import JobError
 from jobs.job import Job
 from jobs.training import states
 from jobs.training.checked import checked_model
-from orchestrator.files.atomic import publish
-from orchestrator.files.run_folder import FINGERPRINTS
+from orchestrator.files import fingerprints
 
 log = logging.getLogger("orch")
 
@@ -52,11 +50,11 @@ class Models:
         """Return a new model with the weights that a founder starts from. If they equal those of the last founder
         although nothing was loaded, logs a warning."""
         model = self.make()
-        start = self.start()
-        if start is not None:
-            load_weights(model, states.weights(start), str(self._wanted().file))
+        start, wanted = self.start(), self._job.context.settings.start_from
+        if start is not None and wanted is not None:
+            load_weights(model, states.weights(start), wanted.file)
             return model
-        digest = weights_digest(model)
+        digest = contents_digest(model.parameters())
         if digest == self._founder:
             log.warning("%s", EQUAL_FOUNDERS)
         self._founder = digest
@@ -65,10 +63,8 @@ class Models:
     def start(self) -> Mapping[str, Any] | None:
         """Return the state in the file of the setting start_from; None without that setting. Raises JobError if the
         file can't be used, or is not the one with which the run began."""
-        if self._job.context.settings.start_from is None:
-            return None
-        if self._start is None:
-            wanted = self._wanted()
+        wanted = self._job.context.settings.start_from
+        if wanted is not None and self._start is None:
             file = Path(wanted.file)
             _compare_start(self._run_folder, file)
             self._start = states.read_start(file)
@@ -76,30 +72,12 @@ class Models:
                 raise JobError(f'start_from: {file} has no state of an optimizer; set "optimizer": false')
         return self._start
 
-    def _wanted(self) -> Any:
-        return self._job.context.settings.start_from
 
-
+START_FROM = "start_from"  # the name of its fingerprint
 EQUAL_FOUNDERS = (
     "model() returned the same weights for two founders, so they start equal. If it does not load pretrained weights, "
     "remove the seed (torch.manual_seed) in it: orch seeds each founder"
 )
-
-
-def state_digest(model: nn.Module) -> str:
-    """Return a digest of all tensors in a model's state_dict."""
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        if isinstance(value, Tensor):
-            digest.update(content(value))
-    return digest.hexdigest()
-
-
-def weights_digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(content(parameter))
-    return digest.hexdigest()
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], file: str) -> None:
@@ -130,14 +108,9 @@ def _compare_start(run_folder: Path | None, file: Path) -> None:
         raise JobError(f"start_from: {file} can't be read: {error.strerror or error}") from error
     if run_folder is None:
         return
-    record = run_folder / FINGERPRINTS / "start_from.json"
-    try:
-        kept = json.loads(record.read_bytes())["sha256"]
-    except FileNotFoundError:
-        record.parent.mkdir(exist_ok=True)
-        publish(record, lambda target: target.write(json.dumps({"sha256": sha256}).encode()))
-        return
-    if kept != sha256:
+    if fingerprints.kept(run_folder, START_FROM) is None:
+        fingerprints.keep(run_folder, START_FROM, {"sha256": sha256})
+    if fingerprints.kept(run_folder, START_FROM) != {"sha256": sha256}:
         raise JobError(f"start_from: {file} has changed since this run began; restore it, or launch another run")
 
 
@@ -146,5 +119,5 @@ def equal_for_two_seeds(job: Job) -> bool:
     digests = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        digests.append(weights_digest(checked_model(job, job.model())))
+        digests.append(contents_digest(checked_model(job, job.model()).parameters()))
     return digests[0] == digests[1]

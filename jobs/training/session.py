@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from jobs.data import randomness
+from jobs.data.batches import contents_digest, tensors
 from jobs.data.feeds import Feed
 from jobs.data.randomness import hash_seed, random_state, seed_all
 from jobs.data.splits import Split
@@ -28,7 +29,7 @@ from jobs.training.evaluation import Evaluator, undefined
 from jobs.training.examples import Examples
 from jobs.training.frozen import FrozenParts
 from jobs.training.learner import Learner, Predictor, described
-from jobs.training.models import Models, state_digest
+from jobs.training.models import Models
 from jobs.training.position import LossMean, fresh_cut, order_seed, resume_random_state
 from jobs.training.precision import Speed
 from jobs.training.ranks import ALONE, Alone
@@ -360,9 +361,9 @@ class Session(JobTrainer):
                 "no parameter of the model is trained: none has a gradient, or none is in the optimizer; compute the "
                 "loss from the model's outputs, and pass its parameters to the optimizer"
             )
-        before = state_digest(self._learner.model)
+        before = contents_digest(tensors(self._learner.model.state_dict()))
         self._evaluate(self._learner, self.settings.select_on)
-        if state_digest(self._learner.model) != before:
+        if contents_digest(tensors(self._learner.model.state_dict())) != before:
             raise JobError(
                 "an evaluation changes the model's weights or buffers; predict() and metrics() must leave the model as "
                 "it is, and in eval mode"

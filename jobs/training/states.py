@@ -111,7 +111,7 @@ def _unreadable(value: Any, key: str) -> tuple[str, Exception] | None:
 
 
 def _emptied(value: Any) -> Any:
-    """Return the structure without the numbers of its tensors and arrays, so that it is written quickly."""
+    """Return the structure with empty tensors and arrays, which is written quickly."""
 
     def empty(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):

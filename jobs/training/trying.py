@@ -29,7 +29,6 @@ from jobs.training import memory, models
 from jobs.training.evaluation import undefined
 from jobs.training.examples import Examples
 from jobs.training.opening import has_own_loop, load_job
-from jobs.training.session import Session
 from jobs.training.short import ShortOwnLoop, ShortSession
 from orchestrator.messages import counted
 from orchestrator.profile import Profile
@@ -100,7 +99,7 @@ def _tried(settings: Settings, channels_last: Literal["auto", True, False]) -> T
         descriptions: dict[str, str] = {}
     else:
         lines += _try_profiles(trainer, cycle)
-        descriptions = _described(trainer, cycle)
+        descriptions = {name: trainer.description(profile) for name, profile in cycle.items()}
     if isinstance(job.params, WatchedParams) and job.params.unread:
         unread = ", ".join(map(repr, sorted(job.params.unread)))
         lines.append(f"job_params: nothing has read {unread}; is the name right?")
@@ -174,7 +173,7 @@ def _try_profiles(session: ShortSession, cycle: Mapping[str, Profile]) -> Iterat
             yield f"{', '.join(names)} is NaN on a few examples; a model with a NaN metric can't enter the board"
         yield from session.check_training()
         session.check_restore()
-        _check_batch_sizes(session)
+    _check_batch_sizes(session)
 
 
 def _check_batch_sizes(session: ShortSession) -> None:
@@ -208,11 +207,6 @@ def _kind(profile: Profile) -> tuple[str, ...]:
     schedule = profile.schedule or {}
     what = (profile.optimizer, sorted(profile.optimizer_options), schedule.get("name"), profile.params)
     return tuple(map(str, (*what, profile.gradient_clip, profile.accumulate > 1, profile.momentum > 0)))
-
-
-def _described(session: Session, cycle: Mapping[str, Profile]) -> dict[str, str]:
-    """Return each profile's optimizer and schedule, as the job makes them for its model."""
-    return {name: session.description(profile) for name, profile in cycle.items()}
 
 
 def _try_own_loop(loop: ShortOwnLoop, cycle: Mapping[str, Profile]) -> None:

@@ -289,7 +289,7 @@ def run(trial: Trial, folder: Path, start: int, stop: int | None) -> dict[str, A
     planned = planned_ends(session, trial)
     return trained | {
         "steps_per_epoch": (planned or trained["ends"])[0][0],
-        "own_loop": planned is None,  # then there is no state of the reference but at the ends of chunks
+        "own_loop": planned is None,  # then the reference has states only at the ends of chunks
         "breaks": breaks,
         "device": device,
         "threads": torch.get_num_threads(),

@@ -73,7 +73,7 @@ def launch(
         runs_dir,
         import_paths,
         data_source=data_source(loaded),
-        fingerprints={str(split): facts for split, facts in tried.fingerprints.items()} if tried else {},
+        data_fingerprints=tried.fingerprints if tried else {},
     )
     permissions.use_umask(run.folder)
     for line in run.resume(time.time()) if existing else []:

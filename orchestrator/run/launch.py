@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import RunError
-from orchestrator.files import permissions
+from orchestrator.files import fingerprints, permissions
 from orchestrator.files.atomic import publish, sync_folder
-from orchestrator.files.run_folder import DATA_NAME, FINGERPRINTS, FOLDERS, SETTINGS_NAME, is_run, without_its_files
+from orchestrator.files.run_folder import DATA_NAME, FOLDERS, SETTINGS_NAME, is_run, without_its_files
 from orchestrator.leaderboard.engine import Database
 from orchestrator.leaderboard.leaderboard import Leaderboard
 from orchestrator.locking import choice
@@ -30,10 +30,11 @@ def launch(
     clock: Callable[[], float] = time.time,
     *,
     data_source: Mapping[str, Any] | None = None,
-    fingerprints: Mapping[str, Any] | None = None,
+    data_fingerprints: Mapping[str, Any] | None = None,
 ) -> Run:
     """Create the run's folder and database, and queue its workers. If the jobs are refused, the folder and the database
     are deleted again. data_source: where the job's data come from, as JSON values; kept with the run for its reports.
+    data_fingerprints: by name; each job compares its data with them. None: the first job makes them.
 
     Raises RunError if the folder exists or can't be created, LockError if no lock works on the file system,
     LeaderboardError if the database can't be created, SubmissionError if the jobs are refused.
@@ -61,10 +62,8 @@ def launch(
                 if data_source:
                     text = json.dumps(data_source, indent=1)
                     publish(building / DATA_NAME, lambda file: file.write(f"{text}\n".encode()))
-                for split, facts in (fingerprints or {}).items():
-                    (building / FINGERPRINTS).mkdir(exist_ok=True)
-                    line = json.dumps(facts, indent=1).encode()
-                    publish(building / FINGERPRINTS / f"{split}.json", lambda file, line=line: file.write(line))  # type: ignore[misc]
+                for name, facts in (data_fingerprints or {}).items():
+                    fingerprints.keep(building, name, facts)
                 place = (building, settings.database, settings.database_schema)
                 deadline = now + settings.total_lifetime
                 Leaderboard.create(*place, settings=settings, import_paths=import_paths, now=now, deadline=deadline)
